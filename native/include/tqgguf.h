@@ -13,16 +13,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
-#  if defined(TQ_BUILD)
-#    define TQ_API __declspec(dllexport)
-#  else
-#    define TQ_API __declspec(dllimport)
-#  endif
-#else
-#  define TQ_API __attribute__((visibility("default")))
-#endif
-
 /* Raised by one with every incompatible change of this header; tq_abi_version() returns the library's. */
 #define TQ_ABI_VERSION 1
 
@@ -31,6 +21,9 @@
 
 #ifdef __cplusplus
 extern "C" {
+#endif
+#if !defined(_WIN32)
+#  pragma GCC visibility push(default)
 #endif
 
 /* cffi: begin */
@@ -87,6 +80,9 @@ void         tq_signs(float * signs);
 int tq_encode(int type, int mode, const float * x, int64_t n, void * blocks);
 /* Decodes n values (a multiple of 32). Any byte string is valid input; a scale that is NaN or infinite decodes as 0. */
 int tq_decode(int type, int mode, const void * blocks, int64_t n, float * x);
+/* Dot product of n encoded values (a multiple of 32) with x: (n), computed in the transformed domain. NaN if the arguments
+ * are not usable. */
+float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n);
 
 /* ---- Kernels ---- */
 
@@ -110,6 +106,7 @@ typedef void (*tq_row_decoder)(const void * row, float * x, int64_t n);
 typedef struct tq_attn_operand {
     const void *   data;
     int            type;         /* a tq_type, or any number if decoder is given */
+    int            mode;         /* a tq_mode, for the PQO types */
     tq_row_decoder decoder;      /* NULL for the types of tq_type */
     int64_t        head_dim;
     int64_t        n_head;
@@ -192,6 +189,9 @@ size_t  tq_cache_memory_usage(const tq_cache * cache);
 
 /* cffi: end */
 
+#if !defined(_WIN32)
+#  pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif

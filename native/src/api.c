@@ -1,0 +1,132 @@
+/* api.c: version, errors, names and the block functions: argument checks in front of the kernels. */
+#include "kernels.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+
+static _Thread_local char message[512];
+
+int tqi_fail(int status, const char * format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    return status;
+}
+
+const char * tq_last_error(void) {
+    return message;
+}
+
+int tq_abi_version(void) {
+    return TQ_ABI_VERSION;
+}
+
+const char * tq_version(void) {
+    return TQI_VERSION;
+}
+
+const char * tq_type_name(int type) {
+    switch (type) {
+        case TQ_TYPE_F32:  return "f32";
+        case TQ_TYPE_F16:  return "f16";
+        case TQ_TYPE_PQO3: return "pqo3";
+        case TQ_TYPE_PQO4: return "pqo4";
+        default:           return NULL;
+    }
+}
+
+const char * tq_mode_name(int mode) {
+    switch (mode) {
+        case TQ_MODE_SEARCH:  return "search";
+        case TQ_MODE_MAXNORM: return "maxnorm";
+        case TQ_MODE_L2NORM:  return "l2norm";
+        default:              return NULL;
+    }
+}
+
+size_t tq_row_bytes(int type, int64_t n) {
+    if (n < 0 || n > INT64_MAX / 4) {
+        return 0;
+    }
+    switch (type) {
+        case TQ_TYPE_F32: return (size_t) n * 4;
+        case TQ_TYPE_F16: return (size_t) n * 2;
+        default:          break;
+    }
+    const tqi_codec * codec = tqi_codec_get(type, TQ_MODE_SEARCH);
+    return codec == NULL || n % TQ_BLOCK != 0 ? 0 : (size_t) (n / TQ_BLOCK) * (size_t) codec->block_bytes;
+}
+
+int tq_codebook(int type, int mode, float * levels, float * boundaries) {
+    const tqi_codec * codec = tqi_codec_get(type, mode);
+    if (codec == NULL) {
+        return tqi_fail(TQ_E_ARGUMENT, "type %d in mode %d has no codebook; types: pqo3, pqo4; modes: search, maxnorm, l2norm", type,
+                        mode);
+    }
+    if (levels != NULL) {
+        memcpy(levels, codec->levels, (size_t) codec->n_levels * sizeof(float));
+    }
+    if (boundaries != NULL) {
+        memcpy(boundaries, codec->boundaries, (size_t) (codec->n_levels - 1) * sizeof(float));
+    }
+    return codec->n_levels;
+}
+
+void tq_signs(float * signs) {
+    memcpy(signs, tqi_signs, sizeof tqi_signs);
+}
+
+/* The codec for a block function's arguments, or NULL with a message. */
+static const tqi_codec * check_blocks(int type, int mode, const void * a, const void * b, int64_t n) {
+    const tqi_codec * codec = tqi_codec_get(type, mode);
+    if (codec == NULL) {
+        tqi_fail(TQ_E_ARGUMENT, "type %d in mode %d has no encoder; types: pqo3, pqo4; modes: search, maxnorm, l2norm", type, mode);
+        return NULL;
+    }
+    if (n < 0 || n % TQ_BLOCK != 0) {
+        tqi_fail(TQ_E_ARGUMENT, "%lld values given; a count must be a multiple of %d and not negative", (long long) n, TQ_BLOCK);
+        return NULL;
+    }
+    if (n > 0 && (a == NULL || b == NULL)) {
+        tqi_fail(TQ_E_ARGUMENT, "null pointer given for %lld values", (long long) n);
+        return NULL;
+    }
+    return codec;
+}
+
+int tq_encode(int type, int mode, const float * x, int64_t n, void * blocks) {
+    const tqi_codec * codec = check_blocks(type, mode, x, blocks, n);
+    if (codec == NULL) {
+        return TQ_E_ARGUMENT;
+    }
+    tqi_active()->encode(codec, x, n / TQ_BLOCK, blocks);
+    return TQ_OK;
+}
+
+int tq_decode(int type, int mode, const void * blocks, int64_t n, float * x) {
+    const tqi_codec * codec = check_blocks(type, mode, blocks, x, n);
+    if (codec == NULL) {
+        return TQ_E_ARGUMENT;
+    }
+    tqi_active()->decode(codec, blocks, n / TQ_BLOCK, x);
+    return TQ_OK;
+}
+
+float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n) {
+    const tqi_codec * codec = check_blocks(type, mode, blocks, x, n);
+    if (codec == NULL) {
+        return NAN;
+    }
+    const tqi_kernels * kernel = tqi_active();
+    float               sum    = 0.0f;
+    for (int64_t b = 0; b < n / TQ_BLOCK; ++b) {
+        float q[TQ_BLOCK], s;
+        memcpy(q, x + b * TQ_BLOCK, sizeof q);
+        kernel->transform(codec->signs, q, 1);
+        kernel->scores(codec, (const uint8_t *) blocks + b * codec->block_bytes, 0, 1, q, 1, 1, &s, 1);
+        sum += s;
+    }
+    return sum;
+}

@@ -1,0 +1,468 @@
+/* attention.c: attention over a compressed cache without decompressing it.
+ *
+ * The block transform is orthonormal, so everything happens in its domain: q is transformed once, a score is
+ * sum_blocks d <codebook[index], q'>, V is accumulated transformed, and the inverse transform runs once on the output
+ * (online softmax: Milakov and Gimelshein, arXiv:1805.02867; tiles: Dao et al., arXiv:2205.14135).
+ *
+ * Work is cut into tasks: a stream, a KV head, a block of query rows, a range of keys. All query heads of the KV head go
+ * together, so each K and V block is decoded once for the whole group. Two ways through a task:
+ *   fused  at most TQI_MAX_FUSED query vectors, K and V both PQO: codebook values go from registers into the sums;
+ *   tiled  everything else: a tile of K, then of V, is decoded to f32 and multiplied, query vectors side by side.
+ * If the keys were cut, phase 1 merges the partial results; otherwise phase 0 has already written the output. */
+#include "kernels.h"
+
+#include <math.h>
+
+#define TILE          64  /* keys per tile */
+#define TILED_VECTORS 64  /* query vectors that a tiled task aims at */
+#define CHUNK_MIN     256 /* keys: a shorter range is not worth a partial result */
+#define ALIGN         64  /* bytes */
+
+typedef struct {
+    int              fused;
+    int              group;      /* query heads per KV head */
+    int              rows;       /* query rows per task */
+    int              n_vec;      /* group * rows */
+    int              n_col;      /* n_vec, padded to TQI_LANES in the tiled way */
+    int64_t          n_row_blocks;
+    int64_t          n_chunks;
+    int64_t          chunk;      /* keys per chunk, a multiple of TILE */
+    int64_t          n_tasks;
+    size_t           scratch;    /* floats per thread */
+    size_t           partial;    /* floats per task; 0 if keys are not cut */
+    const tqi_codec * k_codec;   /* NULL: not PQO */
+    const tqi_codec * v_codec;
+} plan;
+
+static int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static size_t padded(size_t n_floats) {
+    const size_t lanes = ALIGN / sizeof(float);
+    return (n_floats + lanes - 1) / lanes * lanes;
+}
+
+static int check_operand(const char * name, const tq_attn_operand * x, const tqi_codec ** codec) {
+    *codec = NULL;
+    if (x->head_dim <= 0 || x->head_dim > 65536 || x->n_head <= 0 || x->n_head > 65536 || x->n_stream <= 0) {
+        return tqi_fail(TQ_E_ARGUMENT, "%s: head_dim %lld, n_head %lld, n_stream %lld given; each must be positive, the first two "
+                        "at most 65536", name, (long long) x->head_dim, (long long) x->n_head, (long long) x->n_stream);
+    }
+    if (x->decoder != NULL || x->type == TQ_TYPE_F32 || x->type == TQ_TYPE_F16) {
+        return TQ_OK;
+    }
+    *codec = tqi_codec_get(x->type, x->mode);
+    if (*codec == NULL) {
+        return tqi_fail(TQ_E_ARGUMENT, "%s: type %d in mode %d needs a decoder", name, x->type, x->mode);
+    }
+    if (x->head_dim % TQ_BLOCK != 0) {
+        return tqi_fail(TQ_E_ARGUMENT, "%s: head_dim = %lld given; %s needs a multiple of %d", name, (long long) x->head_dim,
+                        tq_type_name(x->type), TQ_BLOCK);
+    }
+    return TQ_OK;
+}
+
+static int make_plan(const tq_attn * a, int n_threads, plan * p) {
+    const tqi_codec * q_codec;
+    memset(p, 0, sizeof *p);
+    if (check_operand("q", &a->q, &q_codec) != TQ_OK || check_operand("k", &a->k, &p->k_codec) != TQ_OK ||
+        check_operand("v", &a->v, &p->v_codec) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    if (a->q.type != TQ_TYPE_F32 || a->q.decoder != NULL) {
+        return tqi_fail(TQ_E_ARGUMENT, "q: type %d given; allowed is f32", a->q.type);
+    }
+    if (a->q.head_dim != a->k.head_dim || a->k.n_head != a->v.n_head || a->q.n_head % a->k.n_head != 0 ||
+        a->k.n_stream != a->v.n_stream || a->q.n_stream % a->k.n_stream != 0) {
+        return tqi_fail(TQ_E_ARGUMENT, "q (%lld, %lld, %lld), k (%lld, %lld, %lld), v (.., %lld, %lld) given as (head_dim, n_head, "
+                        "n_stream); head_dim of q and k, heads and streams of k and v must be equal, and q's a multiple of them",
+                        (long long) a->q.head_dim, (long long) a->q.n_head, (long long) a->q.n_stream, (long long) a->k.head_dim,
+                        (long long) a->k.n_head, (long long) a->k.n_stream, (long long) a->v.n_head, (long long) a->v.n_stream);
+    }
+    if (a->n_q < 0 || a->n_kv < 0 || a->n_q > INT32_MAX || a->n_kv > INT32_MAX || n_threads <= 0 || n_threads > 65536) {
+        return tqi_fail(TQ_E_ARGUMENT, "n_q = %lld, n_kv = %lld, n_threads = %d given; allowed are counts from 0 to 2^31 - 1 and 1 to "
+                        "65536 threads", (long long) a->n_q, (long long) a->n_kv, n_threads);
+    }
+    if (a->mask != NULL && (a->n_mask_head <= 0 || a->n_mask_stream <= 0)) {
+        return tqi_fail(TQ_E_ARGUMENT, "n_mask_head = %lld, n_mask_stream = %lld given; both must be positive",
+                        (long long) a->n_mask_head, (long long) a->n_mask_stream);
+    }
+    const size_t dk = (size_t) a->k.head_dim, dv = (size_t) a->v.head_dim;
+
+    p->group = (int) (a->q.n_head / a->k.n_head);
+    if (a->n_q * p->group <= TQI_MAX_FUSED) {
+        p->rows = a->n_q > 0 ? (int) a->n_q : 1;
+    } else {
+        p->rows = p->group <= TILED_VECTORS / 2 ? TILED_VECTORS / p->group : 1;
+        p->rows = (int) min64(p->rows, a->n_q > 0 ? a->n_q : 1);
+    }
+    p->n_vec        = p->group * p->rows;
+    p->fused        = p->k_codec != NULL && p->v_codec != NULL && p->n_vec <= TQI_MAX_FUSED;
+    p->n_col        = p->fused ? p->n_vec : (p->n_vec + TQI_LANES - 1) / TQI_LANES * TQI_LANES;
+    p->n_row_blocks = (a->n_q + p->rows - 1) / p->rows;
+
+    /* cut the keys only as far as it takes to give every thread the same number of tasks */
+    const int64_t whole = a->q.n_stream * a->k.n_head * p->n_row_blocks;
+    p->n_chunks         = 1;
+    if (whole > 0 && whole % n_threads != 0 && whole < 8 * n_threads) {
+        const int64_t most = (a->n_kv + CHUNK_MIN - 1) / CHUNK_MIN;
+        p->n_chunks        = min64(n_threads, most > 0 ? most : 1);
+    }
+    p->chunk    = ((a->n_kv + p->n_chunks - 1) / p->n_chunks + TILE - 1) / TILE * TILE;
+    p->n_chunks = p->chunk > 0 ? (a->n_kv + p->chunk - 1) / p->chunk : 1;
+    p->n_tasks  = whole * p->n_chunks;
+    p->partial  = p->n_chunks > 1 ? padded((size_t) p->n_vec * (dv + 2)) : 0;
+
+    const size_t n = (size_t) p->n_col;
+    p->scratch     = padded(dk * n) + padded(dv * n) + padded(TILE * n) + 3 * padded(n) + padded(dk > dv ? dk : dv);
+    if (!p->fused) {
+        p->scratch += padded(TILE * (dk > dv ? dk : dv));
+    }
+    return TQ_OK;
+}
+
+size_t tq_attn_work_bytes(const tq_attn * args, int n_threads) {
+    plan p;
+    if (args == NULL) {
+        tqi_fail(TQ_E_ARGUMENT, "null pointer given for the attention arguments");
+        return 0;
+    }
+    if (make_plan(args, n_threads, &p) != TQ_OK) {
+        return 0;
+    }
+    return (p.scratch * (size_t) n_threads + p.partial * (size_t) p.n_tasks) * sizeof(float) + ALIGN;
+}
+
+/* Where a thread's scratch begins, by use. */
+typedef struct {
+    float * q;      /* fused: (n_vec, dk); tiled: (dk, n_col) */
+    float * o;      /* fused: (n_vec, dv); tiled: (dv, n_col) */
+    float * s;      /* fused: (n_vec, TILE); tiled: (TILE, n_col) */
+    float * max;    /* (n_col) */
+    float * sum;    /* (n_col) */
+    float * factor; /* (n_col) */
+    float * row;    /* (max(dk, dv)) */
+    float * tile;   /* tiled: (TILE, max(dk, dv)) */
+} scratch;
+
+static float * aligned(void * work) {
+    const uintptr_t address = ((uintptr_t) work + ALIGN - 1) / ALIGN * ALIGN;
+    return (float *) address; /* NOLINT: the caller's bytes, rounded up */
+}
+
+static scratch carve(const tq_attn * a, const plan * p, void * work, int thread) {
+    const size_t dk = (size_t) a->k.head_dim, dv = (size_t) a->v.head_dim, n = (size_t) p->n_col;
+    float *      at = aligned(work) + p->scratch * (size_t) thread;
+    scratch      w;
+    w.q      = at; at += padded(dk * n);
+    w.o      = at; at += padded(dv * n);
+    w.s      = at; at += padded(TILE * n);
+    w.max    = at; at += padded(n);
+    w.sum    = at; at += padded(n);
+    w.factor = at; at += padded(n);
+    w.row    = at; at += padded(dk > dv ? dk : dv);
+    w.tile   = at;
+    return w;
+}
+
+/* ALiBi: Press et al., arXiv:2108.12409, extended to head counts that are no power of two as llama.cpp does. */
+static float slope_of(const tq_attn * a, int64_t head) {
+    if (a->max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    int64_t n = 1;
+    while (2 * n <= a->q.n_head) {
+        n *= 2;
+    }
+    return head < n ? powf(powf(2.0f, -a->max_bias / (float) n), (float) (head + 1))
+                    : powf(powf(2.0f, -a->max_bias / 2.0f / (float) n), (float) (2 * (head - n) + 1));
+}
+
+static const uint16_t * mask_row(const tq_attn * a, int64_t stream, int64_t head, int64_t row) {
+    const uint8_t * base = (const uint8_t *) a->mask;
+    return (const uint16_t *) (const void *) (base + (size_t) row * a->mask_stride_row +
+                                              (size_t) (head % a->n_mask_head) * a->mask_stride_head +
+                                              (size_t) (stream % a->n_mask_stream) * a->mask_stride_stream);
+}
+
+#define F16_NEGATIVE_INFINITY 0xfc00u
+
+/* Applies scale, softcap and mask to n scores that lie stride floats apart. */
+static void finish_scores(const tq_attn * a, float * s, int n, int stride, float slope, const uint16_t * mask) {
+    const float scale = a->softcap != 0.0f ? a->scale / a->softcap : a->scale;
+    for (int t = 0; t < n; ++t) {
+        float x = s[t * stride] * scale;
+        if (a->softcap != 0.0f) {
+            x = a->softcap * tanhf(x);
+        }
+        if (mask != NULL) {
+            x += slope * tqi_f16_to_f32(mask[t]);
+        }
+        s[t * stride] = x;
+    }
+}
+
+/* Decodes n rows to f32, in the transformed domain for PQO types: tile: (n, head_dim). */
+static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec, const uint8_t * rows, int n,
+                        float * tile) {
+    for (int t = 0; t < n; ++t) {
+        const uint8_t * row = rows + (size_t) t * x->stride_token;
+        float *         to  = tile + (size_t) t * (size_t) x->head_dim;
+        if (codec != NULL) {
+            kernel->unpack(codec, row, x->head_dim / TQ_BLOCK, to);
+        } else if (x->decoder != NULL) {
+            x->decoder(row, to, x->head_dim);
+        } else if (x->type == TQ_TYPE_F32) {
+            memcpy(to, row, (size_t) x->head_dim * sizeof(float));
+        } else {
+            for (int64_t i = 0; i < x->head_dim; ++i) {
+                to[i] = tqi_f16_to_f32(tqi_load_u16(row + 2 * i));
+            }
+        }
+    }
+}
+
+static const uint8_t * operand_at(const tq_attn_operand * x, int64_t stream, int64_t head, int64_t token) {
+    return (const uint8_t *) x->data + (size_t) stream * x->stride_stream + (size_t) head * x->stride_head +
+           (size_t) token * x->stride_token;
+}
+
+/* One task's place. Query vector i is head head0 + i % group of row row0 + i / group. */
+typedef struct {
+    int64_t q_stream, kv_stream, kv_head, head0, row0, chunk;
+    int     n_vec; /* fewer than the plan's in the last row block */
+} task;
+
+static task task_of(const tq_attn * a, const plan * p, int64_t index) {
+    task t;
+    t.chunk     = index % p->n_chunks;
+    index      /= p->n_chunks;
+    t.row0      = index % p->n_row_blocks * p->rows;
+    index      /= p->n_row_blocks;
+    t.kv_head   = index % a->k.n_head;
+    t.q_stream  = index / a->k.n_head;
+    t.kv_stream = t.q_stream / (a->q.n_stream / a->k.n_stream);
+    t.head0     = t.kv_head * p->group;
+    t.n_vec     = (int) min64(p->rows, a->n_q - t.row0) * p->group;
+    return t;
+}
+
+/* 1 if no query vector of the task sees any key of t0 .. t0 + n - 1. */
+static int tile_is_masked(const tq_attn * a, const plan * p, const task * t, int64_t t0, int n) {
+    if (a->mask == NULL) {
+        return 0;
+    }
+    for (int i = 0; i < t->n_vec; ++i) {
+        if (a->n_mask_head == 1 && i % p->group != 0) {
+            continue;
+        }
+        const uint16_t * mask = mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
+        for (int j = 0; j < n; ++j) {
+            if (mask[j] != F16_NEGATIVE_INFINITY) {
+                return 0;
+            }
+        }
+    }
+    return 1;
+}
+
+/* Loads query vector i, transformed if K is. */
+static void load_query(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i, float * q) {
+    memcpy(q, operand_at(&a->q, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group),
+           (size_t) a->q.head_dim * sizeof(float));
+    if (p->k_codec != NULL) {
+        kernel->transform(p->k_codec->signs, q, a->q.head_dim / TQ_BLOCK);
+    }
+}
+
+/* Adds the sink and writes o / sum, back in the original domain, to the output. */
+static void write_output(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i, float max, float sum,
+                         float * o) {
+    const int64_t head = t->head0 + i % p->group;
+    const int64_t row  = t->row0 + i / p->group;
+    float         factor;
+    if (a->sinks != NULL) {
+        const float sink = a->sinks[head];
+        const float top  = fmaxf(max, sink);
+        factor           = max == -INFINITY ? 0.0f : expf(max - top);
+        sum              = sum * factor + expf(sink - top);
+        factor          /= sum;
+    } else {
+        factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+    }
+    for (int64_t j = 0; j < a->v.head_dim; ++j) {
+        o[j] *= factor;
+    }
+    if (p->v_codec != NULL) {
+        kernel->inverse_transform(p->v_codec->signs, o, a->v.head_dim / TQ_BLOCK);
+    }
+    uint8_t * out = (uint8_t *) a->out + (size_t) row * a->out_stride_row + (size_t) head * a->out_stride_head +
+                    (size_t) t->q_stream * a->out_stride_stream;
+    memcpy(out, o, (size_t) a->v.head_dim * sizeof(float));
+}
+
+/* Hands a finished vector on: to the output, or to the task's partial results (max, sum, o) per vector. */
+static void put_result(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i, float max, float sum,
+                       float * o, float * partial) {
+    if (partial == NULL) {
+        write_output(kernel, a, p, t, i, max, sum, o);
+        return;
+    }
+    partial += (size_t) i * (size_t) (a->v.head_dim + 2);
+    partial[0] = max;
+    partial[1] = sum;
+    memcpy(partial + 2, o, (size_t) a->v.head_dim * sizeof(float));
+}
+
+static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const scratch * w,
+                      float * partial) {
+    const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim;
+    float     slope[TQI_MAX_FUSED];
+    for (int i = 0; i < t->n_vec; ++i) {
+        load_query(kernel, a, p, t, i, w->q + i * dk);
+        slope[i]  = slope_of(a, t->head0 + i % p->group);
+        w->max[i] = -INFINITY;
+        w->sum[i] = 0.0f;
+    }
+    memset(w->o, 0, (size_t) (t->n_vec * dv) * sizeof(float));
+    const int64_t end = min64(a->n_kv, (t->chunk + 1) * p->chunk);
+    for (int64_t t0 = t->chunk * p->chunk; t0 < end; t0 += TILE) {
+        const int n = (int) min64(TILE, end - t0);
+        if (tile_is_masked(a, p, t, t0, n)) {
+            continue;
+        }
+        kernel->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0), a->k.stride_token, n, w->q, t->n_vec,
+                       dk / TQ_BLOCK, w->s, TILE);
+        for (int i = 0; i < t->n_vec; ++i) {
+            float *          s = w->s + i * TILE;
+            const uint16_t * mask =
+                a->mask == NULL ? NULL : mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
+            finish_scores(a, s, n, 1, slope[i], mask);
+            float max = w->max[i];
+            for (int j = 0; j < n; ++j) {
+                max = s[j] > max ? s[j] : max;
+            }
+            if (max > w->max[i]) {
+                const float factor = expf(w->max[i] - max);
+                w->sum[i] *= factor;
+                for (int j = 0; j < dv; ++j) {
+                    w->o[i * dv + j] *= factor;
+                }
+                w->max[i] = max;
+            }
+            w->sum[i] += kernel->softmax_row(s, n, max);
+        }
+        kernel->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0), a->v.stride_token, n, w->s, TILE, t->n_vec,
+                           dv / TQ_BLOCK, w->o);
+    }
+    for (int i = 0; i < t->n_vec; ++i) {
+        put_result(kernel, a, p, t, i, w->max[i], w->sum[i], w->o + i * dv, partial);
+    }
+}
+
+static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const scratch * w,
+                      float * partial) {
+    const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim, n_col = p->n_col;
+    memset(w->q, 0, (size_t) dk * (size_t) n_col * sizeof(float));
+    memset(w->o, 0, (size_t) dv * (size_t) n_col * sizeof(float));
+    for (int i = 0; i < n_col; ++i) {
+        w->max[i] = -INFINITY;
+        w->sum[i] = 0.0f;
+    }
+    for (int i = 0; i < t->n_vec; ++i) {
+        load_query(kernel, a, p, t, i, w->row);
+        for (int j = 0; j < dk; ++j) {
+            w->q[j * n_col + i] = w->row[j];
+        }
+    }
+    const int64_t end = min64(a->n_kv, (t->chunk + 1) * p->chunk);
+    for (int64_t t0 = t->chunk * p->chunk; t0 < end; t0 += TILE) {
+        const int n = (int) min64(TILE, end - t0);
+        if (tile_is_masked(a, p, t, t0, n)) {
+            continue;
+        }
+        decode_tile(kernel, &a->k, p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0), n, w->tile);
+        kernel->gemm(w->tile, dk, 1, w->q, n, dk, n_col, 0, w->s);
+        for (int i = 0; i < t->n_vec; ++i) {
+            const int64_t    head = t->head0 + i % p->group;
+            const uint16_t * mask = a->mask == NULL ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
+            finish_scores(a, w->s + i, n, n_col, slope_of(a, head), mask);
+        }
+        kernel->softmax_columns(w->s, n, n_col, w->max, w->sum, w->factor);
+        for (int j = 0; j < dv; ++j) {
+            for (int i = 0; i < n_col; ++i) {
+                w->o[j * n_col + i] *= w->factor[i];
+            }
+        }
+        decode_tile(kernel, &a->v, p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0), n, w->tile);
+        kernel->gemm(w->tile, 1, dv, w->s, dv, n, n_col, 1, w->o);
+    }
+    for (int i = 0; i < t->n_vec; ++i) {
+        for (int j = 0; j < dv; ++j) {
+            w->row[j] = w->o[j * n_col + i];
+        }
+        put_result(kernel, a, p, t, i, w->max[i], w->sum[i], w->row, partial);
+    }
+}
+
+/* Merges the partial results of the chunks of tasks first .. first + n_chunks - 1, which share their query vectors. */
+static void merge_chunks(const tqi_kernels * kernel, const tq_attn * a, const plan * p, int64_t first, float * partials, float * o) {
+    const task   t  = task_of(a, p, first);
+    const size_t dv = (size_t) a->v.head_dim;
+    for (int i = 0; i < t.n_vec; ++i) {
+        const float * at  = partials + (size_t) first * p->partial + (size_t) i * (dv + 2);
+        float         max = -INFINITY, sum = 0.0f;
+        for (int64_t c = 0; c < p->n_chunks; ++c) {
+            max = fmaxf(max, at[(size_t) c * p->partial]);
+        }
+        memset(o, 0, dv * sizeof(float));
+        for (int64_t c = 0; c < p->n_chunks; ++c) {
+            const float * part = at + (size_t) c * p->partial;
+            if (part[0] == -INFINITY) {
+                continue;
+            }
+            const float factor = expf(part[0] - max);
+            sum += factor * part[1];
+            for (size_t j = 0; j < dv; ++j) {
+                o[j] += factor * part[2 + j];
+            }
+        }
+        write_output(kernel, a, p, &t, i, max, sum, o);
+    }
+}
+
+int tq_attn_compute(const tq_attn * args, int phase, int thread, int n_threads, void * work) {
+    plan p;
+    if (args == NULL || work == NULL) {
+        return tqi_fail(TQ_E_ARGUMENT, "null pointer given for the attention arguments or the scratch");
+    }
+    if (make_plan(args, n_threads, &p) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    if (thread < 0 || thread >= n_threads || phase < 0 || phase > 1) {
+        return tqi_fail(TQ_E_ARGUMENT, "phase %d of thread %d of %d given; phases are 0 and 1, threads from 0 to %d", phase, thread,
+                        n_threads, n_threads - 1);
+    }
+    if (args->n_q > 0 && (args->q.data == NULL || args->out == NULL ||
+                          (args->n_kv > 0 && (args->k.data == NULL || args->v.data == NULL)))) {
+        return tqi_fail(TQ_E_ARGUMENT, "null pointer given for q, k, v or out");
+    }
+    const tqi_kernels * kernel   = tqi_active();
+    const scratch       w        = carve(args, &p, work, thread);
+    float *             partials = aligned(work) + p.scratch * (size_t) n_threads;
+    if (phase == 0) {
+        const int64_t first = p.n_tasks * thread / n_threads, last = p.n_tasks * (thread + 1) / n_threads;
+        for (int64_t i = first; i < last; ++i) {
+            const task t       = task_of(args, &p, i);
+            float *    partial = p.partial > 0 ? partials + (size_t) i * p.partial : NULL;
+            (p.fused ? run_fused : run_tiled)(kernel, args, &p, &t, &w, partial);
+        }
+    } else if (p.partial > 0) {
+        const int64_t n = p.n_tasks / p.n_chunks;
+        for (int64_t i = n * thread / n_threads; i < n * (thread + 1) / n_threads; ++i) {
+            merge_chunks(kernel, args, &p, i * p.n_chunks, partials, w.row);
+        }
+    }
+    return TQ_OK;
+}

@@ -1,0 +1,97 @@
+/* dispatch.c: which kernel runs: listed, chosen by CPU features, forced by name. */
+#include "kernels.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+/* Best first. */
+static const tqi_kernels * const kernels[] = {
+#if defined(TQI_HAVE_AVX512)
+    &tqi_kernels_avx512,
+#endif
+#if defined(TQI_HAVE_AVX2)
+    &tqi_kernels_avx2,
+#endif
+#if defined(TQI_HAVE_NEON)
+    &tqi_kernels_neon,
+#endif
+    &tqi_kernels_portable,
+};
+
+#define N_KERNELS ((int) (sizeof kernels / sizeof kernels[0]))
+
+static _Atomic(const tqi_kernels *) active;
+
+int tq_kernel_count(void) {
+    return N_KERNELS;
+}
+
+const char * tq_kernel_name(int i) {
+    return i >= 0 && i < N_KERNELS ? kernels[i]->name : NULL;
+}
+
+int tq_kernel_supported(int i) {
+    if (i < 0 || i >= N_KERNELS) {
+        return tqi_fail(TQ_E_ARGUMENT, "kernel number %d given; allowed are 0 to %d", i, N_KERNELS - 1);
+    }
+    return kernels[i]->supported();
+}
+
+static const tqi_kernels * best(void) {
+    for (int i = 0; i < N_KERNELS; ++i) {
+        if (kernels[i]->supported()) {
+            return kernels[i];
+        }
+    }
+    return &tqi_kernels_portable;
+}
+
+/* The kernel of that name, or NULL with a message that lists the usable ones. */
+static const tqi_kernels * find(const char * name) {
+    char   list[128] = "auto";
+    size_t length    = strlen(list);
+    int    built     = 0;
+    for (int i = 0; i < N_KERNELS; ++i) {
+        if (kernels[i]->supported()) {
+            if (strcmp(kernels[i]->name, name) == 0) {
+                return kernels[i];
+            }
+            length += (size_t) snprintf(list + length, sizeof list - length, ", %s", kernels[i]->name);
+        } else if (strcmp(kernels[i]->name, name) == 0) {
+            built = 1;
+        }
+    }
+    tqi_fail(built ? TQ_E_UNSUPPORTED : TQ_E_ARGUMENT, "kernel '%s' %s; usable here: %s", name,
+             built ? "needs CPU features this machine lacks" : "does not exist in this library", list);
+    return NULL;
+}
+
+int tq_kernel_force(const char * name) {
+    const tqi_kernels * kernel = best();
+    if (name != NULL && strcmp(name, "auto") != 0) {
+        kernel = find(name);
+        if (kernel == NULL) {
+            return TQ_E_UNSUPPORTED;
+        }
+    }
+    atomic_store_explicit(&active, kernel, memory_order_release);
+    return TQ_OK;
+}
+
+const tqi_kernels * tqi_active(void) {
+    const tqi_kernels * kernel = atomic_load_explicit(&active, memory_order_acquire);
+    if (kernel == NULL) {
+        const char * name = getenv("TQGGUF_KERNEL");
+        if (tq_kernel_force(name != NULL && name[0] != '\0' ? name : "auto") != TQ_OK) {
+            fprintf(stderr, "TQGGUF_KERNEL: %s\n", tq_last_error());
+            exit(1);
+        }
+        kernel = atomic_load_explicit(&active, memory_order_acquire);
+    }
+    return kernel;
+}
+
+const char * tq_kernel_active(void) {
+    return tqi_active()->name;
+}

@@ -1,0 +1,67 @@
+/* kernels.h: what one instruction set implements. kernels_portable.c is the truth; the others must give the same bytes
+ * from encode and the same values from decode, and agree within rounding in the attention steps. */
+#ifndef TQI_KERNELS_H
+#define TQI_KERNELS_H
+
+#include "codebook.h"
+
+#include <stddef.h>
+
+#define TQI_MAX_FUSED 8  /* query vectors that scores and accumulate take at once */
+#define TQI_LANES     16 /* gemm's n_col and softmax_columns' n_col are multiples of this */
+
+typedef struct {
+    const char * name;
+    int (*supported)(void);
+
+    /* blocks <- n_blocks blocks of x, in the codec's mode */
+    void (*encode)(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks);
+    /* x <- the values of n_blocks blocks */
+    void (*decode)(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * x);
+    /* y <- scale * codebook value: a decode that stays in the transformed domain */
+    void (*unpack)(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
+    /* In place, over n_blocks blocks. */
+    void (*transform)(tqi_sign_order order, float * y, int64_t n_blocks);
+    void (*inverse_transform)(tqi_sign_order order, float * y, int64_t n_blocks);
+
+    /* s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok rows, stride bytes apart; q: (n_q, dim), transformed;
+     * s: (n_q, ld) */
+    void (*scores)(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
+                   float * s, int ld);
+    /* o[i] += sum_t p[i, t] v[t]; p: (n_q, ld), o: (n_q, dim), transformed */
+    void (*accumulate)(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
+                       int n_blocks, float * o);
+    /* s[t] <- exp(s[t] - max), 0 where max is -infinity; returns the sum */
+    float (*softmax_row)(float * s, int n, float max);
+
+    /* c[r, j] (+)= sum_k a[r * a_row + k * a_k] b[k, j]; b: (n_k, n_col), c: (n_row, n_col) */
+    void (*gemm)(const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add, float * c);
+    /* Online softmax down the columns of s: (n_row, n_col). max, sum: (n_col), updated; factor: (n_col), what earlier
+     * results must be multiplied by; s becomes exp(s - max). */
+    void (*softmax_columns)(float * s, int n_row, int n_col, float * max, float * sum, float * factor);
+} tqi_kernels;
+
+extern const tqi_kernels tqi_kernels_portable;
+#if defined(TQI_HAVE_AVX2)
+extern const tqi_kernels tqi_kernels_avx2;
+#endif
+#if defined(TQI_HAVE_AVX512)
+extern const tqi_kernels tqi_kernels_avx512;
+#endif
+#if defined(TQI_HAVE_NEON)
+extern const tqi_kernels tqi_kernels_neon;
+#endif
+
+/* The kernel in force; never NULL. */
+const tqi_kernels * tqi_active(void);
+
+/* ---- api.c ---- */
+
+/* Sets the calling thread's message (printf style) and returns status. */
+int tqi_fail(int status, const char * format, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 2, 3)))
+#endif
+    ;
+
+#endif
