@@ -1,0 +1,98 @@
+"""tqgguf: GGUF models in llama.cpp with a KV cache compressed to 3.5 or 4.5 bits per value.
+
+Importing this package loads nothing heavy. It only makes sure that a later `import llama_cpp` gets the bindings and
+libraries that belong to it, or says why that is impossible. Names below are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import _native
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import reference
+    from .cache import PqoCache
+    from .codec import dequantize, quantize
+    from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
+    from .errors import (
+        ArgumentError,
+        CacheClosedError,
+        CacheTypeError,
+        LibraryError,
+        ModelFileError,
+        ModelNotFoundError,
+        OutOfMemoryError,
+        TqggufError,
+        UnsupportedError,
+    )
+    from .gguf_info import ModelInfo, read_model_info
+    from .model import CacheInfo, LayerCacheInfo, Llama
+
+_HOME = {
+    "Llama": "model",
+    "CacheInfo": "model",
+    "LayerCacheInfo": "model",
+    "PqoCache": "cache",
+    "CACHE_TYPES": "config",
+    "CacheConfig": "config",
+    "CacheType": "config",
+    "parse_cache": "config",
+    "quantize": "codec",
+    "dequantize": "codec",
+    "ModelInfo": "gguf_info",
+    "read_model_info": "gguf_info",
+    "ArgumentError": "errors",
+    "CacheClosedError": "errors",
+    "CacheTypeError": "errors",
+    "LibraryError": "errors",
+    "ModelFileError": "errors",
+    "ModelNotFoundError": "errors",
+    "OutOfMemoryError": "errors",
+    "TqggufError": "errors",
+    "UnsupportedError": "errors",
+}
+
+__all__ = [
+    "CACHE_TYPES",
+    "ArgumentError",
+    "CacheClosedError",
+    "CacheConfig",
+    "CacheInfo",
+    "CacheType",
+    "CacheTypeError",
+    "LayerCacheInfo",
+    "LibraryError",
+    "Llama",
+    "ModelFileError",
+    "ModelInfo",
+    "ModelNotFoundError",
+    "OutOfMemoryError",
+    "PqoCache",
+    "TqggufError",
+    "UnsupportedError",
+    "__version__",
+    "dequantize",
+    "parse_cache",
+    "quantize",
+    "read_model_info",
+    "reference",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "reference":
+        return importlib.import_module(".reference", __name__)
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_native.claim_llama_cpp()

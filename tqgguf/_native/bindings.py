@@ -1,0 +1,139 @@
+"""Ties the `llama_cpp` bindings to the libraries of this package.
+
+tqgguf carries the stock `llama_cpp` Python package, unmodified, in `_bindings/`. It loads whatever directory
+LLAMA_CPP_LIB_PATH names, so two things must hold before it is first imported: the variable names our `lib/`, and the
+package found is ours. If something else came first, the only honest answer is an error: stock libraries know neither
+pqo3 nor pqo4.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+from ..errors import LibraryError
+from .library import LIB_DIR, PACKAGE_DIR, library_path, loaded_libraries
+
+BINDINGS_DIR: Final = PACKAGE_DIR / "_bindings"
+VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
+
+_NOT_BUILT = (
+    "{path} does not exist: the native libraries of this tqgguf are not built. In a source checkout, type `make`; "
+    "otherwise reinstall the tqgguf wheel."
+)
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads the bundled bindings and looks at once which libraries came with them."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        verify_libraries()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds `llama_cpp`, and nothing else, in this package."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "llama_cpp":
+            return None
+        file = BINDINGS_DIR / "llama_cpp" / "__init__.py"
+        return importlib.util.spec_from_file_location(
+            fullname, file, loader=_Loader(fullname, str(file)), submodule_search_locations=[str(file.parent)]
+        )
+
+
+def claim_llama_cpp() -> None:
+    """Makes `import llama_cpp`, now or later, mean our bindings on our libraries.
+
+    Called once when tqgguf is imported. In a source checkout that is not built there is nothing to claim: the parts
+    that need no library work, and the others raise when they are used.
+
+    Raises:
+        LibraryError: `llama_cpp` is already loaded with other libraries, or LLAMA_CPP_LIB_PATH names others.
+    """
+    if not library_path("llama").exists() or not (BINDINGS_DIR / "llama_cpp" / "__init__.py").exists():
+        return
+    loaded = sys.modules.get("llama_cpp")
+    if loaded is not None and not _is_shim(loaded):
+        origin = Path(getattr(loaded, "__file__", None) or "?").parent
+        directory = _library_directory()
+        if directory is not None and _same(directory, LIB_DIR):
+            return
+        raise LibraryError(
+            f"llama_cpp was imported before tqgguf, from {origin} with the libraries in {directory or 'an unknown place'}; "
+            f"these cannot hold a PQO cache. Import tqgguf first (it brings its own llama_cpp)"
+            + (f", or unset {VARIABLE}." if VARIABLE in os.environ else ".")
+        )
+    given = os.environ.get(VARIABLE)
+    if given is not None and not _same(Path(given), LIB_DIR):
+        raise LibraryError(
+            f"{VARIABLE} is set to {given}, but tqgguf needs its own libraries in {LIB_DIR}: unset it"
+        )
+    os.environ[VARIABLE] = str(LIB_DIR)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def import_llama_cpp() -> ModuleType:
+    """The bundled `llama_cpp`, verified to run on our libraries.
+
+    Raises:
+        LibraryError: the libraries are not built, or other ones are loaded.
+    """
+    if not library_path("llama").exists():
+        raise LibraryError(_NOT_BUILT.format(path=library_path("llama")))
+    claim_llama_cpp()
+    module = importlib.import_module("llama_cpp")
+    verify_libraries()
+    return module
+
+
+def verify_libraries() -> None:
+    """Raises LibraryError unless libllama, libggml* and exactly one libtqgguf of this process are ours."""
+    directory = _library_directory()
+    if directory is not None and not _same(directory, LIB_DIR):
+        raise LibraryError(f"llama_cpp loaded libllama from {directory}, not from {LIB_DIR}")
+    mapped = loaded_libraries()
+    if mapped is None:
+        return
+    for family in ("llama", "ggml", "tqgguf"):
+        foreign = [path for path in mapped[family] if not _same(path.parent, LIB_DIR)]
+        if foreign:
+            raise LibraryError(
+                f"{', '.join(map(str, foreign))} is loaded in this process beside the libraries of tqgguf in {LIB_DIR}; "
+                f"only one set may be loaded: import tqgguf first, and not together with a stock llama-cpp-python"
+            )
+        if not mapped[family]:
+            raise LibraryError(f"lib{family} is not loaded, though llama_cpp is: {LIB_DIR} holds no patched libraries")
+    if len(mapped["tqgguf"]) > 1:
+        raise LibraryError(f"more than one libtqgguf is loaded: {', '.join(map(str, mapped['tqgguf']))}")
+
+
+def _library_directory() -> Path | None:
+    """Where the loaded bindings took libllama from; None if they are not loaded."""
+    library = getattr(sys.modules.get("llama_cpp.llama_cpp"), "_lib", None)
+    name = getattr(library, "_name", None)
+    return Path(name).parent if isinstance(name, str) else None
+
+
+def _is_shim(module: ModuleType) -> bool:
+    """Whether this is the top-level `llama_cpp.py` of our wheel, which imports tqgguf and then steps aside."""
+    return not hasattr(module, "__path__") and "llama_cpp.llama_cpp" not in sys.modules
+
+
+def _same(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        return os.path.abspath(a) == os.path.abspath(b)

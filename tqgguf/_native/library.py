@@ -1,0 +1,165 @@
+"""Loads `libtqgguf` through cffi (ABI mode) and turns its status codes into exceptions.
+
+The declarations are not written down a second time: they are read from the installed `tqgguf.h`, from the region that
+the header marks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import ArgumentError, LibraryError, OutOfMemoryError, TqggufError, UnsupportedError
+
+PACKAGE_DIR: Final = Path(__file__).resolve().parent.parent
+
+LIB_DIR: Final = PACKAGE_DIR / "lib"
+"""Where the build puts libtqgguf, libggml*, libllama and libmtmd."""
+
+SUFFIX: Final = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+
+
+def library_path(name: str = "tqgguf") -> Path:
+    """Path of one of our shared libraries; it need not exist."""
+    prefix = "" if sys.platform == "win32" else "lib"
+    return LIB_DIR / f"{prefix}{name}{SUFFIX}"
+
+
+def _header_path() -> Path:
+    installed = PACKAGE_DIR / "include" / "tqgguf.h"
+    return installed if installed.is_file() else PACKAGE_DIR.parent / "native" / "include" / "tqgguf.h"
+
+
+@functools.cache
+def _header() -> str:
+    path = _header_path()
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LibraryError(f"cannot read {path}: {error.strerror}; this installation of tqgguf is incomplete") from None
+
+
+def abi_version_expected() -> int:
+    """TQ_ABI_VERSION of the header this package was written against."""
+    match = re.search(r"#define\s+TQ_ABI_VERSION\s+(\d+)", _header())
+    if match is None:
+        raise LibraryError(f"{_header_path()} does not define TQ_ABI_VERSION")
+    return int(match.group(1))
+
+
+def _declarations() -> str:
+    parts = re.split(r"/\* cffi: (?:begin|end) \*/", _header())
+    if len(parts) != 3:
+        raise LibraryError(f"{_header_path()} lacks the region between 'cffi: begin' and 'cffi: end'")
+    return parts[1]
+
+
+class Library:
+    """The loaded libtqgguf.
+
+    Attributes:
+        ffi: the cffi instance that knows the header's types.
+        lib: the functions and enum constants of the header.
+        path: the file that was loaded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import cffi
+
+        if not path.is_file():
+            raise LibraryError(
+                f"{path} does not exist: the native libraries of this tqgguf are not built. "
+                f"In a source checkout, type `make`; otherwise reinstall the tqgguf wheel."
+            )
+        # The version comes first, with a declaration of its own: nothing else of a foreign library may be trusted.
+        probe = cffi.FFI()
+        probe.cdef("int tq_abi_version(void);")
+        try:
+            found = int(probe.dlopen(str(path)).tq_abi_version())
+        except (OSError, AttributeError) as error:
+            raise LibraryError(f"cannot load {path}: {error}") from None
+        expected = abi_version_expected()
+        if found != expected:
+            raise LibraryError(
+                f"{path} has ABI version {found}, this tqgguf needs {expected}: "
+                f"library and package come from different builds; rebuild with `make` or reinstall the wheel"
+            )
+        self.ffi: Any = cffi.FFI()
+        self.ffi.cdef(_declarations())
+        self.lib: Any = self.ffi.dlopen(str(path))
+        self.path = path
+
+    def check(self, status: int) -> int:
+        """Returns a status that is not negative; raises what a negative one means, with the library's message."""
+        if status >= 0:
+            return status
+        message = self.ffi.string(self.lib.tq_last_error()).decode("utf-8", "replace") or f"status {status}"
+        kinds: dict[int, type[TqggufError]] = {
+            self.lib.TQ_E_ARGUMENT: ArgumentError,
+            self.lib.TQ_E_MEMORY: OutOfMemoryError,
+            self.lib.TQ_E_UNSUPPORTED: UnsupportedError,
+        }
+        raise kinds.get(status, TqggufError)(message)
+
+    def kernels(self) -> dict[str, bool]:
+        """Kernel names in the library's order of preference, and whether this machine can run each."""
+        names = (self.ffi.string(self.lib.tq_kernel_name(i)).decode() for i in range(self.lib.tq_kernel_count()))
+        return {name: self.lib.tq_kernel_supported(i) == 1 for i, name in enumerate(names)}
+
+    def active_kernel(self) -> str:
+        """Name of the kernel in use."""
+        name: str = self.ffi.string(self.lib.tq_kernel_active()).decode()
+        return name
+
+    def force_kernel(self, name: str = "auto") -> None:
+        """Selects a kernel for the whole process; `auto` is the best one this machine can run.
+
+        Raises:
+            ArgumentError: unknown name.
+            UnsupportedError: this machine cannot run it.
+        """
+        self.check(self.lib.tq_kernel_force(name.encode()))
+
+    def version(self) -> str:
+        """Version of the library itself."""
+        text: str = self.ffi.string(self.lib.tq_version()).decode()
+        return text
+
+
+@functools.cache
+def library() -> Library:
+    """The one libtqgguf of this process, loaded at the first call.
+
+    Raises:
+        LibraryError: it is missing, cannot be loaded, or is of another version.
+    """
+    return Library(library_path())
+
+
+def check(status: int) -> int:
+    """`Library.check` of the loaded library."""
+    return library().check(status)
+
+
+def loaded_libraries() -> dict[str, list[Path]] | None:
+    """Files mapped into this process, by family: `tqgguf`, `llama`, `ggml` (all of them), `mtmd`.
+
+    None where the platform does not tell (it is read from /proc/self/maps).
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return None
+    found: dict[str, set[Path]] = {"tqgguf": set(), "llama": set(), "ggml": set(), "mtmd": set()}
+    for line in maps.splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) < 6 or not fields[5].startswith("/"):
+            continue
+        path = Path(fields[5].removesuffix(" (deleted)"))
+        match = re.fullmatch(r"lib(tqgguf|llama|mtmd|ggml(?:-[\w-]+)?)\.so[.\d]*", path.name)
+        if match:
+            found[match.group(1).split("-")[0]].add(path)
+    return {family: sorted(paths) for family, paths in found.items()}

@@ -1,0 +1,153 @@
+"""Cache types by name, the `cache=` specification, and the configuration of a stand-alone cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from .errors import ArgumentError
+
+__all__ = ["CACHE_TYPES", "MODES", "CacheConfig", "CacheSpec", "CacheType", "Mode", "cache_type", "parse_cache"]
+
+Mode = Literal["search", "maxnorm", "l2norm"]
+MODES: Final[tuple[Mode, ...]] = ("search", "maxnorm", "l2norm")
+
+CacheSpec = str | Sequence[str]
+"""What `cache=` accepts: one type name, or a pair (K type, V type)."""
+
+
+@dataclass(frozen=True)
+class CacheType:
+    """A type that llama.cpp can store K or V in.
+
+    Attributes:
+        name: as written everywhere, "pqo3" or "q8_0".
+        number: ggml's number of the type; the PQO ones are registered by our patch series and never change.
+        block: values per block; head_dim must be a multiple of it.
+        bytes: bytes per block.
+    """
+
+    name: str
+    number: int
+    block: int
+    bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits per value."""
+        return 8 * self.bytes / self.block
+
+    @property
+    def quantized(self) -> bool:
+        """Whether values are stored in blocks, as opposed to plain floats."""
+        return self.block > 1
+
+    @property
+    def pqo(self) -> bool:
+        """Whether this is a type of tqgguf, which stock llama.cpp does not know."""
+        return self.name.startswith("pqo")
+
+    def row_bytes(self, n: int) -> int:
+        """Bytes of n values.
+
+        Raises:
+            ArgumentError: n is negative or no multiple of the block.
+        """
+        if n < 0 or n % self.block:
+            raise ArgumentError(f"{n} values cannot be stored as {self.name}: not a multiple of {self.block}")
+        return n // self.block * self.bytes
+
+
+CACHE_TYPES: Final[dict[str, CacheType]] = {
+    t.name: t
+    for t in (
+        CacheType("f32", 0, 1, 4),
+        CacheType("f16", 1, 1, 2),
+        CacheType("bf16", 30, 1, 2),
+        CacheType("q8_0", 8, 32, 34),
+        CacheType("q5_1", 7, 32, 24),
+        CacheType("q5_0", 6, 32, 22),
+        CacheType("q4_1", 3, 32, 20),
+        CacheType("q4_0", 2, 32, 18),
+        CacheType("iq4_nl", 20, 32, 18),
+        CacheType("pqo4", 301, 32, 18),
+        CacheType("pqo3", 300, 32, 14),
+    )
+}
+"""Every type a KV cache may have, by name."""
+
+
+def cache_type(name: Any) -> CacheType:
+    """The cache type of that name (case does not matter).
+
+    Raises:
+        ArgumentError: there is none such; the message lists the valid ones.
+    """
+    found = CACHE_TYPES.get(name.lower()) if isinstance(name, str) else None
+    if found is None:
+        raise ArgumentError(f"unknown cache type {name!r}; valid types are {', '.join(CACHE_TYPES)}")
+    return found
+
+
+def parse_cache(spec: CacheSpec) -> tuple[CacheType, CacheType]:
+    """K and V type of a `cache=` specification: "pqo3" for both, ("pqo4", "pqo3") for K and V apart.
+
+    Raises:
+        ArgumentError: neither a name nor a pair of names, or an unknown name.
+    """
+    if isinstance(spec, str):
+        both = cache_type(spec)
+        return both, both
+    if isinstance(spec, Sequence) and len(spec) == 2:
+        return cache_type(spec[0]), cache_type(spec[1])
+    raise ArgumentError(f"cache must be a type name or a pair (K type, V type), not {spec!r}")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Shape and codec of a `PqoCache`.
+
+    Attributes:
+        bits: 3 (type pqo3) or 4 (type pqo4).
+        head_dim: values per head, a multiple of 32.
+        n_head_kv: KV heads.
+        n_layer: layers.
+        mode: how scales are found: `search` (least squared error), or `maxnorm` and `l2norm` as turboquant-rs does.
+
+    Raises:
+        ArgumentError: a field is out of its range; the message says what was given and what is allowed.
+    """
+
+    bits: int = 3
+    head_dim: int = 128
+    n_head_kv: int = 1
+    n_layer: int = 1
+    mode: Mode = "search"
+
+    def __post_init__(self) -> None:
+        limit = 2**31 - 1
+        for name in ("bits", "head_dim", "n_head_kv", "n_layer"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ArgumentError(f"{name} must be an integer, not {value!r}")
+            object.__setattr__(self, name, value.__index__())
+        if self.bits not in (3, 4):
+            raise ArgumentError(f"bits is {self.bits}, must be 3 or 4")
+        if not 0 < self.head_dim <= limit or self.head_dim % 32:
+            raise ArgumentError(f"head_dim is {self.head_dim}, must be a positive multiple of 32")
+        for name in ("n_head_kv", "n_layer"):
+            if not 0 < getattr(self, name) <= limit:
+                raise ArgumentError(f"{name} is {getattr(self, name)}, must be between 1 and {limit}")
+        if self.mode not in MODES:
+            raise ArgumentError(f"unknown mode {self.mode!r}; valid modes are {', '.join(MODES)}")
+
+    @property
+    def type(self) -> CacheType:
+        """The block format: pqo3 or pqo4."""
+        return CACHE_TYPES["pqo3" if self.bits == 3 else "pqo4"]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of blocks, K and V, that one token takes in one layer."""
+        return 2 * self.n_head_kv * self.type.row_bytes(self.head_dim)

@@ -1,0 +1,51 @@
+"""The exceptions of tqgguf. Every one is a `TqggufError`, and also the built-in exception a caller would expect."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArgumentError",
+    "CacheClosedError",
+    "CacheTypeError",
+    "LibraryError",
+    "ModelFileError",
+    "ModelNotFoundError",
+    "OutOfMemoryError",
+    "TqggufError",
+    "UnsupportedError",
+]
+
+
+class TqggufError(Exception):
+    """Base of all errors that tqgguf raises on purpose."""
+
+
+class ArgumentError(TqggufError, ValueError):
+    """An argument is out of its range; the message says what was given and what is allowed."""
+
+
+class OutOfMemoryError(TqggufError, MemoryError):
+    """The native library could not allocate memory; the object it was called on is unchanged."""
+
+
+class UnsupportedError(TqggufError, RuntimeError):
+    """Right in itself, but not on this machine or in this build."""
+
+
+class LibraryError(TqggufError, ImportError):
+    """A native library is missing, of another version, or not the one that belongs to this package."""
+
+
+class CacheTypeError(TqggufError, ValueError):
+    """A KV cache type cannot be used with a model, or llama.cpp did not use the one it was given."""
+
+
+class CacheClosedError(TqggufError, ValueError):
+    """A `PqoCache` was used after `close()`."""
+
+
+class ModelFileError(TqggufError, ValueError):
+    """A model file is not GGUF, is truncated, or lacks what its architecture requires."""
+
+
+class ModelNotFoundError(ModelFileError, FileNotFoundError):
+    """A model file does not exist or is no regular file."""
