@@ -188,18 +188,17 @@ static const uint16_t * mask_row(const tq_attn * a, int64_t stream, int64_t head
 
 #define F16_NEGATIVE_INFINITY 0xfc00u
 
-/* Applies scale, softcap and mask to n scores that lie stride floats apart. */
+/* Applies softcap and mask to n scores that lie stride floats apart; the scale is in q already. */
 static void finish_scores(const tq_attn * a, float * s, int n, int stride, float slope, const uint16_t * mask) {
-    const float scale = a->softcap != 0.0f ? a->scale / a->softcap : a->scale;
-    for (int t = 0; t < n; ++t) {
-        float x = s[t * stride] * scale;
-        if (a->softcap != 0.0f) {
-            x = a->softcap * tanhf(x);
+    if (a->softcap != 0.0f) {
+        for (int t = 0; t < n; ++t) {
+            s[t * stride] = a->softcap * tanhf(s[t * stride]);
         }
-        if (mask != NULL) {
-            x += slope * tqi_f16_to_f32(mask[t]);
+    }
+    if (mask != NULL) {
+        for (int t = 0; t < n; ++t) {
+            s[t * stride] += slope * tqi_f16_to_f32(mask[t]);
         }
-        s[t * stride] = x;
     }
 }
 
@@ -216,9 +215,7 @@ static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, c
         } else if (x->type == TQ_TYPE_F32) {
             memcpy(to, row, (size_t) x->head_dim * sizeof(float));
         } else {
-            for (int64_t i = 0; i < x->head_dim; ++i) {
-                to[i] = tqi_f16_to_f32(tqi_load_u16(row + 2 * i));
-            }
+            kernel->widen((const uint16_t *) (const void *) row, x->head_dim, to);
         }
     }
 }
@@ -248,29 +245,41 @@ static task task_of(const tq_attn * a, const plan * p, int64_t index) {
     return t;
 }
 
-/* 1 if no query vector of the task sees any key of t0 .. t0 + n - 1. */
-static int tile_is_masked(const tq_attn * a, const plan * p, const task * t, int64_t t0, int n) {
+/* What a tile's mask amounts to: most tiles are seen by all query vectors or by none. */
+typedef enum { ALL_SEEN, NONE_SEEN, MIXED } visibility;
+
+static visibility tile_visibility(const tq_attn * a, const plan * p, const task * t, int64_t t0, int n) {
     if (a->mask == NULL) {
-        return 0;
+        return ALL_SEEN;
     }
+    uint16_t any = 0, all_hidden = 1;
     for (int i = 0; i < t->n_vec; ++i) {
         if (a->n_mask_head == 1 && i % p->group != 0) {
-            continue;
+            continue; /* the heads of a group share this mask row */
         }
         const uint16_t * mask = mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
+        uint16_t         bits = 0, differ = 0;
         for (int j = 0; j < n; ++j) {
-            if (mask[j] != F16_NEGATIVE_INFINITY) {
-                return 0;
-            }
+            bits |= mask[j];
+            differ |= mask[j] ^ F16_NEGATIVE_INFINITY;
+        }
+        any |= bits;
+        all_hidden &= differ == 0;
+        if (any != 0 && !all_hidden) {
+            return MIXED;
         }
     }
-    return 1;
+    return any == 0 ? ALL_SEEN : NONE_SEEN;
 }
 
-/* Loads query vector i, transformed if K is. */
+/* Loads query vector i, scaled, and transformed if K is. */
 static void load_query(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i, float * q) {
     memcpy(q, operand_at(&a->q, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group),
            (size_t) a->q.head_dim * sizeof(float));
+    const float scale = a->softcap != 0.0f ? a->scale / a->softcap : a->scale;
+    for (int64_t j = 0; j < a->q.head_dim; ++j) {
+        q[j] *= scale;
+    }
     if (p->k_codec != NULL) {
         kernel->transform(p->k_codec->signs, q, a->q.head_dim / TQ_BLOCK);
     }
@@ -329,7 +338,8 @@ static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan 
     const int64_t end = min64(a->n_kv, (t->chunk + 1) * p->chunk);
     for (int64_t t0 = t->chunk * p->chunk; t0 < end; t0 += TILE) {
         const int n = (int) min64(TILE, end - t0);
-        if (tile_is_masked(a, p, t, t0, n)) {
+        const visibility seen = tile_visibility(a, p, t, t0, n);
+        if (seen == NONE_SEEN) {
             continue;
         }
         kernel->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0), a->k.stride_token, n, w->q, t->n_vec,
@@ -337,7 +347,7 @@ static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan 
         for (int i = 0; i < t->n_vec; ++i) {
             float *          s = w->s + i * TILE;
             const uint16_t * mask =
-                a->mask == NULL ? NULL : mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
+                seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
             finish_scores(a, s, n, 1, slope[i], mask);
             float max = w->max[i];
             for (int j = 0; j < n; ++j) {
@@ -379,14 +389,15 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan 
     const int64_t end = min64(a->n_kv, (t->chunk + 1) * p->chunk);
     for (int64_t t0 = t->chunk * p->chunk; t0 < end; t0 += TILE) {
         const int n = (int) min64(TILE, end - t0);
-        if (tile_is_masked(a, p, t, t0, n)) {
+        const visibility seen = tile_visibility(a, p, t, t0, n);
+        if (seen == NONE_SEEN) {
             continue;
         }
         decode_tile(kernel, &a->k, p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0), n, w->tile);
         kernel->gemm(w->tile, dk, 1, w->q, n, dk, n_col, 0, w->s);
         for (int i = 0; i < t->n_vec; ++i) {
             const int64_t    head = t->head0 + i % p->group;
-            const uint16_t * mask = a->mask == NULL ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
+            const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
             finish_scores(a, w->s + i, n, n_col, slope_of(a, head), mask);
         }
         kernel->softmax_columns(w->s, n, n_col, w->max, w->sum, w->factor);

@@ -20,6 +20,8 @@ typedef struct {
     void (*decode)(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * x);
     /* y <- scale * codebook value: a decode that stays in the transformed domain */
     void (*unpack)(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
+    /* y <- x: (n), f16 bits to f32 */
+    void (*widen)(const uint16_t * x, int64_t n, float * y);
     /* In place, over n_blocks blocks. */
     void (*transform)(tqi_sign_order order, float * y, int64_t n_blocks);
     void (*inverse_transform)(tqi_sign_order order, float * y, int64_t n_blocks);

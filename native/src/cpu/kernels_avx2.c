@@ -12,17 +12,19 @@ static int supported(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
+#define INLINE static inline __attribute__((always_inline))
+
 /* ---- Transform ---- */
 
 typedef struct {
     __m256 v[4]; /* values 8i .. 8i + 7 */
 } block;
 
-static inline block load_block(const float * x) {
+INLINE block load_block(const float * x) {
     return (block) { { _mm256_loadu_ps(x), _mm256_loadu_ps(x + 8), _mm256_loadu_ps(x + 16), _mm256_loadu_ps(x + 24) } };
 }
 
-static inline void store_block(float * x, block y) {
+INLINE void store_block(float * x, block y) {
     for (int i = 0; i < 4; ++i) {
         _mm256_storeu_ps(x + 8 * i, y.v[i]);
     }
@@ -31,7 +33,7 @@ static inline void store_block(float * x, block y) {
 /* One butterfly stage inside a vector: lanes whose partner lies below get partner - self, the others self + partner. */
 #define STAGE(x, partner, minus) _mm256_add_ps(partner, _mm256_xor_ps(x, minus))
 
-static inline block hadamard32(block y) {
+INLINE block hadamard32(block y) {
     const __m256 minus1 = _mm256_setr_ps(0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f);
     const __m256 minus2 = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
     const __m256 minus4 = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
@@ -52,7 +54,7 @@ static inline block hadamard32(block y) {
     } };
 }
 
-static inline block apply_signs(block y) {
+INLINE block apply_signs(block y) {
     const block s = load_block(tqi_signs);
     for (int i = 0; i < 4; ++i) {
         y.v[i] = _mm256_mul_ps(y.v[i], s.v[i]);
@@ -60,7 +62,7 @@ static inline block apply_signs(block y) {
     return y;
 }
 
-static inline block transform_block(tqi_sign_order order, block y) {
+INLINE block transform_block(tqi_sign_order order, block y) {
     return order == TQI_SIGNS_FIRST ? hadamard32(apply_signs(y)) : apply_signs(hadamard32(y));
 }
 
@@ -77,7 +79,7 @@ static void inverse_transform(tqi_sign_order order, float * y, int64_t n_blocks)
 /* ---- Encode ---- */
 
 /* tqi_sum32's halving tree. */
-static inline float sum32(block p) {
+INLINE float sum32(block p) {
     const __m256 q = _mm256_add_ps(_mm256_add_ps(p.v[0], p.v[2]), _mm256_add_ps(p.v[1], p.v[3]));
     __m128       r = _mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1));
     r              = _mm_add_ps(r, _mm_movehl_ps(r, r));
@@ -85,14 +87,14 @@ static inline float sum32(block p) {
     return _mm_cvtss_f32(r);
 }
 
-static inline float max8(__m256 q) {
+INLINE float max8(__m256 q) {
     __m128 r = _mm_max_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1));
     r        = _mm_max_ps(r, _mm_movehl_ps(r, r));
     r        = _mm_max_ss(r, _mm_movehdup_ps(r));
     return _mm_cvtss_f32(r);
 }
 
-static inline float sum8(__m256 q) {
+INLINE float sum8(__m256 q) {
     __m128 r = _mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1));
     r        = _mm_add_ps(r, _mm_movehl_ps(r, r));
     r        = _mm_add_ss(r, _mm_movehdup_ps(r));
@@ -101,19 +103,18 @@ static inline float sum8(__m256 q) {
 
 /* A codebook in registers: a binary search over its boundaries and the lookup of its levels. */
 typedef struct {
-    int    bits;
     __m256 low, high;                    /* levels 0..7, 8..15 */
     __m256 middle, second, third, last; /* the boundaries that each step of the search compares with, by the index so far */
 } table;
 
-static inline __m256 pick8(const float * x, int begin, int step) {
+INLINE __m256 pick8(const float * x, int begin, int step) {
     return _mm256_setr_ps(x[begin], x[begin + step], x[begin + 2 * step], x[begin + 3 * step], x[begin + 4 * step],
                           x[begin + 5 * step], x[begin + 6 * step], x[begin + 7 * step]);
 }
 
-static inline table load_table(const tqi_codec * codec) {
+INLINE table load_table(const tqi_codec * codec) {
     const float * b = codec->boundaries;
-    table         t = { .bits = codec->bits, .low = _mm256_loadu_ps(codec->levels) };
+    table         t = { .low = _mm256_loadu_ps(codec->levels) };
     if (codec->bits == 3) {
         /* index 4 or 0 by b[3]; then b[index + 1] is b[1] or b[5]; then b[index] */
         t.middle = _mm256_set1_ps(b[3]);
@@ -134,11 +135,11 @@ static inline table load_table(const tqi_codec * codec) {
 #define CLIMB(index, t, boundary, step)                                                                                   \
     _mm256_or_si256(index, _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(t, boundary, _CMP_GT_OQ)), step))
 
-static inline __m256i index8(const table * c, __m256 t) {
+INLINE __m256i index8(int bits, const table * c, __m256 t) {
     const __m256i one = _mm256_set1_epi32(1), two = _mm256_set1_epi32(2), four = _mm256_set1_epi32(4);
     __m256i       index = CLIMB(_mm256_setzero_si256(), t, c->middle, four);
     index               = CLIMB(index, t, _mm256_permutevar8x32_ps(c->second, index), two);
-    if (c->bits == 3) {
+    if (bits == 3) {
         return CLIMB(index, t, _mm256_permutevar8x32_ps(c->last, index), one);
     }
     index              = CLIMB(index, t, _mm256_permutevar8x32_ps(c->third, index), one);
@@ -146,9 +147,9 @@ static inline __m256i index8(const table * c, __m256 t) {
     return _mm256_sub_epi32(_mm256_add_epi32(index, index), last);
 }
 
-static inline __m256 level8(const table * c, __m256i index) {
+INLINE __m256 level8(int bits, const table * c, __m256i index) {
     const __m256 low = _mm256_permutevar8x32_ps(c->low, index);
-    if (c->bits == 3) {
+    if (bits == 3) {
         return low;
     }
     const __m256 high = _mm256_permutevar8x32_ps(c->high, index);
@@ -156,7 +157,7 @@ static inline __m256 level8(const table * c, __m256i index) {
 }
 
 /* Packs eight indices into the low 8 * bits bits of a word. */
-static inline uint32_t pack8(int bits, __m256i index) {
+INLINE uint32_t pack8(int bits, __m256i index) {
     const __m256i shift =
         bits == 3 ? _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21) : _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
     const __m256i word = _mm256_sllv_epi32(index, shift);
@@ -166,7 +167,7 @@ static inline uint32_t pack8(int bits, __m256i index) {
     return (uint32_t) _mm_cvtsi128_si32(half);
 }
 
-static inline block sanitize(block x) {
+INLINE block sanitize(block x) {
     const __m256 limit = _mm256_set1_ps(TQI_F16_MAX);
     for (int i = 0; i < 4; ++i) {
         const __m256 number = _mm256_and_ps(x.v[i], _mm256_cmp_ps(x.v[i], x.v[i], _CMP_ORD_Q));
@@ -175,21 +176,21 @@ static inline block sanitize(block x) {
     return x;
 }
 
-static inline void put_block(const table * c, uint16_t d, block t, uint8_t * out) {
+INLINE void put_block(int bits, const table * c, uint16_t d, block t, uint8_t * out) {
     if ((d & 0x7fffu) == 0) {
-        memset(out, 0, c->bits == 3 ? TQI_PQO3_BYTES : TQI_PQO4_BYTES);
+        memset(out, 0, bits == 3 ? TQI_PQO3_BYTES : TQI_PQO4_BYTES);
         return;
     }
     memcpy(out, &d, sizeof d);
     out += sizeof d;
     for (int i = 0; i < 4; ++i) {
-        const uint32_t word = pack8(c->bits, index8(c, t.v[i]));
-        memcpy(out, &word, (size_t) c->bits);
-        out += c->bits;
+        const uint32_t word = pack8(bits, index8(bits, c, t.v[i]));
+        memcpy(out, &word, (size_t) bits);
+        out += bits;
     }
 }
 
-static inline float search_scale(const tqi_codec * codec, const table * c, block y) {
+INLINE float search_scale(int bits, const tqi_codec * codec, const table * c, block y) {
     const float  high = 1.0f / codec->levels[codec->n_levels - 1];
     const float  low  = 1.0f / codec->levels[0];
     const __m256 top  = _mm256_max_ps(_mm256_max_ps(y.v[0], y.v[1]), _mm256_max_ps(y.v[2], y.v[3]));
@@ -206,7 +207,7 @@ static inline float search_scale(const tqi_codec * codec, const table * c, block
             const __m256 inverse = _mm256_set1_ps(1.0f / (base[s] * codec->factors[f]));
             block        a, b;
             for (int i = 0; i < 4; ++i) {
-                const __m256 v = level8(c, index8(c, _mm256_mul_ps(y.v[i], inverse)));
+                const __m256 v = level8(bits, c, index8(bits, c, _mm256_mul_ps(y.v[i], inverse)));
                 a.v[i]         = _mm256_mul_ps(y.v[i], v);
                 b.v[i]         = _mm256_mul_ps(v, v);
             }
@@ -221,23 +222,23 @@ static inline float search_scale(const tqi_codec * codec, const table * c, block
     return d;
 }
 
-static inline uint16_t f32_to_f16(float x) {
+INLINE uint16_t f32_to_f16(float x) {
     return (uint16_t) _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 }
 
-static void encode_search(const tqi_codec * codec, const table * c, const float * x, int64_t n_blocks, uint8_t * blocks) {
+INLINE void encode_search(int bits, const tqi_codec * codec, const table * c, const float * x, int64_t n_blocks, uint8_t * blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, x += TQ_BLOCK, blocks += codec->block_bytes) {
         block          y       = transform_block(TQI_SIGNS_FIRST, sanitize(load_block(x)));
-        const uint16_t d       = f32_to_f16(tqi_sanitize(search_scale(codec, c, y)));
+        const uint16_t d       = f32_to_f16(tqi_sanitize(search_scale(bits, codec, c, y)));
         const __m256   inverse = _mm256_set1_ps(1.0f / _cvtsh_ss(d));
         for (int i = 0; i < 4; ++i) {
             y.v[i] = _mm256_mul_ps(y.v[i], inverse);
         }
-        put_block(c, d, y, blocks);
+        put_block(bits, c, d, y, blocks);
     }
 }
 
-static inline float amax(block y) {
+INLINE float amax(block y) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     for (int i = 0; i < 4; ++i) {
         y.v[i] = _mm256_andnot_ps(sign, y.v[i]);
@@ -245,14 +246,14 @@ static inline float amax(block y) {
     return max8(_mm256_max_ps(_mm256_max_ps(y.v[0], y.v[1]), _mm256_max_ps(y.v[2], y.v[3])));
 }
 
-static inline block divide(block y, float d) {
+INLINE block divide(block y, float d) {
     for (int i = 0; i < 4; ++i) {
         y.v[i] = _mm256_div_ps(y.v[i], _mm256_set1_ps(d));
     }
     return y;
 }
 
-static void encode_norm(const tqi_codec * codec, const table * c, const float * x, int64_t n_blocks, uint8_t * blocks) {
+INLINE void encode_norm(int bits, const tqi_codec * codec, const table * c, const float * x, int64_t n_blocks, uint8_t * blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, x += TQ_BLOCK, blocks += codec->block_bytes) {
         block y = sanitize(load_block(x));
         float d;
@@ -270,23 +271,22 @@ static void encode_norm(const tqi_codec * codec, const table * c, const float * 
             d = d > TQI_NORM_MIN ? d : TQI_NORM_MIN;
             y = transform_block(TQI_SIGNS_LAST, divide(y, d));
         }
-        put_block(c, f32_to_f16(d < TQI_F16_MAX ? d : TQI_F16_MAX), y, blocks);
+        put_block(bits, c, f32_to_f16(d < TQI_F16_MAX ? d : TQI_F16_MAX), y, blocks);
     }
 }
 
-/* The branches on bits and mode are decided outside the loops: each call below is inlined with constants. */
 static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
-    table c = load_table(codec);
-    if (codec->mode == TQ_MODE_SEARCH) {
-        if (c.bits == 3) {
-            c.bits = 3;
-            encode_search(codec, &c, x, n_blocks, blocks);
+    const table c = load_table(codec);
+    if (codec->mode != TQ_MODE_SEARCH) {
+        if (codec->bits == 3) {
+            encode_norm(3, codec, &c, x, n_blocks, blocks);
         } else {
-            c.bits = 4;
-            encode_search(codec, &c, x, n_blocks, blocks);
+            encode_norm(4, codec, &c, x, n_blocks, blocks);
         }
+    } else if (codec->bits == 3) {
+        encode_search(3, codec, &c, x, n_blocks, blocks);
     } else {
-        encode_norm(codec, &c, x, n_blocks, blocks);
+        encode_search(4, codec, &c, x, n_blocks, blocks);
     }
 }
 
@@ -294,7 +294,7 @@ static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, u
 
 /* The eight indices of group g, in the low bits of eight lanes; higher bits are not cleared. Reads inside the block only:
  * the last three bytes of a 3-bit block are read with the byte before them. */
-static inline __m256i indices8(int bits, const uint8_t * qs, int g) {
+INLINE __m256i indices8(int bits, const uint8_t * qs, int g) {
     if (bits == 4) {
         return _mm256_srlv_epi32(_mm256_set1_epi32((int) tqi_load_u32(qs + 4 * g)),
                                  _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
@@ -310,12 +310,12 @@ typedef struct {
     __m256 low, high;
 } levels;
 
-static inline levels load_levels(const tqi_codec * codec) {
+INLINE levels load_levels(const tqi_codec * codec) {
     return (levels) { _mm256_loadu_ps(codec->levels), _mm256_loadu_ps(codec->levels + 8) };
 }
 
 /* vpermps reads only the low three bits of each lane, so the indices need no mask. */
-static inline __m256 values8(int bits, levels c, const uint8_t * qs, int g) {
+INLINE __m256 values8(int bits, levels c, const uint8_t * qs, int g) {
     const __m256i index = indices8(bits, qs, g);
     const __m256  low   = _mm256_permutevar8x32_ps(c.low, index);
     if (bits == 3) {
@@ -324,7 +324,7 @@ static inline __m256 values8(int bits, levels c, const uint8_t * qs, int g) {
     return _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(c.high, index), _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
-static inline block unpack_block(int bits, levels c, const uint8_t * in) {
+INLINE block unpack_block(int bits, levels c, const uint8_t * in) {
     const __m256 d = _mm256_set1_ps(tqi_block_scale(in));
     block        y;
     for (int g = 0; g < 4; ++g) {
@@ -351,10 +351,20 @@ static void decode(const tqi_codec * codec, const uint8_t * blocks, int64_t n_bl
     inverse_transform(codec->signs, x, n_blocks);
 }
 
+static void widen(const uint16_t * x, int64_t n, float * y) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (const void *) (x + i))));
+    }
+    for (; i < n; ++i) {
+        y[i] = _cvtsh_ss(tqi_load_u16(x + i));
+    }
+}
+
 /* ---- Attention ---- */
 
 /* Attention reads scales with the CPU's conversion: a hostile scale (infinity, NaN) stays what it is here. */
-static inline __m256 scale8(const uint8_t * in) {
+INLINE __m256 scale8(const uint8_t * in) {
     return _mm256_set1_ps(_cvtsh_ss(tqi_load_u16(in)));
 }
 
@@ -456,7 +466,7 @@ static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride
 
 /* exp for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 Taylor polynomial for e^r; 0 below -87.3. Relative error under
  * 2e-7 (ln 2 in two parts after Cody and Waite). */
-static inline __m256 exp8(__m256 x) {
+INLINE __m256 exp8(__m256 x) {
     const __m256 tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_LT_OQ);
     const __m256 n    = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256       r    = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
@@ -560,6 +570,7 @@ const tqi_kernels tqi_kernels_avx2 = {
     .encode            = encode,
     .decode            = decode,
     .unpack            = unpack,
+    .widen             = widen,
     .transform         = transform,
     .inverse_transform = inverse_transform,
     .scores            = scores,

@@ -182,6 +182,12 @@ static void decode(const tqi_codec * codec, const uint8_t * blocks, int64_t n_bl
     inverse_transform(codec->signs, x, n_blocks);
 }
 
+static void widen(const uint16_t * x, int64_t n, float * y) {
+    for (int64_t i = 0; i < n; ++i) {
+        y[i] = tqi_f16_to_f32(tqi_load_u16(x + i));
+    }
+}
+
 /* ---- Attention ---- */
 
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
@@ -269,6 +275,7 @@ const tqi_kernels tqi_kernels_portable = {
     .encode            = encode,
     .decode            = decode,
     .unpack            = unpack,
+    .widen             = widen,
     .transform         = transform,
     .inverse_transform = inverse_transform,
     .scores            = scores,

@@ -1,0 +1,282 @@
+/* tq_ggml_cpu.c: the PQO types on ggml's CPU backend (libggml-cpu): row functions and the operators SET_ROWS, DUP/CPY and
+ * FLASH_ATTN_EXT, all of them a translation of ggml's tensors and threads into calls of libtqgguf. */
+#include "tq_ggml.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+#include "tqgguf.h"
+
+#include <string.h>
+
+static_assert(GGML_MAX_DIMS == 4, "the loops below know four dimensions");
+
+/* Blocks converted at once through a buffer on the stack. */
+#define TQ_RUN 16
+
+static void encode(enum ggml_type type, const float * x, void * blocks, int64_t n) {
+    if (tq_encode((int) type, TQ_MODE_SEARCH, x, n, blocks) != TQ_OK) {
+        GGML_ABORT("%s", tq_last_error());
+    }
+}
+
+static void decode(enum ggml_type type, const void * blocks, float * x, int64_t n) {
+    if (tq_decode((int) type, TQ_MODE_SEARCH, blocks, n, x) != TQ_OK) {
+        GGML_ABORT("%s", tq_last_error());
+    }
+}
+
+/* ---- Rows ---- */
+
+void tq_ggml_cpu_from_float_pqo3(const float * x, void * blocks, int64_t n) {
+    encode(GGML_TYPE_PQO3, x, blocks, n);
+}
+
+void tq_ggml_cpu_from_float_pqo4(const float * x, void * blocks, int64_t n) {
+    encode(GGML_TYPE_PQO4, x, blocks, n);
+}
+
+void tq_ggml_cpu_vec_dot_pqo3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc) {
+    GGML_ASSERT(nrc == 1 && n % TQ_GGML_BLOCK == 0);
+    GGML_UNUSED(bs);
+    GGML_UNUSED(bx);
+    GGML_UNUSED(by);
+    *s = tq_dot(TQ_TYPE_PQO3, TQ_MODE_SEARCH, blocks, (const float *) y, n);
+}
+
+void tq_ggml_cpu_vec_dot_pqo4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc) {
+    GGML_ASSERT(nrc == 1 && n % TQ_GGML_BLOCK == 0);
+    GGML_UNUSED(bs);
+    GGML_UNUSED(bx);
+    GGML_UNUSED(by);
+    *s = tq_dot(TQ_TYPE_PQO4, TQ_MODE_SEARCH, blocks, (const float *) y, n);
+}
+
+/* ---- Tensors as a sequence of blocks ---- */
+
+static bool is_float(enum ggml_type type) {
+    return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+}
+
+/* This thread's share [*begin, *end) of n items. */
+static void share(const struct ggml_compute_params * params, int64_t n, int64_t * begin, int64_t * end) {
+    *begin = n * params->ith / params->nth;
+    *end   = n * (params->ith + 1) / params->nth;
+}
+
+/* Address of the element with flat index i, in ggml's order of dimensions. For a PQO type i must be a block's first. */
+static char * element(const struct ggml_tensor * t, int64_t i) {
+    const int64_t i0 = i % t->ne[0];
+    const int64_t i1 = i / t->ne[0] % t->ne[1];
+    const int64_t i2 = i / (t->ne[0] * t->ne[1]) % t->ne[2];
+    const int64_t i3 = i / (t->ne[0] * t->ne[1] * t->ne[2]);
+    return (char *) t->data + i0 / ggml_blck_size(t->type) * (int64_t) t->nb[0]
+        + i1 * (int64_t) t->nb[1] + i2 * (int64_t) t->nb[2] + i3 * (int64_t) t->nb[3];
+}
+
+/* How many values from flat index i on lie in one stretch of memory; at most n, at least one block or one element. */
+static int64_t stretch(const struct ggml_tensor * t, int64_t i, int64_t n) {
+    if (t->nb[0] != ggml_type_size(t->type)) {
+        return ggml_blck_size(t->type);
+    }
+    return MIN(n, t->ne[0] - i % t->ne[0]);
+}
+
+static void load(const struct ggml_tensor * t, int64_t i, int64_t n, float * x) {
+    for (int64_t done = 0; done < n;) {
+        const int64_t m    = stretch(t, i + done, n - done);
+        const char *  from = element(t, i + done);
+        switch (t->type) {
+            case GGML_TYPE_F32:  memcpy(x + done, from, (size_t) m * sizeof(float)); break;
+            case GGML_TYPE_F16:  ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) from, x + done, m); break;
+            case GGML_TYPE_BF16: ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) from, x + done, m); break;
+            default:             decode(t->type, from, x + done, m); break;
+        }
+        done += m;
+    }
+}
+
+static void store(const struct ggml_tensor * t, int64_t i, int64_t n, const float * x) {
+    for (int64_t done = 0; done < n;) {
+        const int64_t m  = stretch(t, i + done, n - done);
+        char *        to = element(t, i + done);
+        switch (t->type) {
+            case GGML_TYPE_F32:  memcpy(to, x + done, (size_t) m * sizeof(float)); break;
+            case GGML_TYPE_F16:  ggml_cpu_fp32_to_fp16(x + done, (ggml_fp16_t *) to, m); break;
+            case GGML_TYPE_BF16: ggml_cpu_fp32_to_bf16(x + done, (ggml_bf16_t *) to, m); break;
+            default:             encode(t->type, x + done, to, m); break;
+        }
+        done += m;
+    }
+}
+
+/* ---- SET_ROWS ---- */
+
+bool tq_ggml_set_rows_used(const struct ggml_tensor * dst) {
+    return tq_ggml_is_pqo(dst->type);
+}
+
+/* src0: (n_values, n_rows, ne2, ne3) values, src1: (n_rows, ne2 / r2, ne3 / r3) row numbers in dst */
+void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct ggml_tensor * src = dst->src[0];
+    const struct ggml_tensor * idx = dst->src[1];
+
+    GGML_ASSERT(src->type == GGML_TYPE_F32 || src->type == GGML_TYPE_F16);
+    GGML_ASSERT(idx->type == GGML_TYPE_I64 || idx->type == GGML_TYPE_I32);
+    GGML_ASSERT(src->ne[0] == dst->ne[0] && src->ne[0] % TQ_GGML_BLOCK == 0);
+    GGML_ASSERT(src->nb[0] == ggml_type_size(src->type) && dst->nb[0] == ggml_type_size(dst->type));
+
+    const int64_t n_blocks = src->ne[0] / TQ_GGML_BLOCK;
+    float         x[TQ_RUN * TQ_GGML_BLOCK];
+    int64_t       begin;
+    int64_t       end;
+
+    share(params, n_blocks * ggml_nrows(src), &begin, &end);
+    for (int64_t b = begin; b < end;) {
+        const int64_t row = b / n_blocks;
+        const int64_t i0  = b % n_blocks;
+        const int64_t i1  = row % src->ne[1];
+        const int64_t i2  = row / src->ne[1] % src->ne[2];
+        const int64_t i3  = row / (src->ne[1] * src->ne[2]);
+
+        const char *  at    = (const char *) idx->data + i1 * (int64_t) idx->nb[0] + i2 % idx->ne[1] * (int64_t) idx->nb[1]
+            + i3 % idx->ne[2] * (int64_t) idx->nb[2];
+        const int64_t to_row = idx->type == GGML_TYPE_I64 ? *(const int64_t *) at : *(const int32_t *) at;
+        GGML_ASSERT(to_row >= 0 && to_row < dst->ne[1]);
+
+        const char * from = (const char *) src->data + i1 * (int64_t) src->nb[1] + i2 * (int64_t) src->nb[2] + i3 * (int64_t) src->nb[3];
+        char *       to   = (char *) dst->data + i0 * (int64_t) dst->nb[0] + to_row * (int64_t) dst->nb[1]
+            + i2 * (int64_t) dst->nb[2] + i3 * (int64_t) dst->nb[3];
+
+        int64_t run = MIN(end - b, n_blocks - i0);
+        if (src->type == GGML_TYPE_F32) {
+            encode(dst->type, (const float *) from + i0 * TQ_GGML_BLOCK, to, run * TQ_GGML_BLOCK);
+        } else {
+            run = MIN(run, TQ_RUN);
+            ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) from + i0 * TQ_GGML_BLOCK, x, run * TQ_GGML_BLOCK);
+            encode(dst->type, x, to, run * TQ_GGML_BLOCK);
+        }
+        b += run;
+    }
+}
+
+/* ---- DUP, CPY ---- */
+
+bool tq_ggml_dup_used(const struct ggml_tensor * dst) {
+    const enum ggml_type from = dst->src[0]->type;
+    const enum ggml_type to   = dst->type;
+    return from != to && (tq_ggml_is_pqo(from) || tq_ggml_is_pqo(to))
+        && (tq_ggml_is_pqo(from) || is_float(from)) && (tq_ggml_is_pqo(to) || is_float(to));
+}
+
+void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct ggml_tensor * src = dst->src[0];
+
+    GGML_ASSERT(ggml_nelements(src) == ggml_nelements(dst));
+
+    const int64_t n = ggml_nelements(dst) / TQ_GGML_BLOCK;
+    float         x[TQ_RUN * TQ_GGML_BLOCK];
+    int64_t       begin;
+    int64_t       end;
+
+    share(params, n, &begin, &end);
+    for (int64_t b = begin; b < end; b += TQ_RUN) {
+        const int64_t m = MIN(end - b, TQ_RUN) * TQ_GGML_BLOCK;
+        load(src, b * TQ_GGML_BLOCK, m, x);
+        store(dst, b * TQ_GGML_BLOCK, m, x);
+    }
+}
+
+/* ---- FLASH_ATTN_EXT ---- */
+
+bool tq_ggml_flash_attn_ext_used(const struct ggml_tensor * dst) {
+    return tq_ggml_is_pqo(dst->src[1]->type) || tq_ggml_is_pqo(dst->src[2]->type);
+}
+
+static struct tq_attn_operand operand(const struct ggml_tensor * t) {
+    struct tq_attn_operand o = {
+        .data          = t->data,
+        .type          = (int) t->type,
+        .mode          = TQ_MODE_SEARCH,
+        .head_dim      = t->ne[0],
+        .n_head        = t->ne[2],
+        .n_stream      = t->ne[3],
+        .stride_token  = t->nb[1],
+        .stride_head   = t->nb[2],
+        .stride_stream = t->nb[3],
+    };
+    if (!tq_ggml_is_pqo(t->type) && t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) {
+        o.decoder = ggml_get_type_traits(t->type)->to_float;
+        GGML_ASSERT(o.decoder && "flash attention: a K or V type without to_float");
+    }
+    GGML_ASSERT(t->nb[0] == ggml_type_size(t->type));
+    return o;
+}
+
+static struct tq_attn attention(const struct ggml_tensor * dst) {
+    const struct ggml_tensor * q     = dst->src[0];
+    const struct ggml_tensor * k     = dst->src[1];
+    const struct ggml_tensor * v     = dst->src[2];
+    const struct ggml_tensor * mask  = dst->src[3];
+    const struct ggml_tensor * sinks = dst->src[4];
+
+    GGML_ASSERT(q->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32);
+    GGML_ASSERT(q->ne[0] == k->ne[0] && k->ne[1] == v->ne[1]);
+    GGML_ASSERT(dst->ne[0] == v->ne[0] && dst->ne[1] == q->ne[2] && dst->ne[2] == q->ne[1] && dst->ne[3] == q->ne[3]);
+    GGML_ASSERT(dst->nb[0] == sizeof(float));
+
+    struct tq_attn a = {
+        .q                 = operand(q),
+        .k                 = operand(k),
+        .v                 = operand(v),
+        .n_q               = q->ne[1],
+        .n_kv              = k->ne[1],
+        .scale             = ggml_get_op_params_f32(dst, 0),
+        .max_bias          = ggml_get_op_params_f32(dst, 1),
+        .softcap           = ggml_get_op_params_f32(dst, 2),
+        .out               = (float *) dst->data,
+        .out_stride_row    = dst->nb[2],
+        .out_stride_head   = dst->nb[1],
+        .out_stride_stream = dst->nb[3],
+    };
+    if (mask) {
+        GGML_ASSERT(mask->type == GGML_TYPE_F16 && mask->nb[0] == sizeof(ggml_fp16_t));
+        GGML_ASSERT(mask->ne[0] >= k->ne[1] && mask->ne[1] >= q->ne[1]);
+        a.mask               = (const uint16_t *) mask->data;
+        a.n_mask_head        = mask->ne[2];
+        a.n_mask_stream      = mask->ne[3];
+        a.mask_stride_row    = mask->nb[1];
+        a.mask_stride_head   = mask->nb[2];
+        a.mask_stride_stream = mask->nb[3];
+    }
+    if (sinks) {
+        GGML_ASSERT(sinks->type == GGML_TYPE_F32 && sinks->ne[0] == q->ne[2]);
+        a.sinks = (const float *) sinks->data;
+    }
+    return a;
+}
+
+size_t tq_ggml_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_tasks) {
+    if (!tq_ggml_flash_attn_ext_used(dst)) {
+        return 0;
+    }
+    const struct tq_attn a     = attention(dst);
+    const size_t         bytes = tq_attn_work_bytes(&a, n_tasks);
+    if (bytes == 0) {
+        GGML_ABORT("%s", tq_last_error());
+    }
+    return bytes;
+}
+
+void tq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct tq_attn a = attention(dst);
+
+    for (int phase = 0; phase < 2; phase++) {
+        if (phase == 1) {
+            ggml_barrier(params->threadpool);
+        }
+        if (tq_attn_compute(&a, phase, params->ith, params->nth, params->wdata) != TQ_OK) {
+            GGML_ABORT("%s", tq_last_error());
+        }
+    }
+}
