@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from ..errors import ArgumentError, LibraryError, OutOfMemoryError, TqggufError, UnsupportedError
 
-PACKAGE_DIR: Final = Path(__file__).resolve().parent.parent
+PACKAGE_DIR: Final = Path(__file__).absolute().parent.parent
 
 LIB_DIR: Final = PACKAGE_DIR / "lib"
 """Where the build puts libtqgguf, libggml*, libllama and libmtmd."""
