@@ -298,7 +298,7 @@ static void decode(const tqi_codec * codec, const uint8_t * blocks, int64_t n_bl
 
 static void widen(const uint16_t * x, int64_t n, float * y) {
     for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16) ((1u << (n - i)) - 1u);
+        const __mmask16 mask = (__mmask16) (n - i >= 16 ? 0xffffu : (1u << (n - i)) - 1u);
         _mm512_mask_storeu_ps(y + i, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x + i)));
     }
 }
@@ -456,7 +456,7 @@ static float softmax_row(float * s, int n, float max) {
     const __m512 m   = _mm512_set1_ps(max);
     __m512       sum = _mm512_setzero_ps();
     for (int t = 0; t < n; t += 16) {
-        const __mmask16 mask = n - t >= 16 ? 0xffff : (__mmask16) ((1u << (n - t)) - 1u);
+        const __mmask16 mask = (__mmask16) (n - t >= 16 ? 0xffffu : (1u << (n - t)) - 1u);
         const __m512    e    = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s + t), m));
         _mm512_mask_storeu_ps(s + t, mask, e);
         sum = _mm512_mask_add_ps(sum, mask, sum, e);
