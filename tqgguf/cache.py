@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from ._native import library
 from .codec import as_float32
 from .config import MODES, CacheConfig
 from .errors import ArgumentError, CacheClosedError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["PqoCache"]
 
@@ -70,7 +73,9 @@ class PqoCache:
             handle, index = self._open(), self._layer(layer)
             k32, v32 = self._tokens(k, "k"), self._tokens(v, "v")
             if k32.shape != v32.shape:
-                raise ArgumentError(f"k and v must hold the same number of tokens, shapes are {k32.shape} and {v32.shape}")
+                raise ArgumentError(
+                    f"k and v must hold the same number of tokens, shapes are {k32.shape} and {v32.shape}"
+                )
             before = self.seq_len(index)
             if before == 0:
                 self._append(handle, index, k32, v32, None, None)
@@ -86,7 +91,9 @@ class PqoCache:
             handle, index = self._open(), self._layer(layer)
             k32, v32 = self._tokens(k, "k"), self._tokens(v, "v")
             if k32.shape != v32.shape:
-                raise ArgumentError(f"k and v must hold the same number of tokens, shapes are {k32.shape} and {v32.shape}")
+                raise ArgumentError(
+                    f"k and v must hold the same number of tokens, shapes are {k32.shape} and {v32.shape}"
+                )
             self._append(handle, index, k32, v32, None, None)
 
     def decode(self, layer: int, k: Floats, v: Floats, q: Floats, scale: float) -> Floats:
@@ -175,7 +182,7 @@ class PqoCache:
         """Whether `close()` was called."""
         return self._cache is None
 
-    def __enter__(self) -> PqoCache:
+    def __enter__(self) -> Self:
         self._open()
         return self
 

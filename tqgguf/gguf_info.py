@@ -260,12 +260,20 @@ class _Keys:
         if mla:
             notes.append("MLA: each layer keeps one latent per token as K, and V is taken from it")
         elif self.get("attention.kv_lora_rank") is not None:
-            notes.append("MLA model, but this file stores full K and V: conversion by a newer llama.cpp saves most of it")
+            notes.append(
+                "MLA model, but this file stores full K and V: conversion by a newer llama.cpp saves most of it"
+            )
         if any(windows):
             dense = sum(1 for w, has in zip(windows, has_kv, strict=True) if has and not w)
             notes.append(f"sliding window of {max(windows)} tokens in all but {dense} layers")
         return tuple(
-            KVLayer(i, heads_kv[i], swa_k if windows[i] else head_dim_k, _v(mla, swa_v if windows[i] else head_dim_v), windows[i])
+            KVLayer(
+                i,
+                heads_kv[i],
+                swa_k if windows[i] else head_dim_k,
+                _v(mla, swa_v if windows[i] else head_dim_v),
+                windows[i],
+            )
             for i in range(n_layer)
             if has_kv[i] and heads_kv[i]
         )

@@ -236,7 +236,8 @@ def pack(indices: U8, bits: int) -> U8:
     groups = indices.reshape(-1, BLOCK // 8, 8).astype(np.uint64)
     words = np.bitwise_or.reduce(groups << (np.arange(8, dtype=np.uint64) * np.uint64(bits)), axis=-1)
     shifts = np.arange(bits, dtype=np.uint64) * np.uint64(8)
-    return ((words[..., None] >> shifts) & np.uint64(0xFF)).astype(np.uint8).reshape(-1, 4 * bits)
+    packed: U8 = ((words[..., None] >> shifts) & np.uint64(0xFF)).astype(np.uint8)
+    return packed.reshape(-1, 4 * bits)
 
 
 def unpack(qs: U8, bits: int) -> U8:
@@ -244,7 +245,8 @@ def unpack(qs: U8, bits: int) -> U8:
     groups = qs.reshape(-1, BLOCK // 8, bits).astype(np.uint64)
     words = np.bitwise_or.reduce(groups << (np.arange(bits, dtype=np.uint64) * np.uint64(8)), axis=-1)
     shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    return ((words[..., None] >> shifts) & np.uint64(2**bits - 1)).astype(np.uint8).reshape(-1, BLOCK)
+    indices: U8 = ((words[..., None] >> shifts) & np.uint64(2**bits - 1)).astype(np.uint8)
+    return indices.reshape(-1, BLOCK)
 
 
 # ---- Whole blocks ----
@@ -276,7 +278,8 @@ def encode(x: npt.ArrayLike, type: str, mode: str = "search") -> U8:
         d = np.minimum(scale, F16_MAX).astype(np.float16)
     else:
         scale = np.maximum(np.sqrt(sum32(blocks * blocks)), NORM_MIN)
-        t = transform(blocks / scale[:, None], mode)
+        unit = (blocks / scale[:, None]).astype(np.float32)
+        t = transform(unit, mode)
         d = np.minimum(scale, F16_MAX).astype(np.float16)
     bits = 3 if type == "pqo3" else 4
     qs = pack(quantize_indices(t, book), bits)

@@ -8,6 +8,7 @@ pqo3 nor pqo4.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+from ..config import CACHE_TYPES
 from ..errors import LibraryError
 from .library import LIB_DIR, PACKAGE_DIR, library_path, loaded_libraries
 
@@ -77,9 +79,7 @@ def claim_llama_cpp() -> None:
         )
     given = os.environ.get(VARIABLE)
     if given is not None and not _same(Path(given), LIB_DIR):
-        raise LibraryError(
-            f"{VARIABLE} is set to {given}, but tqgguf needs its own libraries in {LIB_DIR}: unset it"
-        )
+        raise LibraryError(f"{VARIABLE} is set to {given}, but tqgguf needs its own libraries in {LIB_DIR}: unset it")
     os.environ[VARIABLE] = str(LIB_DIR)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -118,6 +118,11 @@ def verify_libraries() -> None:
             raise LibraryError(f"lib{family} is not loaded, though llama_cpp is: {LIB_DIR} holds no patched libraries")
     if len(mapped["tqgguf"]) > 1:
         raise LibraryError(f"more than one libtqgguf is loaded: {', '.join(map(str, mapped['tqgguf']))}")
+    type_name = ctypes.CDLL(str(library_path("ggml-base"))).ggml_type_name
+    type_name.argtypes, type_name.restype = [ctypes.c_int], ctypes.c_char_p
+    for kind in CACHE_TYPES.values():
+        if type_name(kind.number) != kind.name.encode():
+            raise LibraryError(f"the libggml in {LIB_DIR} does not know {kind.name}: it was built without our patches")
 
 
 def _library_directory() -> Path | None:

@@ -67,7 +67,7 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
-        import cffi
+        import cffi  # type: ignore[import-untyped]
 
         if not path.is_file():
             raise LibraryError(

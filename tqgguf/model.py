@@ -1,0 +1,309 @@
+"""`Llama`: a `llama_cpp.Llama` whose KV cache type is given by name, checked before loading and verified after."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ._native import import_llama_cpp
+from .config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
+from .errors import ArgumentError, CacheTypeError, OutOfMemoryError, TqggufError
+from .gguf_info import KVLayer, ModelInfo, read_model_info
+
+__all__ = ["CacheInfo", "LayerCacheInfo", "Llama"]
+
+llama_cpp: Any = import_llama_cpp()
+_Stock: Any = llama_cpp.Llama
+
+
+@dataclass(frozen=True)
+class LayerCacheInfo:
+    """KV cache of one layer, in bytes.
+
+    Attributes:
+        layer: number of the layer.
+        type_k: storage type of K.
+        type_v: storage type of V.
+        cells: tokens it has room for.
+        cells_used: tokens in it.
+        bytes_per_token: K and V together.
+        bytes: allocated for all cells.
+        f16_bytes: what f16 would take for as many cells.
+    """
+
+    layer: int
+    type_k: str
+    type_v: str
+    cells: int
+    cells_used: int
+    bytes_per_token: int
+    bytes: int
+    f16_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """KV cache of a loaded model, in bytes.
+
+    Attributes:
+        type_k: storage type of K.
+        type_v: storage type of V.
+        n_ctx: context length in tokens.
+        cells_used: tokens in the cache.
+        bytes_per_token: K and V of all layers together.
+        bytes: allocated for K and V of all layers.
+        f16_bytes: what f16 would take for as many cells.
+        layers: the same per layer; layers without a cache of their own do not appear.
+        exact: False for an architecture whose cache tqgguf does not model: then the figures cover `layers` only.
+    """
+
+    type_k: str
+    type_v: str
+    n_ctx: int
+    cells_used: int
+    bytes_per_token: int
+    bytes: int
+    f16_bytes: int
+    layers: tuple[LayerCacheInfo, ...]
+    exact: bool
+
+    @property
+    def ratio(self) -> float:
+        """Bytes as a fraction of what f16 would take."""
+        return self.bytes / self.f16_bytes if self.f16_bytes else 1.0
+
+
+class Llama(_Stock):  # type: ignore[misc]
+    """A `llama_cpp.Llama` with a compressed KV cache.
+
+    Everything the stock class does works unchanged. Before loading, the GGUF header is read and the cache type is
+    checked against the model's head sizes; after loading, the types, cells and bytes that llama.cpp reports for its KV
+    buffers are compared with what was asked for, so a cache type is never silently ignored.
+
+    Args:
+        model_path: a GGUF file.
+        cache: type of the KV cache: "pqo3", "pqo4", or a stock type ("f16", "q8_0", ...); a pair for K and V apart.
+        flash_attn: None switches it on where the types need it. A quantized V, and every PQO type, needs it.
+        **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
+
+    Raises:
+        ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given, or
+            `flash_attn=False` with types that need it.
+        ModelNotFoundError: no such file.
+        ModelFileError: not GGUF, truncated, or without the keys its architecture requires.
+        CacheTypeError: a head size is no multiple of the type's block (the message names layer and value), or llama.cpp
+            did not use the types it was given.
+        OutOfMemoryError: no memory for the KV buffers.
+        LibraryError: the native libraries are missing or not those of this package.
+        TqggufError: llama.cpp could not load the model; the message carries its own errors.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        cache: CacheSpec = "pqo3",
+        flash_attn: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The stock destructor closes this stack, also when a check below has raised before the stock constructor ran.
+        self._stack = contextlib.ExitStack()
+        for name in ("type_k", "type_v"):
+            if kwargs.get(name) is not None:
+                raise ArgumentError(f"{name} is set by cache: give cache=(K type, V type) by name instead")
+            kwargs.pop(name, None)
+        k, v = parse_cache(cache)
+        needs_flash = v.quantized or k.pqo
+        if flash_attn is False and needs_flash:
+            raise ArgumentError(
+                f"flash_attn=False cannot be combined with a K cache of {k.name} and a V cache of {v.name}: "
+                f"a quantized V, and every PQO type, needs flash attention"
+            )
+        self._info = read_model_info(model_path)
+        obstacle = None if kwargs.get("vocab_only") else self._info.obstacle(k, v)
+        if obstacle:
+            raise CacheTypeError(f"{self._info.path.name} cannot have a {_names(k, v)} KV cache: {obstacle}")
+        self._types = (k, v)
+        with _load_lock, _captured_log() as log:
+            try:
+                super().__init__(
+                    str(model_path),
+                    type_k=k.number,
+                    type_v=v.number,
+                    flash_attn=needs_flash if flash_attn is None else flash_attn,
+                    **kwargs,
+                )
+            except (ValueError, RuntimeError) as error:
+                raise _load_error(error, log, self._info) from error
+        self._buffers: list[_KVBuffer] = []
+        if not kwargs.get("vocab_only"):
+            try:
+                self._buffers = _verify(log, self._info, k, v)
+            except CacheTypeError:
+                self.close()
+                raise
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """What the GGUF file says about the model's KV cache."""
+        return self._info
+
+    def cache_info(self) -> CacheInfo:
+        """Types, bytes and cells of the KV cache, per layer and in all.
+
+        The number of cells and the types are those llama.cpp reported when it allocated the cache.
+        """
+        k, v = self._types
+        f16 = CACHE_TYPES["f16"]
+        used = self._cells_used()
+        layers: list[LayerCacheInfo] = []
+        for layer in self._info.layers:
+            buffer = _buffer_of(layer, self._info, self._buffers)
+            if buffer is None:
+                continue
+            cells = buffer.cells * buffer.n_stream
+            per_token = layer.bytes_per_token(k, v)
+            layers.append(
+                LayerCacheInfo(
+                    layer=layer.index,
+                    type_k=k.name,
+                    type_v=v.name,
+                    cells=cells,
+                    cells_used=min(used, cells),
+                    bytes_per_token=per_token,
+                    bytes=cells * per_token,
+                    f16_bytes=cells * layer.bytes_per_token(f16, f16),
+                )
+            )
+        return CacheInfo(
+            type_k=k.name,
+            type_v=v.name,
+            n_ctx=self.n_ctx(),
+            cells_used=used,
+            bytes_per_token=sum(layer.bytes_per_token for layer in layers),
+            bytes=sum(layer.bytes for layer in layers),
+            f16_bytes=sum(layer.f16_bytes for layer in layers),
+            layers=tuple(layers),
+            exact=self._info.exact,
+        )
+
+    def _cells_used(self) -> int:
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
+
+
+# ---- What llama.cpp reports while it allocates its cache ----
+
+_load_lock = threading.Lock()
+"""The log callback is one per process, so only one model is loaded at a time."""
+
+_LOG_WARN: Final = 3
+_LOG_ERROR: Final = 4
+_LOG_CONT: Final = 5
+
+# llama_kv_cache: size = 0.88 MiB ( 2048 cells, 4 layers, 1/1 seqs), K (pqo3): 0.44 MiB, V (pqo3): 0.44 MiB
+_KV_LINE: Final = re.compile(
+    r"llama_kv_cache: size = +[\d.]+ MiB \( *(?P<cells>\d+) cells, +(?P<layers>\d+) layers, +\d+/(?P<streams>\d+) seqs\), "
+    r"K \((?P<k>[^)]+)\): +(?P<k_mib>[\d.]+) MiB, V \((?P<v>[^)]+)\): +(?P<v_mib>[\d.]+) MiB"
+)
+
+
+@dataclass(frozen=True)
+class _KVBuffer:
+    """One `llama_kv_cache` as llama.cpp reported it; sizes are its own text, in MiB with two digits."""
+
+    cells: int
+    n_layer: int
+    n_stream: int
+    type_k: str
+    type_v: str
+    k_mib: str
+    v_mib: str
+
+
+@contextlib.contextmanager
+def _captured_log() -> Iterator[list[tuple[int, str]]]:
+    """Collects llama.cpp's log as (level, text), and still hands it on to whoever listened before."""
+    lines: list[tuple[int, str]] = []
+    before, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user_data))
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def callback(level: int, text: bytes, data: Any) -> None:
+        if level == _LOG_CONT and lines:
+            lines[-1] = (lines[-1][0], lines[-1][1] + text.decode("utf-8", "replace"))
+        else:
+            lines.append((level, text.decode("utf-8", "replace")))
+        if before:
+            before(level, text, user_data)
+
+    llama_cpp.llama_log_set(callback, None)
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(before, user_data)
+
+
+def _verify(log: list[tuple[int, str]], info: ModelInfo, k: CacheType, v: CacheType) -> list[_KVBuffer]:
+    """The KV buffers llama.cpp reported; raises CacheTypeError unless they are what was asked for."""
+    buffers = [
+        _KVBuffer(int(m["cells"]), int(m["layers"]), int(m["streams"]), m["k"], m["v"], m["k_mib"], m["v_mib"])
+        for _, text in log
+        if (m := _KV_LINE.search(text))
+    ]
+    if not buffers:
+        if info.layers:
+            raise CacheTypeError(
+                f"llama.cpp reported no KV buffer for {info.path.name}: cannot verify that its cache is {_names(k, v)}"
+            )
+        return buffers
+    for buffer in buffers:
+        if (buffer.type_k, buffer.type_v) != (k.name, v.name):
+            raise CacheTypeError(
+                f"llama.cpp stored K as {buffer.type_k} and V as {buffer.type_v}, asked for were {k.name} and {v.name}"
+            )
+    if not info.exact:
+        return buffers
+    for buffer in buffers:
+        mine = [layer for layer in info.layers if _buffer_of(layer, info, buffers) is buffer]
+        cells = buffer.cells * buffer.n_stream
+        for side, kind, reported, values in (
+            ("K", k, buffer.k_mib, sum(layer.n_head_kv * layer.head_dim_k for layer in mine)),
+            ("V", v, buffer.v_mib, sum(layer.n_head_kv * layer.head_dim_v for layer in mine)),
+        ):
+            expected = cells * kind.row_bytes(values)
+            if abs(float(reported) - expected / 2**20) > 0.0051:
+                raise CacheTypeError(
+                    f"the {side} cache of {buffer.cells} cells takes {reported} MiB, "
+                    f"but as {kind.name} it must take {expected} bytes: the type was not honoured"
+                )
+    return buffers
+
+
+def _buffer_of(layer: KVLayer, info: ModelInfo, buffers: list[_KVBuffer]) -> _KVBuffer | None:
+    """The buffer a layer lives in. With sliding windows llama.cpp makes two: full attention first, then windows."""
+    if len(buffers) == 1:
+        return buffers[0]
+    if len(buffers) == 2 and any(other.window for other in info.layers):
+        return buffers[1 if layer.window else 0]
+    return None
+
+
+def _load_error(error: Exception, log: list[tuple[int, str]], info: ModelInfo) -> TqggufError:
+    causes = [text.strip() for level, text in log if level in (_LOG_WARN, _LOG_ERROR) and text.strip()]
+    errors = [text.strip() for level, text in log if level == _LOG_ERROR and text.strip()]
+    said = "; ".join((errors or causes)[-3:]) or str(error)
+    message = f"llama.cpp could not load {info.path}: {said}"
+    if re.search(r"failed to allocate|out of memory|bad_alloc|unable to allocate", " ".join(causes), re.IGNORECASE):
+        return OutOfMemoryError(message)
+    return TqggufError(message)
+
+
+def _names(k: CacheType, v: CacheType) -> str:
+    return k.name if k == v else f"{k.name} (K) and {v.name} (V)"
