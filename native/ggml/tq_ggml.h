@@ -39,12 +39,6 @@ static inline int64_t tq_ggml_shift_width(enum ggml_type type, int64_t n_rot) {
     return tq_ggml_is_pqo(type) ? GGML_PAD(n_rot, TQ_GGML_BLOCK) : n_rot;
 }
 
-/* How many values of each head a context shift has to load, turn and store again. Upstream takes the n_rot values that RoPE
- * turns, which need not be whole blocks; RoPE itself leaves the values beyond n_rot alone. */
-static inline int64_t tq_ggml_shift_width(enum ggml_type type, int64_t n_rot) {
-    return tq_ggml_is_pqo(type) ? GGML_PAD(n_rot, TQ_GGML_BLOCK) : n_rot;
-}
-
 /* ---- libggml-base: the rows of ggml's table of types, and two of its switches over types ---- */
 
 #define TQ_GGML_TYPE_TRAITS(name, bytes)                                                                                  \
