@@ -1,0 +1,57 @@
+"""`tqgguf demo`: the model that comes with the package answers a question from a compressed cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ..errors import ModelNotFoundError, TqggufError
+from .chat import Conversation
+from .format import cache_line, to_json
+from .options import add_cache_options
+
+QUESTION = "What is the capital of France?"
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "demo",
+        help="see it work, with the model that comes along",
+        description="Asks the bundled model a question and shows what its KV cache takes; then offers a chat.",
+        epilog="example: tqgguf demo --cache pqo4",
+    )
+    parser.add_argument("--json", action="store_true", help="print answer and figures as JSON")
+    add_cache_options(parser)
+    parser.set_defaults(call=call)
+
+
+def call(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from .. import demo
+    from ..model import Llama
+
+    if not demo.MODEL_PATH.is_file():
+        raise ModelNotFoundError(f"the demo model {demo.MODEL_PATH} is missing from this installation")
+    cache = (args.cache_k or args.cache, args.cache_v or args.cache)
+    model = Llama(demo.MODEL_PATH, cache=cache, n_ctx=2048, verbose=False)
+    try:
+        reply = model.create_chat_completion([{"role": "user", "content": QUESTION}], temperature=0.0, max_tokens=32)
+    except ValueError as error:
+        raise TqggufError(str(error)) from error
+    answer = str(reply["choices"][0]["message"]["content"]).strip()
+    info = model.cache_info()
+    if args.json:
+        print(to_json({"question": QUESTION, "answer": answer, "cache": info}))
+        return 0
+    print(f"> {QUESTION}\n{answer}\n\n{cache_line(info)}", flush=True)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        print("\nThe demo model knows capitals, and facts you tell it in the question.", file=sys.stderr)
+        try:
+            wanted = input("Chat with it? [Y/n] ").strip().lower() in ("", "y", "yes")
+        except EOFError:
+            wanted = False
+        if wanted:
+            return Conversation(model, None, 64, 0.0, None).loop()
+    return 0

@@ -1,0 +1,48 @@
+"""Figures as text, and dataclasses as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..model import CacheInfo
+
+
+def size(n_bytes: int) -> str:
+    """Bytes for a reader: "917,504 B", "12.3 MiB"."""
+    value = float(n_bytes)
+    if value < 2**20:
+        return f"{n_bytes:,} B"
+    for unit in ("MiB", "GiB"):
+        value /= 1024 if unit == "GiB" else 2**20
+        if value < 1024:
+            break
+    return f"{value:,.1f} {unit}"
+
+
+def to_json(data: Any) -> str:
+    """A dataclass, or a dict holding some, as indented JSON."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.asdict(value)
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"{value.__class__.__name__} has no JSON form")
+
+    return json.dumps(data, indent=2, default=plain)
+
+
+def cache_line(info: CacheInfo) -> str:
+    """One line about a KV cache: types, bytes, and bytes against f16 in 64ths (14/64 is 3.5 of 16 bits)."""
+    types = info.type_k if info.type_k == info.type_v else f"{info.type_k} (K) and {info.type_v} (V)"
+    if not info.f16_bytes:
+        return f"KV cache {types}: size not known for this architecture"
+    parts = 64 * info.bytes / info.f16_bytes
+    return (
+        f"KV cache {types}: {info.bytes:,} bytes for {info.n_ctx:,} tokens, f16 would take {info.f16_bytes:,} bytes: "
+        f"{parts:.4g}/64, {parts / 4:.4g} of 16 bits per value"
+    )

@@ -1,0 +1,84 @@
+"""Options that several commands share, and the model they describe."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Final
+
+from ..config import cache_type
+from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ..model import Llama
+
+DEFAULT_CONTEXT: Final = 4096
+"""Context if `--ctx` is not given, or what the model was trained for if that is less."""
+
+
+def cache_name(text: str) -> str:
+    """argparse type: the name of a cache type."""
+    try:
+        return cache_type(text).name
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    """argparse type: a positive integer."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
+    return value
+
+
+def temperature(text: str) -> float:
+    """argparse type: a sampling temperature, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 100:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 100, not {text!r}")
+    return value
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --cache, --cache-k, --cache-v."""
+    group = parser.add_argument_group("KV cache")
+    group.add_argument(
+        "--cache", type=cache_name, metavar="TYPE", default="pqo3", help="type of K and V (default: pqo3)"
+    )
+    group.add_argument("--cache-k", type=cache_name, metavar="TYPE", help="type of K alone")
+    group.add_argument("--cache-v", type=cache_name, metavar="TYPE", help="type of V alone")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the cache options and --ctx, --seed, --temp, --threads."""
+    add_cache_options(parser)
+    parser.add_argument(
+        "--ctx", type=positive, metavar="N", help=f"context in tokens (default: {DEFAULT_CONTEXT} at most)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampler (default: random)")
+    parser.add_argument(
+        "--temp", type=temperature, metavar="X", default=0.8, help="temperature, 0 is greedy (default: 0.8)"
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: half of the processors)")
+
+
+def load_model(args: argparse.Namespace, path: str) -> Llama:
+    """Loads a model with the options of `add_model_options`, quietly."""
+    from ..gguf_info import read_model_info
+    from ..model import Llama
+
+    n_ctx = args.ctx or min(DEFAULT_CONTEXT, read_model_info(path).n_ctx_train)
+    return Llama(
+        path,
+        cache=(args.cache_k or args.cache, args.cache_v or args.cache),
+        n_ctx=n_ctx,
+        n_threads=args.threads,
+        **({} if args.seed is None else {"seed": args.seed}),
+        verbose=False,
+    )

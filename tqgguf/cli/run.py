@@ -1,0 +1,66 @@
+"""`tqgguf run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from ..errors import TqggufError
+from .format import cache_line, to_json
+from .options import add_model_options, load_model, positive
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "run",
+        help="answer one prompt",
+        description="Answers one prompt, through the model's own chat template if it has one.",
+        epilog="example: tqgguf run model.gguf -p 'What is a KV cache?' --cache pqo4 -n 200",
+    )
+    parser.add_argument("model", help="a GGUF file")
+    parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="the prompt")
+    parser.add_argument("-n", "--n-predict", type=positive, default=256, metavar="N", help="most tokens (default: 256)")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without a chat template")
+    parser.add_argument("--json", action="store_true", help="print answer and figures as JSON")
+    add_model_options(parser)
+    parser.set_defaults(call=call)
+
+
+def call(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    model = load_model(args, args.model)
+    raw = args.raw or not has_chat_template(model)
+    start, pieces, finish = time.perf_counter(), [], None
+    options = {"max_tokens": args.n_predict, "temperature": args.temp, "seed": args.seed, "stream": True}
+    try:
+        stream = (
+            model.create_completion(args.prompt, **options)
+            if raw
+            else model.create_chat_completion([{"role": "user", "content": args.prompt}], **options)
+        )
+        for chunk in stream:
+            choice = chunk["choices"][0]
+            piece = choice["text"] if raw else choice["delta"].get("content") or ""
+            finish = choice["finish_reason"] or finish
+            pieces.append(piece)
+            if not args.json:
+                print(piece, end="", flush=True)
+    except ValueError as error:
+        raise TqggufError(str(error)) from error
+    seconds = time.perf_counter() - start
+    info = model.cache_info()
+    if args.json:
+        answer = {"answer": "".join(pieces), "finish_reason": finish, "seconds": seconds, "cache": info}
+        print(to_json(answer))
+        return 0
+    print()
+    print(f"{len(pieces)} pieces in {seconds:.1f} s; {cache_line(info)}", file=sys.stderr)
+    return 0
+
+
+def has_chat_template(model: Any) -> bool:
+    """Whether the model's file brings a chat template."""
+    return "tokenizer.chat_template" in model.metadata

@@ -1,0 +1,1 @@
+"""Diagnostics: each module computes something and returns a dataclass; nothing here prints."""

@@ -1,0 +1,84 @@
+"""What a model's KV cache takes in each cache type, from its GGUF alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ..config import cache_type
+from ..errors import ArgumentError
+from ..gguf_info import ModelInfo, read_model_info
+
+__all__ = ["COMPARED_TYPES", "CacheRow", "ModelCache", "model_cache"]
+
+COMPARED_TYPES: Final = ("f16", "q8_0", "q4_0", "pqo4", "pqo3")
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """One cache type's cost for a model.
+
+    Attributes:
+        type: name of the type, used for K and V both.
+        bits: bits per value.
+        bytes_per_token: K and V of all layers; None if the type cannot be used.
+        bytes: in all, for each context length asked for; None if the type cannot be used.
+        obstacle: why the type cannot be used, or None.
+    """
+
+    type: str
+    bits: float
+    bytes_per_token: int | None
+    bytes: tuple[int, ...] | None
+    obstacle: str | None
+
+
+@dataclass(frozen=True)
+class ModelCache:
+    """A model's KV cache in several types.
+
+    Attributes:
+        info: what the GGUF says.
+        contexts: context lengths in tokens, the columns of `CacheRow.bytes`.
+        rows: one for each type compared.
+    """
+
+    info: ModelInfo
+    contexts: tuple[int, ...]
+    rows: tuple[CacheRow, ...]
+
+
+def model_cache(path: str | Path, contexts: Sequence[int] = (), types: Sequence[str] = COMPARED_TYPES) -> ModelCache:
+    """Computes what each type would take, as llama.cpp allocates it for one sequence.
+
+    Args:
+        path: a GGUF file.
+        contexts: context lengths in tokens; none means the length the model was trained for.
+        types: names of cache types.
+
+    Raises:
+        ArgumentError: a context that is not positive, or an unknown type.
+        ModelFileError: see `read_model_info`.
+    """
+    info = read_model_info(path)
+    lengths = tuple(contexts) or (info.n_ctx_train,)
+    for n_ctx in lengths:
+        if n_ctx < 1:
+            raise ArgumentError(f"a context must have at least 1 token, not {n_ctx}")
+    rows = []
+    for name in types:
+        kind = cache_type(name)
+        obstacle = info.obstacle(kind, kind)
+        usable = obstacle is None
+        rows.append(
+            CacheRow(
+                type=kind.name,
+                bits=kind.bits,
+                bytes_per_token=info.bytes_per_token(kind, kind) if usable else None,
+                bytes=tuple(info.cache_bytes(n, kind, kind) for n in lengths) if usable else None,
+                obstacle=obstacle,
+            )
+        )
+    return ModelCache(info, lengths, tuple(rows))
