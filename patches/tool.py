@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+DOWNLOADS = HERE.parent / "build" / "download"
 FORMAT = "1"  # of the work tree: part of the stamp's key
 CONTEXT = 3
 HEADER_FIELDS = ("What:", "Why not in native/:", "Relies on:", "Tested by:")
@@ -442,9 +443,11 @@ def fetch(pin: Pin, directory: Path) -> Path:
 
 
 def series_key(directory: Path, series: list[Patch]) -> str:
-    digest = hashlib.sha256(FORMAT.encode())
-    for path in (directory / "upstream.toml", directory / "series", *(directory / patch.name for patch in series)):
-        digest.update(path.read_bytes())
+    """Changes with the pin and with every hunk, not with the patches' headers."""
+    pin = read_pin(directory / "upstream.toml")
+    digest = hashlib.sha256(f"{FORMAT} {pin.sha256} {pin.subdir}".encode())
+    for patch in series:
+        digest.update(encode(read_text(directory / patch.name)[len(patch.header) :]))
     return digest.hexdigest()
 
 
@@ -474,9 +477,9 @@ def require_applied(series: list[Patch], outcomes: list[Outcome]) -> None:
             raise ToolError(outcome.failures[0] + (f" (and {more} more failures)" if more else ""))
 
 
-def apply(directory: Path, work: Path, force: bool = False) -> bool:
+def apply(directory: Path, work: Path, force: bool = False, stock: bool = False) -> bool:
     """Brings the work tree to upstream plus series; only files whose contents change are written. True if any was."""
-    pin, series = read_pin(directory / "upstream.toml"), read_series(directory)
+    pin, series = read_pin(directory / "upstream.toml"), [] if stock else read_series(directory)
     key, stamp = series_key(directory, series), read_stamp(work)
     source = os.environ.get("TQGGUF_UPSTREAM", "")
     if stamp.get("key") == key and stamp.get("source") == source and not force and (work / "llama.cpp").is_dir():
@@ -484,7 +487,7 @@ def apply(directory: Path, work: Path, force: bool = False) -> bool:
     edited = [] if force else hand_edits(work, stamp)
     if edited:
         raise ToolError(f"{work} holds edits that are not in the series ({', '.join(edited[:3])}): run export first, or apply --force")
-    upstream = Upstream(fetch(pin, work.parent / "download"), pin.subdir)
+    upstream = Upstream(fetch(pin, DOWNLOADS), pin.subdir)
     stages, outcomes = apply_series(series, upstream.read(touched(series)))
     require_applied(series, outcomes)
     for patch, outcome in zip(series, outcomes, strict=True):
@@ -520,7 +523,7 @@ def export(directory: Path, work: Path, into: str | None) -> list[str]:
     if into and target is None:
         raise ToolError(f"no patch begins with {into}; there are {', '.join(p.name for p in series)}")
     edited = [n.removeprefix("llama.cpp/") for n in hand_edits(work, stamp) if n.startswith("llama.cpp/")]
-    upstream = Upstream(fetch(pin, work.parent / "download"), pin.subdir)
+    upstream = Upstream(fetch(pin, DOWNLOADS), pin.subdir)
     stages, outcomes = apply_series(series, upstream.read({*touched(series), *edited}))
     require_applied(series, outcomes)
     for path in edited:
@@ -579,10 +582,10 @@ def write_table(directory: Path) -> None:
     (directory / "README.md").write_text(readme_with_table(directory), encoding="utf-8")
 
 
-def check(directory: Path, work: Path) -> list[str]:
+def check(directory: Path) -> list[str]:
     """Everything that is wrong with the series, in words."""
     pin, series = read_pin(directory / "upstream.toml"), read_series(directory)
-    source = fetch(pin, work.parent / "download")
+    source = fetch(pin, DOWNLOADS)
     upstream = Upstream(source, pin.subdir)
     stages, outcomes = apply_series(series, upstream.read(touched(series)))
     wrong: list[str] = []
@@ -637,6 +640,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("fetch", help="obtain and verify the pinned sdist, print its path")
     command = commands.add_parser("apply", help="bring the work tree to upstream plus series")
     command.add_argument("--force", action="store_true", help="overwrite edits made in the work tree")
+    command.add_argument("--stock", action="store_true", help="without the series, to compare with")
     commands.add_parser("check", help="clean apply, idempotence, byte-equal re-export, headers, line budget, table")
     command = commands.add_parser("export", help="move edits made in the work tree into the series")
     command.add_argument("--into", metavar="NNNN", help="the patch that takes them (default: the last one touching the file)")
@@ -646,15 +650,15 @@ def main(arguments: list[str] | None = None) -> int:
     work = args.work.resolve()
     try:
         if args.command == "fetch":
-            print(fetch(read_pin(args.patches / "upstream.toml"), work.parent / "download"))
+            print(fetch(read_pin(args.patches / "upstream.toml"), DOWNLOADS))
         elif args.command == "apply":
-            if not apply(args.patches, work, args.force):
+            if not apply(args.patches, work, args.force, args.stock):
                 say("the work tree is up to date")
         elif args.command == "export":
             names = export(args.patches, work, args.into)
             say(f"changed: {', '.join(names)}" if names else "nothing changed")
         elif args.command == "check":
-            wrong = check(args.patches, work)
+            wrong = check(args.patches)
             for message in wrong:
                 say(message)
             if wrong:
