@@ -157,7 +157,8 @@ def l2norm_levels(bits: int) -> tuple[float, ...]:
 def sanitize(x: npt.ArrayLike) -> F32:
     """NaN becomes 0, magnitudes above the largest f16 (65504), infinities too, become the largest f16."""
     values = np.asarray(x, dtype=np.float32)
-    return np.clip(np.where(np.isnan(values), np.float32(0.0), values), -F16_MAX, F16_MAX).astype(np.float32)
+    clean: F32 = np.where(np.isnan(values), np.float32(0.0), values)
+    return np.clip(clean, -F16_MAX, F16_MAX)
 
 
 def sum32(p: F32) -> F32:
@@ -171,12 +172,13 @@ def sum32(p: F32) -> F32:
 
 def hadamard(x: F32) -> F32:
     """H32 x / sqrt(32) over the last axis: butterflies (a, b) -> (a + b, a - b) at distances 1, 2, 4, 8, 16."""
-    y = np.array(x, dtype=np.float32)
+    y: F32 = np.array(x, dtype=np.float32)
     for h in (1, 2, 4, 8, 16):
         pairs = y.reshape(*y.shape[:-1], BLOCK // (2 * h), 2, h)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         y = np.stack((a + b, a - b), axis=-2).reshape(x.shape)
-    return y * RSQRT_BLOCK
+    scaled: F32 = y * RSQRT_BLOCK
+    return scaled
 
 
 def transform(x: F32, mode: str = "search") -> F32:

@@ -1,0 +1,141 @@
+"""Fixtures that several test directories share: the library, its kernels, and small models written on the spot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+KERNELS = ("portable", "avx2", "avx512", "neon")
+
+
+@pytest.fixture(scope="session")
+def native() -> Any:
+    """The loaded libtqgguf."""
+    from tqgguf import _native
+
+    return _native.library()
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, native: Any) -> Iterator[str]:
+    """Every kernel in turn, forced; one that this build or machine lacks is skipped, never passed."""
+    name: str = request.param
+    listed = native.kernels()
+    if name not in listed:
+        pytest.skip(f"kernel {name} is not in this build")
+    if not listed[name]:
+        pytest.skip(f"kernel {name} cannot run on this machine")
+    native.force_kernel(name)
+    assert native.active_kernel() == name
+    yield name
+    native.force_kernel("auto")
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python code, or a module with arguments, in a fresh process; the environment can be changed."""
+
+    def call(
+        *args: str, env: dict[str, str] | None = None, stdin: str = "", timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *args],
+            env={**os.environ, **(env or {})},
+            cwd=tmp_path,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return call
+
+
+def write_model(
+    path: Path,
+    *,
+    head_dim: int = 64,
+    n_head: int = 4,
+    n_head_kv: int = 2,
+    n_layer: int = 2,
+    n_ctx: int = 2048,
+    seed: int = 0,
+) -> Path:
+    """Writes a llama model with random f32 weights and a byte vocabulary: its words are noise, its shapes are real."""
+    import gguf
+
+    n_embd, n_ff = 64, 96
+    tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{i:02X}>".encode() for i in range(256)), "\u2581".encode()]
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    kinds += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("random")
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(n_layer)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([int(kind) for kind in kinds])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    rng = np.random.default_rng(seed)
+
+    def tensor(name: str, *shape: int) -> None:
+        values = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape) / np.sqrt(shape[-1])
+        writer.add_tensor(name, values.astype(np.float32))
+
+    tensor("token_embd.weight", len(tokens), n_embd)
+    for i in range(n_layer):
+        tensor(f"blk.{i}.attn_norm.weight", n_embd)
+        tensor(f"blk.{i}.attn_q.weight", n_head * head_dim, n_embd)
+        tensor(f"blk.{i}.attn_k.weight", n_head_kv * head_dim, n_embd)
+        tensor(f"blk.{i}.attn_v.weight", n_head_kv * head_dim, n_embd)
+        tensor(f"blk.{i}.attn_output.weight", n_embd, n_head * head_dim)
+        tensor(f"blk.{i}.ffn_norm.weight", n_embd)
+        tensor(f"blk.{i}.ffn_gate.weight", n_ff, n_embd)
+        tensor(f"blk.{i}.ffn_up.weight", n_ff, n_embd)
+        tensor(f"blk.{i}.ffn_down.weight", n_embd, n_ff)
+    tensor("output_norm.weight", n_embd)
+    tensor("output.weight", len(tokens), n_embd)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Path of a random llama model of the given shape; the same shape is written once."""
+    directory = tmp_path_factory.mktemp("models")
+    written: dict[tuple[Any, ...], Path] = {}
+
+    def model(**shape: int) -> Path:
+        key = tuple(sorted(shape.items()))
+        if key not in written:
+            written[key] = write_model(directory / f"random-{len(written)}.gguf", **shape)
+        return written[key]
+
+    return model

@@ -1,0 +1,280 @@
+"""Fused attention on compressed K and V against the float64 oracle on the decoded values."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tqgguf import reference
+from tqgguf.config import CACHE_TYPES
+from tqgguf.errors import ArgumentError
+
+TOLERANCE = 1e-5
+"""Relative L2 error of the output; measured are 2e-6 at most, what float32 sums leave."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of attention. Shapes follow tqgguf.h."""
+
+    k_type: str = "pqo3"
+    v_type: str = "pqo3"
+    head_dim_k: int = 64
+    head_dim_v: int = 64
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_q: int = 1
+    n_kv: int = 100
+    n_stream: int = 1
+    n_threads: int = 1
+    mask: str = "none"
+    n_mask_head: int = 1
+    sinks: bool = False
+    softcap: float = 0.0
+    max_bias: float = 0.0
+    offset: int = 0
+    seed: int = 0
+
+
+def store(x: npt.NDArray[np.float32], type: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Bytes of x in a type, and the values these bytes stand for."""
+    if type == "f32":
+        return x.view(np.uint8), x
+    if type == "f16":
+        half = x.astype(np.float16)
+        return half.view(np.uint8), half.astype(np.float32)
+    data = reference.encode(x, type)
+    return data, reference.decode(data, type)
+
+
+def check_case(native: Any, case: Case) -> None:
+    """Computes a case and asserts that it agrees with the oracle."""
+    got, want = compute(native, case)
+    assert np.isfinite(got).all()
+    scale = float(np.linalg.norm(want))
+    assert np.linalg.norm(got - want) <= TOLERANCE * max(scale, 1e-3), case
+
+
+def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The library's output and the oracle's, both (n_stream, n_q, n_head, head_dim_v)."""
+    ffi, lib = native.ffi, native.lib
+    rng = np.random.default_rng(case.seed)
+
+    def normal(*shape: int) -> npt.NDArray[np.float32]:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    q = normal(case.n_stream, case.n_head, case.n_q, case.head_dim_k)
+    k_bytes, k = store(normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_k), case.k_type)
+    v_bytes, v = store(normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_v), case.v_type)
+    sinks = normal(case.n_head)
+    mask = np.zeros((1, case.n_mask_head, case.n_q, case.n_kv), dtype=np.float16)
+    if case.mask == "causal":
+        rows, columns = np.arange(case.n_q)[:, None], np.arange(case.n_kv)[None]
+        mask[..., columns > rows + case.n_kv - case.n_q] = -np.inf
+    elif case.mask == "holes":
+        mask[rng.random(mask.shape) < 0.4] = -np.inf
+    elif case.mask == "values":
+        mask[:] = -np.abs(rng.standard_normal(mask.shape)) * 3
+    elif case.mask == "all":
+        mask[..., : (case.n_q + 1) // 2, :] = -np.inf
+
+    keep = []
+
+    def operand(
+        target: Any, data: npt.NDArray[Any], type: str, head_dim: int, n_head: int, strides: Any, shift: int
+    ) -> None:
+        moved = np.zeros(data.nbytes + shift, dtype=np.uint8)
+        moved[shift:] = data.reshape(-1).view(np.uint8)
+        keep.append(moved)
+        target.data = ffi.cast("char *", ffi.from_buffer(moved)) + shift
+        target.type, target.mode, target.head_dim = CACHE_TYPES[type].number, 0, head_dim
+        target.n_head, target.n_stream = n_head, case.n_stream
+        target.stride_stream, target.stride_token, target.stride_head = strides
+
+    args = ffi.new("tq_attn *")
+    operand(args.q, q, "f32", case.head_dim_k, case.n_head, (q.strides[0], q.strides[2], q.strides[1]), 0)
+    for target, data, type, dim in (
+        (args.k, k_bytes, case.k_type, case.head_dim_k),
+        (args.v, v_bytes, case.v_type, case.head_dim_v),
+    ):
+        shift = case.offset if type.startswith("pqo") else 0
+        operand(target, data, type, dim, case.n_head_kv, data.strides[:3], shift)
+    args.n_q, args.n_kv = case.n_q, case.n_kv
+    if case.mask != "none":
+        args.mask = ffi.from_buffer("uint16_t[]", mask)
+        args.n_mask_head, args.n_mask_stream = case.n_mask_head, 1
+        args.mask_stride_stream, args.mask_stride_head, args.mask_stride_row = mask.strides[:3]
+    if case.sinks:
+        args.sinks = ffi.from_buffer("float[]", sinks)
+    args.scale, args.max_bias, args.softcap = case.head_dim_k**-0.5, case.max_bias, case.softcap
+    out = np.full((case.n_stream, case.n_q, case.n_head, case.head_dim_v), np.nan, dtype=np.float32)
+    args.out = ffi.from_buffer("float[]", out, require_writable=True)
+    args.out_stride_stream, args.out_stride_row, args.out_stride_head = out.strides[:3]
+    n_bytes = lib.tq_attn_work_bytes(args, case.n_threads)
+    assert n_bytes > 0, ffi.string(lib.tq_last_error())
+    work = np.full(n_bytes + case.offset, 0xFF, dtype=np.uint8)
+    scratch = ffi.cast("char *", ffi.from_buffer(work)) + case.offset
+    for phase in (0, 1):
+        for thread in range(case.n_threads):
+            native.check(lib.tq_attn_compute(args, phase, thread, case.n_threads, scratch))
+    options: dict[str, Any] = {
+        "sinks": sinks if case.sinks else None,
+        "softcap": case.softcap,
+        "max_bias": case.max_bias,
+    }
+    want = [
+        reference.attention(
+            q[s].swapaxes(0, 1),
+            k[s],
+            v[s],
+            case.head_dim_k**-0.5,
+            mask=None if case.mask == "none" else mask[0],
+            **options,
+        )
+        for s in range(case.n_stream)
+    ]
+    return out.astype(np.float64), np.array(want)
+
+
+TYPE_PAIRS = [
+    ("pqo3", "pqo3"),
+    ("pqo4", "pqo4"),
+    ("pqo4", "pqo3"),
+    ("pqo3", "f16"),
+    ("f16", "pqo4"),
+    ("f32", "pqo3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("head_dim_k", "head_dim_v"), [(32 * i, 32 * i) for i in range(1, 9)] + [(576, 512), (192, 128)]
+)
+@pytest.mark.parametrize("n_q", [1, 7])
+def test_head_sizes(kernel: str, native: Any, head_dim_k: int, head_dim_v: int, n_q: int) -> None:
+    for k_type, v_type in TYPE_PAIRS:
+        check_case(native, Case(k_type, v_type, head_dim_k, head_dim_v, n_q=n_q, n_kv=70, mask="holes"))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16])
+def test_grouped_queries(kernel: str, native: Any, group: int) -> None:
+    for n_head_kv in (1, 3):
+        check_case(native, Case(n_head=group * n_head_kv, n_head_kv=n_head_kv, n_kv=130))
+        check_case(
+            native, Case("pqo4", "pqo4", n_head=group * n_head_kv, n_head_kv=n_head_kv, n_kv=33, n_q=3, mask="causal")
+        )
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "holes", "values", "all"])
+@pytest.mark.parametrize("n_q", [1, 2, 17, 40])
+def test_masks(kernel: str, native: Any, mask: str, n_q: int) -> None:
+    for n_mask_head in (1, 4):
+        case = Case(mask=mask, n_q=n_q, n_kv=90, n_mask_head=n_mask_head, max_bias=8.0 if mask == "values" else 0.0)
+        check_case(native, case)
+
+
+def test_a_row_with_every_key_masked_gives_zeros(kernel: str, native: Any) -> None:
+    for sinks in (False, True):
+        got, _ = compute(native, Case(mask="all", n_q=9, sinks=sinks))
+        assert not got[:, :5].any()
+        assert (np.abs(got[:, 5:]).sum(axis=-1) > 0).all()
+
+
+@pytest.mark.parametrize("n_q", [1, 12])
+def test_sinks_softcap_alibi(kernel: str, native: Any, n_q: int) -> None:
+    for sinks in (False, True):
+        for softcap in (0.0, 2.5):
+            for max_bias in (0.0, 8.0):
+                mask = "values" if max_bias else "none"
+                case = Case(n_q=n_q, n_head=6, sinks=sinks, softcap=softcap, max_bias=max_bias, mask=mask, n_kv=150)
+                check_case(native, case)
+
+
+@pytest.mark.parametrize("n_kv", [1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 127, 255, 257, 511, 700])
+def test_lengths(kernel: str, native: Any, n_kv: int) -> None:
+    for n_q, n_threads in ((1, 3), (5, 64)):
+        check_case(native, Case(n_kv=n_kv, n_q=n_q, n_threads=n_threads, mask="causal" if n_kv >= n_q else "none"))
+
+
+def test_streams_and_unaligned_operands(kernel: str, native: Any) -> None:
+    for offset in (1, 2, 3):
+        check_case(native, Case(n_stream=3, n_q=4, offset=offset, n_threads=2, mask="causal"))
+        check_case(native, Case("pqo4", "pqo3", n_stream=2, offset=offset))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    case=st.builds(
+        Case,
+        k_type=st.sampled_from(["pqo3", "pqo4", "f16"]),
+        v_type=st.sampled_from(["pqo3", "pqo4", "f16"]),
+        head_dim_k=st.sampled_from([32, 64, 96, 128, 160]),
+        head_dim_v=st.sampled_from([32, 64, 128, 224]),
+        n_head=st.sampled_from([2, 4, 6, 8]),
+        n_head_kv=st.sampled_from([1, 2]),
+        n_q=st.integers(1, 34),
+        n_kv=st.integers(1, 300),
+        n_stream=st.integers(1, 2),
+        n_threads=st.integers(1, 9),
+        mask=st.sampled_from(["none", "holes", "values", "all"]),
+        sinks=st.booleans(),
+        softcap=st.sampled_from([0.0, 1.5]),
+        offset=st.integers(0, 3),
+        seed=st.integers(0, 2**32 - 1),
+    )
+)
+def test_any_case(kernel: str, native: Any, case: Case) -> None:
+    check_case(native, case)
+
+
+def test_threads_that_really_run_at_once(native: Any) -> None:
+    # The result does not depend on which thread takes which part, so a race would show as a difference.
+    case = Case("pqo4", "pqo3", n_head=8, n_q=1, n_kv=2000, n_threads=4)
+    first, want = compute(native, case)
+    results = []
+
+    def work() -> None:
+        results.append(compute(native, case)[0])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    for result in results:
+        np.testing.assert_array_equal(result, first)
+    assert np.linalg.norm(first - want) <= TOLERANCE * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n_head", 3), ("head_dim_k", 48), ("n_kv", -1), ("n_q", -1), ("n_threads", 0), ("n_threads", -1)],
+)
+def test_bad_arguments(native: Any, field: str, value: int) -> None:
+    ffi, lib = native.ffi, native.lib
+    args = ffi.new("tq_attn *")
+    data = ffi.new("char[]", 1 << 16)
+    for operand, type, n_head in ((args.q, 0, 4), (args.k, 300, 2), (args.v, 300, 2)):
+        operand.data, operand.type, operand.head_dim, operand.n_head, operand.n_stream = data, type, 64, n_head, 1
+    args.n_q, args.n_kv, args.scale, args.out = 1, 10, 1.0, ffi.cast("float *", data)
+    n_threads = 1
+    assert lib.tq_attn_work_bytes(args, n_threads) > 0
+    if field == "n_head":
+        args.q.n_head = value
+    elif field == "head_dim_k":
+        args.q.head_dim = args.k.head_dim = value
+    elif field == "n_threads":
+        n_threads = value
+    else:
+        setattr(args, field, value)
+    assert lib.tq_attn_work_bytes(args, n_threads) == 0
+    assert ffi.string(lib.tq_last_error())
+    with pytest.raises(ArgumentError):
+        native.check(lib.tq_attn_compute(args, 0, 0, n_threads, data))
