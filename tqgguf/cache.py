@@ -111,7 +111,7 @@ class PqoCache:
             (n_head, head_dim) in the dtype of q.
 
         Raises:
-            ArgumentError: layer out of range, wrong shape or dtype, NaN or infinity in q or scale; nothing was appended.
+            ArgumentError: layer out of range, wrong shape or dtype, NaN or infinity in q or scale; nothing appended.
             OutOfMemoryError: nothing was appended.
             CacheClosedError: the cache is closed.
         """

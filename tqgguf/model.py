@@ -193,6 +193,13 @@ class Llama(_Stock):  # type: ignore[misc]
             exact=self._info.exact,
         )
 
+    def reset(self) -> None:
+        """Forgets all tokens, and empties the KV cache at once (the stock method leaves that to the next prompt)."""
+        super().reset()
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        if memory:
+            llama_cpp.llama_memory_clear(memory, False)
+
     def _cells_used(self) -> int:
         memory = llama_cpp.llama_get_memory(self.ctx)
         return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
@@ -209,7 +216,8 @@ _LOG_CONT: Final = 5
 
 # llama_kv_cache: size = 0.88 MiB ( 2048 cells, 4 layers, 1/1 seqs), K (pqo3): 0.44 MiB, V (pqo3): 0.44 MiB
 _KV_LINE: Final = re.compile(
-    r"llama_kv_cache: size = +[\d.]+ MiB \( *(?P<cells>\d+) cells, +(?P<layers>\d+) layers, +\d+/(?P<streams>\d+) seqs\), "
+    r"llama_kv_cache: size = +[\d.]+ MiB "
+    r"\( *(?P<cells>\d+) cells, +(?P<layers>\d+) layers, +\d+/(?P<streams>\d+) seqs\), "
     r"K \((?P<k>[^)]+)\): +(?P<k_mib>[\d.]+) MiB, V \((?P<v>[^)]+)\): +(?P<v_mib>[\d.]+) MiB"
 )
 

@@ -73,7 +73,7 @@ def claim_llama_cpp() -> None:
         if directory is not None and _same(directory, LIB_DIR):
             return
         raise LibraryError(
-            f"llama_cpp was imported before tqgguf, from {origin} with the libraries in {directory or 'an unknown place'}; "
+            f"llama_cpp was imported before tqgguf, from {origin}, with libraries in {directory or 'an unknown place'}: "
             f"these cannot hold a PQO cache. Import tqgguf first (it brings its own llama_cpp)"
             + (f", or unset {VARIABLE}." if VARIABLE in os.environ else ".")
         )
@@ -111,8 +111,8 @@ def verify_libraries() -> None:
         foreign = [path for path in mapped[family] if not _same(path.parent, LIB_DIR)]
         if foreign:
             raise LibraryError(
-                f"{', '.join(map(str, foreign))} is loaded in this process beside the libraries of tqgguf in {LIB_DIR}; "
-                f"only one set may be loaded: import tqgguf first, and not together with a stock llama-cpp-python"
+                f"{', '.join(map(str, foreign))} is loaded in this process beside tqgguf's libraries in {LIB_DIR}: "
+                f"import tqgguf first, and not together with a stock llama-cpp-python"
             )
         if not mapped[family]:
             raise LibraryError(f"lib{family} is not loaded, though llama_cpp is: {LIB_DIR} holds no patched libraries")

@@ -16,7 +16,7 @@ from ..errors import TqggufError
 __all__ = ["UPSTREAM_VERSION", "Check", "Installation", "installation"]
 
 UPSTREAM_VERSION: Final = "0.3.36"
-"""Release of llama-cpp-python whose llama.cpp and bindings this package is built from; pinned in patches/upstream.toml."""
+"""The release of llama-cpp-python that llama.cpp and the bindings come from, as pinned in patches/upstream.toml."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""`import llama_cpp` and `import tqgguf` in any order and environment: our libraries, or a clear error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tqgguf import _native
+
+pytestmark = pytest.mark.model
+
+Python = Callable[..., Any]
+
+SHOW = (
+    "; print(llama_cpp.__file__, llama_cpp.llama_cpp._lib._name, *tqgguf._native.loaded_libraries()['tqgguf'], sep='|')"
+)
+
+
+def fake_stock(directory: Path, lib: Path | None) -> str:
+    """A `llama_cpp` package as pip would install it, with a library of its own; returns a PYTHONPATH that finds it."""
+    package = directory / "llama_cpp"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from .llama_cpp import *\n__version__ = '0.0.1'\n")
+    name = str(lib) if lib else str(package / "lib" / "libllama.so")
+    (package / "llama_cpp.py").write_text(f"class _lib:\n    _name = {name!r}\n")
+    return os.pathsep.join([str(directory), *filter(None, sys.path)])
+
+
+@pytest.mark.parametrize("order", ["tqgguf, llama_cpp", "llama_cpp, tqgguf"])
+def test_both_orders_give_our_libraries(python: Python, order: str) -> None:
+    done = python("-c", f"import {order}{SHOW}")
+    if order.startswith("llama_cpp") and done.returncode:
+        # A source tree on PYTHONPATH has no llama_cpp.py beside the package; an installed wheel has.
+        assert "No module named 'llama_cpp'" in done.stderr
+        pytest.skip("tqgguf is not installed, so there is no top-level llama_cpp")
+    assert done.returncode == 0, done.stderr
+    bindings, libllama, libtqgguf = done.stdout.strip().split("|")
+    assert Path(bindings).parent.parent.samefile(_native.LIB_DIR.parent / "_bindings")
+    assert Path(libllama).parent.samefile(_native.LIB_DIR)
+    assert Path(libtqgguf).samefile(_native.library_path())
+
+
+def test_loading_a_model_maps_one_libtqgguf(python: Python) -> None:
+    code = (
+        "import tqgguf, numpy\n"
+        "tqgguf.quantize(numpy.ones(32, 'f4'), 'pqo3')\n"
+        "tqgguf.Llama(tqgguf.demo.MODEL_PATH, verbose=False)\n"
+        "print(len(tqgguf._native.loaded_libraries()['tqgguf']))"
+    ).replace("import tqgguf,", "import tqgguf.demo,")
+    done = python("-c", code)
+    assert done.stdout.strip() == "1", done.stderr
+
+
+def test_stock_bindings_imported_first_are_an_error(python: Python, tmp_path: Path) -> None:
+    path = fake_stock(tmp_path / "site", None)
+    done = python("-c", "import llama_cpp, tqgguf", env={"PYTHONPATH": path})
+    assert done.returncode != 0
+    said = done.stderr.splitlines()[-1]
+    assert "imported before tqgguf" in said and str(tmp_path / "site") in said and "Import tqgguf first" in said
+
+
+def test_tqgguf_first_wins_over_installed_stock_bindings(python: Python, tmp_path: Path) -> None:
+    path = fake_stock(tmp_path / "site", None)
+    done = python("-c", f"import tqgguf, llama_cpp{SHOW}", env={"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) not in done.stdout
+
+
+def test_stock_bindings_on_our_libraries_are_fine(python: Python, tmp_path: Path) -> None:
+    path = fake_stock(tmp_path / "site", _native.library_path("llama"))
+    done = python("-c", "import llama_cpp, tqgguf; print('fine')", env={"PYTHONPATH": path})
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_a_library_path_of_somebody_else_is_an_error(python: Python, tmp_path: Path) -> None:
+    done = python("-c", "import tqgguf", env={"LLAMA_CPP_LIB_PATH": str(tmp_path)})
+    assert done.returncode != 0
+    assert "LLAMA_CPP_LIB_PATH" in done.stderr and str(tmp_path) in done.stderr and "unset" in done.stderr
+    done = python("-c", "import tqgguf; print('fine')", env={"LLAMA_CPP_LIB_PATH": str(_native.LIB_DIR)})
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_importing_loads_nothing_heavy(python: Python) -> None:
+    done = python(
+        "-c", "import sys, tqgguf; print([m for m in ('numpy', 'cffi', 'llama_cpp', 'rich') if m in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_tree_that_is_not_built_says_what_to_type(python: Python, tmp_path: Path) -> None:
+    source = _native.LIB_DIR.parent
+    tree = tmp_path / "tree" / "tqgguf"
+    tree.mkdir(parents=True)
+    for entry in source.iterdir():
+        if entry.name not in ("lib", "_bindings", "__pycache__"):
+            (tree / entry.name).symlink_to(entry.resolve())
+    env = {"PYTHONPATH": os.pathsep.join([str(tree.parent), *filter(None, sys.path)])}
+    for code in ("tqgguf.Llama", "tqgguf.quantize(__import__('numpy').ones(32, 'f4'), 'pqo3')"):
+        done = python("-c", f"import tqgguf; {code}", env=env)
+        assert done.returncode != 0
+        assert "not built" in done.stderr and "type `make`" in done.stderr, done.stderr
+    done = python("-c", "import tqgguf; print(tqgguf.reference.BLOCK)", env=env)
+    assert done.stdout.strip() == "32", done.stderr

@@ -1,0 +1,236 @@
+"""`tqgguf.Llama`: the cache type is honoured, verified and counted, and bad input is refused before anything loads."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tqgguf
+from tqgguf import CACHE_TYPES, demo
+from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, ModelNotFoundError, TqggufError
+
+pytestmark = pytest.mark.model
+
+Model = Callable[..., Path]
+
+
+def load(path: Path, **options: Any) -> Any:
+    return tqgguf.Llama(path, **{"n_ctx": 512, "n_threads": 1, "verbose": False, **options})
+
+
+def last_logits(model: Any) -> np.ndarray:
+    from llama_cpp import llama_get_logits_ith
+
+    return np.ctypeslib.as_array(llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),)).astype(np.float64)
+
+
+def session_layers(model: Any) -> list[tuple[int, int, int, int]]:
+    """(K type, K bytes per token, V type, V bytes per token) of each layer, as llama.cpp writes them in a session.
+
+    Only for a cache of one sequence without sliding windows. Source: state_write_data of llama-kv-cache.cpp.
+    """
+    import ctypes
+
+    from llama_cpp import llama_state_seq_get_data, llama_state_seq_get_size
+
+    size = llama_state_seq_get_size(model.ctx, 0)
+    buffer = (ctypes.c_uint8 * size)()
+    assert llama_state_seq_get_data(model.ctx, buffer, size, 0) == size
+    data = bytes(buffer)
+    n_stream, n = struct.unpack_from("<II", data, 8)  # after magic and sequence
+    assert (n_stream, n) == (1, model.n_tokens)
+    start = 16 + 12 * n  # position, number of sequences and sequence of each cell
+    assert struct.unpack_from("<II", data, start) == (0, len(model.model_info.layers))  # V is not transposed
+    start += 8
+    sides = []
+    for _ in range(2):
+        rows = []
+        for _ in model.model_info.layers:
+            kind, row = struct.unpack_from("<iQ", data, start)
+            rows.append((kind, row))
+            start += 12 + row * n
+        sides.append(rows)
+    assert start == size
+    return [(*k, *v) for k, v in zip(*sides, strict=True)]
+
+
+@pytest.mark.parametrize("name", CACHE_TYPES)
+def test_every_type_is_stored_as_itself(random_model: Model, name: str) -> None:
+    kind = CACHE_TYPES[name]
+    model = load(random_model(head_dim=64), cache=name)
+    model.eval(list(range(3, 40)))
+    info = model.cache_info()
+    per_side = kind.row_bytes(2 * 64)
+    assert (info.type_k, info.type_v) == (name, name)
+    assert info.n_ctx == 512 and info.cells_used == 37 and info.exact
+    assert info.bytes_per_token == 2 * 2 * per_side
+    assert info.bytes == 512 * info.bytes_per_token == sum(layer.bytes for layer in info.layers)
+    assert info.f16_bytes == 512 * 2 * 2 * 2 * 64 * 2
+    assert [layer.layer for layer in info.layers] == [0, 1]
+    if kind.quantized:  # flash attention is on, so V is stored in rows as K is
+        assert session_layers(model) == [(kind.number, per_side, kind.number, per_side)] * 2
+    model.close()
+
+
+@pytest.mark.parametrize(
+    "pair", [("pqo4", "pqo3"), ("pqo3", "f16"), ("f16", "pqo3"), ("q8_0", "pqo4"), ("pqo3", "q4_0")]
+)
+def test_k_and_v_apart(random_model: Model, pair: tuple[str, str]) -> None:
+    model = load(random_model(head_dim=64), cache=pair)
+    model.eval(list(range(3, 40)))
+    k, v = (CACHE_TYPES[name] for name in pair)
+    assert session_layers(model) == [(k.number, k.row_bytes(128), v.number, v.row_bytes(128))] * 2
+    info = model.cache_info()
+    assert (info.type_k, info.type_v) == pair
+    assert info.bytes == 512 * 2 * (k.row_bytes(128) + v.row_bytes(128))
+    model.close()
+
+
+@pytest.mark.parametrize("shape", [{"head_dim": 32}, {"head_dim": 96}, {"head_dim": 128, "n_head": 8, "n_head_kv": 1}])
+def test_logits_stay_near_those_of_f16(random_model: Model, shape: dict[str, int]) -> None:
+    # Random weights amplify errors. Measured here: pqo3 .25 to .29, pqo4 .125 to .14, q4_0 .14 to .18; noise gives 1.4.
+    tokens = [3 + (i * 37) % 250 for i in range(200)]
+    logits = {}
+    for cache in ("f16", "pqo3", "pqo4"):
+        model = load(random_model(**shape), cache=cache, flash_attn=True)
+        model.eval(tokens[:150])
+        rows = []
+        for token in tokens[150:]:
+            model.eval([token])
+            rows.append(last_logits(model))
+        logits[cache] = np.array(rows)
+        model.close()
+    for name, low, high in (("pqo3", 0.1, 0.35), ("pqo4", 0.05, 0.17)):
+        error = np.linalg.norm(logits[name] - logits["f16"]) / np.linalg.norm(logits["f16"])
+        assert low < error < high, name
+
+
+def test_prefill_in_pieces_equals_one_prefill_nearly(random_model: Model) -> None:
+    tokens = [3 + (i * 91) % 250 for i in range(300)]
+    logits = []
+    for n_batch in (512, 32):
+        model = load(random_model(), cache="pqo3", n_batch=n_batch)
+        model.eval(tokens)
+        logits.append(last_logits(model))
+        model.close()
+    assert np.linalg.norm(logits[0] - logits[1]) < 0.1 * np.linalg.norm(logits[0])
+
+
+def test_reset_and_saved_state(random_model: Model) -> None:
+    model = load(random_model(), cache="pqo4", flash_attn=True)
+    model.eval(list(range(3, 60)))
+    state = model.save_state()
+    model.eval([7])
+    expected = last_logits(model)
+    model.reset()
+    assert model.cache_info().cells_used == 0
+    model.load_state(state)
+    assert model.cache_info().cells_used == 57
+    model.eval([7])
+    np.testing.assert_array_equal(last_logits(model), expected)
+    model.close()
+
+
+def test_stock_interface_is_kept(random_model: Model) -> None:
+    import llama_cpp
+
+    model = load(random_model())
+    assert isinstance(model, llama_cpp.Llama)
+    assert model.cache_info().type_k == "pqo3"
+    assert model("a", max_tokens=3, logit_bias={model.token_eos(): -100.0})["choices"][0]["finish_reason"] == "length"
+    model.close()
+
+
+def test_flash_attention_is_required(random_model: Model) -> None:
+    path = random_model()
+    for cache in ("pqo3", "q8_0", ("f16", "q4_0"), ("pqo4", "f16")):
+        with pytest.raises(ArgumentError, match="flash_attn=False"):
+            load(path, cache=cache, flash_attn=False)
+    load(path, cache=("q8_0", "f16"), flash_attn=False).close()
+
+
+def test_type_numbers_are_refused(random_model: Model) -> None:
+    for name in ("type_k", "type_v"):
+        with pytest.raises(ArgumentError, match=f"{name} is set by cache"):
+            load(random_model(), **{name: 8})
+
+
+def test_an_unknown_type_lists_the_valid_ones(random_model: Model) -> None:
+    with pytest.raises(ArgumentError, match=r"q8_0.*pqo3"):
+        load(random_model(), cache="pqo5")
+
+
+@pytest.mark.parametrize("cache", ["pqo3", "pqo4", "q8_0", "q4_0", "iq4_nl", ("f16", "pqo3"), ("q5_1", "f16")])
+def test_a_head_size_without_whole_blocks(random_model: Model, cache: Any) -> None:
+    path = random_model(head_dim=80)
+    with pytest.raises(CacheTypeError, match=r"layer 0: head_dim of [KV] is 80, not divisible by 32"):
+        load(path, cache=cache)
+    load(path, cache="f16").close()
+
+
+def test_files_that_are_no_models(tmp_path: Path, random_model: Model) -> None:
+    with pytest.raises(ModelNotFoundError, match="missing"):
+        load(tmp_path / "missing.gguf")
+    with pytest.raises(ModelNotFoundError, match="not a file"):
+        load(tmp_path)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"PK\3\4" + bytes(1000))
+    with pytest.raises(ModelFileError, match="not a GGUF file"):
+        load(other)
+    whole = random_model().read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for n in (0, 3, 10, 100, 5000, len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:n])
+        with pytest.raises(ModelFileError, match=r"truncated|not a GGUF|cannot read"):
+            load(cut)
+
+
+def test_what_llama_cpp_says_is_passed_on(tmp_path: Path, random_model: Model) -> None:
+    # A header that is right in itself, of an architecture llama.cpp has never heard of.
+    data = random_model().read_bytes()
+    path = tmp_path / "strange.gguf"
+    path.write_bytes(data.replace(b"llama", b"lhama"))
+    with pytest.raises(TqggufError, match="lhama"):
+        load(path)
+
+
+def test_a_type_that_was_not_honoured_raises(random_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqgguf import model as module
+
+    def other_type(*args: Any, **kwargs: Any) -> Any:
+        return stock_init(*args, **{**kwargs, "type_k": CACHE_TYPES["f16"].number})
+
+    stock_init = module._Stock.__init__
+    monkeypatch.setattr(module._Stock, "__init__", other_type)
+    with pytest.raises(CacheTypeError, match=r"K as f16.*asked for were pqo3"):
+        load(random_model())
+
+
+def test_bytes_that_do_not_fit_raise() -> None:
+    from tqgguf import model as module
+
+    info = tqgguf.read_model_info(demo.MODEL_PATH)
+    pqo3 = CACHE_TYPES["pqo3"]
+    line = "llama_kv_cache: size =    {} MiB (  2048 cells,   4 layers,  1/1 seqs), "
+    line += "K (pqo3):    {} MiB, V (pqo3):    {} MiB\n"
+    assert module._verify([(2, line.format("0.88", "0.44", "0.44"))], info, pqo3, pqo3)[0].cells == 2048
+    with pytest.raises(CacheTypeError, match=r"V cache of 2048 cells takes 0\.56 MiB"):
+        module._verify([(2, line.format("1.00", "0.44", "0.56"))], info, pqo3, pqo3)
+    with pytest.raises(CacheTypeError, match="no KV buffer"):
+        module._verify([(2, "something else\n")], info, pqo3, pqo3)
+
+
+def test_too_large_a_context_is_a_memory_error(python: Callable[..., Any], random_model: Model) -> None:
+    code = (
+        "import resource, sys, tqgguf\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, -1))\n"
+        "try: tqgguf.Llama(sys.argv[1], n_ctx=2**24, n_threads=1, verbose=False)\n"
+        "except tqgguf.OutOfMemoryError as error: print('good', error)\n"
+    )
+    done = python("-c", code, str(random_model()))
+    assert done.stdout.startswith("good"), done.stderr
