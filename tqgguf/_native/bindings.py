@@ -22,7 +22,7 @@ from typing import Final
 
 from ..config import CACHE_TYPES
 from ..errors import LibraryError
-from .library import LIB_DIR, PACKAGE_DIR, library_path, loaded_libraries
+from .library import LIB_DIR, PACKAGE_DIR, library, library_path, loaded_libraries
 
 BINDINGS_DIR: Final = PACKAGE_DIR / "_bindings"
 VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
@@ -73,7 +73,7 @@ def claim_llama_cpp() -> None:
         if directory is not None and _same(directory, LIB_DIR):
             return
         raise LibraryError(
-            f"llama_cpp was imported before tqgguf, from {origin}, with libraries in {directory or 'an unknown place'}: "
+            f"llama_cpp was imported before tqgguf, from {origin}, with libraries in {directory or 'unknown places'}: "
             f"these cannot hold a PQO cache. Import tqgguf first (it brings its own llama_cpp)"
             + (f", or unset {VARIABLE}." if VARIABLE in os.environ else ".")
         )
@@ -94,6 +94,7 @@ def import_llama_cpp() -> ModuleType:
     if not library_path("llama").exists():
         raise LibraryError(_NOT_BUILT.format(path=library_path("llama")))
     claim_llama_cpp()
+    library()
     module = importlib.import_module("llama_cpp")
     verify_libraries()
     return module
@@ -127,8 +128,8 @@ def verify_libraries() -> None:
 
 def _library_directory() -> Path | None:
     """Where the loaded bindings took libllama from; None if they are not loaded."""
-    library = getattr(sys.modules.get("llama_cpp.llama_cpp"), "_lib", None)
-    name = getattr(library, "_name", None)
+    loaded = getattr(sys.modules.get("llama_cpp.llama_cpp"), "_lib", None)
+    name = getattr(loaded, "_name", None)
     return Path(name).parent if isinstance(name, str) else None
 
 

@@ -7,6 +7,7 @@ the header marks for it.
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -91,6 +92,13 @@ class Library:
         self.ffi.cdef(_declarations())
         self.lib: Any = self.ffi.dlopen(str(path))
         self.path = path
+        forced = os.environ.get("TQGGUF_KERNEL")
+        if forced:
+            # Left to itself the library ends the process over a bad name when a kernel is first needed.
+            try:
+                self.force_kernel(forced)
+            except TqggufError as error:
+                raise UnsupportedError(f"environment variable TQGGUF_KERNEL: {error}") from None
 
     def check(self, status: int) -> int:
         """Returns a status that is not negative; raises what a negative one means, with the library's message."""
@@ -135,6 +143,7 @@ def library() -> Library:
 
     Raises:
         LibraryError: it is missing, cannot be loaded, or is of another version.
+        UnsupportedError: the environment variable TQGGUF_KERNEL names a kernel that cannot be used.
     """
     return Library(library_path())
 
