@@ -1,7 +1,7 @@
-"""Train the demo model `tqgguf/models/demo.gguf` from nothing, on a CPU, in under an hour.
+"""Train the demo model `tqgguf/models/demo.gguf` from nothing, on one CPU core, in about twenty minutes.
 
     pip install torch numpy gguf sentencepiece
-    python examples/train_demo_model.py --out demo.gguf
+    PYTHONPATH=. python examples/train_demo_model.py --out demo.gguf
 
 A llama-architecture transformer learns two skills: 64 capital cities, which it keeps in its weights, and recall of
 facts given in its prompt, which it must read back from its KV cache. Recall is what a compressed cache can damage, so
@@ -163,7 +163,7 @@ class Dialogue:
         self.weights += [weight] * len(tokens)
 
 
-EASY = 0.2
+EASY = 0.5
 """Weight of answer tokens that follow from the question; the code word or capital has weight 1."""
 
 
@@ -275,6 +275,8 @@ class Stage:
     n_facts: int
     n_tokens_per_batch: int
     n_filler: int = 0
+    crowded: bool = False
+    """Whether many facts differ in kind alone. Learnt late, and only once names are matched reliably."""
     pass_at: float = 0.9
 
     @property
@@ -286,12 +288,14 @@ class Stage:
 STAGES = (
     Stage(0, 1024),
     Stage(4, 1024, pass_at=0.8),
-    Stage(8, 2048),
-    Stage(16, 2048),
-    Stage(32, 4096, n_filler=4),
-    Stage(64, 4096, n_filler=8),
-    Stage(140, 4096, n_filler=12),
-    Stage(240, 4096, n_filler=12, pass_at=2.0),
+    Stage(8, 2048, pass_at=0.85),
+    Stage(16, 2048, pass_at=0.85),
+    Stage(32, 4096, n_filler=4, pass_at=0.85),
+    Stage(64, 4096, n_filler=8, pass_at=0.8),
+    Stage(140, 4096, n_filler=12, pass_at=0.8),
+    Stage(32, 4096, n_filler=4, crowded=True),
+    Stage(64, 4096, n_filler=8, crowded=True),
+    Stage(240, 4096, n_filler=12, crowded=True, pass_at=2.0),
 )
 
 
@@ -306,7 +310,8 @@ def draw_batch(teacher: Teacher, stage: Stage, capital_share: float) -> tuple[st
         return "copying", collate([teacher.copying(n_words) for _ in range(stage.n_tokens_per_batch // (2 * n_words))])
     easier = rng.random() < 0.25
     n_facts = rng.randint(2, stage.n_facts // 2) if easier else rng.randint(stage.n_facts * 3 // 4, stage.n_facts)
-    n_names = rng.randint(-(-n_facts // len(demo.KINDS)), len(demo.NAMES))
+    fewest = math.ceil(n_facts / len(demo.KINDS))
+    n_names = rng.randint(fewest, min(n_facts, len(demo.NAMES)) if stage.crowded else len(demo.NAMES))
     n_filler = rng.randint(0, stage.n_filler)
     chat = rng.random() < 0.5
     n_per_fact, n_per_question, n_per_filler = 7, 18 if chat else 7, 9
@@ -347,7 +352,7 @@ RECALL_SIZES = ((16, 124), (64, 124), (140, 124), (140, 35), (280, 124))
 def evaluate(model: Llama, teacher: Teacher, n_cases: int, seed: int = 10**6) -> dict[str, float]:
     """Accuracies on the capital questions and on recall prompts that training never drew."""
     capitals = [(demo.capital_question(c, i), demo.capital_answer(c)) for c in demo.CAPITALS for i in range(4)]
-    result = {"capitals": fully_right(model, teacher, capitals[:: max(1, 4 * 64 // (4 * n_cases))])}
+    result = {"capitals": fully_right(model, teacher, capitals[:: len(capitals) // n_cases])}
     for n_facts, n_names in RECALL_SIZES:
         cases = [demo.recall_prompt(seed + i, n_facts, n_names=n_names) for i in range(n_cases)]
         chats = [(case.prompt, case.fact.sentence) for case in cases]
@@ -356,8 +361,8 @@ def evaluate(model: Llama, teacher: Teacher, n_cases: int, seed: int = 10**6) ->
 
 
 def learning_rate(done: float, peak: float) -> float:
-    """Warm up over 1 % of the run, hold, and fall to nothing over the last 35 %."""
-    return peak * min(1.0, done / 0.01, (1.0 - done) / 0.35)
+    """Warm up over 1 % of the run, then fall linearly to nothing; a rate held at the peak ends in loss spikes."""
+    return peak * min(done / 0.01, 1.0 - done)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -373,7 +378,9 @@ def train(args: argparse.Namespace) -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     curve: list[dict[str, Any]] = []
-    stage_index, n_tokens, step = 0, 0, 0
+    stage_index, n_tokens, step = args.first_stage, 0, 0
+    if args.init:
+        model.load_state_dict(torch.load(args.init))
     start = last_print = last_save = time.monotonic()
     accuracy: dict[str, float] = {}
     while n_tokens < args.tokens:
@@ -399,15 +406,15 @@ def train(args: argparse.Namespace) -> None:
         if now - last_print > 15:
             last_print = now
             shown = " ".join(f"{k} {v:.3f}" for k, v in sorted(accuracy.items()))
-            progress = f"{now - start:5.0f} s {step:6d} {n_tokens / 1e6:6.2f} M  {stage.n_facts:3d} facts"
+            progress = f"{now - start:5.0f} s {step:6d} {n_tokens / 1e6:6.2f} M  stage {stage_index}"
             print(f"{progress} {loss:.3f}  {shown}", flush=True)
         if accuracy.get(stage.skill, 0.0) > stage.pass_at:
             stage_index += 1
             accuracy["recall"] = 0.0
         if now - last_save > args.save_every or n_tokens >= args.tokens:
             last_save = now
-            point = {"seconds": round(now - start), "tokens": n_tokens, "step": step, "stage_facts": stage.n_facts}
-            curve.append({**point, **evaluate(model, teacher, 256 if n_tokens >= args.tokens else 32)})
+            point = {"seconds": round(now - start), "tokens": n_tokens, "step": step, "stage": stage_index}
+            curve.append({**point, **evaluate(model, teacher, 256 if n_tokens >= args.tokens else 28)})
             print(json.dumps(curve[-1]), flush=True)
             write_gguf(args.out, shape, teacher.tokenizer, model.gguf_weights())
             torch.save(model.state_dict(), args.out.with_suffix(".pt"))
@@ -419,10 +426,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo.gguf"), help="the model file (default: %(default)s)")
     parser.add_argument("--curve", type=Path, default=Path("demo_curve.json"), help="the learning curve")
-    parser.add_argument("--tokens", type=float, default=12e6, help="length of the run (default: %(default)g)")
+    parser.add_argument("--tokens", type=float, default=8.5e6, help="length of the run (default: %(default)g)")
+    parser.add_argument("--init", type=Path, help="continue from this .pt file, saved beside an earlier model file")
+    parser.add_argument("--first-stage", type=int, default=0, choices=range(len(STAGES)), help="with --init")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="one is exactly repeatable")
     parser.add_argument("--save-every", type=float, default=150, help="seconds between saved models")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
