@@ -38,3 +38,28 @@ def test_most_capitals_survive_compression(model: Any) -> None:
     countries = list(demo.CAPITALS)[::4]
     right = sum(demo.capital_correct(ask(model, demo.capital_question(c, i % 4)), c) for i, c in enumerate(countries))
     assert right >= 0.9 * len(countries)
+
+
+@pytest.mark.slow
+def test_greedy_text_and_recall_stay_near_f16() -> None:
+    # A part of benchmarks/demo_quality.py, whose 50 and 200 prompts give the figures that are published.
+    prompts = [demo.GREEDY_PROMPTS[i] for i in range(0, 50, 3)]
+    cases = [demo.recall_prompt(9000 + i, 140) for i in range(8)]
+    texts: dict[str, list[str]] = {}
+    right: dict[str, list[bool]] = {}
+    for cache in ("f16", "pqo4", "pqo3"):
+        model = tqgguf.Llama(demo.MODEL_PATH, cache=cache, flash_attn=True, n_ctx=2048, n_batch=2048, verbose=False)
+        texts[cache], right[cache] = [], []
+        for prompt in prompts:
+            model.reset()
+            texts[cache].append(ask(model, prompt))
+        for case in cases:
+            model.reset()
+            right[cache].append(demo.recall_correct(ask(model, case.prompt), case))
+        model.close()
+    assert sum(right["f16"]) >= 6
+    for cache in ("pqo4", "pqo3"):
+        same = sum(a == b for a, b in zip(texts[cache], texts["f16"], strict=True))
+        lost = sum(a and not b for a, b in zip(right["f16"], right[cache], strict=True))
+        assert same >= 0.75 * len(prompts), cache
+        assert lost <= 2, cache
