@@ -193,6 +193,12 @@ class Llama(_Stock):  # type: ignore[misc]
             exact=self._info.exact,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        del state["type_k"], state["type_v"]
+        state["cache"] = tuple(kind.name for kind in self._types)
+        return state
+
     def reset(self) -> None:
         """Forgets all tokens, and empties the KV cache at once (the stock method leaves that to the next prompt)."""
         super().reset()

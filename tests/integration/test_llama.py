@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,14 @@ def test_stock_interface_is_kept(random_model: Model) -> None:
     assert isinstance(model, llama_cpp.Llama)
     assert model.cache_info().type_k == "pqo3"
     assert model("a", max_tokens=3, logit_bias={model.token_eos(): -100.0})["choices"][0]["finish_reason"] == "length"
+    model.close()
+
+
+def test_a_pickled_model_loads_again_with_its_cache(random_model: Model) -> None:
+    model = load(random_model(), cache=("pqo4", "pqo3"))
+    again = pickle.loads(pickle.dumps(model))
+    assert (again.cache_info().type_k, again.cache_info().type_v) == ("pqo4", "pqo3")
+    again.close()
     model.close()
 
 
