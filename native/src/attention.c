@@ -349,19 +349,12 @@ static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan 
             const uint16_t * mask =
                 seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
             finish_scores(a, s, n, 1, slope[i], mask);
-            float max = w->max[i];
-            for (int j = 0; j < n; ++j) {
-                max = s[j] > max ? s[j] : max;
-            }
-            if (max > w->max[i]) {
-                const float factor = expf(w->max[i] - max);
-                w->sum[i] *= factor;
+            const float factor = kernel->softmax_row(s, n, &w->max[i], &w->sum[i]);
+            if (factor != 1.0f) {
                 for (int j = 0; j < dv; ++j) {
                     w->o[i * dv + j] *= factor;
                 }
-                w->max[i] = max;
             }
-            w->sum[i] += kernel->softmax_row(s, n, max);
         }
         kernel->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0), a->v.stride_token, n, w->s, TILE, t->n_vec,
                            dv / TQ_BLOCK, w->o);

@@ -33,13 +33,13 @@ typedef struct {
     /* o[i] += sum_t p[i, t] v[t]; p: (n_q, ld), o: (n_q, dim), transformed */
     void (*accumulate)(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
                        int n_blocks, float * o);
-    /* s[t] <- exp(s[t] - max), 0 where max is -infinity; returns the sum */
-    float (*softmax_row)(float * s, int n, float max);
+    /* Online softmax over a row of n scores: updates max and sum, s becomes exp(s - max); returns what earlier results must
+     * be multiplied by. A row that has seen no key yet (max -infinity) gives zeros. */
+    float (*softmax_row)(float * s, int n, float * max, float * sum);
 
     /* c[r, j] (+)= sum_k a[r * a_row + k * a_k] b[k, j]; b: (n_k, n_col), c: (n_row, n_col) */
     void (*gemm)(const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add, float * c);
-    /* Online softmax down the columns of s: (n_row, n_col). max, sum: (n_col), updated; factor: (n_col), what earlier
-     * results must be multiplied by; s becomes exp(s - max). */
+    /* The same down each column of s: (n_row, n_col); max, sum, factor: (n_col). */
     void (*softmax_columns)(float * s, int n_row, int n_col, float * max, float * sum, float * factor);
 } tqi_kernels;
 

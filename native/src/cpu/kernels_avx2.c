@@ -482,25 +482,48 @@ INLINE __m256 exp8(__m256 x) {
     return _mm256_andnot_ps(tiny, _mm256_mul_ps(e, _mm256_castsi256_ps(power)));
 }
 
-static float softmax_row(float * s, int n, float max) {
-    if (max == -INFINITY) {
+/* Rows shorter than a multiple of 8 end in a vector filled up with -infinity. */
+INLINE __m256 load_scores(const float * s, int n) {
+    if (n >= 8) {
+        return _mm256_loadu_ps(s);
+    }
+    float last[8];
+    for (int i = 0; i < 8; ++i) {
+        last[i] = i < n ? s[i] : -INFINITY;
+    }
+    return _mm256_loadu_ps(last);
+}
+
+INLINE void store_scores(float * s, int n, __m256 e) {
+    if (n >= 8) {
+        _mm256_storeu_ps(s, e);
+        return;
+    }
+    float last[8];
+    _mm256_storeu_ps(last, e);
+    memcpy(s, last, (size_t) n * sizeof(float));
+}
+
+static float softmax_row(float * s, int n, float * max, float * sum) {
+    __m256 v = _mm256_set1_ps(*max);
+    for (int t = 0; t < n; t += 8) {
+        v = _mm256_max_ps(v, load_scores(s + t, n - t));
+    }
+    const float top = max8(v);
+    if (top == -INFINITY) {
         memset(s, 0, (size_t) n * sizeof(float));
-        return 0.0f;
+        return 1.0f;
     }
-    const __m256 m   = _mm256_set1_ps(max);
-    __m256       sum = _mm256_setzero_ps();
-    int          t   = 0;
-    for (; t + 8 <= n; t += 8) {
-        const __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(s + t), m));
-        _mm256_storeu_ps(s + t, e);
-        sum = _mm256_add_ps(sum, e);
+    const float factor = top == *max ? 1.0f : expf(*max - top);
+    __m256      total  = _mm256_setzero_ps();
+    for (int t = 0; t < n; t += 8) {
+        const __m256 e = exp8(_mm256_sub_ps(load_scores(s + t, n - t), _mm256_set1_ps(top)));
+        store_scores(s + t, n - t, e);
+        total = _mm256_add_ps(total, e);
     }
-    float rest = 0.0f;
-    for (; t < n; ++t) {
-        s[t] = expf(s[t] - max);
-        rest += s[t];
-    }
-    return sum8(sum) + rest;
+    *max = top;
+    *sum = *sum * factor + sum8(total);
+    return factor;
 }
 
 /* Rows of c at a time, two vectors of columns: 12 sums in registers. */

@@ -448,20 +448,29 @@ INLINE __m512 exp16(__m512 x) {
     return _mm512_maskz_scalef_ps(normal, e, n);
 }
 
-static float softmax_row(float * s, int n, float max) {
-    if (max == -INFINITY) {
-        memset(s, 0, (size_t) n * sizeof(float));
-        return 0.0f;
-    }
-    const __m512 m   = _mm512_set1_ps(max);
-    __m512       sum = _mm512_setzero_ps();
+static float softmax_row(float * s, int n, float * max, float * sum) {
+    const __m512 nothing = _mm512_set1_ps(-INFINITY);
+    __m512       v       = _mm512_set1_ps(*max);
     for (int t = 0; t < n; t += 16) {
         const __mmask16 mask = (__mmask16) (n - t >= 16 ? 0xffffu : (1u << (n - t)) - 1u);
-        const __m512    e    = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s + t), m));
-        _mm512_mask_storeu_ps(s + t, mask, e);
-        sum = _mm512_mask_add_ps(sum, mask, sum, e);
+        v                    = _mm512_max_ps(v, _mm512_mask_loadu_ps(nothing, mask, s + t));
     }
-    return _mm512_reduce_add_ps(sum);
+    const float top = _mm512_reduce_max_ps(v);
+    if (top == -INFINITY) {
+        memset(s, 0, (size_t) n * sizeof(float));
+        return 1.0f;
+    }
+    const float factor = top == *max ? 1.0f : expf(*max - top);
+    __m512      total  = _mm512_setzero_ps();
+    for (int t = 0; t < n; t += 16) {
+        const __mmask16 mask = (__mmask16) (n - t >= 16 ? 0xffffu : (1u << (n - t)) - 1u);
+        const __m512    e    = exp16(_mm512_sub_ps(_mm512_mask_loadu_ps(nothing, mask, s + t), _mm512_set1_ps(top)));
+        _mm512_mask_storeu_ps(s + t, mask, e);
+        total = _mm512_add_ps(total, e);
+    }
+    *max = top;
+    *sum = *sum * factor + _mm512_reduce_add_ps(total);
+    return factor;
 }
 
 /* n_row rows of c at a time, n_vec vectors of columns: at most 24 sums in registers. */

@@ -397,24 +397,48 @@ INLINE float32x4_t exp4(float32x4_t x) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(e), tiny));
 }
 
-static float softmax_row(float * s, int n, float max) {
-    if (max == -INFINITY) {
+/* Rows shorter than a multiple of 4 end in a vector filled up with -infinity. */
+INLINE float32x4_t load_scores(const float * s, int n) {
+    if (n >= 4) {
+        return vld1q_f32(s);
+    }
+    float last[4];
+    for (int i = 0; i < 4; ++i) {
+        last[i] = i < n ? s[i] : -INFINITY;
+    }
+    return vld1q_f32(last);
+}
+
+INLINE void store_scores(float * s, int n, float32x4_t e) {
+    if (n >= 4) {
+        vst1q_f32(s, e);
+        return;
+    }
+    float last[4];
+    vst1q_f32(last, e);
+    memcpy(s, last, (size_t) n * sizeof(float));
+}
+
+static float softmax_row(float * s, int n, float * max, float * sum) {
+    float32x4_t v = vdupq_n_f32(*max);
+    for (int t = 0; t < n; t += 4) {
+        v = vmaxq_f32(v, load_scores(s + t, n - t));
+    }
+    const float top = vmaxvq_f32(v);
+    if (top == -INFINITY) {
         memset(s, 0, (size_t) n * sizeof(float));
-        return 0.0f;
+        return 1.0f;
     }
-    float32x4_t sum = vdupq_n_f32(0.0f);
-    int         t   = 0;
-    for (; t + 4 <= n; t += 4) {
-        const float32x4_t e = exp4(vsubq_f32(vld1q_f32(s + t), vdupq_n_f32(max)));
-        vst1q_f32(s + t, e);
-        sum = vaddq_f32(sum, e);
+    const float factor = top == *max ? 1.0f : expf(*max - top);
+    float32x4_t total  = vdupq_n_f32(0.0f);
+    for (int t = 0; t < n; t += 4) {
+        const float32x4_t e = exp4(vsubq_f32(load_scores(s + t, n - t), vdupq_n_f32(top)));
+        store_scores(s + t, n - t, e);
+        total = vaddq_f32(total, e);
     }
-    float rest = 0.0f;
-    for (; t < n; ++t) {
-        s[t] = expf(s[t] - max);
-        rest += s[t];
-    }
-    return vaddvq_f32(sum) + rest;
+    *max = top;
+    *sum = *sum * factor + vaddvq_f32(total);
+    return factor;
 }
 
 /* n_row rows of c at a time, four vectors of columns: at most 24 sums in registers. */

@@ -227,13 +227,19 @@ static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride
     }
 }
 
-static float softmax_row(float * s, int n, float max) {
-    float sum = 0.0f;
+static float softmax_row(float * s, int n, float * max, float * sum) {
+    float top = *max;
     for (int t = 0; t < n; ++t) {
-        s[t] = max == -INFINITY ? 0.0f : expf(s[t] - max);
-        sum += s[t];
+        top = fmaxf(top, s[t]);
     }
-    return sum;
+    const float factor = top == *max ? 1.0f : expf(*max - top);
+    *sum *= factor;
+    for (int t = 0; t < n; ++t) {
+        s[t] = top == -INFINITY ? 0.0f : expf(s[t] - top);
+        *sum += s[t];
+    }
+    *max = top;
+    return factor;
 }
 
 static void gemm(const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add, float * c) {
