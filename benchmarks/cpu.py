@@ -3,9 +3,9 @@
     python benchmarks/cpu.py micro                       ns per block and GB/s of encode, decode, dot, attention
     python benchmarks/cpu.py llama --bin build/bin       tokens per second, by llama-bench (`make tools` builds it)
 
-`llama` runs the patched llama-bench and, for the stock types, the stock one of `--stock DIR` in turn, round by round, so
-that a drift of the machine hits all of them alike; it prints medians, and ratios of each round to f16 in that round.
-Figures and machine facts go to benchmarks/results/.
+`llama` runs the patched llama-bench and, for the stock types, the stock one of `--stock DIR` in turn, round by round,
+so that a drift of the machine hits all of them alike; it prints medians, and ratios of each round to f16 in that
+round. Figures and machine facts go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -90,9 +90,10 @@ class Micro:
         px, blocks = self.pointer(x, "float *"), self.encoded(number, n)
         pb = self.pointer(blocks)
         for mode, mode_name in enumerate(("search", "maxnorm", "l2norm")):
-            yield f"encode {mode_name}", _median_seconds(
-                lambda mode=mode: self.lib.tq_encode(number, mode, px, n, pb), self.runs
-            ) / 4096
+            yield (
+                f"encode {mode_name}",
+                _median_seconds(lambda mode=mode: self.lib.tq_encode(number, mode, px, n, pb), self.runs) / 4096,
+            )
         blocks = self.encoded(number, n)
         pb = self.pointer(blocks)
         yield "decode", _median_seconds(lambda: self.lib.tq_decode(number, 0, pb, n, px), self.runs) / 4096
@@ -210,7 +211,21 @@ def _llama_bench(binary: Path, model: Path, cache: str, threads: int, tests: lis
         mine = [t for t in tests if t.kind == kind]
         if not mine:
             continue
-        command = [str(binary), "-m", str(model), "-t", str(threads), "-fa", "1", "-ctk", cache, "-ctv", cache, "-r", "1"]
+        command = [
+            str(binary),
+            "-m",
+            str(model),
+            "-t",
+            str(threads),
+            "-fa",
+            "1",
+            "-ctk",
+            cache,
+            "-ctv",
+            cache,
+            "-r",
+            "1",
+        ]
         command += ["-o", "json", "-d", ",".join(str(t.depth) for t in mine)]
         command += ["-p", "0", "-n", str(mine[0].n)] if kind == "tg" else ["-n", "0", "-p", str(mine[0].n)]
         run = subprocess.run(command, capture_output=True, text=True)
@@ -222,7 +237,13 @@ def _llama_bench(binary: Path, model: Path, cache: str, threads: int, tests: lis
 
 
 def llama(
-    patched: Path, stock: Path | None, shape: random_model.Shape, caches: list[str], threads: int, tests: list[Test], rounds: int
+    patched: Path,
+    stock: Path | None,
+    shape: random_model.Shape,
+    caches: list[str],
+    threads: int,
+    tests: list[Test],
+    rounds: int,
 ) -> list[Speed]:
     """Runs every cache type in every test, round by round; the stock build runs f16 and the other stock types."""
     runs = [(cache, "patched", patched) for cache in caches]
@@ -302,7 +323,9 @@ def main() -> None:
         console.print(f"saved to {save(args.save, 'steps', rows)}")
         return
     shape = replace(random_model.Shape(), n_head=args.heads, n_head_kv=args.heads_kv, head_dim=args.head_dim)
-    tests = [Test("tg", 32, int(d)) for d in args.tg.split(",") if d] + [Test("pp", 1024, int(d)) for d in args.pp.split(",") if d]
+    tests = [Test("tg", 32, int(d)) for d in args.tg.split(",") if d] + [
+        Test("pp", 1024, int(d)) for d in args.pp.split(",") if d
+    ]
     speeds = llama(args.bin, args.stock, shape, args.cache.split(","), args.threads, tests, args.rounds)
     out.print(llama_table(speeds))
     console.print(f"saved to {save(args.save, 'speeds', speeds)}")
