@@ -33,7 +33,7 @@ lint: $(VENV)/ready ## ruff and mypy
 
 install: build/installed ## build and install into .venv only
 
-conformance: conformance-fast stock ## every kernel and upstream's own tests, all cases; stock types bit for bit
+conformance: conformance-fast conformance-neon stock ## every kernel and upstream's own tests, all cases; stock types bit for bit
 	$(BACKEND_OPS) -o FLASH_ATTN_EXT -p pqo
 	TQGGUF_STOCK_LIB=$(STOCK)/cmake/bin $(BIN)/python -m pytest tests/native/test_stock_types.py
 
@@ -42,6 +42,13 @@ conformance-fast: conformance-programs ## the same with a part of the attention 
 	$(BUILD)/bin/test-quantize-fns
 	$(BACKEND_OPS) -o SET_ROWS,GET_ROWS,CPY,MUL_MAT -p pqo
 	$(BACKEND_OPS) -o FLASH_ATTN_EXT -p 'hsk=(64|128),.*kv=(1|113|512),nb=(1|75),.*pqo'
+
+conformance-neon: $(VENV)/ready ## the NEON kernels, cross-compiled and run by qemu-user
+	@if command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null; then \
+		$(CMAKE) -G Ninja -S native -B build/neon -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTQGGUF_VERSION=conformance -DTQGGUF_CONFORMANCE=ON \
+			-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc >/dev/null && \
+		$(CMAKE) --build build/neon && qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/conformance; \
+	else echo "skipped neon: it needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)"; fi
 
 conformance-programs: build/installed
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_CONFORMANCE=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
@@ -87,4 +94,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install conformance conformance-fast conformance-programs stock tools wheel check-patches clean
+.PHONY: help demo test lint install conformance conformance-fast conformance-neon conformance-programs stock tools wheel check-patches clean
