@@ -145,8 +145,8 @@ typedef struct tq_attn {
     size_t           out_stride_stream;
 } tq_attn;
 
-/* Bytes of scratch that n_threads threads need together (any alignment); 0 and an error message if the arguments are not
- * usable. */
+/* Bytes of scratch (any alignment) that n_threads threads need together, or any smaller number of them; 0 and an error
+ * message if the arguments are not usable. */
 size_t tq_attn_work_bytes(const tq_attn * args, int n_threads);
 /* Computes attention with n_threads threads: each calls phase 0 with its own thread index, all wait for each other, then
  * each calls phase 1. work is shared by all of them. */

@@ -122,16 +122,22 @@ static int make_plan(const tq_attn * a, int n_threads, plan * p) {
     return TQ_OK;
 }
 
+/* A thread pool may start fewer threads than it was sized for, and how keys are cut depends on their number: room for any. */
 size_t tq_attn_work_bytes(const tq_attn * args, int n_threads) {
-    plan p;
+    size_t most = 0;
     if (args == NULL) {
         tqi_fail(TQ_E_ARGUMENT, "null pointer given for the attention arguments");
         return 0;
     }
-    if (make_plan(args, n_threads, &p) != TQ_OK) {
-        return 0;
+    for (int n = n_threads; n >= 1 || n == n_threads; --n) {
+        plan p;
+        if (make_plan(args, n, &p) != TQ_OK) {
+            return 0;
+        }
+        const size_t n_floats = p.scratch * (size_t) n + p.partial * (size_t) p.n_tasks;
+        most                  = n_floats > most ? n_floats : most;
     }
-    return (p.scratch * (size_t) n_threads + p.partial * (size_t) p.n_tasks) * sizeof(float) + ALIGN;
+    return most * sizeof(float) + ALIGN;
 }
 
 /* Where a thread's scratch begins, by use. */

@@ -243,6 +243,9 @@ static void check_attention(const char * kernel, shape s) {
     const size_t work_bytes = tq_attn_work_bytes(&a, s.n_threads);
     uint8_t *    work       = allocate(work_bytes);
     memset(work, 0xff, work_bytes); /* NaN: nothing may be read before it is written */
+    for (int n = 1; n <= s.n_threads; ++n) {
+        check(tq_attn_work_bytes(&a, n) <= work_bytes, kernel, name, "fewer threads need more scratch");
+    }
     check(work_bytes > 0, kernel, name, tq_last_error());
     for (int phase = 0; phase < 2; ++phase) {
         for (int t = 0; t < s.n_threads; ++t) {
@@ -342,7 +345,11 @@ static int check_kernel(const char * kernel) {
     shape s = { .k_type = TQ_TYPE_PQO3, .v_type = TQ_TYPE_PQO4, .dk = 128, .dv = 128, .n_head = 2, .n_head_kv = 1, .n_q = 1,
                 .n_kv = 32768, .n_threads = 3 };
     check_attention(kernel, s);
-    return n + 1;
+    /* four threads need no partial results here, three do */
+    s = (shape) { .k_type = TQ_TYPE_PQO3, .v_type = TQ_TYPE_PQO3, .dk = 64, .dv = 64, .n_head = 8, .n_head_kv = 4, .n_q = 1,
+                  .n_kv = 777, .n_threads = 4 };
+    check_attention(kernel, s);
+    return n + 2;
 }
 
 int main(void) {
