@@ -190,7 +190,7 @@ class Speed:
     """Tokens per second of one cache type in one test.
 
     Attributes:
-        rounds: one figure per round.
+        rounds: one figure per round, the median of its repeats.
         ratio: median over the rounds of this type's figure over f16's in the same round.
     """
 
@@ -204,35 +204,23 @@ class Speed:
     rounds: tuple[float, ...]
 
 
-def _llama_bench(binary: Path, model: Path, cache: str, threads: int, tests: list[Test]) -> dict[Test, float]:
-    """Runs llama-bench once; tests of the same depth and kind share a run."""
+def _llama_bench(
+    binary: Path, model: Path, cache: str, threads: int, tests: list[Test], repeats: int
+) -> dict[Test, float]:
+    """Runs llama-bench once for each kind of test; a figure is the median of its repeats."""
     found: dict[Test, float] = {}
     for kind in ("tg", "pp"):
         mine = [t for t in tests if t.kind == kind]
         if not mine:
             continue
-        command = [
-            str(binary),
-            "-m",
-            str(model),
-            "-t",
-            str(threads),
-            "-fa",
-            "1",
-            "-ctk",
-            cache,
-            "-ctv",
-            cache,
-            "-r",
-            "1",
-        ]
-        command += ["-o", "json", "-d", ",".join(str(t.depth) for t in mine)]
+        command = [str(binary), "-m", str(model), "-t", str(threads), "-fa", "1", "-ctk", cache, "-ctv", cache]
+        command += ["-r", str(repeats), "-o", "json", "-d", ",".join(str(t.depth) for t in mine)]
         command += ["-p", "0", "-n", str(mine[0].n)] if kind == "tg" else ["-n", "0", "-p", str(mine[0].n)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode != 0:
             raise SystemExit(f"{binary} failed: {run.stderr.strip().splitlines()[-1:]}")
         for row in json.loads(run.stdout):
-            found[Test(kind, row["n_gen"] or row["n_prompt"], row["n_depth"])] = row["avg_ts"]
+            found[Test(kind, row["n_gen"] or row["n_prompt"], row["n_depth"])] = statistics.median(row["samples_ts"])
     return found
 
 
@@ -244,11 +232,13 @@ def llama(
     threads: int,
     tests: list[Test],
     rounds: int,
+    repeats: int,
+    both: bool,
 ) -> list[Speed]:
-    """Runs every cache type in every test, round by round; the stock build runs f16 and the other stock types."""
-    runs = [(cache, "patched", patched) for cache in caches]
-    if stock is not None:
-        runs += [(cache, "stock", stock) for cache in caches if cache not in BLOCK_BYTES]
+    """Runs every cache type in every test, round by round. Stock types run in the stock build, or in `both`."""
+    stock_types = [cache for cache in caches if cache not in BLOCK_BYTES] if stock is not None else []
+    runs = [(cache, "patched", patched) for cache in caches if both or cache not in stock_types]
+    runs += [(cache, "stock", stock) for cache in stock_types if stock is not None]
     base = ("f16", "stock" if stock is not None else "patched")
     figures: dict[tuple[str, str], dict[Test, list[float]]] = {(cache, build): {} for cache, build, _ in runs}
     with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
@@ -257,7 +247,9 @@ def llama(
         task = progress.add_task(f"{shape.name}, {threads} threads", total=rounds * len(runs))
         for _ in range(rounds):
             for cache, build, folder_of in runs:
-                for test, value in _llama_bench(folder_of / "llama-bench", model, cache, threads, tests).items():
+                for test, value in _llama_bench(
+                    folder_of / "llama-bench", model, cache, threads, tests, repeats
+                ).items():
                     figures[cache, build].setdefault(test, []).append(value)
                 progress.advance(task)
     return [
@@ -309,6 +301,8 @@ def main() -> None:
     bench.add_argument("--cache", default="f16,q8_0,q4_0,pqo4,pqo3")
     bench.add_argument("--threads", type=int, default=1)
     bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--both", action="store_true", help="with --stock: stock types in the patched build, too")
+    bench.add_argument("--repeats", type=int, default=1, help="timings per round; long depths are filled once for all")
     bench.add_argument("--heads", type=int, default=16)
     bench.add_argument("--heads-kv", type=int, default=8)
     bench.add_argument("--head-dim", type=int, default=128)
@@ -326,7 +320,9 @@ def main() -> None:
     tests = [Test("tg", 32, int(d)) for d in args.tg.split(",") if d] + [
         Test("pp", 1024, int(d)) for d in args.pp.split(",") if d
     ]
-    speeds = llama(args.bin, args.stock, shape, args.cache.split(","), args.threads, tests, args.rounds)
+    speeds = llama(
+        args.bin, args.stock, shape, args.cache.split(","), args.threads, tests, args.rounds, args.repeats, args.both
+    )
     out.print(llama_table(speeds))
     console.print(f"saved to {save(args.save, 'speeds', speeds)}")
 

@@ -241,6 +241,23 @@ typedef struct {
     __m512i shift;
 } decoder;
 
+/* The bytes of one block and nothing beyond it: two overlapping loads, of bytes 0..7 and 6..13 or 0..15 and 2..17. A masked
+ * load would do, but costs more than both (2.0 instead of 1.7 ns per block of attention for two query heads on Zen 5). */
+INLINE __m512i load_bytes(int bits, const uint8_t * in) {
+    if (bits == 3) {
+        const __m128i low = _mm_loadl_epi64((const __m128i *) (const void *) in);
+        return _mm512_castsi128_si512(_mm_unpacklo_epi64(low, _mm_loadl_epi64((const __m128i *) (const void *) (in + 6))));
+    }
+    const __m128i low = _mm_loadu_si128((const __m128i *) (const void *) in);
+    return _mm512_castsi256_si512(
+        _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128((const __m128i *) (const void *) (in + 2)), 1));
+}
+
+/* Where load_bytes puts byte i of a block. */
+INLINE int loaded_at(int bits, int i) {
+    return bits == 3 ? (i < 8 ? i : i + 2) : i < 16 ? i : i + 14;
+}
+
 INLINE decoder load_decoder(int bits, const tqi_codec * codec) {
     decoder c;
     uint8_t bytes[2][64] = { { 0 } };
@@ -249,8 +266,8 @@ INLINE decoder load_decoder(int bits, const tqi_codec * codec) {
     for (int i = 0; i < 16; ++i) {
         for (int half = 0; half < 2; ++half) {
             const int at           = 2 + bits * (16 * half + i) / 8;
-            bytes[half][4 * i]     = (uint8_t) at;
-            bytes[half][4 * i + 1] = (uint8_t) (at + 1 < 4 * bits + 2 ? at + 1 : at);
+            bytes[half][4 * i]     = (uint8_t) loaded_at(bits, at);
+            bytes[half][4 * i + 1] = (uint8_t) loaded_at(bits, at + 1 < 4 * bits + 2 ? at + 1 : at);
         }
         shift[i]  = bits * i % 8;
         levels[i] = codec->levels[i & (codec->n_levels - 1)];
@@ -260,12 +277,6 @@ INLINE decoder load_decoder(int bits, const tqi_codec * codec) {
     c.bytes[1] = _mm512_loadu_si512(bytes[1]);
     c.shift    = _mm512_loadu_si512(shift);
     return c;
-}
-
-/* The bytes of one block and nothing beyond it. */
-INLINE __m512i load_bytes(int bits, const uint8_t * in) {
-    return bits == 3 ? _mm512_castsi128_si512(_mm_maskz_loadu_epi8(0x3fff, in))
-                     : _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(0x3ffff, in));
 }
 
 INLINE __m512 values16(const decoder * c, __m512i bytes, int half) {
