@@ -6,7 +6,9 @@
  *
  * Work is cut into tasks: a stream, a KV head, a block of query rows, a range of keys. All query heads of the KV head go
  * together, so each K and V block is decoded once for the whole group. Two ways through a task:
- *   fused  at most TQI_MAX_FUSED query vectors, K and V both PQO: codebook values go from registers into the sums;
+ *   fused  at most TQI_MAX_FUSED query vectors, K and V both PQO: codebook values go from registers into the sums. Memory
+ *          is what bounds this one, and a token's heads lie side by side, so up to MAX_SPAN KV heads take each tile in turn
+ *          and the tile after it is prefetched;
  *   tiled  everything else: a tile of K, then of V, is decoded to f32 and multiplied, query vectors side by side.
  * If the keys were cut, phase 1 merges the partial results; otherwise phase 0 has already written the output. */
 #include "kernels.h"
@@ -16,6 +18,7 @@
 #define TILE          64  /* keys per tile */
 #define TILED_VECTORS 64  /* query vectors that a tiled task aims at */
 #define CHUNK_MIN     256 /* keys: a shorter range is not worth a partial result */
+#define MAX_SPAN      16  /* tasks that go through the keys together */
 #define ALIGN         64  /* bytes */
 
 typedef struct {
@@ -28,6 +31,8 @@ typedef struct {
     int64_t          n_chunks;
     int64_t          chunk;      /* keys per chunk, a multiple of TILE */
     int64_t          n_tasks;
+    int              span;       /* tasks that go through the keys together, at most */
+    size_t           vectors;    /* floats of one task's q, o, max, sum */
     size_t           scratch;    /* floats per thread */
     size_t           partial;    /* floats per task; 0 if keys are not cut */
     const tqi_codec * k_codec;   /* NULL: not PQO */
@@ -115,7 +120,9 @@ static int make_plan(const tq_attn * a, int n_threads, plan * p) {
     p->partial  = p->n_chunks > 1 ? padded((size_t) p->n_vec * (dv + 2)) : 0;
 
     const size_t n = (size_t) p->n_col;
-    p->scratch     = padded(dk * n) + padded(dv * n) + padded(TILE * n) + 3 * padded(n) + padded(dk > dv ? dk : dv);
+    p->span        = p->fused ? (int) min64(a->k.n_head, MAX_SPAN) : 1;
+    p->vectors     = padded(dk * n) + padded(dv * n) + 2 * padded(n);
+    p->scratch     = (size_t) p->span * p->vectors + padded(TILE * n) + padded(n) + padded(dk > dv ? dk : dv);
     if (!p->fused) {
         p->scratch += padded(TILE * (dk > dv ? dk : dv));
     }
@@ -140,16 +147,21 @@ size_t tq_attn_work_bytes(const tq_attn * args, int n_threads) {
     return most * sizeof(float) + ALIGN;
 }
 
-/* Where a thread's scratch begins, by use. */
+/* What one task keeps while it goes through its keys. */
 typedef struct {
-    float * q;      /* fused: (n_vec, dk); tiled: (dk, n_col) */
-    float * o;      /* fused: (n_vec, dv); tiled: (dv, n_col) */
-    float * s;      /* fused: (n_vec, TILE); tiled: (TILE, n_col) */
-    float * max;    /* (n_col) */
-    float * sum;    /* (n_col) */
-    float * factor; /* (n_col) */
-    float * row;    /* (max(dk, dv)) */
-    float * tile;   /* tiled: (TILE, max(dk, dv)) */
+    float * q;   /* fused: (n_vec, dk); tiled: (dk, n_col) */
+    float * o;   /* fused: (n_vec, dv); tiled: (dv, n_col) */
+    float * max; /* (n_col) */
+    float * sum; /* (n_col) */
+} vectors;
+
+/* A thread's scratch. */
+typedef struct {
+    vectors x[MAX_SPAN]; /* (span) */
+    float * s;           /* fused: (n_vec, TILE); tiled: (TILE, n_col) */
+    float * factor;      /* (n_col) */
+    float * row;         /* (max(dk, dv)) */
+    float * tile;        /* tiled: (TILE, max(dk, dv)) */
 } scratch;
 
 static float * aligned(void * work) {
@@ -161,11 +173,13 @@ static scratch carve(const tq_attn * a, const plan * p, void * work, int thread)
     const size_t dk = (size_t) a->k.head_dim, dv = (size_t) a->v.head_dim, n = (size_t) p->n_col;
     float *      at = aligned(work) + p->scratch * (size_t) thread;
     scratch      w;
-    w.q      = at; at += padded(dk * n);
-    w.o      = at; at += padded(dv * n);
+    for (int i = 0; i < p->span; ++i) {
+        w.x[i].q   = at; at += padded(dk * n);
+        w.x[i].o   = at; at += padded(dv * n);
+        w.x[i].max = at; at += padded(n);
+        w.x[i].sum = at; at += padded(n);
+    }
     w.s      = at; at += padded(TILE * n);
-    w.max    = at; at += padded(n);
-    w.sum    = at; at += padded(n);
     w.factor = at; at += padded(n);
     w.row    = at; at += padded(dk > dv ? dk : dv);
     w.tile   = at;
@@ -237,14 +251,15 @@ typedef struct {
     int     n_vec; /* fewer than the plan's in the last row block */
 } task;
 
+/* KV heads count fastest, then chunks, row blocks, streams. */
 static task task_of(const tq_attn * a, const plan * p, int64_t index) {
     task t;
+    t.kv_head   = index % a->k.n_head;
+    index      /= a->k.n_head;
     t.chunk     = index % p->n_chunks;
     index      /= p->n_chunks;
     t.row0      = index % p->n_row_blocks * p->rows;
-    index      /= p->n_row_blocks;
-    t.kv_head   = index % a->k.n_head;
-    t.q_stream  = index / a->k.n_head;
+    t.q_stream  = index / p->n_row_blocks;
     t.kv_stream = t.q_stream / (a->q.n_stream / a->k.n_stream);
     t.head0     = t.kv_head * p->group;
     t.n_vec     = (int) min64(p->rows, a->n_q - t.row0) * p->group;
@@ -330,59 +345,90 @@ static void put_result(const tqi_kernels * kernel, const tq_attn * a, const plan
     memcpy(partial + 2, o, (size_t) a->v.head_dim * sizeof(float));
 }
 
-static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const scratch * w,
-                      float * partial) {
-    const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim;
-    float     slope[TQI_MAX_FUSED];
-    for (int i = 0; i < t->n_vec; ++i) {
-        load_query(kernel, a, p, t, i, w->q + i * dk);
-        slope[i]  = slope_of(a, t->head0 + i % p->group);
-        w->max[i] = -INFINITY;
-        w->sum[i] = 0.0f;
-    }
-    memset(w->o, 0, (size_t) (t->n_vec * dv) * sizeof(float));
-    const int64_t end = min64(a->n_kv, (t->chunk + 1) * p->chunk);
-    for (int64_t t0 = t->chunk * p->chunk; t0 < end; t0 += TILE) {
-        const int n = (int) min64(TILE, end - t0);
-        const visibility seen = tile_visibility(a, p, t, t0, n);
-        if (seen == NONE_SEEN) {
-            continue;
+static void prefetch_tile(const tq_attn_operand * x, const tqi_codec * codec, const task * t, int64_t t0, int64_t end) {
+    const size_t bytes = (size_t) (x->head_dim / TQ_BLOCK * codec->block_bytes);
+    for (int64_t i = t0; i < min64(t0 + TILE, end); ++i) {
+        const uint8_t * row = operand_at(x, t->kv_stream, t->kv_head, i);
+        for (size_t at = 0; at < bytes; at += 64) {
+            __builtin_prefetch(row + at, 0, 2);
         }
-        kernel->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0), a->k.stride_token, n, w->q, t->n_vec,
-                       dk / TQ_BLOCK, w->s, TILE);
-        for (int i = 0; i < t->n_vec; ++i) {
-            float *          s = w->s + i * TILE;
-            const uint16_t * mask =
-                seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
-            finish_scores(a, s, n, 1, slope[i], mask);
-            const float factor = kernel->softmax_row(s, n, &w->max[i], &w->sum[i]);
-            if (factor != 1.0f) {
-                for (int j = 0; j < dv; ++j) {
-                    w->o[i * dv + j] *= factor;
-                }
+        __builtin_prefetch(row + bytes - 1, 0, 2);
+    }
+}
+
+/* One task's share of a tile. */
+static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const vectors * x, float * s,
+                       int64_t t0, int n, visibility seen) {
+    const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim;
+    kernel->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0), a->k.stride_token, n, x->q, t->n_vec, dk / TQ_BLOCK, s,
+                   TILE);
+    for (int i = 0; i < t->n_vec; ++i) {
+        const int64_t head = t->head0 + i % p->group;
+        if (seen == MIXED || a->softcap != 0.0f) {
+            const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
+            finish_scores(a, s + i * TILE, n, 1, slope_of(a, head), mask);
+        }
+        const float factor = kernel->softmax_row(s + i * TILE, n, &x->max[i], &x->sum[i]);
+        if (factor != 1.0f) {
+            for (int j = 0; j < dv; ++j) {
+                x->o[i * dv + j] *= factor;
             }
         }
-        kernel->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0), a->v.stride_token, n, w->s, TILE, t->n_vec,
-                           dv / TQ_BLOCK, w->o);
     }
-    for (int i = 0; i < t->n_vec; ++i) {
-        put_result(kernel, a, p, t, i, w->max[i], w->sum[i], w->o + i * dv, partial);
+    kernel->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0), a->v.stride_token, n, s, TILE, t->n_vec,
+                       dv / TQ_BLOCK, x->o);
+}
+
+/* Runs n tasks that differ only in their KV heads. */
+static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * tasks, int n_tasks,
+                      const scratch * w, float * partials) {
+    const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim;
+    for (int h = 0; h < n_tasks; ++h) {
+        for (int i = 0; i < tasks[h].n_vec; ++i) {
+            load_query(kernel, a, p, &tasks[h], i, w->x[h].q + i * dk);
+            w->x[h].max[i] = -INFINITY;
+            w->x[h].sum[i] = 0.0f;
+        }
+        memset(w->x[h].o, 0, (size_t) (tasks[h].n_vec * dv) * sizeof(float));
+    }
+    const int64_t end = min64(a->n_kv, (tasks[0].chunk + 1) * p->chunk);
+    for (int64_t t0 = tasks[0].chunk * p->chunk; t0 < end; t0 += TILE) {
+        const int  n    = (int) min64(TILE, end - t0);
+        visibility seen = ALL_SEEN;
+        for (int h = 0; h < n_tasks; ++h) {
+            if (h == 0 || a->n_mask_head > 1) {
+                seen = tile_visibility(a, p, &tasks[h], t0, n);
+            }
+            if (seen != NONE_SEEN) {
+                prefetch_tile(&a->k, p->k_codec, &tasks[h], t0 + TILE, end);
+                prefetch_tile(&a->v, p->v_codec, &tasks[h], t0 + TILE, end);
+                fused_tile(kernel, a, p, &tasks[h], &w->x[h], w->s, t0, n, seen);
+            }
+        }
+    }
+    for (int h = 0; h < n_tasks; ++h) {
+        const vectors * x = &w->x[h];
+        for (int i = 0; i < tasks[h].n_vec; ++i) {
+            put_result(kernel, a, p, &tasks[h], i, x->max[i], x->sum[i], x->o + i * dv,
+                       partials != NULL ? partials + (size_t) h * p->partial : NULL);
+        }
     }
 }
 
 static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const scratch * w,
                       float * partial) {
-    const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim, n_col = p->n_col;
-    memset(w->q, 0, (size_t) dk * (size_t) n_col * sizeof(float));
-    memset(w->o, 0, (size_t) dv * (size_t) n_col * sizeof(float));
+    const int       dk = (int) a->k.head_dim, dv = (int) a->v.head_dim, n_col = p->n_col;
+    const vectors * x  = &w->x[0];
+    memset(x->q, 0, (size_t) dk * (size_t) n_col * sizeof(float));
+    memset(x->o, 0, (size_t) dv * (size_t) n_col * sizeof(float));
     for (int i = 0; i < n_col; ++i) {
-        w->max[i] = -INFINITY;
-        w->sum[i] = 0.0f;
+        x->max[i] = -INFINITY;
+        x->sum[i] = 0.0f;
     }
     for (int i = 0; i < t->n_vec; ++i) {
         load_query(kernel, a, p, t, i, w->row);
         for (int j = 0; j < dk; ++j) {
-            w->q[j * n_col + i] = w->row[j];
+            x->q[j * n_col + i] = w->row[j];
         }
     }
     const int64_t end = min64(a->n_kv, (t->chunk + 1) * p->chunk);
@@ -393,42 +439,44 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan 
             continue;
         }
         decode_tile(kernel, &a->k, p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0), n, w->tile);
-        kernel->gemm(w->tile, dk, 1, w->q, n, dk, n_col, 0, w->s);
-        for (int i = 0; i < t->n_vec; ++i) {
+        kernel->gemm(w->tile, dk, 1, x->q, n, dk, n_col, 0, w->s);
+        for (int i = 0; i < t->n_vec && (seen == MIXED || a->softcap != 0.0f); ++i) {
             const int64_t    head = t->head0 + i % p->group;
             const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
             finish_scores(a, w->s + i, n, n_col, slope_of(a, head), mask);
         }
-        kernel->softmax_columns(w->s, n, n_col, w->max, w->sum, w->factor);
+        kernel->softmax_columns(w->s, n, n_col, x->max, x->sum, w->factor);
         for (int j = 0; j < dv; ++j) {
             for (int i = 0; i < n_col; ++i) {
-                w->o[j * n_col + i] *= w->factor[i];
+                x->o[j * n_col + i] *= w->factor[i];
             }
         }
         decode_tile(kernel, &a->v, p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0), n, w->tile);
-        kernel->gemm(w->tile, 1, dv, w->s, dv, n, n_col, 1, w->o);
+        kernel->gemm(w->tile, 1, dv, w->s, dv, n, n_col, 1, x->o);
     }
     for (int i = 0; i < t->n_vec; ++i) {
         for (int j = 0; j < dv; ++j) {
-            w->row[j] = w->o[j * n_col + i];
+            w->row[j] = x->o[j * n_col + i];
         }
-        put_result(kernel, a, p, t, i, w->max[i], w->sum[i], w->row, partial);
+        put_result(kernel, a, p, t, i, x->max[i], x->sum[i], w->row, partial);
     }
 }
 
-/* Merges the partial results of the chunks of tasks first .. first + n_chunks - 1, which share their query vectors. */
-static void merge_chunks(const tqi_kernels * kernel, const tq_attn * a, const plan * p, int64_t first, float * partials, float * o) {
-    const task   t  = task_of(a, p, first);
-    const size_t dv = (size_t) a->v.head_dim;
+/* Merges the partial results of one task's chunks; first is its task of chunk 0, the others follow n_head tasks apart. */
+static void merge_chunks(const tqi_kernels * kernel, const tq_attn * a, const plan * p, int64_t first, const float * partials,
+                         float * o) {
+    const task   t    = task_of(a, p, first);
+    const size_t dv   = (size_t) a->v.head_dim;
+    const size_t next = (size_t) a->k.n_head * p->partial;
     for (int i = 0; i < t.n_vec; ++i) {
         const float * at  = partials + (size_t) first * p->partial + (size_t) i * (dv + 2);
         float         max = -INFINITY, sum = 0.0f;
         for (int64_t c = 0; c < p->n_chunks; ++c) {
-            max = fmaxf(max, at[(size_t) c * p->partial]);
+            max = fmaxf(max, at[(size_t) c * next]);
         }
         memset(o, 0, dv * sizeof(float));
         for (int64_t c = 0; c < p->n_chunks; ++c) {
-            const float * part = at + (size_t) c * p->partial;
+            const float * part = at + (size_t) c * next;
             if (part[0] == -INFINITY) {
                 continue;
             }
@@ -462,16 +510,25 @@ int tq_attn_compute(const tq_attn * args, int phase, int thread, int n_threads, 
     const scratch       w        = carve(args, &p, work, thread);
     float *             partials = aligned(work) + p.scratch * (size_t) n_threads;
     if (phase == 0) {
-        const int64_t first = p.n_tasks * thread / n_threads, last = p.n_tasks * (thread + 1) / n_threads;
-        for (int64_t i = first; i < last; ++i) {
-            const task t       = task_of(args, &p, i);
-            float *    partial = p.partial > 0 ? partials + (size_t) i * p.partial : NULL;
-            (p.fused ? run_fused : run_tiled)(kernel, args, &p, &t, &w, partial);
+        const int64_t last = p.n_tasks * (thread + 1) / n_threads;
+        for (int64_t i = p.n_tasks * thread / n_threads; i < last;) {
+            task      tasks[MAX_SPAN];
+            const int n = (int) min64(min64(p.span, last - i), args->k.n_head - i % args->k.n_head);
+            for (int h = 0; h < n; ++h) {
+                tasks[h] = task_of(args, &p, i + h);
+            }
+            float * partial = p.partial > 0 ? partials + (size_t) i * p.partial : NULL;
+            if (p.fused) {
+                run_fused(kernel, args, &p, tasks, n, &w, partial);
+            } else {
+                run_tiled(kernel, args, &p, tasks, &w, partial);
+            }
+            i += n;
         }
     } else if (p.partial > 0) {
-        const int64_t n = p.n_tasks / p.n_chunks;
+        const int64_t n = p.n_tasks / p.n_chunks, n_head = args->k.n_head;
         for (int64_t i = n * thread / n_threads; i < n * (thread + 1) / n_threads; ++i) {
-            merge_chunks(kernel, args, &p, i * p.n_chunks, partials, w.row);
+            merge_chunks(kernel, args, &p, i / n_head * n_head * p.n_chunks + i % n_head, partials, w.row);
         }
     }
     return TQ_OK;
