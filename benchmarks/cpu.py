@@ -284,7 +284,8 @@ def save(name: str, key: str, rows: list[Any]) -> Path:
     """Writes results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    document = {"command": " ".join(["python", "benchmarks/cpu.py", *sys.argv[1:]]), "machine": machine.facts()}
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    document = {"command": " ".join(["python", "benchmarks/cpu.py", *words]), "machine": machine.facts()}
     path.write_text(json.dumps({**document, key: [asdict(row) for row in rows]}, indent=1) + "\n")
     return path
 
