@@ -107,7 +107,14 @@ def measure(types: list[str], n_cases: int, n_threads: int | None) -> list[Quali
     for name in types:
         start = time.perf_counter()
         model = tqgguf.Llama(
-            demo.MODEL_PATH, cache=name, flash_attn=True, n_ctx=2048, n_batch=2048, n_threads=n_threads, verbose=False
+            demo.MODEL_PATH,
+            cache=name,
+            flash_attn=True,
+            n_ctx=2048,
+            n_batch=2048,
+            n_threads=n_threads,
+            n_threads_batch=n_threads,
+            verbose=False,
         )
         texts = [answer(model, prompt, 32) for prompt in demo.GREEDY_PROMPTS]
         right = {task: [q.judge(answer(model, q.prompt, 16)) for q in asked] for task, asked in questions.items()}

@@ -44,6 +44,12 @@ def kernel(request: pytest.FixtureRequest, native: Any) -> Iterator[str]:
 
 
 @pytest.fixture
+def tolerance(native: Any) -> float:
+    """Relative error allowed to attention and dot products of the kernel in force (tests/native/test_attention.py)."""
+    return 1e-3 if native.active_kernel() == "avx512" else 1e-5
+
+
+@pytest.fixture
 def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs Python code, or a module with arguments, in a fresh process; the environment can be changed."""
 

@@ -80,8 +80,8 @@ void         tq_signs(float * signs);
 int tq_encode(int type, int mode, const float * x, int64_t n, void * blocks);
 /* Decodes n values (a multiple of 32). Any byte string is valid input; a scale that is NaN or infinite decodes as 0. */
 int tq_decode(int type, int mode, const void * blocks, int64_t n, float * x);
-/* Dot product of n encoded values (a multiple of 32) with x: (n), computed in the transformed domain. NaN if the arguments
- * are not usable. */
+/* Dot product of n encoded values (a multiple of 32) with x: (n), computed in the transformed domain and as exactly as
+ * attention. NaN if the arguments are not usable. */
 float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n);
 
 /* ---- Kernels ---- */
@@ -118,7 +118,9 @@ typedef struct tq_attn_operand {
 
 /* out[row, h] = sum_t softmax_t(score[h, row, t]) v[t, h / (n_head / n_head_kv)], with
  * score = softcap(scale * <q, k>) + slope_h * mask, softcap(x) = c tanh(x / c) for c > 0, ALiBi slope_h from max_bias,
- * and exp(sink_h) added to the softmax's denominator. A row whose keys are all masked gives zeros. */
+ * and exp(sink_h) added to the softmax's denominator. A row whose keys are all masked gives zeros. Relative L2 error of the
+ * output against exact arithmetic on the decoded K and V: 1e-5 at most, and 1e-3 with the kernel avx512, which sums 16-bit
+ * integers where a KV head has few query vectors. */
 typedef struct tq_attn {
     /* q: f32, (n_stream, n_head, n_q, head_dim_k) by strides; stride_token steps through the query rows */
     tq_attn_operand  q;

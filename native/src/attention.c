@@ -8,14 +8,14 @@
  * together, so each K and V block is decoded once for the whole group. Two ways through a task:
  *   fused  at most TQI_MAX_FUSED query vectors, K and V both PQO: codebook values go from registers into the sums. Memory
  *          is what bounds this one, and a token's heads lie side by side, so up to MAX_SPAN KV heads take each tile in turn
- *          and the tile after it is prefetched;
+ *          and the kernels prefetch the tile after it;
  *   tiled  everything else: a tile of K, then of V, is decoded to f32 and multiplied, query vectors side by side.
  * If the keys were cut, phase 1 merges the partial results; otherwise phase 0 has already written the output. */
 #include "kernels.h"
 
 #include <math.h>
 
-#define TILE          64  /* keys per tile */
+#define TILE          TQI_AHEAD /* keys per tile */
 #define TILED_VECTORS 64  /* query vectors that a tiled task aims at */
 #define CHUNK_MIN     256 /* keys: a shorter range is not worth a partial result */
 #define MAX_SPAN      16  /* tasks that go through the keys together */
@@ -345,17 +345,6 @@ static void put_result(const tqi_kernels * kernel, const tq_attn * a, const plan
     memcpy(partial + 2, o, (size_t) a->v.head_dim * sizeof(float));
 }
 
-static void prefetch_tile(const tq_attn_operand * x, const tqi_codec * codec, const task * t, int64_t t0, int64_t end) {
-    const size_t bytes = (size_t) (x->head_dim / TQ_BLOCK * codec->block_bytes);
-    for (int64_t i = t0; i < min64(t0 + TILE, end); ++i) {
-        const uint8_t * row = operand_at(x, t->kv_stream, t->kv_head, i);
-        for (size_t at = 0; at < bytes; at += 64) {
-            __builtin_prefetch(row + at, 0, 2);
-        }
-        __builtin_prefetch(row + bytes - 1, 0, 2);
-    }
-}
-
 /* One task's share of a tile. */
 static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const vectors * x, float * s,
                        int64_t t0, int n, visibility seen) {
@@ -400,8 +389,6 @@ static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan 
                 seen = tile_visibility(a, p, &tasks[h], t0, n);
             }
             if (seen != NONE_SEEN) {
-                prefetch_tile(&a->k, p->k_codec, &tasks[h], t0 + TILE, end);
-                prefetch_tile(&a->v, p->v_codec, &tasks[h], t0 + TILE, end);
                 fused_tile(kernel, a, p, &tasks[h], &w->x[h], w->s, t0, n, seen);
             }
         }

@@ -8,6 +8,7 @@
 #include <stddef.h>
 
 #define TQI_MAX_FUSED 8  /* query vectors that scores and accumulate take at once */
+#define TQI_AHEAD     64 /* rows; the next tile's, see attention.c */
 #define TQI_LANES     16 /* gemm's n_col and softmax_columns' n_col are multiples of this */
 
 typedef struct {
@@ -26,7 +27,10 @@ typedef struct {
     void (*transform)(tqi_sign_order order, float * y, int64_t n_blocks);
     void (*inverse_transform)(tqi_sign_order order, float * y, int64_t n_blocks);
 
-    /* s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok rows, stride bytes apart; q: (n_q, dim), transformed;
+    /* scores and accumulate prefetch the rows TQI_AHEAD further on: with keys in memory rather than in a cache this is what
+     * decides their speed, and spread over the loop it does not fill the queue of outstanding misses.
+     *
+     * s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok rows, stride bytes apart; q: (n_q, dim), transformed;
      * s: (n_q, ld) */
     void (*scores)(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
                    float * s, int ld);
@@ -42,6 +46,13 @@ typedef struct {
     /* The same down each column of s: (n_row, n_col); max, sum, factor: (n_col). */
     void (*softmax_columns)(float * s, int n_row, int n_col, float * max, float * sum, float * factor);
 } tqi_kernels;
+
+/* Asks for a row's cache lines; any address is harmless. */
+static inline void tqi_prefetch(const uint8_t * row, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch(row + at, 0, 2);
+    }
+}
 
 extern const tqi_kernels tqi_kernels_portable;
 #if defined(TQI_HAVE_AVX2)

@@ -2,7 +2,6 @@
 #include "tqgguf.h"
 
 #define GOLDEN_BLOCKS 4096
-#define ATTENTION_TOLERANCE 5e-06
 
 static const struct {
     int                type, mode;

@@ -16,13 +16,16 @@ from tqgguf import reference
 from tqgguf.config import CACHE_TYPES
 from tqgguf.errors import ArgumentError
 
+TOLERANCES = {"avx512": 1e-3}
+"""Relative L2 error of the output where a kernel sums 16-bit integers: measured are 3.5e-4 at most."""
 TOLERANCE = 1e-5
-"""Relative L2 error of the output; measured are 2e-6 at most, what float32 sums leave."""
+"""The same for all other kernels: measured are 1e-6 at most, what float32 sums leave."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of attention. Shapes follow tqgguf.h."""
+    """One call of attention. Shapes follow tqgguf.h. With a spread, tokens of V differ in magnitude (it is the standard
+    deviation of the logarithm) and channel 0 of q stands out."""
 
     k_type: str = "pqo3"
     v_type: str = "pqo3"
@@ -40,6 +43,7 @@ class Case:
     softcap: float = 0.0
     max_bias: float = 0.0
     offset: int = 0
+    spread: float = 0.0
     seed: int = 0
 
 
@@ -59,7 +63,7 @@ def check_case(native: Any, case: Case) -> None:
     got, want = compute(native, case)
     assert np.isfinite(got).all()
     scale = float(np.linalg.norm(want))
-    assert np.linalg.norm(got - want) <= TOLERANCE * max(scale, 1e-3), case
+    assert np.linalg.norm(got - want) <= TOLERANCES.get(native.active_kernel(), TOLERANCE) * max(scale, 1e-3), case
 
 
 def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -71,8 +75,10 @@ def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArr
         return rng.standard_normal(shape).astype(np.float32)
 
     q = normal(case.n_stream, case.n_head, case.n_q, case.head_dim_k)
+    q[..., 0] *= 1 + 5 * case.spread
+    sizes = np.exp(case.spread * normal(case.n_stream, case.n_kv, 1, 1))
     k_bytes, k = store(normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_k), case.k_type)
-    v_bytes, v = store(normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_v), case.v_type)
+    v_bytes, v = store(sizes * normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_v), case.v_type)
     sinks = normal(case.n_head)
     mask = np.zeros((1, case.n_mask_head, case.n_q, case.n_kv), dtype=np.float16)
     if case.mask == "causal":
@@ -202,6 +208,12 @@ def test_lengths(kernel: str, native: Any, n_kv: int) -> None:
         check_case(native, Case(n_kv=n_kv, n_q=n_q, n_threads=n_threads, mask="causal" if n_kv >= n_q else "none"))
 
 
+@pytest.mark.parametrize("type", ["pqo3", "pqo4"])
+def test_outliers_and_tokens_of_very_different_size(kernel: str, native: Any, type: str) -> None:
+    for n_kv in (64, 1000):
+        check_case(native, Case(type, type, head_dim_k=128, head_dim_v=128, n_kv=n_kv, spread=2.0))
+
+
 def test_streams_and_unaligned_operands(kernel: str, native: Any) -> None:
     for offset in (1, 2, 3):
         check_case(native, Case(n_stream=3, n_q=4, offset=offset, n_threads=2, mask="causal"))
@@ -233,7 +245,7 @@ def test_any_case(kernel: str, native: Any, case: Case) -> None:
     check_case(native, case)
 
 
-def test_threads_that_really_run_at_once(native: Any) -> None:
+def test_threads_that_really_run_at_once(native: Any, tolerance: float) -> None:
     # The result does not depend on which thread takes which part, so a race would show as a difference.
     case = Case("pqo4", "pqo3", n_head=8, n_q=1, n_kv=2000, n_threads=4)
     first, want = compute(native, case)
@@ -250,7 +262,7 @@ def test_threads_that_really_run_at_once(native: Any) -> None:
     assert len(results) == 4
     for result in results:
         np.testing.assert_array_equal(result, first)
-    assert np.linalg.norm(first - want) <= TOLERANCE * np.linalg.norm(want)
+    assert np.linalg.norm(first - want) <= tolerance * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize(

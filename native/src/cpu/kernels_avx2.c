@@ -374,6 +374,7 @@ INLINE __m256 scale8(const uint8_t * in) {
                                       float * s, int ld) {                                                                \
         for (int t = 0; t < n_tok; ++t) {                                                                                 \
             const uint8_t * in = k + (size_t) t * stride;                                                                 \
+            tqi_prefetch(in + TQI_AHEAD * stride, (size_t) (n_blocks * ((BITS) * 4 + 2)));                                \
             const float *   qb = q;                                                                                       \
             __m256          total[N_Q];                                                                                   \
             for (int i = 0; i < N_Q; ++i) {                                                                               \
@@ -416,6 +417,9 @@ INLINE __m256 scale8(const uint8_t * in) {
                 }                                                                                                         \
                 for (int t = 0; t < n_tok; ++t, in += stride) {                                                           \
                     const __m256 d = scale8(in);                                                                          \
+                    if (g == 0) {                                                                                         \
+                        tqi_prefetch(in + TQI_AHEAD * stride, (BITS) * 4 + 2);                                            \
+                    }                                                                                                     \
                     __m256       x[GROUPS];                                                                               \
                     for (int h = 0; h < GROUPS; ++h) {                                                                    \
                         x[h] = values8(BITS, c, in + 2, g + h);                                                           \

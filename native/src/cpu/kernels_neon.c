@@ -291,6 +291,7 @@ INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_
     const table c = load_table(codec);
     for (int t = 0; t < n_tok; ++t) {
         const uint8_t * in = k + (size_t) t * stride;
+        tqi_prefetch(in + TQI_AHEAD * stride, (size_t) (n_blocks * (4 * bits + 2)));
         float32x4_t     total[TQI_MAX_FUSED];
         for (int i = 0; i < n_q; ++i) {
             total[i] = vdupq_n_f32(0.0f);
@@ -332,6 +333,9 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
             for (int t = 0; t < n_tok; ++t, in += stride) {
                 const float d = f16_to_f32(tqi_load_u16(in));
                 float32x4_t x[2];
+                if (g == 0) {
+                    tqi_prefetch(in + TQI_AHEAD * stride, (size_t) (4 * bits + 2));
+                }
                 values8(bits, &c, in + 2, g, x);
                 for (int i = 0; i < n_q; ++i) {
                     const float w = d * p[i * ld + t];
