@@ -54,13 +54,19 @@ conformance-programs: build/installed
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_CONFORMANCE=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
 	$(CMAKE) --build $(BUILD) --target upstream_tests --target conformance
 
-# The same release without the series, built the same way: what stock types are compared with.
-stock: build/installed
-	$(BIN)/python patches/tool.py --work $(STOCK)/source apply --stock
-	$(CMAKE) -G Ninja -S $(STOCK)/source/llama.cpp -B $(STOCK)/cmake -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Release \
-		-DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
-		-DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_MTMD=ON -DLLAMA_OPENSSL=OFF >build/stock/configure.log 2>&1 || { cat build/stock/configure.log; exit 1; }
+# The same release without the series, built the same way: what stock types and speed are compared with. Of the series it has
+# patch 7 alone, without which it crashes on processors with AMX.
+stock: stock-configured
 	$(CMAKE) --build $(STOCK)/cmake --target llama --target mtmd
+
+stock-tools: stock-configured ## stock llama-bench and llama-perplexity, in build/stock/cmake/bin
+	$(CMAKE) --build $(STOCK)/cmake --target llama-bench --target llama-perplexity
+
+stock-configured: build/installed
+	$(BIN)/python patches/tool.py --work $(STOCK)/source apply --stock 0007
+	$(CMAKE) -G Ninja -S $(STOCK)/source/llama.cpp -B $(STOCK)/cmake -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Release \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
+		-DLLAMA_OPENSSL=OFF >build/stock/configure.log 2>&1 || { cat build/stock/configure.log; exit 1; }
 
 tools: build/installed ## patched llama-cli, -server, -bench, -perplexity and upstream's test programs, in build/bin
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_TOOLS=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
@@ -94,4 +100,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install conformance conformance-fast conformance-neon conformance-programs stock tools wheel check-patches clean
+.PHONY: help demo test lint install conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean

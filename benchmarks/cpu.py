@@ -1,7 +1,8 @@
 """Speed on the CPU: single steps of libtqgguf, and llama.cpp with and without a compressed cache.
 
     python benchmarks/cpu.py micro                       ns per block and GB/s of encode, decode, dot, attention
-    python benchmarks/cpu.py llama --bin build/bin       tokens per second, by llama-bench (`make tools` builds it)
+    python benchmarks/cpu.py llama --bin build/bin       tokens per second, by llama-bench (`make tools` builds it;
+                                                         `make stock-tools`: --stock build/stock/cmake/bin)
 
 `llama` runs the patched llama-bench and, for the stock types, the stock one of `--stock DIR` in turn, round by round,
 so that a drift of the machine hits all of them alike; it prints medians, and ratios of each round to f16 in that

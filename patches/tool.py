@@ -485,9 +485,14 @@ def require_applied(series: list[Patch], outcomes: list[Outcome]) -> None:
             raise ToolError(outcome.failures[0] + (f" (and {more} more failures)" if more else ""))
 
 
-def apply(directory: Path, work: Path, force: bool = False, stock: bool = False) -> bool:
-    """Brings the work tree to upstream plus series; only files whose contents change are written. True if any was."""
-    pin, series = read_pin(directory / "upstream.toml"), [] if stock else read_series(directory)
+def apply(directory: Path, work: Path, force: bool = False, stock: list[str] | None = None) -> bool:
+    """Brings the work tree to upstream plus series; only files whose contents change are written. True if any was.
+
+    With stock, of the series only the patches whose names begin with one of its strings.
+    """
+    pin, series = read_pin(directory / "upstream.toml"), read_series(directory)
+    if stock is not None:
+        series = [patch for patch in series if patch.name.startswith(tuple(stock))]
     key, stamp = series_key(directory, series), read_stamp(work)
     source = os.environ.get("TQGGUF_UPSTREAM", "")
     if stamp.get("key") == key and stamp.get("source") == source and not force and (work / "llama.cpp").is_dir():
@@ -653,7 +658,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("fetch", help="obtain and verify the pinned sdist, print its path")
     command = commands.add_parser("apply", help="bring the work tree to upstream plus series")
     command.add_argument("--force", action="store_true", help="overwrite edits made in the work tree")
-    command.add_argument("--stock", action="store_true", help="without the series, to compare with")
+    command.add_argument(
+        "--stock", nargs="*", metavar="NNNN", help="without the series, or these patches of it only, to compare with"
+    )
     commands.add_parser("check", help="clean apply, idempotence, byte-equal re-export, headers, line budget, table")
     command = commands.add_parser("export", help="move edits made in the work tree into the series")
     command.add_argument("--into", metavar="NNNN", help="the patch that takes them (default: the file's last)")

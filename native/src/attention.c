@@ -229,6 +229,7 @@ static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, c
         const uint8_t * row = rows + (size_t) t * x->stride_token;
         float *         to  = tile + (size_t) t * (size_t) x->head_dim;
         if (codec != NULL) {
+            tqi_prefetch(row + TILE * x->stride_token, (size_t) (x->head_dim / TQ_BLOCK * codec->block_bytes));
             kernel->unpack(codec, row, x->head_dim / TQ_BLOCK, to);
         } else if (x->decoder != NULL) {
             x->decoder(row, to, x->head_dim);

@@ -121,6 +121,15 @@ def test_apply_twice_touches_no_file(project: Project) -> None:
     }
 
 
+def test_stock_is_upstream_with_no_patch_or_the_named_ones(project: Project) -> None:
+    header = project.work / "llama.cpp/ggml/include/ggml.h"
+    project.apply("--stock")
+    assert header.read_text() == project.tree["ggml/include/ggml.h"]
+    project.apply("--stock", "0001")
+    assert "added by first\nline 21\n" in header.read_text()
+    assert (project.work / "llama.cpp/src/other.c").read_text() == project.tree["src/other.c"]
+
+
 def test_changing_one_patch_rewrites_only_the_files_whose_contents_change(project: Project) -> None:
     before = project.snapshot()
     patch = project.patches / "0002-second.patch"

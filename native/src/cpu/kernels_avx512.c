@@ -235,63 +235,49 @@ static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, u
 
 /* ---- Decode ---- */
 
-/* What a lane needs of a block, bytes 0 and 1 being the scale: where its two bytes are, how far to shift them. */
-typedef struct {
-    __m512  levels;
-    __m512i bytes[2];
-    __m512i shift;
-} decoder;
+/* Where the index bytes begin in the 16 bytes that load_indices loads of a row's block b. A 3-bit block has 14 bytes and is
+ * loaded from its beginning, but the last one to its end: nothing beyond the row is touched. */
+INLINE int index_begin(int bits, int64_t b, int64_t n_blocks) {
+    return bits == 4 ? 0 : b > 0 && b == n_blocks - 1 ? 4 : 2;
+}
 
-/* The bytes of one block and nothing beyond it: two overlapping loads, of bytes 0..7 and 6..13 or 0..15 and 2..17. A masked
- * load would do, but costs more than both (2.0 instead of 1.7 ns per block of attention for two query heads on Zen 5). */
-INLINE __m512i load_bytes(int bits, const uint8_t * in) {
-    if (bits == 3) {
-        const __m128i low = _mm_loadl_epi64((const __m128i *) (const void *) in);
-        return _mm512_castsi128_si512(_mm_unpacklo_epi64(low, _mm_loadl_epi64((const __m128i *) (const void *) (in + 6))));
+INLINE __m128i load_indices(int bits, const uint8_t * row, int64_t b, int64_t n_blocks) {
+    const uint8_t * indices = row + b * (4 * bits + 2) + 2;
+    if (bits == 3 && n_blocks == 1) {
+        return _mm_maskz_loadu_epi8(0x3fff, row);
     }
-    const __m128i low = _mm_loadu_si128((const __m128i *) (const void *) in);
-    return _mm512_castsi256_si512(
-        _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128((const __m128i *) (const void *) (in + 2)), 1));
+    return _mm_loadu_si128((const __m128i *) (const void *) (indices - index_begin(bits, b, n_blocks)));
 }
 
-/* Where load_bytes puts byte i of a block. */
-INLINE int loaded_at(int bits, int i) {
-    return bits == 3 ? (i < 8 ? i : i + 2) : i < 16 ? i : i + 14;
-}
+/* For vpermb: of two blocks' 16 bytes, side by side, the two bytes that hold index c of each, in lane c; begin: index_begin. */
+#define BYTES_AT(bits, begin, c)                                                                                          \
+    (uint8_t) ((begin) + (bits) * (c) / 8), (uint8_t) (((begin) + (bits) * (c) / 8 + 1) % 16),                            \
+    (uint8_t) (16 + (begin) + (bits) * (c) / 8), (uint8_t) (16 + ((begin) + (bits) * (c) / 8 + 1) % 16)
+#define BYTES_AT4(bits, begin, c)                                                                                         \
+    BYTES_AT(bits, begin, c), BYTES_AT(bits, begin, (c) + 1), BYTES_AT(bits, begin, (c) + 2), BYTES_AT(bits, begin, (c) + 3)
+#define BYTES_OF(bits, begin, c)                                                                                          \
+    { BYTES_AT4(bits, begin, c), BYTES_AT4(bits, begin, (c) + 4), BYTES_AT4(bits, begin, (c) + 8), BYTES_AT4(bits, begin, (c) + 12) }
 
-INLINE decoder load_decoder(int bits, const tqi_codec * codec) {
-    decoder c;
-    uint8_t bytes[2][64] = { { 0 } };
-    int32_t shift[16];
-    float   levels[16];
-    for (int i = 0; i < 16; ++i) {
-        for (int half = 0; half < 2; ++half) {
-            const int at           = 2 + bits * (16 * half + i) / 8;
-            bytes[half][4 * i]     = (uint8_t) loaded_at(bits, at);
-            bytes[half][4 * i + 1] = (uint8_t) loaded_at(bits, at + 1 < 4 * bits + 2 ? at + 1 : at);
-        }
-        shift[i]  = bits * i % 8;
-        levels[i] = codec->levels[i & (codec->n_levels - 1)];
-    }
-    c.levels   = _mm512_loadu_ps(levels);
-    c.bytes[0] = _mm512_loadu_si512(bytes[0]);
-    c.bytes[1] = _mm512_loadu_si512(bytes[1]);
-    c.shift    = _mm512_loadu_si512(shift);
-    return c;
-}
+static const uint8_t pair_bytes[3][2][64] = {
+    { BYTES_OF(3, 2, 0), BYTES_OF(3, 2, 16) }, { BYTES_OF(3, 4, 0), BYTES_OF(3, 4, 16) }, { BYTES_OF(4, 0, 0), BYTES_OF(4, 0, 16) }
+};
 
-INLINE __m512 values16(const decoder * c, __m512i bytes, int half) {
-    const __m512i word = _mm512_permutexvar_epi8(c->bytes[half], bytes);
-    return _mm512_permutexvar_ps(_mm512_srlv_epi32(word, c->shift), c->levels);
+INLINE const uint8_t (*pair_bytes_of(int bits, int64_t b, int64_t n_blocks))[64] {
+    return pair_bytes[bits == 4 ? 2 : index_begin(bits, b, n_blocks) == 2 ? 0 : 1];
 }
 
 INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
-    const decoder c = load_decoder(bits, codec);
-    for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += 4 * bits + 2) {
-        const __m512i bytes = load_bytes(bits, blocks);
-        const __m512  d     = _mm512_set1_ps(tqi_block_scale(blocks));
-        _mm512_storeu_ps(y, _mm512_mul_ps(d, values16(&c, bytes, 0)));
-        _mm512_storeu_ps(y + 16, _mm512_mul_ps(d, values16(&c, bytes, 1)));
+    const __m512  levels = bits == 3 ? _mm512_broadcast_f32x8(_mm256_loadu_ps(codec->levels)) : _mm512_loadu_ps(codec->levels);
+    const __m512i shift  = bits == 3 ? _mm512_broadcast_i32x8(_mm256_setr_epi32(0, 3, 6, 1, 4, 7, 2, 5)) : _mm512_set1_epi64(4LL << 32);
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        const uint8_t(*at)[64] = pair_bytes_of(bits, b, n_blocks);
+        const __m512i bytes    = _mm512_zextsi128_si512(load_indices(bits, blocks, b, n_blocks));
+        const __m512  d        = _mm512_set1_ps(tqi_block_scale(blocks + b * (4 * bits + 2)));
+        for (int h = 0; h < 2; ++h) {
+            const __m512i word = _mm512_permutexvar_epi8(_mm512_loadu_si512(at[h]), bytes);
+            const __m512  v    = _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), levels);
+            _mm512_storeu_ps(y + b * TQ_BLOCK + 16 * h, _mm512_mul_ps(d, v));
+        }
     }
 }
 
@@ -349,20 +335,6 @@ INLINE integer_table load_integer_table(int bits, const tqi_codec * codec) {
     const __m256i words  = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(levels));
     c.levels = bits == 3 ? _mm512_broadcast_i32x4(_mm256_castsi256_si128(words)) : _mm512_broadcast_i64x4(words);
     return c;
-}
-
-/* Where the index bytes begin in the 16 bytes that load_indices loads of a row's block b. A 3-bit block has 14 bytes and is
- * loaded from its beginning, but the last one to its end: nothing beyond the row is touched. */
-INLINE int index_begin(int bits, int b, int n_blocks) {
-    return bits == 4 ? 0 : b > 0 && b == n_blocks - 1 ? 4 : 2;
-}
-
-INLINE __m128i load_indices(int bits, const uint8_t * row, int b, int n_blocks) {
-    const uint8_t * indices = row + b * (4 * bits + 2) + 2;
-    if (bits == 3 && n_blocks == 1) {
-        return _mm_maskz_loadu_epi8(0x3fff, row);
-    }
-    return _mm_loadu_si128((const __m128i *) (const void *) (indices - index_begin(bits, b, n_blocks)));
 }
 
 /* The scales of n_tok rows' blocks. */
@@ -493,25 +465,12 @@ INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_
     }
 }
 
-/* For vpermb: of two blocks' 16 bytes, side by side, the two bytes that hold index c of each, in lane c; begin: index_begin. */
-#define BYTES_AT(bits, begin, c)                                                                                          \
-    (uint8_t) ((begin) + (bits) * (c) / 8), (uint8_t) (((begin) + (bits) * (c) / 8 + 1) % 16),                            \
-    (uint8_t) (16 + (begin) + (bits) * (c) / 8), (uint8_t) (16 + ((begin) + (bits) * (c) / 8 + 1) % 16)
-#define BYTES_AT4(bits, begin, c)                                                                                         \
-    BYTES_AT(bits, begin, c), BYTES_AT(bits, begin, (c) + 1), BYTES_AT(bits, begin, (c) + 2), BYTES_AT(bits, begin, (c) + 3)
-#define BYTES_OF(bits, begin, c)                                                                                          \
-    { BYTES_AT4(bits, begin, c), BYTES_AT4(bits, begin, (c) + 4), BYTES_AT4(bits, begin, (c) + 8), BYTES_AT4(bits, begin, (c) + 12) }
-
-static const uint8_t pair_bytes[3][2][64] = {
-    { BYTES_OF(3, 2, 0), BYTES_OF(3, 2, 16) }, { BYTES_OF(3, 4, 0), BYTES_OF(3, 4, 16) }, { BYTES_OF(4, 0, 0), BYTES_OF(4, 0, 16) }
-};
-
 /* One block of all rows, whose scales are d: adds to o, the block of query vector 0. */
 INLINE void accumulate_block(int bits, int n_q, const integer_table * c, const uint8_t * v, size_t stride, int n_tok, const float * p,
                              int ld, int b, int n_blocks, const uint16_t * d, float * o) {
     const __m512i    shift = bits == 3 ? _mm512_broadcast_i32x8(_mm256_setr_epi16(0, 0, 3, 3, 6, 6, 1, 1, 4, 4, 7, 7, 2, 2, 5, 5))
                                        : _mm512_set1_epi64(0x0004000400000000);
-    const uint8_t(*at)[64] = pair_bytes[bits == 4 ? 2 : index_begin(bits, b, n_blocks) == 2 ? 0 : 1];
+    const uint8_t(*at)[64] = pair_bytes_of(bits, b, n_blocks);
     const __m512i    bytes[2] = { _mm512_loadu_si512(at[0]), _mm512_loadu_si512(at[1]) };
     uint16_t         weights[TQI_MAX_FUSED][TQI_AHEAD];
     float            unit[TQI_MAX_FUSED];
