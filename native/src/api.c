@@ -5,6 +5,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+#define DOT_BLOCKS 16 /* that tq_dot takes at once */
+
 static _Thread_local char message[512];
 
 int tqi_fail(int status, const char * format, ...) {
@@ -119,13 +121,15 @@ float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n
     if (codec == NULL) {
         return NAN;
     }
-    const tqi_kernels * kernel = tqi_active();
-    float               sum    = 0.0f;
-    for (int64_t b = 0; b < n / TQ_BLOCK; ++b) {
-        float q[TQ_BLOCK], s;
-        memcpy(q, x + b * TQ_BLOCK, sizeof q);
-        kernel->transform(codec->signs, q, 1);
-        kernel->scores(codec, (const uint8_t *) blocks + b * codec->block_bytes, 0, 1, q, 1, 1, &s, 1);
+    const tqi_kernels * kernel   = tqi_active();
+    const int64_t       n_blocks = n / TQ_BLOCK;
+    float               q[DOT_BLOCKS * TQ_BLOCK], sum = 0.0f;
+    for (int64_t b = 0; b < n_blocks; b += DOT_BLOCKS) {
+        const int n_part = (int) (n_blocks - b < DOT_BLOCKS ? n_blocks - b : DOT_BLOCKS);
+        float     s;
+        memcpy(q, x + b * TQ_BLOCK, (size_t) n_part * TQ_BLOCK * sizeof(float));
+        kernel->transform(codec->signs, q, n_part);
+        kernel->scores(codec, (const uint8_t *) blocks + b * codec->block_bytes, 0, 1, q, 1, n_part, &s, 1);
         sum += s;
     }
     return sum;
