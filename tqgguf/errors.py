@@ -10,6 +10,7 @@ __all__ = [
     "ModelFileError",
     "ModelNotFoundError",
     "OutOfMemoryError",
+    "PolicyError",
     "TqggufError",
     "UnsupportedError",
 ]
@@ -37,6 +38,10 @@ class LibraryError(TqggufError, ImportError):
 
 class CacheTypeError(TqggufError, ValueError):
     """A KV cache type cannot be used with a model, or llama.cpp did not use the one it was given."""
+
+
+class PolicyError(TqggufError, ValueError):
+    """A cache policy is not well formed, is damaged, or cannot be applied to a model."""
 
 
 class CacheClosedError(TqggufError, ValueError):

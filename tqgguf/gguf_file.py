@@ -43,12 +43,16 @@ class GgufHeader:
         file_bytes: its size.
         metadata: every key; arrays of more than `LONGEST_ARRAY` entries appear as their length, in a `range`.
         n_tensors: tensors in this file (a model may be split over several files).
+        tensors: their names.
+        header_bytes: length of what precedes the tensors' data.
     """
 
     path: Path
     file_bytes: int
     metadata: dict[str, Any]
     n_tensors: int
+    tensors: tuple[str, ...]
+    header_bytes: int
 
 
 def read_header(path: str | Path) -> GgufHeader:
@@ -95,8 +99,10 @@ class _Reader:
             key = self.string()
             metadata[key] = self.value(self.number("I"), key)
         end = 0
+        names = []
         for _ in range(n_tensors):
             name = self.string()
+            names.append(name)
             n_dims = self.number("I")
             if n_dims > 4:
                 raise ModelFileError(f"{self.path}: tensor {name!r} has {n_dims} dimensions, at most 4 are possible")
@@ -111,7 +117,7 @@ class _Reader:
         needed = (self.at + alignment - 1) // alignment * alignment + end if n_tensors else self.at
         if needed > self.size:
             raise self.truncated(f"its tensors need {needed} bytes")
-        return GgufHeader(self.path, self.size, metadata, n_tensors)
+        return GgufHeader(self.path, self.size, metadata, n_tensors, tuple(names), self.at)
 
     def truncated(self, why: str) -> ModelFileError:
         return ModelFileError(f"{self.path} is truncated or damaged: {why}, the file has {self.size} bytes")

@@ -1,0 +1,63 @@
+/* tq_ggml_policy.c: see tq_ggml_policy.h. */
+#include "tq_ggml_policy.h"
+
+#include "ggml-backend.h"
+
+static _Thread_local const struct tq_ggml_layer_policy * policy;
+static _Thread_local int32_t                             n_policy;
+
+void tq_ggml_policy_set(const struct tq_ggml_layer_policy * layers, int32_t n_layer) {
+    policy   = layers;
+    n_policy = layers ? n_layer : 0;
+}
+
+static const struct tq_ggml_layer_policy * of_layer(uint32_t il) {
+    return il < (uint32_t) n_policy ? &policy[il] : NULL;
+}
+
+enum ggml_type tq_ggml_policy_type_k(enum ggml_type type, uint32_t il) {
+    const struct tq_ggml_layer_policy * layer = of_layer(il);
+    return layer ? (enum ggml_type) layer->type_k : type;
+}
+
+enum ggml_type tq_ggml_policy_type_v(enum ggml_type type, uint32_t il) {
+    const struct tq_ggml_layer_policy * layer = of_layer(il);
+    return layer ? (enum ggml_type) layer->type_v : type;
+}
+
+bool tq_ggml_policy_rotates_k(enum ggml_type type) {
+    bool gains = n_policy == 0 && tq_ggml_wants_rotation(type);
+    for (int32_t il = 0; il < n_policy; il++) {
+        if (tq_ggml_is_pqo((enum ggml_type) policy[il].type_k) || policy[il].k_mean) {
+            return false;
+        }
+        gains |= tq_ggml_wants_rotation((enum ggml_type) policy[il].type_k);
+    }
+    return gains;
+}
+
+bool tq_ggml_policy_rotates_v(enum ggml_type type) {
+    bool gains = n_policy == 0 && tq_ggml_wants_rotation(type);
+    for (int32_t il = 0; il < n_policy; il++) {
+        if (tq_ggml_is_pqo((enum ggml_type) policy[il].type_v)) {
+            return false;
+        }
+        gains |= tq_ggml_wants_rotation((enum ggml_type) policy[il].type_v);
+    }
+    return gains;
+}
+
+struct ggml_tensor * tq_ggml_policy_new_k_mean(struct ggml_context * ctx, uint32_t il, int64_t n) {
+    const struct tq_ggml_layer_policy * layer = of_layer(il);
+    if (!layer || !layer->k_mean) {
+        return NULL;
+    }
+    GGML_ASSERT(layer->n_mean == n && "the policy's mean key has another size than the model's keys");
+    return ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n);
+}
+
+void tq_ggml_policy_load_k_mean(struct ggml_tensor * mean, uint32_t il) {
+    if (mean && mean->data) {
+        ggml_backend_tensor_set(mean, of_layer(il)->k_mean, 0, ggml_nbytes(mean));
+    }
+}

@@ -1,0 +1,159 @@
+"""Cache policies: ranges of layers, files, and what they refuse."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+import tqgguf
+import tqgguf.gguf_file
+import tqgguf.policy
+from tqgguf import demo
+from tqgguf.errors import ArgumentError, ModelNotFoundError, PolicyError, TqggufError
+from tqgguf.policy import CachePolicy, model_hash, policy_from_ranges, read_policy, resolve
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ({}, "pqo3 pqo3 pqo3 pqo3 pqo3"),
+        ({"0-1": "q8_0", "-2:": "pqo4"}, "q8_0 q8_0 pqo3 pqo4 pqo4"),
+        ({"3": "f16", "-1": "f32"}, "pqo3 pqo3 pqo3 f16 f32"),
+        ({":2": "q8_0"}, "q8_0 q8_0 pqo3 pqo3 pqo3"),
+        ({"1:-1": "q8_0"}, "pqo3 q8_0 q8_0 q8_0 pqo3"),
+        ({2: "q8_0"}, "pqo3 pqo3 q8_0 pqo3 pqo3"),
+    ],
+)
+def test_ranges(layers: Any, expected: str) -> None:
+    policy = policy_from_ranges({"default": "pqo3", "layers": layers}, 5)
+    assert policy.types_k == policy.types_v == tuple(expected.split())
+
+
+def test_pairs_for_k_and_v_apart() -> None:
+    policy = policy_from_ranges({"default": ("pqo4", "pqo3"), "layers": {"0": ("q8_0", "f16")}}, 2)
+    assert policy.types_k == ("q8_0", "pqo4")
+    assert policy.types_v == ("f16", "pqo3")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"layers": {}}, "has no default"),
+        ({"default": "pqo3", "layer": {}}, "unknown key 'layer'"),
+        ({"default": "pqo3", "layers": ["0"]}, "must be a mapping"),
+        ({"default": "pqo3", "layers": {"first": "f16"}}, "'first' is no range"),
+        ({"default": "pqo3", "layers": {"3-5": "f16"}}, "layers 0 to 3"),
+        ({"default": "pqo3", "layers": {"-5": "f16"}}, "layers 0 to 3"),
+        ({"default": "pqo3", "layers": {"2:2": "f16"}}, "names no layers"),
+        ({"default": "pqo3", "layers": {"2-1": "f16"}}, "names no layers"),
+        (
+            {"default": "pqo3", "layers": {"0-2": "f16", "-2:": "q8_0"}},
+            "'0-2' and '-2:' of a cache policy both name layer 2",
+        ),
+    ],
+)
+def test_what_is_no_policy(spec: Any, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        policy_from_ranges(spec, 4)
+
+
+def test_an_unknown_type_lists_the_valid_ones() -> None:
+    with pytest.raises(ArgumentError, match=r"valid types are .*pqo4"):
+        policy_from_ranges({"default": "pqo3", "layers": {"0": "pqo5"}}, 4)
+
+
+def written(path: Path, **changes: Any) -> Path:
+    """A policy file for the demo model."""
+    mean = np.arange(128, dtype=np.float32).reshape(2, 64)
+    fields = {"types_k": ("pqo4",) * 4, "types_v": ("pqo3",) * 4, "k_means": {1: mean, 3: -mean}, "model_hash": "abc"}
+    CachePolicy(**{**fields, **changes}).write(path)
+    return path
+
+
+def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
+    policy = read_policy(written(tmp_path / "policy.gguf"))
+    assert policy.types_k == ("pqo4",) * 4 and policy.types_v == ("pqo3",) * 4 and policy.model_hash == "abc"
+    assert sorted(policy.k_means) == [1, 3]
+    np.testing.assert_array_equal(policy.k_means[3], -np.arange(128, dtype=np.float32).reshape(2, 64))
+    for form in (str(tmp_path / "policy.gguf"), tmp_path / "policy.gguf", policy):
+        assert resolve(form, 4).types_k == policy.types_k
+
+
+def test_files_that_are_no_policy(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        read_policy(tmp_path / "missing.gguf")
+    with pytest.raises(PolicyError, match="no cache policy"):
+        read_policy(demo.MODEL_PATH)
+    (tmp_path / "text.gguf").write_text("default: pqo3")
+    with pytest.raises(PolicyError, match="not a GGUF file"):
+        read_policy(tmp_path / "text.gguf")
+    with pytest.raises(PolicyError, match="not finite"):
+        read_policy(written(tmp_path / "nan.gguf", k_means={0: np.full((2, 64), np.nan, np.float32)}))
+    writer = gguf.GGUFWriter(str(tmp_path / "newer.gguf"), "tqgguf-policy")
+    writer.add_uint32("tqgguf-policy.version", 2)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(PolicyError, match="version 2, this tqgguf reads 1"):
+        read_policy(tmp_path / "newer.gguf")
+
+
+def test_damaged_files_are_errors_or_policies_never_crashes(tmp_path: Path) -> None:
+    whole = written(tmp_path / "policy.gguf").read_bytes()
+    chance = random.Random(0)
+    refused = 0
+    for i in range(300):
+        data = bytearray(whole)
+        if i % 3 == 0:
+            del data[chance.randrange(len(data)) :]
+        else:
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        (tmp_path / "damaged.gguf").write_bytes(data)
+        try:
+            read_policy(tmp_path / "damaged.gguf")
+        except TqggufError:
+            refused += 1
+    assert refused > 100
+
+
+def test_a_hash_tells_models_apart(tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    data = bytearray(demo.MODEL_PATH.read_bytes())
+    other.write_bytes(data)
+    assert model_hash(other) == model_hash(demo.MODEL_PATH)
+    header = tqgguf.gguf_file.read_header(other).header_bytes
+    data[header + 1000] ^= 1
+    other.write_bytes(data)
+    assert model_hash(other) != model_hash(demo.MODEL_PATH)
+
+
+def test_obstacles_name_the_layer(tmp_path: Path) -> None:
+    info = tqgguf.read_model_info(demo.MODEL_PATH)
+    assert resolve("pqo3", 4).obstacle(info) is None
+    assert resolve("pqo3", 4).bits(info) == 3.5
+    assert resolve({"default": ("pqo4", "pqo3"), "layers": {"0": "q8_0"}}, 4).bits(info) == (8.5 + 3 * 4.0) / 4
+    assert "for 3 layers, the model has 4" in str(resolve("pqo3", 3).obstacle(info))
+    wrong = CachePolicy(("f16",) * 4, ("f16",) * 4, {2: np.zeros((2, 32), np.float32)})
+    assert "layer 2: the mean key has shape (2, 32)" in str(wrong.obstacle(info))
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "reason"),
+    [("attn_logit_softcapping", "", "softcap"), ("", "blk.0.attn_sinks.weight", "attention sinks")],
+)
+def test_centring_is_refused_where_it_would_change_the_result(
+    tmp_path: Path, key: str, tensor: str, reason: str
+) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+    if key:
+        writer.add_float32(f"llama.{key}", 30.0)
+    if tensor:
+        writer.add_tensor(tensor, np.zeros(4, np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    assert reason in str(tqgguf.policy.centring_obstacle(tmp_path / "model.gguf"))
+    assert tqgguf.policy.centring_obstacle(demo.MODEL_PATH) is None

@@ -1,0 +1,292 @@
+"""Cache policies: which type each layer stores K and V in, and which mean its keys are stored less of.
+
+A policy is written by hand, as ranges of layers::
+
+    {"default": "pqo3", "layers": {"0-1": "q8_0", "-2:": ("pqo4", "pqo3")}}
+
+or measured by `tqgguf tune` and kept in a policy file: a GGUF file without weights that any GGUF tool can list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from .config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
+from .errors import ArgumentError, ModelFileError, PolicyError
+from .gguf_file import read_header
+from .gguf_info import ModelInfo
+
+__all__ = ["POLICY_VERSION", "CachePolicy", "centring_obstacle", "model_hash", "policy_from_ranges", "read_policy"]
+
+POLICY_VERSION: Final = 1
+"""Of the file format; another one is refused."""
+
+_ARCHITECTURE: Final = "tqgguf-policy"
+_HASHED_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class CachePolicy:
+    """A type for K and V of every layer of a model.
+
+    Attributes:
+        types_k: names of the types of K, by layer; layers without a cache have one too, which is not used.
+        types_v: the same for V.
+        k_means: by layer, what is subtracted from every key before it is stored: (n_head_kv, head_dim_k) float32,
+            after RoPE. Softmax does not notice, for all scores of a query move alike. Empty: keys are not centred.
+        model_hash: of the model it was measured on (`model_hash`), or "" if it was not measured.
+    """
+
+    types_k: tuple[str, ...]
+    types_v: tuple[str, ...]
+    k_means: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    model_hash: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.types_k) != len(self.types_v):
+            raise PolicyError(
+                f"a policy has types for K of {len(self.types_k)} layers and for V of {len(self.types_v)}"
+            )
+        for name in (*self.types_k, *self.types_v):
+            if name not in CACHE_TYPES:
+                raise PolicyError(f"a policy names the cache type {name!r}; valid types are {', '.join(CACHE_TYPES)}")
+
+    @property
+    def n_layer(self) -> int:
+        """Layers it has types for."""
+        return len(self.types_k)
+
+    def types(self, layer: int) -> tuple[CacheType, CacheType]:
+        """Types of K and V of a layer."""
+        return CACHE_TYPES[self.types_k[layer]], CACHE_TYPES[self.types_v[layer]]
+
+    def bits(self, info: ModelInfo) -> float:
+        """Bits per value of a model's cache, over all its layers."""
+        values = sum(layer.n_head_kv * (layer.head_dim_k + layer.head_dim_v) for layer in info.layers)
+        total = sum(layer.bytes_per_token(*self.types(layer.index)) for layer in info.layers)
+        return 8 * total / values if values else 0.0
+
+    def obstacle(self, info: ModelInfo) -> str | None:
+        """Why this policy cannot be used with a model, or None if it can."""
+        if self.n_layer != info.n_layer:
+            return f"it is for {self.n_layer} layers, the model has {info.n_layer}"
+        for layer in info.layers:
+            k, v = self.types(layer.index)
+            if info.mla and k != v:
+                return f"layer {layer.index}: K and V share one latent in this model (MLA), their types cannot differ"
+            if reason := layer.obstacle(k, v):
+                return reason
+            mean = self.k_means.get(layer.index)
+            if mean is not None and mean.shape != (layer.n_head_kv, layer.head_dim_k):
+                return (
+                    f"layer {layer.index}: the mean key has shape {mean.shape}, "
+                    f"the model's keys have ({layer.n_head_kv}, {layer.head_dim_k})"
+                )
+        return centring_obstacle(info.path) if self.k_means else None
+
+    def write(self, path: str | Path) -> None:
+        """Writes a policy file."""
+        import gguf
+
+        writer = gguf.GGUFWriter(str(path), _ARCHITECTURE)
+        writer.add_uint32(f"{_ARCHITECTURE}.version", POLICY_VERSION)
+        writer.add_string(f"{_ARCHITECTURE}.model_hash", self.model_hash)
+        writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
+        writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
+        for layer, mean in sorted(self.k_means.items()):
+            writer.add_tensor(f"blk.{layer}.k_mean", np.ascontiguousarray(mean, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+# ---- Ranges of layers ----
+
+
+def policy_from_ranges(spec: Mapping[str, Any], n_layer: int) -> CachePolicy:
+    """A policy from `{"default": TYPES, "layers": {RANGE: TYPES, ...}}`.
+
+    TYPES is a type name, or a pair for K and V apart. RANGE is a layer ("3", "-1" the last), first and last ("0-1"), or
+    a Python slice ("-2:", ":4", "2:6").
+
+    Raises:
+        PolicyError: an unknown key, a range that is no range or names a layer the model does not have, or two ranges
+            that name the same layer.
+        ArgumentError: an unknown type; the message lists the valid ones.
+    """
+    unknown = sorted(set(map(str, spec)) - {"default", "layers"})
+    if unknown or "default" not in spec:
+        what = f"has the unknown key {unknown[0]!r}" if unknown else "has no default"
+        raise PolicyError(f'a cache policy {what}; it is {{"default": TYPE, "layers": {{"0-1": TYPE, ...}}}}')
+    ranges = spec.get("layers") or {}
+    if not isinstance(ranges, Mapping):
+        raise PolicyError(f"layers of a cache policy must be a mapping from ranges to types, not {ranges!r}")
+    types = [parse_cache(spec["default"])] * n_layer
+    owner: dict[int, str] = {}
+    for text, kinds in ranges.items():
+        pair = parse_cache(kinds)
+        for layer in _layers(str(text), n_layer):
+            if layer in owner:
+                raise PolicyError(f"ranges {owner[layer]!r} and {text!r} of a cache policy both name layer {layer}")
+            owner[layer] = str(text)
+            types[layer] = pair
+    return CachePolicy(tuple(k.name for k, _ in types), tuple(v.name for _, v in types))
+
+
+def _layers(text: str, n_layer: int) -> range:
+    if m := re.fullmatch(r"(\d+)-(\d+)", text):
+        first, last = int(m[1]), int(m[2])
+    elif re.fullmatch(r"-?\d+", text):
+        first = last = int(text) + (n_layer if text.startswith("-") else 0)
+    elif m := re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
+        bounds = [int(bound) + (n_layer if bound.startswith("-") else 0) if bound else None for bound in m.groups()]
+        first, last = bounds[0] or 0, (n_layer if bounds[1] is None else bounds[1]) - 1
+    else:
+        raise PolicyError(f"{text!r} is no range of layers; allowed are '3', '-1', '0-1', '-2:', ':4', '2:6'")
+    if not 0 <= first <= last < n_layer:
+        raise PolicyError(f"range {text!r} names no layers of this model; it has layers 0 to {n_layer - 1}")
+    return range(first, last + 1)
+
+
+# ---- Files ----
+
+
+def model_hash(path: str | Path) -> str:
+    """What ties a policy to a model: SHA-256 of a GGUF file's header, its size, and the first MiB of its weights.
+
+    Raises:
+        ModelFileError: see `read_header`.
+    """
+    header = read_header(path)
+    with Path(path).open("rb") as file:
+        digest = hashlib.sha256(file.read(header.header_bytes + _HASHED_BYTES))
+    digest.update(header.file_bytes.to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def read_policy(path: str | Path) -> CachePolicy:
+    """Reads a policy file.
+
+    Raises:
+        ModelNotFoundError: no such file.
+        PolicyError: not a policy file, of another version, damaged, or with an unknown type.
+    """
+    import gguf
+
+    file = Path(path)
+    try:
+        header = read_header(file)
+        found = {key: header.metadata.get(f"{_ARCHITECTURE}.{key}") for key in ("version", "types_k", "types_v")}
+        if header.metadata.get("general.architecture") != _ARCHITECTURE:
+            raise PolicyError(f"{file} is a GGUF file but no cache policy")
+        if found["version"] != POLICY_VERSION:
+            raise PolicyError(
+                f"{file} has policy version {found['version']!r}, this tqgguf reads {POLICY_VERSION}: tune again"
+            )
+        types_k, types_v = found["types_k"], found["types_v"]
+        if not (isinstance(types_k, list) and isinstance(types_v, list)):
+            raise PolicyError(f"{file} has no types")
+        means = {}
+        for tensor in gguf.GGUFReader(file).tensors:
+            match = re.fullmatch(r"blk\.(\d+)\.k_mean", tensor.name)
+            if not match or tensor.tensor_type != gguf.GGMLQuantizationType.F32 or int(match[1]) >= len(types_k):
+                raise PolicyError(
+                    f"{file} holds the tensor {tensor.name!r}: no policy for {len(types_k)} layers has that"
+                )
+            means[int(match[1])] = np.array(tensor.data, dtype=np.float32)
+        if not all(np.isfinite(mean).all() for mean in means.values()):
+            raise PolicyError(f"{file} holds a mean key that is not finite")
+        hash_ = header.metadata.get(f"{_ARCHITECTURE}.model_hash")
+        return CachePolicy(tuple(types_k), tuple(types_v), means, hash_ if isinstance(hash_, str) else "")
+    except ModelFileError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise PolicyError(f"cannot read the cache policy: {error}") from None
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        if isinstance(error, PolicyError):
+            raise
+        raise PolicyError(f"{file} is a damaged cache policy: {error}") from None
+
+
+def centring_obstacle(path: str | Path) -> str | None:
+    """Why subtracting a mean from the keys would change what a model computes, or None if it would not.
+
+    Softmax ignores a constant that all scores of a query share; whatever stands between scores and softmax, or takes
+    part in it beside them, does not.
+    """
+    header = read_header(path)
+    arch = header.metadata.get("general.architecture")
+    if header.metadata.get(f"{arch}.attn_logit_softcapping"):
+        return "keys cannot be centred: this model caps its attention scores (softcap)"
+    if any(".attn_sinks" in name for name in header.tensors):
+        return "keys cannot be centred: this model has attention sinks, which take part in the softmax"
+    if header.metadata.get(f"{arch}.attention.key_length_mla") is not None:
+        return "keys cannot be centred: K and V share one latent in this model (MLA)"
+    return None
+
+
+# ---- Into libggml ----
+
+
+class _LayerPolicy(ctypes.Structure):
+    _fields_ = (
+        ("type_k", ctypes.c_int32),
+        ("type_v", ctypes.c_int32),
+        ("k_mean", ctypes.POINTER(ctypes.c_float)),
+        ("n_mean", ctypes.c_int64),
+    )
+
+
+@contextlib.contextmanager
+def applied(policy: CachePolicy | None) -> Iterator[None]:
+    """While it lasts, contexts that this thread makes follow the policy (native/ggml/tq_ggml_policy.h)."""
+    if policy is None:
+        yield
+        return
+    from ._native import library_path
+
+    set_policy = ctypes.CDLL(str(library_path("ggml-base"))).tq_ggml_policy_set
+    set_policy.argtypes, set_policy.restype = [ctypes.c_void_p, ctypes.c_int32], None
+    layers = (_LayerPolicy * policy.n_layer)()
+    kept: list[npt.NDArray[np.float32]] = []
+    for i, layer in enumerate(layers):
+        k, v = policy.types(i)
+        layer.type_k, layer.type_v = k.number, v.number
+        if i in policy.k_means:
+            kept.append(np.ascontiguousarray(policy.k_means[i], dtype=np.float32))
+            layer.k_mean = kept[-1].ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            layer.n_mean = kept[-1].size
+    set_policy(ctypes.addressof(layers), policy.n_layer)
+    try:
+        yield
+    finally:
+        set_policy(None, 0)
+
+
+def resolve(cache: CacheSpec | Mapping[str, Any] | CachePolicy | Path, n_layer: int) -> CachePolicy:
+    """The policy that any form of `cache=` stands for, in a model of n_layer layers.
+
+    Raises:
+        ArgumentError, PolicyError, ModelNotFoundError: as `parse_cache`, `policy_from_ranges` and `read_policy`.
+    """
+    if isinstance(cache, CachePolicy):
+        return cache
+    if isinstance(cache, Path) or (isinstance(cache, str) and cache.endswith(".gguf")):
+        return read_policy(cache)
+    if isinstance(cache, Mapping):
+        return policy_from_ranges(cache, n_layer)
+    if isinstance(cache, (str, Sequence)):
+        k, v = parse_cache(cache)
+        return CachePolicy((k.name,) * n_layer, (v.name,) * n_layer)
+    raise ArgumentError(f"cache must be a type, a pair of types, a policy or a policy file, not {cache!r}")
