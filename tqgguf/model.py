@@ -16,7 +16,7 @@ from .config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
 from .errors import ArgumentError, CacheTypeError, OutOfMemoryError, TqggufError
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 
-__all__ = ["CacheInfo", "LayerCacheInfo", "Llama"]
+__all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
 
 llama_cpp: Any = import_llama_cpp()
 _Stock: Any = llama_cpp.Llama
@@ -127,7 +127,7 @@ class Llama(_Stock):  # type: ignore[misc]
             )
         self._info = read_model_info(model_path)
         if not kwargs.get("vocab_only"):
-            _refuse_impossible(self._info, k, v)
+            refuse_impossible(self._info, k, v)
         self._types = (k, v)
         with _load_lock, _captured_log() as log:
             try:
@@ -177,7 +177,7 @@ class Llama(_Stock):  # type: ignore[misc]
             TqggufError: llama.cpp could not make the context; the message carries its own errors.
         """
         k, v = parse_cache(cache)
-        _refuse_impossible(self._info, k, v)
+        refuse_impossible(self._info, k, v)
         params = type(self.context_params).from_buffer_copy(self.context_params)
         params.type_k, params.type_v = k.number, v.number
         if _needs_flash(k, v):
@@ -245,6 +245,13 @@ class Llama(_Stock):  # type: ignore[misc]
     def _cells_used(self) -> int:
         memory = llama_cpp.llama_get_memory(self.ctx)
         return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
+
+
+def refuse_impossible(info: ModelInfo, k: CacheType, v: CacheType) -> None:
+    """Raises CacheTypeError if the model cannot have a cache of these types; the message names layer and reason."""
+    obstacle = info.obstacle(k, v)
+    if obstacle:
+        raise CacheTypeError(f"{info.path.name} cannot have a {_names(k, v)} KV cache: {obstacle}")
 
 
 # ---- What llama.cpp reports while it allocates its cache ----
@@ -353,12 +360,6 @@ def _load_error(error: str, log: list[tuple[int, str]], info: ModelInfo) -> Tqgg
     if re.search(r"failed to allocate|out of memory|bad_alloc|unable to allocate", " ".join(causes), re.IGNORECASE):
         return OutOfMemoryError(message)
     return TqggufError(message)
-
-
-def _refuse_impossible(info: ModelInfo, k: CacheType, v: CacheType) -> None:
-    obstacle = info.obstacle(k, v)
-    if obstacle:
-        raise CacheTypeError(f"{info.path.name} cannot have a {_names(k, v)} KV cache: {obstacle}")
 
 
 def _needs_flash(k: CacheType, v: CacheType) -> bool:

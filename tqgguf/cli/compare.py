@@ -7,17 +7,17 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from ..config import MEASURED_TYPES
 from ..errors import ArgumentError
 from .format import to_json
 from .options import positive
+from .plot import check_plot, plot
 
 if TYPE_CHECKING:
     from ..diagnostics.compare import Comparison
     from ..diagnostics.recall import Recall
-
-TYPES: Final = "f16,q8_0,q5_0,q4_0,iq4_nl,pqo4,pqo3"
 
 
 def add_parser(commands: Any) -> None:
@@ -34,9 +34,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--cache",
         type=cache_names,
-        default=TYPES,
+        default=",".join(MEASURED_TYPES),
         metavar="TYPE,TYPE",
-        help=f"types, reference first (default: {TYPES})",
+        help="types, reference first (default: %(default)s)",
     )
     parser.add_argument(
         "--ctx", type=positive, metavar="N", help="tokens in a chunk (default: 2048, or the trained context if less)"
@@ -70,8 +70,6 @@ def call(args: argparse.Namespace) -> int:
     from ..diagnostics.recall import recall
 
     if args.plot:
-        from .plot import check_plot
-
         check_plot(Path(args.plot))
     text = None if args.file is None else read_text(args.file)
     with progress_bar("reading") as progress:
@@ -85,22 +83,20 @@ def call(args: argparse.Namespace) -> int:
             n_threads=args.threads,
             progress=progress,
         )
+    for note in comparison.notes:
+        print(f"tqgguf: note: {note}", file=sys.stderr)
+    if not args.json:  # before the questions are asked, which may take as long again
+        render(comparison)
+    if args.plot:
+        plot(comparison, Path(args.plot))
     recalled = None
     if args.recall:
         with progress_bar("asking") as progress:
             recalled = recall(args.model, args.cache, n_ctx=args.ctx, n_threads=args.threads, progress=progress)
-    for note in comparison.notes:
-        print(f"tqgguf: note: {note}", file=sys.stderr)
     if args.json:
         print(to_json({"comparison": comparison, "recall": recalled}))
-    else:
-        render(comparison)
-        if recalled:
-            render_recall(recalled)
-    if args.plot:
-        from .plot import plot
-
-        plot(comparison, Path(args.plot))
+    elif recalled:
+        render_recall(recalled)
     return 0
 
 

@@ -37,7 +37,12 @@ def check_plot(path: Path) -> None:
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Draws mean divergence (log axis) over bytes per token, one labelled point for each type but the reference.
+    """Draws a comparison into a file."""
+    figure_of(comparison).savefig(path)
+
+
+def figure_of(comparison: Comparison) -> Any:
+    """The picture: mean divergence (log axis) over bytes per token, one labelled point for each type but the reference.
 
     Points of the same size are labelled right and left in turn, in order of divergence, so that labels keep apart.
     """
@@ -53,6 +58,7 @@ def plot(comparison: Comparison, path: Path) -> None:
         _point(axes, row, side)
     largest = max(row.bytes_per_token for row in comparison.rows)
     axes.set_xlim(0, 1.08 * largest)
+    axes.margins(y=0.12)
     axes.axvline(reference.bytes_per_token, color=_STOCK, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
     axes.text(
         reference.bytes_per_token,
@@ -90,7 +96,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(_STOCK)
-    figure.savefig(path)
+    return figure
 
 
 def _point(axes: Any, row: TypeQuality, side: int) -> None:
@@ -102,18 +108,20 @@ def _point(axes: Any, row: TypeQuality, side: int) -> None:
         row.bytes_per_token,
         row.kld.mean,
         yerr=[[error], [2 * row.kld.mean_error]],
-        fmt="D" if pqo else "o",
-        markersize=8 if pqo else 6,
-        color=color,
+        fmt="o",
+        # Stock types are rings around the dots of PQO types, so that equal figures hide neither.
+        markersize=7 if pqo else 11,
+        markerfacecolor=color if pqo else "white",
+        markeredgecolor=color,
+        markeredgewidth=0 if pqo else 1.6,
         ecolor=color,
         elinewidth=1.2,
-        markeredgecolor="white",
         zorder=3 if pqo else 2,
     )
     axes.annotate(
         row.type,
         (row.bytes_per_token, row.kld.mean),
-        xytext=(9 * side, 0),
+        xytext=(11 * side, 0),
         textcoords="offset points",
         horizontalalignment="left" if side > 0 else "right",
         verticalalignment="center",

@@ -22,13 +22,12 @@ import numpy.typing as npt
 
 from .. import demo
 from .._native import import_llama_cpp
-from ..config import CacheType, cache_type
+from ..config import MEASURED_TYPES, CacheType, cache_type
 from ..errors import ArgumentError, TextError, TqggufError
 from ..gguf_info import ModelInfo, read_model_info
-from ..model import Llama
+from ..model import Llama, refuse_impossible
 
 __all__ = [
-    "COMPARED_TYPES",
     "DEFAULT_CHUNKS",
     "DEFAULT_CONTEXT",
     "MIN_CONTEXT",
@@ -46,8 +45,6 @@ __all__ = [
 llama_cpp: Any = import_llama_cpp()
 _TokenPointer: Final = ctypes.POINTER(ctypes.c_int32)
 _FlagPointer: Final = ctypes.POINTER(ctypes.c_int8)
-
-COMPARED_TYPES: Final = ("f16", "q8_0", "q5_0", "q4_0", "iq4_nl", "pqo4", "pqo3")
 
 DEFAULT_CONTEXT: Final = 2048
 """Context in tokens, or what the model was trained for if that is less. What quantization of K costs grows with the
@@ -133,7 +130,7 @@ class Comparison:
 
 def compare(
     path: str | Path,
-    types: Sequence[str] = COMPARED_TYPES,
+    types: Sequence[str] = MEASURED_TYPES,
     text: str | None = None,
     *,
     n_ctx: int | None = None,
@@ -174,6 +171,8 @@ def compare(
         if value is not None and value < 1:
             raise ArgumentError(f"{name} is {value}, must be at least 1")
     info = read_model_info(path)
+    for kind in kinds:
+        refuse_impossible(info, kind, kind)
     n_ctx = context_length(info, n_ctx)
     own = text is None
     text = _own_text(info, n_ctx, n_chunks or DEFAULT_CHUNKS) if text is None else text
@@ -181,7 +180,7 @@ def compare(
         raise TextError("the text is empty")
     with contextlib.closing(_load(path, kinds[0], n_ctx, n_batch, n_threads)) as model:
         chunks = _chunks(model, text, n_ctx, DEFAULT_CHUNKS if own and n_chunks is None else n_chunks, own)
-        readers = [_Reader(kinds[0], model.ctx), *(_Reader(kind, model.add_context(kind.name)) for kind in kinds[1:])]
+        readers = [Reader(kinds[0], model.ctx), *(Reader(kind, model.add_context(kind.name)) for kind in kinds[1:])]
         _read(model, readers, chunks, progress)
         return Comparison(
             model=info.path.name,
@@ -309,7 +308,7 @@ def _load(path: str | Path, kind: CacheType, n_ctx: int, n_batch: int, n_threads
 
 
 @dataclass
-class _Reader:
+class Reader:
     """One cache type's context, and what was measured with it: one array per batch."""
 
     kind: CacheType
@@ -374,7 +373,7 @@ def _standard_error(values: Array) -> float:
     return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
-def _read(model: Llama, readers: Sequence[_Reader], chunks: npt.NDArray[np.int32], progress: Progress | None) -> None:
+def _read(model: Llama, readers: Sequence[Reader], chunks: npt.NDArray[np.int32], progress: Progress | None) -> None:
     """Has every reader read the chunks (n_chunks, n_ctx) batch by batch, and scores it against the first reader."""
     n_ctx, n_batch, n_vocab = chunks.shape[1], model.n_batch, model.n_vocab()
     wants_bos = llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(model.model))
@@ -399,7 +398,7 @@ def _read(model: Llama, readers: Sequence[_Reader], chunks: npt.NDArray[np.int32
             _score(readers, chunk[1:][batch][scored[batch][: n_ctx - 1 - start] > 0], n_vocab)
 
 
-def _score(readers: Sequence[_Reader], targets: npt.NDArray[np.int32], n_vocab: int) -> None:
+def _score(readers: Sequence[Reader], targets: npt.NDArray[np.int32], n_vocab: int) -> None:
     """Scores the last batch, of whose scored tokens `targets` (n) were the next; 8 MiB of float64 at a time."""
     rows = max(1, 2**20 // n_vocab)
     for start in range(0, len(targets), rows):

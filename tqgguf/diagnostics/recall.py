@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from .. import demo
-from ..config import CacheType
+from ..config import MEASURED_TYPES, CacheType
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..gguf_info import read_model_info
-from ..model import Llama
-from .compare import COMPARED_TYPES, compared_types, context_length
+from ..model import Llama, refuse_impossible
+from .compare import compared_types, context_length
 
 __all__ = ["DEPTHS", "Recall", "RecallScore", "needle_prompt", "recall"]
 
@@ -78,7 +78,7 @@ class Recall:
 
 def recall(
     path: str | Path,
-    types: Sequence[str] = COMPARED_TYPES,
+    types: Sequence[str] = MEASURED_TYPES,
     *,
     n_ctx: int | None = None,
     n_prompts: int = 10,
@@ -104,7 +104,8 @@ def recall(
         progress: called after every answer.
 
     Raises:
-        ArgumentError: as `compare`; n_prompts or n_predict below 1; the context has no room for the shortest prompt.
+        ArgumentError: as in `compare`; n_prompts or n_predict below 1; the context has no room for the shortest prompt.
+        CacheTypeError: the model cannot have one of the types.
         UnsupportedError: the model has no chat template.
         TqggufError: llama.cpp failed; otherwise as `Llama`.
     """
@@ -113,12 +114,14 @@ def recall(
         if value < 1:
             raise ArgumentError(f"{name} is {value}, must be at least 1")
     info = read_model_info(path)
+    for kind in kinds:
+        refuse_impossible(info, kind, kind)
     n_ctx = context_length(info, n_ctx)
     own = info.name == demo.MODEL_NAME
     scores: list[RecallScore] = []
     for i, kind in enumerate(kinds):
         with contextlib.closing(_load(path, kind, n_ctx, n_threads)) as model:
-            asker = _Asker(model, n_predict)
+            asker = Asker(model, n_predict)
             questions = _demo_questions(n_ctx, n_prompts, seed) if own else _needles(asker, n_ctx, n_prompts, seed)
             right: Counter[tuple[int, float]] = Counter()
             for done, (size, depth, case) in enumerate(questions, 1 + i * len(questions)):
@@ -161,15 +164,20 @@ def _demo_questions(n_ctx: int, n_prompts: int, seed: int) -> list[_Question]:
     sizes = [n_facts for n_facts in DEMO_SIZES if n_facts * fact + rest <= n_ctx]
     if not sizes:
         raise ArgumentError(f"a context of {n_ctx} tokens has no room for {DEMO_SIZES[0]} facts")
+    kinds = len(demo.KINDS)  # the hardest prompts: every name has a fact of each kind
     return [
-        (n_facts, depth, demo.recall_prompt(seed + i, n_facts, asked=round(depth * (n_facts - 1))))
+        (
+            n_facts,
+            depth,
+            demo.recall_prompt(seed + i, n_facts, n_names=-(-n_facts // kinds), asked=round(depth * (n_facts - 1))),
+        )
         for n_facts in sizes
         for i in range(n_prompts)
         for depth in DEPTHS
     ]
 
 
-def _needles(asker: _Asker, n_ctx: int, n_prompts: int, seed: int) -> list[_Question]:
+def _needles(asker: Asker, n_ctx: int, n_prompts: int, seed: int) -> list[_Question]:
     per_ten = asker.tokens(" ".join(demo.FILLER_SENTENCES))
     rest = asker.prompt_tokens(needle_prompt(seed, 0)) + asker.n_predict + 32  # names and values differ in tokens
     fillers = {n_ctx // share: (n_ctx // share - rest) * 10 // per_ten for share in NEEDLE_SHARES}
@@ -202,7 +210,7 @@ def _load(path: str | Path, kind: CacheType, n_ctx: int, n_threads: int | None) 
 
 
 @dataclass(frozen=True)
-class _Asker:
+class Asker:
     """Asks a model through its chat template, greedily, for at most n_predict tokens."""
 
     model: Llama
