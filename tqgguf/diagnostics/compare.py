@@ -383,7 +383,7 @@ def _read(model: Llama, readers: Sequence[Reader], chunks: npt.NDArray[np.int32]
     for reader in readers:
         reader.warm_up(chunks[0, :1])
     for chunk in chunks:
-        tokens = chunk.copy()
+        tokens, following = chunk.copy(), np.roll(chunk, -1)  # the last has none, and is not scored
         if wants_bos:
             tokens[0] = model.token_bos()
         for reader in readers:
@@ -395,7 +395,7 @@ def _read(model: Llama, readers: Sequence[Reader], chunks: npt.NDArray[np.int32]
                 done += len(tokens[batch])
                 if progress:
                     progress(done, total)
-            _score(readers, chunk[1:][batch][scored[batch][: n_ctx - 1 - start] > 0], n_vocab)
+            _score(readers, following[batch][scored[batch] > 0], n_vocab)
 
 
 def _score(readers: Sequence[Reader], targets: npt.NDArray[np.int32], n_vocab: int) -> None:
