@@ -38,6 +38,7 @@ __all__ = [
     "compared_types",
     "context_length",
     "kl_divergence",
+    "load",
     "log_softmax",
     "read_text",
 ]
@@ -143,9 +144,11 @@ def compare(
 
     The weights are loaded once. Every type has a context of its own, and all contexts read each batch in turn, so
     logits are compared while llama.cpp still holds them and nothing is stored but a few numbers per scored token.
-    Memory beyond the weights: for each type its KV cache of n_ctx tokens and one batch of logits
-    (n_batch * n_vocab * 4 bytes), however long the text. Flash attention is on for every type, and llama.cpp's own
-    rotation of quantized caches is as it is by default, so the types are compared as they are used.
+    Memory beyond the weights, for each type and however long the text: its KV cache of n_ctx tokens, one batch of
+    logits (n_batch * n_vocab * 4 bytes), and llama.cpp's compute buffer, which reserves as much for them again.
+
+    Flash attention is on for every type, and llama.cpp's own rotation of quantized caches is as it is by default, so
+    the types are compared as they are used.
 
     Args:
         path: a GGUF file.
@@ -175,11 +178,14 @@ def compare(
         refuse_impossible(info, kind, kind)
     n_ctx = context_length(info, n_ctx)
     own = text is None
-    text = _own_text(info, n_ctx, n_chunks or DEFAULT_CHUNKS) if text is None else text
+    if text is None:
+        n_chunks = n_chunks or DEFAULT_CHUNKS
+        text = _own_text(info, n_ctx, n_chunks)
     if not text:
         raise TextError("the text is empty")
-    with contextlib.closing(_load(path, kinds[0], n_ctx, n_batch, n_threads)) as model:
-        chunks = _chunks(model, text, n_ctx, DEFAULT_CHUNKS if own and n_chunks is None else n_chunks, own)
+    # llama.cpp's tools, too, keep sliding windows no longer than needed: swa_full.
+    with contextlib.closing(load(path, kinds[0], n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
+        chunks = _chunks(model, text, n_ctx, n_chunks, own)
         readers = [Reader(kinds[0], model.ctx), *(Reader(kind, model.add_context(kind.name)) for kind in kinds[1:])]
         _read(model, readers, chunks, progress)
         return Comparison(
@@ -232,6 +238,12 @@ def read_text(path: str | Path) -> str:
         raise TextError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
+
+
+def load(path: str | Path, kind: CacheType, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
+    """A model to measure: quiet, and with flash attention for every type, so that the type is the only difference."""
+    threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
+    return Llama(path, cache=kind.name, flash_attn=True, n_ctx=n_ctx, verbose=False, **threads, **options)
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> Array:
@@ -290,21 +302,6 @@ def _notes(info: ModelInfo, n_ctx: int, own: bool) -> tuple[str, ...]:
 
 
 # ---- Reading in lock-step ----
-
-
-def _load(path: str | Path, kind: CacheType, n_ctx: int, n_batch: int, n_threads: int | None) -> Llama:
-    """The model, with a context for the reference; sliding windows are kept as short as llama.cpp's tools keep them."""
-    return Llama(
-        path,
-        cache=kind.name,
-        flash_attn=True,
-        n_ctx=n_ctx,
-        n_batch=n_batch,
-        n_threads=n_threads,
-        n_threads_batch=n_threads,
-        swa_full=False,
-        verbose=False,
-    )
 
 
 @dataclass

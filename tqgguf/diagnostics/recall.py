@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from .. import demo
-from ..config import MEASURED_TYPES, CacheType
+from ..config import MEASURED_TYPES
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..gguf_info import read_model_info
 from ..model import Llama, refuse_impossible
-from .compare import compared_types, context_length
+from .compare import compared_types, context_length, load
 
 __all__ = ["DEPTHS", "Recall", "RecallScore", "needle_prompt", "recall"]
 
@@ -120,7 +120,7 @@ def recall(
     own = info.name == demo.MODEL_NAME
     scores: list[RecallScore] = []
     for i, kind in enumerate(kinds):
-        with contextlib.closing(_load(path, kind, n_ctx, n_threads)) as model:
+        with contextlib.closing(load(path, kind, n_ctx, n_threads)) as model:
             asker = Asker(model, n_predict)
             questions = _demo_questions(n_ctx, n_prompts, seed) if own else _needles(asker, n_ctx, n_prompts, seed)
             right: Counter[tuple[int, float]] = Counter()
@@ -197,18 +197,6 @@ def _needles(asker: Asker, n_ctx: int, n_prompts: int, seed: int) -> list[_Quest
 # ---- Answers ----
 
 
-def _load(path: str | Path, kind: CacheType, n_ctx: int, n_threads: int | None) -> Llama:
-    return Llama(
-        path,
-        cache=kind.name,
-        flash_attn=True,
-        n_ctx=n_ctx,
-        n_threads=n_threads,
-        n_threads_batch=n_threads,
-        verbose=False,
-    )
-
-
 @dataclass(frozen=True)
 class Asker:
     """Asks a model through its chat template, greedily, for at most n_predict tokens."""
@@ -223,11 +211,11 @@ class Asker:
             )
 
     def reply(self, case: demo.RecallCase, n_predict: int) -> Any:
+        """The model's greedy reply, as llama_cpp gives it."""
         try:
             return self.model.create_chat_completion(case.messages, temperature=0.0, max_tokens=n_predict)
-        except (
-            ValueError
-        ) as error:  # llama_cpp says so of a prompt that does not fit, and of a template it cannot render
+        except ValueError as error:
+            # llama_cpp says so of a prompt that does not fit, and of a template it cannot render.
             raise TqggufError(f"{self.model.model_info.path.name} could not be asked: {error}") from error
 
     def right(self, case: demo.RecallCase) -> bool:
