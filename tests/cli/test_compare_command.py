@@ -26,7 +26,7 @@ def compare(python: Callable[..., Any]) -> Command:
 def test_table_and_recall(compare: Command) -> None:
     done = compare(MODEL, "--cache", "f16,q8_0,pqo3", "--recall", *QUICK)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("demo.gguf: 1 chunks of 256 tokens, 127 predictions scored against f16")
+    assert done.stdout.startswith("demo.gguf: 1 x 256 tokens, 127 predictions scored against f16")
     rows = [line.split() for line in done.stdout.splitlines() if line.split()]
     f16, q8_0, pqo3 = (next(row for row in rows if row[0] == name) for name in ("f16", "q8_0", "pqo3"))
     assert (f16[1:3], len(f16)) == (["16", "2,048"], 5)  # type, bits, bytes, perplexity, speed: it has no divergence

@@ -115,7 +115,7 @@ def render(comparison: Comparison) -> None:
     """Prints what was read, then a row for each type."""
     rows = comparison.rows
     print(
-        f"{comparison.model}: {comparison.n_chunks:,} chunks of {comparison.n_ctx:,} tokens, "
+        f"{comparison.model}: {comparison.n_chunks:,} x {comparison.n_ctx:,} tokens, "
         f"{comparison.n_scored:,} predictions scored against {rows[0].type}, KL divergence in nats\n"
     )
     table = _table("cache", "bits", "bytes/token", "perplexity", "mean KLD", "±", "median", "99 %", "99.9 %", "max")

@@ -81,7 +81,7 @@ def figure_of(comparison: Comparison) -> Any:
     axes.text(
         0,
         1.025,
-        f"{comparison.n_scored:,} predictions in {comparison.n_chunks:,} chunks of {comparison.n_ctx:,} tokens; "
+        f"{comparison.n_scored:,} predictions in {comparison.n_chunks:,} x {comparison.n_ctx:,} tokens; "
         "bars: twice the standard error",
         transform=axes.transAxes,
         color=_STOCK,
