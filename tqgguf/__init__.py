@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .cache import PqoCache
     from .codec import dequantize, quantize
     from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
+    from .diagnostics.compare import Comparison, Divergence, TypeQuality, compare
+    from .diagnostics.recall import Recall, RecallScore, recall
     from .errors import (
         ArgumentError,
         CacheClosedError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         ModelFileError,
         ModelNotFoundError,
         OutOfMemoryError,
+        TextError,
         TqggufError,
         UnsupportedError,
     )
@@ -45,6 +48,13 @@ _HOME = {
     "dequantize": "codec",
     "ModelInfo": "gguf_info",
     "read_model_info": "gguf_info",
+    "Comparison": "diagnostics.compare",
+    "Divergence": "diagnostics.compare",
+    "TypeQuality": "diagnostics.compare",
+    "compare": "diagnostics.compare",
+    "Recall": "diagnostics.recall",
+    "RecallScore": "diagnostics.recall",
+    "recall": "diagnostics.recall",
     "ArgumentError": "errors",
     "CacheClosedError": "errors",
     "CacheTypeError": "errors",
@@ -52,6 +62,7 @@ _HOME = {
     "ModelFileError": "errors",
     "ModelNotFoundError": "errors",
     "OutOfMemoryError": "errors",
+    "TextError": "errors",
     "TqggufError": "errors",
     "UnsupportedError": "errors",
 }
@@ -64,6 +75,8 @@ __all__ = [
     "CacheInfo",
     "CacheType",
     "CacheTypeError",
+    "Comparison",
+    "Divergence",
     "LayerCacheInfo",
     "LibraryError",
     "Llama",
@@ -72,13 +85,19 @@ __all__ = [
     "ModelNotFoundError",
     "OutOfMemoryError",
     "PqoCache",
+    "Recall",
+    "RecallScore",
+    "TextError",
     "TqggufError",
+    "TypeQuality",
     "UnsupportedError",
     "__version__",
+    "compare",
     "dequantize",
     "parse_cache",
     "quantize",
     "read_model_info",
+    "recall",
     "reference",
 ]
 

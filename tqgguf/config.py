@@ -8,7 +8,17 @@ from typing import Any, Final, Literal
 
 from .errors import ArgumentError
 
-__all__ = ["CACHE_TYPES", "MODES", "CacheConfig", "CacheSpec", "CacheType", "Mode", "cache_type", "parse_cache"]
+__all__ = [
+    "CACHE_TYPES",
+    "MEASURED_TYPES",
+    "MODES",
+    "CacheConfig",
+    "CacheSpec",
+    "CacheType",
+    "Mode",
+    "cache_type",
+    "parse_cache",
+]
 
 Mode = Literal["search", "maxnorm", "l2norm"]
 MODES: Final[tuple[Mode, ...]] = ("search", "maxnorm", "l2norm")
@@ -76,6 +86,9 @@ CACHE_TYPES: Final[dict[str, CacheType]] = {
     )
 }
 """Every type a KV cache may have, by name."""
+
+MEASURED_TYPES: Final = ("f16", "q8_0", "q5_0", "q4_0", "iq4_nl", "pqo4", "pqo3")
+"""What `compare` and `recall` measure unless told otherwise; the first is the reference."""
 
 
 def cache_type(name: Any) -> CacheType:

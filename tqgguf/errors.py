@@ -10,6 +10,7 @@ __all__ = [
     "ModelFileError",
     "ModelNotFoundError",
     "OutOfMemoryError",
+    "TextError",
     "TqggufError",
     "UnsupportedError",
 ]
@@ -49,3 +50,7 @@ class ModelFileError(TqggufError, ValueError):
 
 class ModelNotFoundError(ModelFileError, FileNotFoundError):
     """A model file does not exist or is no regular file."""
+
+
+class TextError(TqggufError, ValueError):
+    """A text to measure on is missing, empty, not UTF-8, or too short for the context."""

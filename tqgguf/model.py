@@ -16,7 +16,7 @@ from .config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
 from .errors import ArgumentError, CacheTypeError, OutOfMemoryError, TqggufError
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 
-__all__ = ["CacheInfo", "LayerCacheInfo", "Llama"]
+__all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
 
 llama_cpp: Any = import_llama_cpp()
 _Stock: Any = llama_cpp.Llama
@@ -119,16 +119,15 @@ class Llama(_Stock):  # type: ignore[misc]
                 raise ArgumentError(f"{name} is set by cache: give cache=(K type, V type) by name instead")
             kwargs.pop(name, None)
         k, v = parse_cache(cache)
-        needs_flash = v.quantized or k.pqo
+        needs_flash = _needs_flash(k, v)
         if flash_attn is False and needs_flash:
             raise ArgumentError(
                 f"flash_attn=False cannot be combined with a K cache of {k.name} and a V cache of {v.name}: "
                 f"a quantized V, and every PQO type, needs flash attention"
             )
         self._info = read_model_info(model_path)
-        obstacle = None if kwargs.get("vocab_only") else self._info.obstacle(k, v)
-        if obstacle:
-            raise CacheTypeError(f"{self._info.path.name} cannot have a {_names(k, v)} KV cache: {obstacle}")
+        if not kwargs.get("vocab_only"):
+            refuse_impossible(self._info, k, v)
         self._types = (k, v)
         with _load_lock, _captured_log() as log:
             try:
@@ -140,7 +139,7 @@ class Llama(_Stock):  # type: ignore[misc]
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
-                raise _load_error(error, log, self._info) from error
+                raise _load_error(str(error), log, self._info) from error
         self._buffers: list[_KVBuffer] = []
         if not kwargs.get("vocab_only"):
             try:
@@ -153,6 +152,43 @@ class Llama(_Stock):  # type: ignore[misc]
     def model_info(self) -> ModelInfo:
         """What the GGUF file says about the model's KV cache."""
         return self._info
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model's file brings a chat template."""
+        return "tokenizer.chat_template" in self.metadata
+
+    def add_context(self, cache: CacheSpec) -> Any:
+        """Makes a further context on the same weights, equal to the model's own but for the type of its KV cache.
+
+        Its cache is checked and verified as the model's own was.
+
+        Args:
+            cache: as for `Llama`.
+
+        Returns:
+            A `llama_context` pointer for llama_cpp's low-level functions. It belongs to the model, which frees it in
+            `close`.
+
+        Raises:
+            ArgumentError: unknown cache type.
+            CacheTypeError: the model cannot have this type, or llama.cpp did not use it.
+            OutOfMemoryError: no memory for the KV buffers.
+            TqggufError: llama.cpp could not make the context; the message carries its own errors.
+        """
+        k, v = parse_cache(cache)
+        refuse_impossible(self._info, k, v)
+        params = type(self.context_params).from_buffer_copy(self.context_params)
+        params.type_k, params.type_v = k.number, v.number
+        if _needs_flash(k, v):
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        with _load_lock, _captured_log() as log:
+            context = llama_cpp.llama_init_from_model(self.model, params)
+        if not context:
+            raise _load_error("no context", log, self._info)
+        self._stack.callback(llama_cpp.llama_free, context)
+        _verify(log, self._info, k, v)
+        return context
 
     def cache_info(self) -> CacheInfo:
         """Types, bytes and cells of the KV cache, per layer and in all.
@@ -209,6 +245,13 @@ class Llama(_Stock):  # type: ignore[misc]
     def _cells_used(self) -> int:
         memory = llama_cpp.llama_get_memory(self.ctx)
         return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
+
+
+def refuse_impossible(info: ModelInfo, k: CacheType, v: CacheType) -> None:
+    """Raises CacheTypeError if the model cannot have a cache of these types; the message names layer and reason."""
+    obstacle = info.obstacle(k, v)
+    if obstacle:
+        raise CacheTypeError(f"{info.path.name} cannot have a {_names(k, v)} KV cache: {obstacle}")
 
 
 # ---- What llama.cpp reports while it allocates its cache ----
@@ -309,14 +352,18 @@ def _buffer_of(layer: KVLayer, info: ModelInfo, buffers: list[_KVBuffer]) -> _KV
     return None
 
 
-def _load_error(error: Exception, log: list[tuple[int, str]], info: ModelInfo) -> TqggufError:
+def _load_error(error: str, log: list[tuple[int, str]], info: ModelInfo) -> TqggufError:
     causes = [text.strip() for level, text in log if level in (_LOG_WARN, _LOG_ERROR) and text.strip()]
     errors = [text.strip() for level, text in log if level == _LOG_ERROR and text.strip()]
-    said = "; ".join((errors or causes)[-3:]) or str(error)
+    said = "; ".join((errors or causes)[-3:]) or error
     message = f"llama.cpp could not load {info.path}: {said}"
     if re.search(r"failed to allocate|out of memory|bad_alloc|unable to allocate", " ".join(causes), re.IGNORECASE):
         return OutOfMemoryError(message)
     return TqggufError(message)
+
+
+def _needs_flash(k: CacheType, v: CacheType) -> bool:
+    return v.quantized or k.pqo
 
 
 def _names(k: CacheType, v: CacheType) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from .format import cache_line
 from .options import add_model_options, load_model, positive
-from .run import has_chat_template
 
 if TYPE_CHECKING:
     from ..model import Llama
@@ -36,7 +35,7 @@ def add_parser(commands: Any) -> None:
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     model = load_model(args, args.model)
-    if not has_chat_template(model):
+    if not model.has_chat_template:
         print(f"tqgguf: {args.model} has no chat template; using {model.chat_format}'s", file=sys.stderr)
     print(cache_line(model.cache_info()), file=sys.stderr)
     return Conversation(model, args.system, args.n_predict, args.temp, args.seed).loop()

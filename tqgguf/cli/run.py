@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     model = load_model(args, args.model)
-    raw = args.raw or not has_chat_template(model)
+    raw = args.raw or not model.has_chat_template
     start, pieces, finish = time.perf_counter(), [], None
     options = {"max_tokens": args.n_predict, "temperature": args.temp, "seed": args.seed, "stream": True}
     try:
@@ -59,8 +59,3 @@ def call(args: argparse.Namespace) -> int:
     print()
     print(f"{len(pieces)} pieces in {seconds:.1f} s; {cache_line(info)}", file=sys.stderr)
     return 0
-
-
-def has_chat_template(model: Any) -> bool:
-    """Whether the model's file brings a chat template."""
-    return "tokenizer.chat_template" in model.metadata
