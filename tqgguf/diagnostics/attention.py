@@ -244,48 +244,29 @@ def attention_error(
             key; or an offset together with sinks or softcap, which are not blind to it.
     """
     kinds = [cache_type(name) for name in types]
-    if not q.ndim == k.ndim == v.ndim == 3 or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
-        raise _misfit(q, k, v)
-    (n_q, n_head, head_dim), (n_kv, n_head_kv, _) = q.shape, k.shape
-    if not n_head_kv or not n_head or n_head % n_head_kv:
-        raise _misfit(q, k, v)
-    for name, given, axes, shape in (
-        ("mask", mask, "(n_q, n_kv)", (n_q, n_kv)),
-        ("sinks", sinks, "(n_head,)", (n_head,)),
-        ("offset", offset, "(n_head_kv, head_dim_k)", (n_head_kv, head_dim)),
-    ):
-        if given is not None and given.shape != shape:
-            raise ArgumentError(f"{name} must be {axes} = {shape}, not {given.shape}")
-    if offset is not None and (softcap > 0 or sinks is not None):
-        reason = "a softcap" if softcap > 0 else "attention sinks"
-        raise ArgumentError(f"keys cannot be centred in a layer with {reason}: it would change the result")
-    added = _causal(n_q, n_kv) if mask is None else mask.astype(np.float64)
-    if not n_q or not np.isfinite(added).any(axis=1).all():
-        raise ArgumentError("every query must see a key")
-    heads = np.arange(n_head).reshape(n_head_kv, -1)
+    added = _check(q, k, v, mask, sinks, softcap, offset)
+    (_, n_head, head_dim_k), (_, n_head_kv, head_dim_v) = q.shape, v.shape
+    base = np.float32(0.0) if offset is None else offset.astype(np.float32)
+    stored = {}
+    for kind in kinds:
+        size_k, size_v = _rotation_sizes(kind, head_dim_k, head_dim_v) if rotate else (0, 0)
+        near_k = _stored(k.astype(np.float32) - base, kind, size_k) + base
+        stored[kind.name] = near_k, _stored(v.astype(np.float32), kind, size_v)
     slopes = reference.alibi_slopes(n_head, max_bias)
-    groups = [
-        _Group(
-            q=q[:, group].transpose(1, 0, 2).astype(np.float64),
+    errors: dict[str, list[HeadError]] = {kind.name: [] for kind in kinds}
+    # Head by head, because scores take more memory than all keys and values.
+    for h, heads in enumerate(np.arange(n_head).reshape(n_head_kv, -1)):
+        group = _Group(
+            q=q[:, heads].transpose(1, 0, 2).astype(np.float64),
             scale=scale,
-            bias=slopes[group, None, None] * added,
-            sinks=None if sinks is None else sinks[group].astype(np.float64),
+            bias=slopes[heads, None, None] * added,
+            sinks=None if sinks is None else sinks[heads].astype(np.float64),
             softcap=softcap,
         )
-        for group in heads
-    ]
-    exact = [group.attend(k[:, h], v[:, h]) for h, group in enumerate(groups)]
-    base = np.float32(0.0) if offset is None else offset.astype(np.float32)
-    errors: dict[str, tuple[HeadError, ...]] = {}
-    for kind in kinds:
-        size_k, size_v = _rotation_sizes(kind, head_dim, v.shape[2]) if rotate else (0, 0)
-        near_k = _stored(k.astype(np.float32) - base, kind, size_k) + base
-        near_v = _stored(v.astype(np.float32), kind, size_v)
-        errors[kind.name] = tuple(
-            _head_error(h, (k[:, h], near_k[:, h]), (v[:, h], near_v[:, h]), exact[h], group)
-            for h, group in enumerate(groups)
-        )
-    return errors
+        exact = group.attend(k[:, h], v[:, h])
+        for name, (near_k, near_v) in stored.items():
+            errors[name].append(_head_error(h, (k[:, h], near_k[:, h]), (v[:, h], near_v[:, h]), exact, group))
+    return {name: tuple(found) for name, found in errors.items()}
 
 
 @dataclass(frozen=True)
@@ -361,11 +342,37 @@ def _relative(exact: Floats, near: Floats) -> float:
     return error / size if error else 0.0
 
 
-def _misfit(q: Floats, k: Floats, v: Floats) -> ArgumentError:
-    return ArgumentError(
-        f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: they must be (n_q, n_head, head_dim_k), "
-        f"(n_kv, n_head_kv, head_dim_k) and (n_kv, n_head_kv, head_dim_v), n_head a multiple of n_head_kv"
-    )
+def _check(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    mask: Floats | None,
+    sinks: Floats | None,
+    softcap: float,
+    offset: Floats | None,
+) -> F64:
+    """The mask (n_q, n_kv) to add to scores; raises what `attention_error` says it raises about its arrays."""
+    shapes = q.shape, k.shape, v.shape
+    fit = all(len(shape) == 3 and shape[1] for shape in shapes)
+    if not fit or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2] or q.shape[1] % k.shape[1]:
+        raise ArgumentError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: they must be (n_q, n_head, head_dim_k), "
+            f"(n_kv, n_head_kv, head_dim_k) and (n_kv, n_head_kv, head_dim_v), n_head a multiple of n_head_kv"
+        )
+    for name, given, axes, shape in (
+        ("mask", mask, "(n_q, n_kv)", (len(q), len(k))),
+        ("sinks", sinks, "(n_head,)", q.shape[1:2]),
+        ("offset", offset, "(n_head_kv, head_dim_k)", k.shape[1:]),
+    ):
+        if given is not None and given.shape != shape:
+            raise ArgumentError(f"{name} must be {axes} = {shape}, not {given.shape}")
+    if offset is not None and (softcap > 0 or sinks is not None):
+        reason = "a softcap" if softcap > 0 else "attention sinks"
+        raise ArgumentError(f"keys cannot be centred in a layer with {reason}: it would change the result")
+    added = _causal(len(q), len(k)) if mask is None else mask.astype(np.float64)
+    if not len(q) or not np.isfinite(added).any(axis=1).all():
+        raise ArgumentError("every query must see a key")
+    return added
 
 
 def _causal(n_q: int, n_kv: int) -> F64:
