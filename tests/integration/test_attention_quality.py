@@ -21,6 +21,7 @@ pytestmark = pytest.mark.model
 
 N = 160
 TEXT = demo.recall_prompt(7, 64).prompt
+WORDS = "some words " * 40
 
 
 @pytest.fixture(scope="module")
@@ -65,26 +66,49 @@ def test_a_stock_cache_holds_them_rotated(name: str, inputs: dict[int, Attention
 
 
 class Outputs:
-    """An eval callback that takes the output of layer 1's attention."""
+    """An eval callback that takes the outputs of attention, layer by layer."""
 
-    error = None
-    found: Any = None
+    def __init__(self) -> None:
+        self.error = None
+        self.found: dict[str, Any] = {}
 
     def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
         node = tensor_at(address)
-        if node.name == b"kqv_out-1" and not ask:
-            self.found = read_tensor(node)[0, 0]
-        return bool(node.name == b"kqv_out-1")
+        name = node.name.decode()
+        if name.startswith("kqv_out-") and not ask:
+            self.found[name] = read_tensor(node)[0, 0]
+        return name.startswith("kqv_out-")
 
 
-def test_attention_on_them_is_the_models(inputs: dict[int, AttentionInputs]) -> None:
-    model = tqgguf.Llama(demo.MODEL_PATH, cache="f16", n_ctx=256, verbose=False)
+@pytest.mark.parametrize(
+    ("arch", "scale", "softcap", "max_bias", "seen"),
+    [
+        ("llama", 32**-0.5, 0.0, 0.0, [120, 120]),
+        ("refact", 32**-0.5, 0.0, 8.0, [120, 120]),
+        ("gemma2", 1.0, 2.0, 0.0, [48, 120]),  # it scales Q itself, after the last tensor named Qcur
+    ],
+)
+def test_attention_on_them_is_the_models(
+    random_model: Callable[..., Path], arch: str, scale: float, softcap: float, max_bias: float, seen: list[int]
+) -> None:
+    path = random_model(arch=arch, head_dim=32, n_head=4, n_head_kv=1, n_layer=2)
+    inputs = capture_attention(path, WORDS, [0, 1], n_ctx=120)
+    model = tqgguf.Llama(path, cache="f16", n_ctx=256, verbose=False)
     hook: Any = Outputs()
-    capture._decode(model, model.tokenize(TEXT.encode())[:N], hook, "f32")
+    capture._decode(model, model.tokenize(WORDS.encode())[:120], hook, "f32")
     model.close()
-    x = inputs[1]
-    exact = reference.attention(x.q, x.k, x.v, x.scale, mask=x.mask).reshape(N, -1)
-    assert np.linalg.norm(hook.found - exact) < 2e-3 * np.linalg.norm(exact)
+    for layer, x in inputs.items():
+        assert (x.scale, x.softcap, x.max_bias) == (pytest.approx(scale), softcap, max_bias)
+        options = {"softcap": x.softcap, "max_bias": x.max_bias}
+        exact = reference.attention(x.q, x.k, x.v, x.scale, mask=x.mask, **options).reshape(120, -1)
+        assert np.linalg.norm(hook.found[f"kqv_out-{layer}"] - exact) < 2e-3 * np.linalg.norm(exact)
+    assert [int(np.isfinite(x.mask[-1]).sum()) for x in inputs.values()] == seen
+
+
+def test_keys_of_a_softcapped_layer_are_not_centred(random_model: Callable[..., Path]) -> None:
+    path = random_model(arch="gemma2", head_dim=32, n_head=4, n_head_kv=1, n_layer=2)
+    with pytest.raises(tqgguf.ArgumentError, match="cannot be centred in a layer with a softcap"):
+        attention_quality(path, WORDS, n_ctx=64, centre=True)
 
 
 def test_figures_of_the_demo_model(inputs: dict[int, AttentionInputs]) -> None:
@@ -103,7 +127,7 @@ def test_figures_of_the_demo_model(inputs: dict[int, AttentionInputs]) -> None:
 
 def test_types_and_layers_by_default(random_model: Callable[..., Path]) -> None:
     # Heads of 80 hold no block of 32; five layers: the first, the middle and the last one.
-    result = attention_quality(random_model(head_dim=80, n_layer=5), "word " * 40, n_ctx=32)
+    result = attention_quality(random_model(head_dim=80, n_layer=5), WORDS, n_ctx=32)
     assert [layer.layer for layer in result.layers] == [0, 2, 4]
     assert all(list(layer.errors) == ["f32", "f16", "bf16"] for layer in result.layers)
 

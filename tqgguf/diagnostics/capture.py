@@ -3,8 +3,9 @@
 The callback is public (`llama_context_params.cb_eval`) and sees every node of the graph. The one that matters is
 `FLASH_ATTN_EXT`: its sources are what attention computes on, whatever an architecture does before it (biases, norms of
 Q and K, RoPE, a fused QKV matrix), and its parameters are scale, ALiBi bias and softcap. Tensors are not picked by the
-names `Qcur-3`, `Kcur-3`: some architectures name them before the last step. The layer's number is that of the KV cache
-tensor K is read from (`cache_k_l3`), and with a cache of f32 that holds K and V exactly as they were computed.
+names `Qcur-3`, `Kcur-3`, because some architectures name them before the last step: Gemma 2 scales Q afterwards, Llama
+4 normalises it. The layer's number is that of the KV cache tensor K is read from (`cache_k_l3`); with a cache of f32
+that holds K and V exactly as they were computed.
 """
 
 from __future__ import annotations
