@@ -233,6 +233,9 @@ def test_reading_a_permuted_tensor() -> None:
         tensor = Tensor.from_address(permuted.value or 0)
         assert op_name(tensor) == "PERMUTE"
         assert np.array_equal(read_tensor(tensor)[0], values.transpose(1, 0, 2))
+        transposed = Tensor.from_address(base.ggml_permute(context, address, 1, 0, 2, 3))
+        with pytest.raises(tqgguf.UnsupportedError, match="not contiguous"):
+            read_tensor(transposed)
         base.ggml_backend_buffer_free(buffer)
     base.ggml_backend_free(backend)
     base.ggml_free(context)

@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import CacheType
+from ..errors import UnsupportedError
 from .bindings import import_llama_cpp
 from .library import library_path
 
 F32 = npt.NDArray[np.float32]
 
-_TO_FLOAT: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-_FROM_FLOAT: Final = _TO_FLOAT
-"""Both convert a row: from, to, number of values."""
+_CONVERSION: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+"""`ggml_from_float_t` and `ggml_to_float_t`: from, to, number of values."""
 
 
 class Tensor(ctypes.Structure):
@@ -92,15 +92,19 @@ def tensor_at(address: int) -> Tensor:
 def read_tensor(tensor: Tensor) -> F32:
     """The values of a tensor of any type, on any backend, contiguous or permuted: a copy.
 
-    Rows (the fastest dimension) must be contiguous, as ggml demands of everything that enters flash attention.
-
     Returns:
         (ne[3], ne[2], ne[1], ne[0]) float32.
+
+    Raises:
+        UnsupportedError: a row (the fastest dimension) is not contiguous; ggml demands that it is of all that enters
+            flash attention.
     """
     lib, address = _base(), ctypes.addressof(tensor)
+    traits = lib.ggml_get_type_traits(tensor.type).contents
+    if tensor.nb[0] != traits.bytes:
+        raise UnsupportedError(f"tensor {tensor.name.decode()} is transposed: its rows are not contiguous")
     raw = np.empty(lib.ggml_nbytes(address), dtype=np.uint8)
     lib.ggml_backend_tensor_get(address, raw.ctypes.data, 0, raw.size)
-    traits = lib.ggml_get_type_traits(tensor.type).contents
     row_bytes = tensor.ne[0] // traits.block * traits.bytes
     rows = np.lib.stride_tricks.as_strided(raw, (*tensor.ne[:0:-1], row_bytes), (*tensor.nb[:0:-1], 1), writeable=False)
     return _to_float(tensor.type, rows, tensor.ne[0])
@@ -110,7 +114,7 @@ def round_trip(x: F32, kind: CacheType) -> F32:
     """What a KV cache of a type gives back for x: encoded as the CPU backend writes cache rows, and decoded.
 
     The encoder is `from_float` of `ggml_get_type_traits_cpu`, which the cache write (`SET_ROWS`) calls. For iq4_nl it
-    is a faster and less accurate one than `ggml_quantize_chunk`, which quantizes model files.
+    tries one scale where `ggml_quantize_chunk`, which quantizes model files, tries several.
 
     Args:
         x: (..., n), n a multiple of the type's block.
@@ -124,7 +128,7 @@ def round_trip(x: F32, kind: CacheType) -> F32:
     """
     values = np.ascontiguousarray(x, dtype=np.float32)
     row_bytes = kind.row_bytes(values.shape[-1])
-    encode = _FROM_FLOAT(_cpu().ggml_get_type_traits_cpu(kind.number)[0])
+    encode = _CONVERSION(_cpu().ggml_get_type_traits_cpu(kind.number)[0])
     rows = np.empty((*values.shape[:-1], row_bytes), dtype=np.uint8)
     encode(values.ctypes.data, rows.ctypes.data, values.size)
     return _to_float(kind.number, rows, values.shape[-1])
@@ -137,5 +141,5 @@ def _to_float(number: int, rows: npt.NDArray[np.uint8], n: int) -> F32:
     if decode is None:  # f32 needs no conversion, and has none
         return data.view(np.float32)
     out = np.empty((*rows.shape[:-1], n), dtype=np.float32)
-    _TO_FLOAT(decode)(data.ctypes.data, out.ctypes.data, out.size)
+    _CONVERSION(decode)(data.ctypes.data, out.ctypes.data, out.size)
     return out

@@ -234,7 +234,8 @@ def attention_error(
             Softmax ignores what q scores on it, so a cache need not store it.
         rotate: whether stock quantized types stand behind the Hadamard rotation that llama.cpp's graph applies to
             them by default, where a head size is a multiple of 64: K by the largest power of two that divides its
-            head size, V by 64 (`build_input_k_rot` and `build_input_v_rot` of llama-kv-cache.cpp).
+            head size, V by 64 (`build_input_k_rot` and `build_input_v_rot` of llama-kv-cache.cpp). It does not
+            rotate a cache whose layers differ in head size; that is for the caller to know.
 
     Returns:
         By type, the errors of each KV head.
