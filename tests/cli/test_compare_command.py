@@ -118,3 +118,17 @@ def test_failures_are_one_line_each(compare: Command, tmp_path: Path, random_mod
         done = compare(*args)
         assert done.returncode == 1 and done.stdout == "", args
         assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_attention_on_the_models_own_text(compare: Command) -> None:
+    options = ("--attention", "--layers", "0", "--ctx", "64", "--cache", "f16,pqo3", "--json")
+    done = compare(str(demo.MODEL_PATH), *options)
+    assert done.returncode == 0, done.stderr
+    (layer,) = json.loads(done.stdout)["layers"]
+    assert layer["errors"]["f16"][0]["output"] < 1e-3 < layer["errors"]["pqo3"][0]["output"]
+
+
+def test_attention_goes_with_no_other_measurement(compare: Command) -> None:
+    done = compare(str(demo.MODEL_PATH), "--attention", "--recall")
+    assert done.returncode == 2
+    assert "--attention goes with none of --recall, --plot, --chunks" in done.stderr

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import MEASURED_TYPES
 from ..errors import ArgumentError
+from ..gguf_info import read_model_info
+from . import compare_attention
 from .format import to_json
 from .options import positive
 from .plot import check_plot, plot
@@ -39,7 +41,10 @@ def add_parser(commands: Any) -> None:
         help="types, reference first (default: %(default)s)",
     )
     parser.add_argument(
-        "--ctx", type=positive, metavar="N", help="tokens in a chunk (default: 2048, or the trained context if less)"
+        "--ctx",
+        type=positive,
+        metavar="N",
+        help="tokens in a chunk (default: 2048, or the trained context if less; 512 with --attention)",
     )
     parser.add_argument(
         "--chunks", type=positive, metavar="N", help="chunks to read at most (default: all; 8 of the demo model's text)"
@@ -51,7 +56,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--recall", action="store_true", help="also ask for facts planted in prompts, and count")
     parser.add_argument("--plot", metavar="FILE", help="also draw KL divergence over bytes (.png, .svg, .pdf)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.set_defaults(call=call)
+    compare_attention.add_options(parser)
+    parser.set_defaults(call=call, usage_error=parser.error)
 
 
 def cache_names(text: str) -> tuple[str, ...]:
@@ -66,12 +72,18 @@ def cache_names(text: str) -> tuple[str, ...]:
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from ..diagnostics.compare import compare, read_text
+    from ..diagnostics.compare import compare, own_text, read_text
     from ..diagnostics.recall import recall
 
     if args.plot:
         check_plot(Path(args.plot))
     text = None if args.file is None else read_text(args.file)
+    if args.attention:
+        if args.recall or args.plot or args.chunks:
+            args.usage_error("--attention goes with none of --recall, --plot, --chunks")
+        if text is None:
+            text = own_text(read_model_info(args.model), args.ctx or compare_attention.DEFAULT_TOKENS, 1)
+        return compare_attention.call(args, text, args.cache)
     with progress_bar("reading") as progress:
         comparison = compare(
             args.model,

@@ -180,7 +180,7 @@ def compare(
     own = text is None
     if text is None:
         n_chunks = n_chunks or DEFAULT_CHUNKS
-        text = _own_text(info, n_ctx, n_chunks)
+        text = own_text(info, n_ctx, n_chunks)
     if not text:
         raise TextError("the text is empty")
     # llama.cpp's tools, too, keep sliding windows no longer than needed: swa_full.
@@ -264,8 +264,12 @@ def kl_divergence(reference: Array, other: Array) -> Array:
 # ---- Text ----
 
 
-def _own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
-    """A conversation of at least n_chunks * n_ctx tokens whose questions reach back n_ctx/2 tokens."""
+def own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
+    """The demo model's: a conversation of at least n_chunks * n_ctx tokens whose questions reach back n_ctx/2 tokens.
+
+    Raises:
+        ArgumentError: it is another model.
+    """
     if info.name != demo.MODEL_NAME:
         raise ArgumentError(
             f"{info.path.name} needs a text to be measured on (-f FILE): only the demo model has its own"
