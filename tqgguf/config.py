@@ -117,6 +117,11 @@ def parse_cache(spec: CacheSpec) -> tuple[CacheType, CacheType]:
     raise ArgumentError(f"cache must be a type name or a pair (K type, V type), not {spec!r}")
 
 
+MAX_HEAD_DIM: Final = 16384
+MAX_HEADS: Final = 16384
+"""As TQ_MAX_HEAD_DIM and TQ_MAX_HEADS in tqgguf.h."""
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """Shape and codec of a `PqoCache`.
@@ -139,7 +144,6 @@ class CacheConfig:
     mode: Mode = "search"
 
     def __post_init__(self) -> None:
-        limit = 2**31 - 1
         for name in ("bits", "head_dim", "n_head_kv", "n_layer"):
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -147,11 +151,13 @@ class CacheConfig:
             object.__setattr__(self, name, value.__index__())
         if self.bits not in (3, 4):
             raise ArgumentError(f"bits is {self.bits}, must be 3 or 4")
-        if not 0 < self.head_dim <= limit or self.head_dim % 32:
-            raise ArgumentError(f"head_dim is {self.head_dim}, must be a positive multiple of 32")
-        for name in ("n_head_kv", "n_layer"):
-            if not 0 < getattr(self, name) <= limit:
-                raise ArgumentError(f"{name} is {getattr(self, name)}, must be between 1 and {limit}")
+        if not 0 < self.head_dim <= MAX_HEAD_DIM or self.head_dim % 32:
+            raise ArgumentError(
+                f"head_dim is {self.head_dim}, must be a positive multiple of 32, at most {MAX_HEAD_DIM}"
+            )
+        for name, most in (("n_head_kv", MAX_HEADS), ("n_layer", 2**31 - 1)):
+            if not 0 < getattr(self, name) <= most:
+                raise ArgumentError(f"{name} is {getattr(self, name)}, must be between 1 and {most}")
         if self.mode not in MODES:
             raise ArgumentError(f"unknown mode {self.mode!r}; valid modes are {', '.join(MODES)}")
 

@@ -41,7 +41,7 @@ class CacheTypeError(TqggufError, ValueError):
 
 
 class CacheClosedError(TqggufError, ValueError):
-    """A `PqoCache` was used after `close()`."""
+    """A `PqoCache` or a `Llama` was used after `close()`."""
 
 
 class ModelFileError(TqggufError, ValueError):

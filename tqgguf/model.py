@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
+import inspect
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -13,13 +16,31 @@ from typing import Any, Final
 
 from ._native import import_llama_cpp
 from .config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
-from .errors import ArgumentError, CacheTypeError, OutOfMemoryError, TqggufError
+from .errors import (
+    ArgumentError,
+    CacheClosedError,
+    CacheTypeError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    TqggufError,
+)
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 
 __all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
 
 llama_cpp: Any = import_llama_cpp()
 _Stock: Any = llama_cpp.Llama
+
+_STOCK_OPTIONS: Final = frozenset(inspect.signature(_Stock.__init__).parameters) - {"self", "model_path", "kwargs"}
+_LIMITS: Final = {
+    "n_ctx": (0, 2**31 - 1),
+    "n_batch": (1, 2**31 - 1),
+    "n_ubatch": (1, 2**31 - 1),
+    "n_threads": (1, 512),
+    "n_threads_batch": (1, 512),
+    "seed": (0, 2**32 - 1),
+}
+"""Beyond these llama.cpp ends the process, or takes the number modulo 2^32."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +114,10 @@ class Llama(_Stock):  # type: ignore[misc]
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
     Raises:
-        ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given, or
-            `flash_attn=False` with types that need it.
-        ModelNotFoundError: no such file.
+        ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given,
+            `flash_attn=False` with types that need it, an option that the stock class does not have, or a number
+            that llama.cpp cannot take.
+        ModelNotFoundError: no such file, or no such file as `lora_path` names.
         ModelFileError: not GGUF, truncated, or without the keys its architecture requires.
         CacheTypeError: a head size is no multiple of the type's block (the message names layer and value), or llama.cpp
             did not use the types it was given.
@@ -114,10 +136,14 @@ class Llama(_Stock):  # type: ignore[misc]
     ) -> None:
         # The stock destructor closes this stack, also when a check below has raised before the stock constructor ran.
         self._stack = contextlib.ExitStack()
+        self._closed = False
         for name in ("type_k", "type_v"):
             if kwargs.get(name) is not None:
                 raise ArgumentError(f"{name} is set by cache: give cache=(K type, V type) by name instead")
             kwargs.pop(name, None)
+        if not isinstance(model_path, (str, os.PathLike)):
+            raise ArgumentError(f"model_path must be a path, not {model_path!r}")
+        _check_options(kwargs)
         k, v = parse_cache(cache)
         needs_flash = _needs_flash(k, v)
         if flash_attn is False and needs_flash:
@@ -194,7 +220,11 @@ class Llama(_Stock):  # type: ignore[misc]
         """Types, bytes and cells of the KV cache, per layer and in all.
 
         The number of cells and the types are those llama.cpp reported when it allocated the cache.
+
+        Raises:
+            CacheClosedError: the model was closed.
         """
+        self._refuse_closed()
         k, v = self._types
         f16 = CACHE_TYPES["f16"]
         used = self._cells_used()
@@ -236,15 +266,44 @@ class Llama(_Stock):  # type: ignore[misc]
         return state
 
     def reset(self) -> None:
-        """Forgets all tokens, and empties the KV cache at once (the stock method leaves that to the next prompt)."""
+        """Forgets all tokens, and empties the KV cache at once (the stock method leaves that to the next prompt).
+
+        Raises:
+            CacheClosedError: the model was closed.
+        """
+        self._refuse_closed()
         super().reset()
         memory = llama_cpp.llama_get_memory(self.ctx)
         if memory:
             llama_cpp.llama_memory_clear(memory, False)
 
+    def close(self) -> None:
+        """Frees weights and cache. A second call does nothing."""
+        self._closed = True
+        super().close()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise CacheClosedError(f"the model {self._info.path.name} was closed")
+
     def _cells_used(self) -> int:
         memory = llama_cpp.llama_get_memory(self.ctx)
         return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises ArgumentError for options that the stock class would swallow and numbers that llama.cpp cannot take."""
+    for name, value in options.items():
+        if name not in _STOCK_OPTIONS:
+            near = difflib.get_close_matches(name, [*sorted(_STOCK_OPTIONS), "cache"], n=1)
+            raise ArgumentError(f"Llama has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if name in _LIMITS and value is not None:
+            low, high = _LIMITS[name]
+            if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
+                raise ArgumentError(f"{name} is {value!r}, must be an integer between {low} and {high}")
+    lora = options.get("lora_path")
+    if lora is not None and not Path(lora).is_file():
+        raise ModelNotFoundError(f"lora_path {lora} does not exist or is no file")
 
 
 def refuse_impossible(info: ModelInfo, k: CacheType, v: CacheType) -> None:
@@ -355,7 +414,7 @@ def _buffer_of(layer: KVLayer, info: ModelInfo, buffers: list[_KVBuffer]) -> _KV
 def _load_error(error: str, log: list[tuple[int, str]], info: ModelInfo) -> TqggufError:
     causes = [text.strip() for level, text in log if level in (_LOG_WARN, _LOG_ERROR) and text.strip()]
     errors = [text.strip() for level, text in log if level == _LOG_ERROR and text.strip()]
-    said = "; ".join((errors or causes)[-3:]) or error
+    said = "; ".join(errors[-3:]) or error
     message = f"llama.cpp could not load {info.path}: {said}"
     if re.search(r"failed to allocate|out of memory|bad_alloc|unable to allocate", " ".join(causes), re.IGNORECASE):
         return OutOfMemoryError(message)

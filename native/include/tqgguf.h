@@ -19,6 +19,10 @@
 /* Values per block, of one head. */
 #define TQ_BLOCK 32
 
+/* The largest head and the most heads (and streams) that attention and tq_cache take. */
+#define TQ_MAX_HEAD_DIM 16384
+#define TQ_MAX_HEADS    16384
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -119,8 +123,9 @@ typedef struct tq_attn_operand {
 /* out[row, h] = sum_t softmax_t(score[h, row, t]) v[t, h / (n_head / n_head_kv)], with
  * score = softcap(scale * <q, k>) + slope_h * mask, softcap(x) = c tanh(x / c) for c > 0, ALiBi slope_h from max_bias,
  * and exp(sink_h) added to the softmax's denominator. A row whose keys are all masked gives zeros. Relative L2 error of the
- * output against exact arithmetic on the decoded K and V: 1e-5 at most, and 1e-3 with the kernel avx512, which sums 16-bit
- * integers where a KV head has few query vectors. */
+ * output against exact arithmetic on the decoded K and V, for normal q, K and V: 1e-5 at most, and 1e-3 with the kernel avx512,
+ * which sums 16-bit integers where a KV head has few query vectors. There a score's error is 1e-4 of |q| |k|, so it shows more
+ * where scores are large. NaN in q, or in a key that is seen, gives NaN. */
 typedef struct tq_attn {
     /* q: f32, (n_stream, n_head, n_q, head_dim_k) by strides; stride_token steps through the query rows */
     tq_attn_operand  q;

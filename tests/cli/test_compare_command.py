@@ -88,9 +88,9 @@ def test_plot_without_matplotlib_says_what_to_install(compare: Command, tmp_path
         (["--cache", "f16,pqo3,f16"], "f16 is given twice"),
         (["--cache", "pqo3"], "at least two cache types"),
         (["--cache", "f16,"], "unknown cache type ''"),
-        (["--ctx", "0"], "positive integer"),
-        (["--chunks", "-1"], "positive integer"),
-        (["--batch", "x"], "positive integer"),
+        (["--ctx", "0"], "must be an integer between"),
+        (["--chunks", "-1"], "must be an integer between"),
+        (["--batch", "x"], "must be an integer between"),
     ],
 )
 def test_usage_errors(compare: Command, args: list[str], said: str) -> None:

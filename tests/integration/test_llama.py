@@ -13,7 +13,14 @@ import pytest
 
 import tqgguf
 from tqgguf import CACHE_TYPES, demo
-from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, ModelNotFoundError, TqggufError
+from tqgguf.errors import (
+    ArgumentError,
+    CacheClosedError,
+    CacheTypeError,
+    ModelFileError,
+    ModelNotFoundError,
+    TqggufError,
+)
 
 pytestmark = pytest.mark.model
 
@@ -243,3 +250,37 @@ def test_too_large_a_context_is_a_memory_error(python: Callable[..., Any], rando
     )
     done = python("-c", code, str(random_model()))
     assert done.stdout.startswith("good"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cach": "q8_0"}, "no option 'cach'; did you mean 'cache'"),
+        ({"n_context": 512}, "no option 'n_context'"),
+        ({"n_ctx": 2**32 + 300}, "n_ctx is 4294967596, must be an integer between 0 and 2147483647"),
+        ({"n_ctx": 1.5}, "n_ctx is 1.5"),
+        ({"n_batch": 0}, "n_batch is 0"),
+        ({"n_ubatch": -1}, "n_ubatch is -1"),
+        ({"n_threads": 100_000}, "n_threads is 100000, must be an integer between 1 and 512"),
+        ({"seed": -5}, "seed is -5"),
+        ({"lora_path": "nowhere.gguf"}, "lora_path nowhere.gguf"),
+    ],
+)
+def test_options_that_llama_cpp_would_swallow_or_wrap(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ArgumentError, ModelNotFoundError), match=message):
+        load(demo.MODEL_PATH, **options)
+
+
+def test_a_path_that_is_none() -> None:
+    for path in (None, 3, b"model.gguf"):
+        with pytest.raises(ArgumentError, match="model_path must be a path"):
+            tqgguf.Llama(path)  # type: ignore[arg-type]
+
+
+def test_a_closed_model_says_so() -> None:
+    model = load(demo.MODEL_PATH)
+    model.close()
+    model.close()
+    for use in (model.cache_info, model.reset):
+        with pytest.raises(CacheClosedError, match="was closed"):
+            use()

@@ -63,7 +63,7 @@ class Conversation:
 
     def loop(self) -> int:
         """Talks until the input ends; returns the exit status."""
-        terminal = sys.stdin.isatty()
+        terminal = sys.stdin is not None and sys.stdin.isatty()
         if terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (gives input() its arrow keys and history)
@@ -71,7 +71,7 @@ class Conversation:
         while True:
             try:
                 line = input("> " if terminal else "").strip()
-            except EOFError:
+            except (EOFError, RuntimeError):  # RuntimeError: standard input is closed
                 break
             except KeyboardInterrupt:
                 print(file=sys.stderr)
@@ -117,7 +117,8 @@ class Conversation:
         except ValueError as error:
             # llama_cpp says so when the conversation no longer fits the context.
             self.messages.pop()
-            print(f"tqgguf: {error}; /reset makes room, and --ctx gives more of it", file=sys.stderr)
+            advice = "; /reset makes room, and --ctx gives more of it" if "context window" in str(error) else ""
+            print(f"tqgguf: {error}{advice}", file=sys.stderr)
             return
         print(flush=True)
         self.messages.append({"role": "assistant", "content": text})

@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..gguf_info import read_model_info
 from . import compare_attention
 from .format import to_json
-from .options import positive
+from .options import positive, threads
 from .plot import check_plot, plot
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--batch", type=positive, default=512, metavar="N", help="tokens read at once; fewer save memory (default: 512)"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: all processors)")
+    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: all processors)")
     parser.add_argument("--recall", action="store_true", help="also ask for facts planted in prompts, and count")
     parser.add_argument("--plot", metavar="FILE", help="also draw KL divergence over bytes (.png, .svg, .pdf)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")

@@ -23,15 +23,34 @@ def cache_name(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def positive(text: str) -> int:
-    """argparse type: a positive integer."""
+def _between(low: int, high: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
+        value = low - 1
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"must be an integer between {low} and {high}, not {text!r}")
     return value
+
+
+def positive(text: str) -> int:
+    """argparse type: a positive integer of 31 bits."""
+    return _between(1, 2**31 - 1, text)
+
+
+def context(text: str) -> int:
+    """argparse type: a context length that leaves room for a prompt."""
+    return _between(32, 2**31 - 1, text)
+
+
+def threads(text: str) -> int:
+    """argparse type: a number of threads that llama.cpp can take."""
+    return _between(1, 512, text)
+
+
+def seed(text: str) -> int:
+    """argparse type: a seed of 32 bits."""
+    return _between(0, 2**32 - 1, text)
 
 
 def temperature(text: str) -> float:
@@ -59,13 +78,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the cache options and --ctx, --seed, --temp, --threads."""
     add_cache_options(parser)
     parser.add_argument(
-        "--ctx", type=positive, metavar="N", help=f"context in tokens (default: {DEFAULT_CONTEXT} at most)"
+        "--ctx", type=context, metavar="N", help=f"context in tokens (default: {DEFAULT_CONTEXT} at most)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampler (default: random)")
+    parser.add_argument("--seed", type=seed, metavar="N", help="seed of the sampler (default: random)")
     parser.add_argument(
         "--temp", type=temperature, metavar="X", default=0.8, help="temperature, 0 is greedy (default: 0.8)"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: half of the processors)")
+    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: half of the processors)")
 
 
 def load_model(args: argparse.Namespace, path: str) -> Llama:

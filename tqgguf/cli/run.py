@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from ..errors import TqggufError
+from ..errors import ArgumentError, TqggufError
 from .format import cache_line, to_json
 from .options import add_model_options, load_model, positive
 
@@ -33,7 +33,12 @@ def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     model = load_model(args, args.model)
     raw = args.raw or not model.has_chat_template
-    start, pieces, finish = time.perf_counter(), [], None
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError("the prompt is not valid UTF-8") from None
+    start, finish = time.perf_counter(), None
+    pieces: list[str] = []
     options = {"max_tokens": args.n_predict, "temperature": args.temp, "seed": args.seed, "stream": True}
     try:
         stream = (
@@ -45,6 +50,10 @@ def call(args: argparse.Namespace) -> int:
             choice = chunk["choices"][0]
             piece = choice["text"] if raw else choice["delta"].get("content") or ""
             finish = choice["finish_reason"] or finish
+            if not pieces:
+                piece = piece.lstrip()
+            if not piece:
+                continue
             pieces.append(piece)
             if not args.json:
                 print(piece, end="", flush=True)

@@ -363,9 +363,9 @@ static void widen(const uint16_t * x, int64_t n, float * y) {
 
 /* ---- Attention ---- */
 
-/* Attention reads scales with the CPU's conversion: a hostile scale (infinity, NaN) stays what it is here. */
 INLINE __m256 scale8(const uint8_t * in) {
-    return _mm256_set1_ps(_cvtsh_ss(tqi_load_u16(in)));
+    const uint16_t h = tqi_load_u16(in);
+    return _mm256_set1_ps(_cvtsh_ss((h & 0x7c00u) == 0x7c00u ? 0 : h));
 }
 
 /* One token's scores against n_q query vectors; every block is decoded once. */
@@ -513,15 +513,12 @@ static float softmax_row(float * s, int n, float * max, float * sum) {
     for (int t = 0; t < n; t += 8) {
         v = _mm256_max_ps(v, load_scores(s + t, n - t));
     }
-    const float top = max8(v);
-    if (top == -INFINITY) {
-        memset(s, 0, (size_t) n * sizeof(float));
-        return 1.0f;
-    }
+    const float top    = max8(v);
+    const float base   = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
     const float factor = top == *max ? 1.0f : expf(*max - top);
     __m256      total  = _mm256_setzero_ps();
     for (int t = 0; t < n; t += 8) {
-        const __m256 e = exp8(_mm256_sub_ps(load_scores(s + t, n - t), _mm256_set1_ps(top)));
+        const __m256 e = exp8(_mm256_sub_ps(load_scores(s + t, n - t), _mm256_set1_ps(base)));
         store_scores(s + t, n - t, e);
         total = _mm256_add_ps(total, e);
     }

@@ -297,7 +297,7 @@ INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_
             total[i] = vdupq_n_f32(0.0f);
         }
         for (int b = 0; b < n_blocks; ++b, in += 4 * bits + 2) {
-            const float d = f16_to_f32(tqi_load_u16(in));
+            const float d = tqi_block_scale(in);
             float32x4_t v[8];
             for (int g = 0; g < 4; ++g) {
                 values8(bits, &c, in + 2, g, v + 2 * g);
@@ -331,7 +331,7 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
                 sum[i][1] = vld1q_f32(ob + i * n_blocks * TQ_BLOCK + 4);
             }
             for (int t = 0; t < n_tok; ++t, in += stride) {
-                const float d = f16_to_f32(tqi_load_u16(in));
+                const float d = tqi_block_scale(in);
                 float32x4_t x[2];
                 if (g == 0) {
                     tqi_prefetch(in + TQI_AHEAD * stride, (size_t) (4 * bits + 2));
@@ -428,15 +428,12 @@ static float softmax_row(float * s, int n, float * max, float * sum) {
     for (int t = 0; t < n; t += 4) {
         v = vmaxq_f32(v, load_scores(s + t, n - t));
     }
-    const float top = vmaxvq_f32(v);
-    if (top == -INFINITY) {
-        memset(s, 0, (size_t) n * sizeof(float));
-        return 1.0f;
-    }
+    const float top    = vmaxvq_f32(v);
+    const float base   = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
     const float factor = top == *max ? 1.0f : expf(*max - top);
     float32x4_t total  = vdupq_n_f32(0.0f);
     for (int t = 0; t < n; t += 4) {
-        const float32x4_t e = exp4(vsubq_f32(load_scores(s + t, n - t), vdupq_n_f32(top)));
+        const float32x4_t e = exp4(vsubq_f32(load_scores(s + t, n - t), vdupq_n_f32(base)));
         store_scores(s + t, n - t, e);
         total = vaddq_f32(total, e);
     }

@@ -233,9 +233,10 @@ static float softmax_row(float * s, int n, float * max, float * sum) {
         top = fmaxf(top, s[t]);
     }
     const float factor = top == *max ? 1.0f : expf(*max - top);
+    const float base   = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
     *sum *= factor;
     for (int t = 0; t < n; ++t) {
-        s[t] = top == -INFINITY ? 0.0f : expf(s[t] - top);
+        s[t] = expf(s[t] - base);
         *sum += s[t];
     }
     *max = top;
@@ -266,9 +267,10 @@ static void softmax_columns(float * s, int n_row, int n_col, float * max, float 
         }
         factor[j] = top == max[j] ? 1.0f : expf(max[j] - top);
         sum[j] *= factor[j];
+        const float base = top == -INFINITY ? 0.0f : top;
         for (int t = 0; t < n_row; ++t) {
             float * e = &s[t * n_col + j];
-            *e = top == -INFINITY ? 0.0f : expf(*e - top);
+            *e = expf(*e - base);
             sum[j] += *e;
         }
         max[j] = top;
