@@ -23,7 +23,7 @@ class CacheType:
 
     Attributes:
         name: as written everywhere, "pqo3" or "q8_0".
-        number: ggml's number of the type; the PQO ones are registered by our patch series and never change.
+        number: ggml's number of the type; ours are registered by our patch series and never change.
         block: values per block; head_dim must be a multiple of it.
         bytes: bytes per block.
     """
@@ -44,9 +44,9 @@ class CacheType:
         return self.block > 1
 
     @property
-    def pqo(self) -> bool:
+    def ours(self) -> bool:
         """Whether this is a type of tqgguf, which stock llama.cpp does not know."""
-        return self.name.startswith("pqo")
+        return self.name.startswith(("pqo", "pqt"))
 
     def row_bytes(self, n: int) -> int:
         """Bytes of n values.
@@ -71,7 +71,9 @@ CACHE_TYPES: Final[dict[str, CacheType]] = {
         CacheType("q4_1", 3, 32, 20),
         CacheType("q4_0", 2, 32, 18),
         CacheType("iq4_nl", 20, 32, 18),
+        CacheType("pqt4", 303, 32, 18),
         CacheType("pqo4", 301, 32, 18),
+        CacheType("pqt3", 302, 32, 14),
         CacheType("pqo3", 300, 32, 14),
     )
 }

@@ -88,7 +88,7 @@ class Llama(_Stock):  # type: ignore[misc]
 
     Args:
         model_path: a GGUF file.
-        cache: type of the KV cache: "pqo3", "pqo4", or a stock type ("f16", "q8_0", ...); a pair for K and V apart.
+        cache: type of the KV cache: "pqo3", "pqo4", "pqt3", "pqt4", or a stock type ("f16", "q8_0", ...); a pair for K and V apart.
         flash_attn: None switches it on where the types need it. A quantized V, and every PQO type, needs it.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
@@ -119,11 +119,11 @@ class Llama(_Stock):  # type: ignore[misc]
                 raise ArgumentError(f"{name} is set by cache: give cache=(K type, V type) by name instead")
             kwargs.pop(name, None)
         k, v = parse_cache(cache)
-        needs_flash = v.quantized or k.pqo
+        needs_flash = v.quantized or k.ours
         if flash_attn is False and needs_flash:
             raise ArgumentError(
                 f"flash_attn=False cannot be combined with a K cache of {k.name} and a V cache of {v.name}: "
-                f"a quantized V, and every PQO type, needs flash attention"
+                f"a quantized V, and every type of tqgguf, needs flash attention"
             )
         self._info = read_model_info(model_path)
         obstacle = None if kwargs.get("vocab_only") else self._info.obstacle(k, v)

@@ -1,6 +1,6 @@
 /* format.h: the block layouts and the scalar steps that every kernel shares.
  *
- * One block holds TQ_BLOCK = 32 consecutive values of one head: an f16 scale, then packed codebook indices. */
+ * One block holds TQ_BLOCK = 32 consecutive values of one head: an f16 scale, then what tells each value's codebook level. */
 #ifndef TQI_FORMAT_H
 #define TQI_FORMAT_H
 
@@ -23,12 +23,31 @@ typedef struct {
     uint8_t  qs[16]; /* value 2i in the low, 2i+1 in the high nibble of byte i */
 } tqi_block_pqo4;
 
+/* A trellis block: value i's level is 4 e[i] + 2 high[i] + low[i], the last two being bits i of words made of t (trellis.h).
+ * e comes in the order in which vector code can lay it out: one shift of the eight bytes of e2 brings eight values into the
+ * low bits of eight bytes. */
+typedef struct {
+    uint16_t d;
+    uint8_t  t[4];  /* a 32-bit word */
+    uint8_t  e2[8]; /* bits 0 and 1 of e[i] in byte i % 8, at bits 2 * (i / 8) and up */
+} tqi_block_pqt3;
+
+typedef struct {
+    uint16_t d;
+    uint8_t  t[4];
+    uint8_t  e2[8];
+    uint8_t  e1[4]; /* bit 2 of e[i] at bit i of a 32-bit word */
+} tqi_block_pqt4;
+
 #define TQI_PQO3_BYTES 14
 #define TQI_PQO4_BYTES 18
-#define TQI_MAX_BLOCK_BYTES TQI_PQO4_BYTES
+#define TQI_PQT3_BYTES 14
+#define TQI_PQT4_BYTES 18
 
 _Static_assert(sizeof(tqi_block_pqo3) == TQI_PQO3_BYTES, "block_pqo3 must have no padding");
 _Static_assert(sizeof(tqi_block_pqo4) == TQI_PQO4_BYTES, "block_pqo4 must have no padding");
+_Static_assert(sizeof(tqi_block_pqt3) == TQI_PQT3_BYTES, "block_pqt3 must have no padding");
+_Static_assert(sizeof(tqi_block_pqt4) == TQI_PQT4_BYTES, "block_pqt4 must have no padding");
 
 #define TQI_F16_MAX       65504.0f
 #define TQI_RSQRT_BLOCK   0.17677669529663687f /* 1 / sqrt(32) */

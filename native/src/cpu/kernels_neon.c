@@ -221,6 +221,10 @@ INLINE void encode_rows(int bits, const tqi_codec * codec, const float * x, int6
 }
 
 static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    if (codec->trellis) {
+        tqi_kernels_portable.encode(codec, x, n_blocks, blocks);
+        return;
+    }
     if (codec->bits == 3) {
         encode_rows(3, codec, x, n_blocks, blocks);
     } else {
@@ -256,6 +260,10 @@ INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * block
 }
 
 static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
+    if (codec->trellis) {
+        tqi_kernels_portable.unpack(codec, blocks, n_blocks, y);
+        return;
+    }
     if (codec->bits == 3) {
         unpack_rows(3, codec, blocks, n_blocks, y);
     } else {
@@ -366,6 +374,10 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
 
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
                    float * s, int ld) {
+    if (codec->trellis) {
+        tqi_kernels_portable.scores(codec, k, stride, n_tok, q, n_q, n_blocks, s, ld);
+        return;
+    }
     if (codec->bits == 3) {
         BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
     } else {
@@ -375,6 +387,10 @@ static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, in
 
 static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
                        int n_blocks, float * o) {
+    if (codec->trellis) {
+        tqi_kernels_portable.accumulate(codec, v, stride, n_tok, p, ld, n_q, n_blocks, o);
+        return;
+    }
     if (codec->bits == 3) {
         BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
     } else {
