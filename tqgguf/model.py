@@ -88,8 +88,9 @@ class Llama(_Stock):  # type: ignore[misc]
 
     Args:
         model_path: a GGUF file.
-        cache: type of the KV cache: "pqo3", "pqo4", "pqt3", "pqt4", or a stock type ("f16", "q8_0", ...); a pair for K and V apart.
-        flash_attn: None switches it on where the types need it. A quantized V, and every PQO type, needs it.
+        cache: type of the KV cache: "pqo3", "pqo4", "pqt3", "pqt4", or a stock type ("f16", "q8_0", ...); a pair for K
+            and V apart.
+        flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
     Raises:

@@ -389,24 +389,26 @@ def search_path(y: F32, type: str) -> tuple[F32, U32]:
 def pack_trellis(t: U32, e: U8, bits: int) -> U8:
     """Packs (n_blocks,) words and (n_blocks, 32) e into (n_blocks, 4 * bits) bytes.
 
-    t comes first. The two low bits of e[i] follow in byte i % 8 of eight, at bits 2 * (i / 8) and up, so that one
-    shift of the eight bytes lays out eight values; then, for 4 bits, a word with bit 2 of e[i] at bit i.
+    They are little-endian words: t; the two low bits of e[i] for even i, at bits i and i + 1; the same for odd i, at
+    bits i - 1 and i; for 4 bits also a word with bit 2 of e[i] at bit i. Shifting each word right by j brings values j,
+    8 + j, 16 + j and 24 + j into the same bits of its four bytes, which is how vector code reads them.
     """
-    low = (e.reshape(-1, 4, 8) & 3) << np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
-    parts = [t.astype("<u4").view(np.uint8).reshape(-1, 4), np.bitwise_or.reduce(low, axis=1)]
+    place = np.arange(0, BLOCK, 2, dtype=np.uint32)
+    low = (e & 3).astype(np.uint32)
+    words = [t, *(np.bitwise_or.reduce(low[:, odd::2] << place, axis=1) for odd in (0, 1))]
     if bits == 4:
-        parts.append(np.packbits(e >> 2, axis=1, bitorder="little"))
-    return np.concatenate(parts, axis=1)
+        words.append(np.bitwise_or.reduce((e >> 2).astype(np.uint32) << np.arange(BLOCK, dtype=np.uint32), axis=1))
+    return np.stack(words, axis=1).astype("<u4").view(np.uint8)
 
 
 def unpack_trellis(data: U8, bits: int) -> U8:
     """(n_blocks, 4 * bits) bytes to (n_blocks, 32) indices of levels, 4 e + subset."""
-    t = np.ascontiguousarray(data[:, :4]).view("<u4")[:, 0].astype(np.uint32)
-    low = data[:, None, 4:12] >> np.array([0, 2, 4, 6], dtype=np.uint8)[:, None] & 3
-    e = low.reshape(-1, BLOCK)
+    words = np.ascontiguousarray(data).view("<u4").astype(np.uint32)
+    i = np.arange(BLOCK)
+    e = words[:, 1 + i % 2] >> (i - i % 2).astype(np.uint32) & 3
     if bits == 4:
-        e = e | np.unpackbits(data[:, 12:], axis=1, bitorder="little") << 2
-    return (4 * e + subsets(t)).astype(np.uint8)
+        e = e | (words[:, 3:] >> i.astype(np.uint32) & 1) << 2
+    return (4 * e + subsets(words[:, 0])).astype(np.uint8)
 
 
 # ---- Whole blocks ----

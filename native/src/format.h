@@ -23,20 +23,22 @@ typedef struct {
     uint8_t  qs[16]; /* value 2i in the low, 2i+1 in the high nibble of byte i */
 } tqi_block_pqo4;
 
-/* A trellis block: value i's level is 4 e[i] + 2 high[i] + low[i], the last two being bits i of words made of t (trellis.h).
- * e comes in the order in which vector code can lay it out: one shift of the eight bytes of e2 brings eight values into the
- * low bits of eight bytes. */
+/* A trellis block: value i's level is 4 e[i] + its subset, which follows from t (trellis.h). All words are such that a shift
+ * of each by j brings values j, 8 + j, 16 + j and 24 + j into the same bits of its four bytes: vector code reads a block as
+ * eight words of four bytes, and shifts each by its own j. */
 typedef struct {
     uint16_t d;
-    uint8_t  t[4];  /* a 32-bit word */
-    uint8_t  e2[8]; /* bits 0 and 1 of e[i] in byte i % 8, at bits 2 * (i / 8) and up */
+    uint8_t  t[4];    /* a 32-bit word */
+    uint8_t  even[4]; /* bits 0 and 1 of e[i] for even i, at bits i and i + 1 of a 32-bit word */
+    uint8_t  odd[4];  /* the same for odd i, at bits i - 1 and i */
 } tqi_block_pqt3;
 
 typedef struct {
     uint16_t d;
     uint8_t  t[4];
-    uint8_t  e2[8];
-    uint8_t  e1[4]; /* bit 2 of e[i] at bit i of a 32-bit word */
+    uint8_t  even[4];
+    uint8_t  odd[4];
+    uint8_t  top[4]; /* bit 2 of e[i] at bit i of a 32-bit word */
 } tqi_block_pqt4;
 
 #define TQI_PQO3_BYTES 14

@@ -105,7 +105,7 @@ static unsigned level_index(int type, const uint8_t * qs, int i) {
     memcpy(&t, qs, sizeof t);
     index = rotate(t, 2) >> i & 1;
     index |= ((t ^ rotate(t, 1) ^ rotate(t, 3)) >> i & 1) << 1;
-    index |= ((unsigned) qs[4 + i % 8] >> (2 * (i / 8)) & 3) << 2;
+    index |= ((unsigned) qs[4 + i / 8 + 4 * (i % 2)] >> (i % 8 & 6) & 3) << 2;
     return type == TQ_TYPE_PQT3 ? index : index | ((unsigned) qs[12 + i / 8] >> (i % 8) & 1) << 4;
 }
 

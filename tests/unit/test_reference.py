@@ -63,10 +63,9 @@ def test_pack_trellis(t: npt.NDArray[np.uint32], e: npt.NDArray[np.uint8], bits:
     packed = reference.pack_trellis(t, e, bits)
     assert packed.shape == (3, 4 * bits)
     np.testing.assert_array_equal(reference.unpack_trellis(packed, bits), 4 * e + reference.subsets(t))
-    data = packed[0].tobytes()
-    top = int.from_bytes(data[12:], "little")
-    assert int.from_bytes(data[:4], "little") == t[0]
-    assert [(data[4 + i % 8] >> (2 * (i // 8)) & 3) + 4 * (top >> i & 1) for i in range(32)] == e[0].tolist()
+    words = [int.from_bytes(packed[0, 4 * i : 4 * i + 4].tobytes(), "little") for i in range(4)]
+    assert words[0] == t[0]
+    assert [(words[1 + i % 2] >> (i - i % 2) & 3) + 4 * (words[3] >> i & 1) for i in range(32)] == e[0].tolist()
 
 
 def test_the_subset_of_a_value_depends_on_four_bits() -> None:

@@ -2,6 +2,7 @@
  *
  * encode and decode follow the portable order of operations exactly (no FMA there); the attention steps use FMA. */
 #include "kernels.h"
+#include "trellis.h"
 
 #include <cpuid.h>
 #include <immintrin.h>
@@ -275,9 +276,21 @@ INLINE void encode_norm(int bits, const tqi_codec * codec, const table * c, cons
     }
 }
 
+static void encode_trellis(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    float y[TQI_TRELLIS_RUN * TQ_BLOCK];
+    for (int64_t b = 0; b < n_blocks;) {
+        int n = 0;
+        for (; n < TQI_TRELLIS_RUN && b + n < n_blocks; ++n) {
+            store_block(y + n * TQ_BLOCK, transform_block(codec->signs, sanitize(load_block(x + (b + n) * TQ_BLOCK))));
+        }
+        tqi_trellis_encode_avx2(codec, y, n, blocks + b * codec->block_bytes);
+        b += n;
+    }
+}
+
 static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
     if (codec->trellis) {
-        tqi_kernels_portable.encode(codec, x, n_blocks, blocks);
+        encode_trellis(codec, x, n_blocks, blocks);
         return;
     }
     const table c = load_table(codec);
@@ -339,7 +352,7 @@ INLINE block unpack_block(int bits, levels c, const uint8_t * in) {
 
 static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
     if (codec->trellis) {
-        tqi_kernels_portable.unpack(codec, blocks, n_blocks, y);
+        tqi_trellis_unpack_avx2(codec, blocks, n_blocks, y);
         return;
     }
     const levels c = load_levels(codec);
@@ -463,7 +476,7 @@ EACH_N_Q(4)
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
                    float * s, int ld) {
     if (codec->trellis) {
-        tqi_kernels_portable.scores(codec, k, stride, n_tok, q, n_q, n_blocks, s, ld);
+        tqi_trellis_scores_avx2(codec, k, stride, n_tok, q, n_q, n_blocks, s, ld);
         return;
     }
     static void (*const f[2][TQI_MAX_FUSED])(levels, const uint8_t *, size_t, int, const float *, int, float *, int) = {
@@ -475,7 +488,7 @@ static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, in
 static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
                        int n_blocks, float * o) {
     if (codec->trellis) {
-        tqi_kernels_portable.accumulate(codec, v, stride, n_tok, p, ld, n_q, n_blocks, o);
+        tqi_trellis_accumulate_avx2(codec, v, stride, n_tok, p, ld, n_q, n_blocks, o);
         return;
     }
     static void (*const f[2][TQI_MAX_FUSED])(levels, const uint8_t *, size_t, int, const float *, int, int, float *) = {

@@ -3,6 +3,7 @@
  * Both formats decode alike: vpermb brings each lane its two bytes, a variable shift brings the index down, vpermps looks
  * it up in 16 levels (3 bits: the eight levels twice, so bit 3 need not be cleared). */
 #include "kernels.h"
+#include "trellis.h"
 
 #include <cpuid.h>
 #include <immintrin.h>
@@ -219,9 +220,21 @@ INLINE void encode_norm(int bits, const tqi_codec * codec, const float * x, int6
     }
 }
 
+static void encode_trellis(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    float y[TQI_TRELLIS_RUN * TQ_BLOCK];
+    for (int64_t b = 0; b < n_blocks;) {
+        int n = 0;
+        for (; n < TQI_TRELLIS_RUN && b + n < n_blocks; ++n) {
+            store_block(y + n * TQ_BLOCK, transform_block(codec->signs, sanitize(load_block(x + (b + n) * TQ_BLOCK))));
+        }
+        tqi_trellis_encode_avx512(codec, y, n, blocks + b * codec->block_bytes);
+        b += n;
+    }
+}
+
 static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
     if (codec->trellis) {
-        tqi_kernels_portable.encode(codec, x, n_blocks, blocks);
+        encode_trellis(codec, x, n_blocks, blocks);
         return;
     }
     if (codec->mode != TQ_MODE_SEARCH) {
@@ -287,7 +300,7 @@ INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * block
 
 static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
     if (codec->trellis) {
-        tqi_kernels_portable.unpack(codec, blocks, n_blocks, y);
+        tqi_trellis_unpack_avx512(codec, blocks, n_blocks, y);
         return;
     }
     if (codec->bits == 3) {
@@ -552,7 +565,7 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
                    float * s, int ld) {
     if (codec->trellis) {
-        tqi_kernels_portable.scores(codec, k, stride, n_tok, q, n_q, n_blocks, s, ld);
+        tqi_trellis_scores_avx512(codec, k, stride, n_tok, q, n_q, n_blocks, s, ld);
         return;
     }
     if (codec->bits == 3) {
@@ -565,7 +578,7 @@ static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, in
 static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
                        int n_blocks, float * o) {
     if (codec->trellis) {
-        tqi_kernels_portable.accumulate(codec, v, stride, n_tok, p, ld, n_q, n_blocks, o);
+        tqi_trellis_accumulate_avx512(codec, v, stride, n_tok, p, ld, n_q, n_blocks, o);
         return;
     }
     if (codec->bits == 3) {

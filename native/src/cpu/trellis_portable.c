@@ -78,21 +78,17 @@ static uint32_t closed_path(const float (*distances)[TQI_SUBSETS], float * dista
 
 /* The scale, fitted to the levels on the best candidate's path by least squares, and that path. */
 static float search_path(const tqi_codec * codec, const float * y, uint32_t * t) {
-    const float high = 1.0f / codec->levels[codec->n_levels - 1];
-    const float low  = 1.0f / codec->levels[0];
-    float       max = y[0], min = y[0];
+    float max = y[0], min = y[0], scale[TQI_CANDIDATES];
     for (int i = 1; i < TQ_BLOCK; ++i) {
         max = y[i] > max ? y[i] : max;
         min = y[i] < min ? y[i] : min;
     }
-    if (max < TQI_AMAX_MIN && -min < TQI_AMAX_MIN) {
+    if (!tqi_trellis_candidates(codec, max, min, scale)) {
         return 0.0f;
     }
-    const float base[2] = { fmaxf(max * high, min * low), -fmaxf(-min * high, -max * low) };
-    float       best = INFINITY, inverse = 1.0f;
+    float best = INFINITY, inverse = 1.0f;
     for (int c = 0; c < TQI_CANDIDATES; ++c) {
-        const float d     = base[c % 2] * codec->factors[c / 2];
-        const float tried = 1.0f / d;
+        const float tried = 1.0f / scale[c];
         float       distances[TQ_BLOCK][TQI_SUBSETS], distance;
         for (int i = 0; i < TQ_BLOCK; ++i) {
             for (int u = 0; u < TQI_SUBSETS; ++u) {
@@ -102,7 +98,7 @@ static float search_path(const tqi_codec * codec, const float * y, uint32_t * t)
             }
         }
         const uint32_t path  = closed_path((const float (*)[TQI_SUBSETS]) distances, &distance);
-        const float    error = distance * (d * d);
+        const float    error = distance * (scale[c] * scale[c]);
         if (error < best) {
             best    = error;
             inverse = tried;
@@ -122,34 +118,25 @@ static float search_path(const tqi_codec * codec, const float * y, uint32_t * t)
 
 void tqi_trellis_encode_portable(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
-        uint32_t       t = 0, top = 0;
+        uint32_t       t = 0;
         const uint16_t d = tqi_f32_to_f16(tqi_sanitize(search_path(codec, y, &t)));
-        memset(blocks, 0, (size_t) codec->block_bytes);
-        if ((d & 0x7fffu) == 0) {
-            continue;
-        }
-        const float inverse = 1.0f / tqi_f16_to_f32(d);
+        const float    inverse = 1.0f / tqi_f16_to_f32(d);
+        int32_t        e[TQ_BLOCK];
         for (int i = 0; i < TQ_BLOCK; ++i) {
-            const int e = nearest(codec, subset_of(t, i), y[i] * inverse);
-            blocks[6 + i % 8] |= (uint8_t) ((e & 3) << (2 * (i / 8)));
-            top |= (uint32_t) (e >> 2) << i;
+            e[i] = nearest(codec, subset_of(t, i), y[i] * inverse);
         }
-        memcpy(blocks, &d, sizeof d);
-        memcpy(blocks + 2, &t, sizeof t);
-        if (codec->bits == 4) {
-            memcpy(blocks + 14, &top, sizeof top);
-        }
+        tqi_trellis_put(codec->bits, d, t, e, blocks);
     }
 }
 
 void tqi_trellis_unpack_portable(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
     for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
-        const float    d   = tqi_block_scale(blocks);
-        const uint32_t t   = tqi_load_u32(blocks + 2);
-        const uint32_t top = codec->bits == 4 ? tqi_load_u32(blocks + 14) : 0;
+        const float d = tqi_block_scale(blocks);
+        uint32_t    words[4] = { 0, 0, 0, 0 }; /* t, even, odd, top */
+        memcpy(words, blocks + sizeof(uint16_t), (size_t) (4 * codec->bits));
         for (int i = 0; i < TQ_BLOCK; ++i) {
-            const int e = (blocks[6 + i % 8] >> (2 * (i / 8)) & 3) + (int) (4 * (top >> i & 1));
-            y[i] = d * codec->levels[TQI_SUBSETS * e + subset_of(t, i)];
+            const uint32_t e = (words[1 + i % 2] >> (i & ~1) & 3) + 4 * (words[3] >> i & 1);
+            y[i] = d * codec->levels[TQI_SUBSETS * (int) e + subset_of(words[0], i)];
         }
     }
 }
