@@ -63,9 +63,10 @@ static inline void tqi_trellis_put(int bits, uint16_t d, uint32_t t, const int32
     memcpy(block + sizeof d, words, (size_t) (4 * bits));
 }
 
-/* What an instruction set implements for these types: see tqi_kernels. y is transformed. */
+/* What an instruction set implements for these types: search is what encode does to y, transformed values; the others see
+ * tqi_kernels. */
 #define TQI_TRELLIS_FUNCTIONS(isa)                                                                                        \
-    void tqi_trellis_encode_##isa(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);          \
+    void tqi_trellis_search_##isa(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);          \
     void tqi_trellis_unpack_##isa(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);          \
     void tqi_trellis_scores_##isa(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q,  \
                                   int n_q, int n_blocks, float * s, int ld);                                              \
@@ -73,11 +74,27 @@ static inline void tqi_trellis_put(int bits, uint16_t d, uint32_t t, const int32
                                       const float * p, int ld, int n_q, int n_blocks, float * o);
 
 /* The portable scores and accumulate go through unpack for all types. */
-void tqi_trellis_encode_portable(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);
+void tqi_trellis_search_portable(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);
 void tqi_trellis_unpack_portable(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
 
 TQI_TRELLIS_FUNCTIONS(avx2)
 TQI_TRELLIS_FUNCTIONS(avx512)
 TQI_TRELLIS_FUNCTIONS(neon)
+
+typedef void (*tqi_trellis_searcher)(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);
+
+/* Encodes by an instruction set's transform and search. */
+static inline void tqi_trellis_encode(const tqi_codec * codec, void (*transform)(tqi_sign_order, float *, int64_t),
+                                      tqi_trellis_searcher search, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    for (int64_t b = 0; b < n_blocks; b += TQI_TRELLIS_RUN) {
+        const int64_t n = n_blocks - b < TQI_TRELLIS_RUN ? n_blocks - b : TQI_TRELLIS_RUN;
+        float         y[TQI_TRELLIS_RUN * TQ_BLOCK];
+        for (int64_t i = 0; i < n * TQ_BLOCK; ++i) {
+            y[i] = tqi_sanitize(x[b * TQ_BLOCK + i]);
+        }
+        transform(codec->signs, y, n);
+        search(codec, y, n, blocks + b * codec->block_bytes);
+    }
+}
 
 #endif

@@ -388,6 +388,7 @@ int main(void) {
         const int before = failures, n = check_kernel(kernel);
         printf("%s  %-9s %d codecs, %d attention shapes\n", failures == before ? "passed" : "FAILED", kernel,
                (int) (sizeof golden / sizeof golden[0]), n);
+        fflush(stdout);
         ++ran;
     }
     printf("%d kernels ran, %d failures\n", ran, failures);

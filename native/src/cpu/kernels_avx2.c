@@ -276,21 +276,9 @@ INLINE void encode_norm(int bits, const tqi_codec * codec, const table * c, cons
     }
 }
 
-static void encode_trellis(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
-    float y[TQI_TRELLIS_RUN * TQ_BLOCK];
-    for (int64_t b = 0; b < n_blocks;) {
-        int n = 0;
-        for (; n < TQI_TRELLIS_RUN && b + n < n_blocks; ++n) {
-            store_block(y + n * TQ_BLOCK, transform_block(codec->signs, sanitize(load_block(x + (b + n) * TQ_BLOCK))));
-        }
-        tqi_trellis_encode_avx2(codec, y, n, blocks + b * codec->block_bytes);
-        b += n;
-    }
-}
-
 static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
     if (codec->trellis) {
-        encode_trellis(codec, x, n_blocks, blocks);
+        tqi_trellis_encode(codec, transform, tqi_trellis_search_avx2, x, n_blocks, blocks);
         return;
     }
     const table c = load_table(codec);

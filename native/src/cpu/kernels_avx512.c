@@ -220,21 +220,9 @@ INLINE void encode_norm(int bits, const tqi_codec * codec, const float * x, int6
     }
 }
 
-static void encode_trellis(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
-    float y[TQI_TRELLIS_RUN * TQ_BLOCK];
-    for (int64_t b = 0; b < n_blocks;) {
-        int n = 0;
-        for (; n < TQI_TRELLIS_RUN && b + n < n_blocks; ++n) {
-            store_block(y + n * TQ_BLOCK, transform_block(codec->signs, sanitize(load_block(x + (b + n) * TQ_BLOCK))));
-        }
-        tqi_trellis_encode_avx512(codec, y, n, blocks + b * codec->block_bytes);
-        b += n;
-    }
-}
-
 static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
     if (codec->trellis) {
-        encode_trellis(codec, x, n_blocks, blocks);
+        tqi_trellis_encode(codec, transform, tqi_trellis_search_avx512, x, n_blocks, blocks);
         return;
     }
     if (codec->mode != TQ_MODE_SEARCH) {
@@ -549,19 +537,6 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
     }
 }
 
-/* Calls f(bits, n_q, ...) with both as constants. */
-#define BY_N_Q(f, bits, n_q, ...)                                                                                         \
-    switch (n_q) {                                                                                                        \
-        case 1: f(bits, 1, __VA_ARGS__); break;                                                                           \
-        case 2: f(bits, 2, __VA_ARGS__); break;                                                                           \
-        case 3: f(bits, 3, __VA_ARGS__); break;                                                                           \
-        case 4: f(bits, 4, __VA_ARGS__); break;                                                                           \
-        case 5: f(bits, 5, __VA_ARGS__); break;                                                                           \
-        case 6: f(bits, 6, __VA_ARGS__); break;                                                                           \
-        case 7: f(bits, 7, __VA_ARGS__); break;                                                                           \
-        default: f(bits, 8, __VA_ARGS__); break;                                                                          \
-    }
-
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
                    float * s, int ld) {
     if (codec->trellis) {
@@ -569,9 +544,9 @@ static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, in
         return;
     }
     if (codec->bits == 3) {
-        BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+        TQI_BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
     } else {
-        BY_N_Q(scores_rows, 4, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+        TQI_BY_N_Q(scores_rows, 4, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
     }
 }
 
@@ -582,9 +557,9 @@ static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride
         return;
     }
     if (codec->bits == 3) {
-        BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
+        TQI_BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
     } else {
-        BY_N_Q(accumulate_rows, 4, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
+        TQI_BY_N_Q(accumulate_rows, 4, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
     }
 }
 

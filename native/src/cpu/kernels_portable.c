@@ -109,7 +109,7 @@ static void encode_block(const tqi_codec * codec, const float * x, uint8_t * blo
         case TQ_MODE_SEARCH: {
             tqi_transform(codec->signs, y);
             if (codec->trellis) {
-                tqi_trellis_encode_portable(codec, y, 1, block);
+                tqi_trellis_search_portable(codec, y, 1, block);
                 return;
             }
             const uint16_t h = tqi_f32_to_f16(tqi_sanitize(search_scale(codec, y)));

@@ -42,7 +42,7 @@ INLINE int truth_lane(const truth * which, int j) {
 
 #include "trellis_search.h"
 
-void tqi_trellis_encode_avx2(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks) {
+void tqi_trellis_search_avx2(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks) {
     const subset_tables c = load_subsets(codec);
     for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
         if (codec->bits == 3) {
@@ -80,11 +80,12 @@ INLINE __m256i units32(int bits, const unit_tables * c, const uint8_t * block) {
     const __m256i subsets = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 8, 4, 12, 8, 0, 12, 4, 8, 0, 12, 4, 0, 8, 4, 12));
     const __m256i right = _mm256_setr_epi32(29, 30, 31, 0, 1, 2, 3, 4), left = _mm256_setr_epi32(3, 2, 1, 32, 31, 30, 29, 28);
     const __m256i t     = word8(block + 2);
-    const __m256i four  = _mm256_and_si256(_mm256_or_si256(_mm256_srlv_epi32(t, right), _mm256_sllv_epi32(t, left)), _mm256_set1_epi8(15));
+    const __m256i turned = _mm256_or_si256(_mm256_srlv_epi32(t, right), _mm256_sllv_epi32(t, left));
+    const __m256i subset = _mm256_shuffle_epi8(subsets, _mm256_and_si256(turned, _mm256_set1_epi8(15)));
     int64_t       even_odd;
     memcpy(&even_odd, block + 6, sizeof even_odd);
-    const __m256i e = _mm256_and_si256(_mm256_srlv_epi64(_mm256_set1_epi64x(even_odd), _mm256_setr_epi64x(0, 2, 4, 6)), _mm256_set1_epi8(3));
-    const __m256i index = _mm256_or_si256(_mm256_shuffle_epi8(subsets, four), e);
+    const __m256i pairs = _mm256_srlv_epi64(_mm256_set1_epi64x(even_odd), _mm256_setr_epi64x(0, 2, 4, 6));
+    const __m256i index = _mm256_or_si256(subset, _mm256_and_si256(pairs, _mm256_set1_epi8(3)));
     const __m256i units = _mm256_shuffle_epi8(c->units[0], index);
     if (bits == 3) {
         return units;
@@ -202,33 +203,20 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
     }
 }
 
-/* Calls f(bits, n_q, ...) with both as constants. */
-#define BY_N_Q(f, bits, n_q, ...)                                                                                         \
-    switch (n_q) {                                                                                                        \
-        case 1: f(bits, 1, __VA_ARGS__); break;                                                                           \
-        case 2: f(bits, 2, __VA_ARGS__); break;                                                                           \
-        case 3: f(bits, 3, __VA_ARGS__); break;                                                                           \
-        case 4: f(bits, 4, __VA_ARGS__); break;                                                                           \
-        case 5: f(bits, 5, __VA_ARGS__); break;                                                                           \
-        case 6: f(bits, 6, __VA_ARGS__); break;                                                                           \
-        case 7: f(bits, 7, __VA_ARGS__); break;                                                                           \
-        default: f(bits, 8, __VA_ARGS__); break;                                                                          \
-    }
-
 void tqi_trellis_scores_avx2(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
                              int n_blocks, float * s, int ld) {
     if (codec->bits == 3) {
-        BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+        TQI_BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
     } else {
-        BY_N_Q(scores_rows, 4, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+        TQI_BY_N_Q(scores_rows, 4, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
     }
 }
 
 void tqi_trellis_accumulate_avx2(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
                                  int n_q, int n_blocks, float * o) {
     if (codec->bits == 3) {
-        BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
+        TQI_BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
     } else {
-        BY_N_Q(accumulate_rows, 4, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
+        TQI_BY_N_Q(accumulate_rows, 4, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
     }
 }

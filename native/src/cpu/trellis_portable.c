@@ -116,7 +116,7 @@ static float search_path(const tqi_codec * codec, const float * y, uint32_t * t)
     return sum / tqi_sum32(vv);
 }
 
-void tqi_trellis_encode_portable(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks) {
+void tqi_trellis_search_portable(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
         uint32_t       t = 0;
         const uint16_t d = tqi_f32_to_f16(tqi_sanitize(search_path(codec, y, &t)));
