@@ -14,12 +14,12 @@
 
 #include <math.h>
 
-#define TQI_STATES     8
-#define TQI_SUBSETS    4
-#define TQI_CANDIDATES 8 /* scales per block that the encoder tries: four factors, both signs */
-#define TQI_CUT        16 /* values on either side of the cut that decide the state there: see closed_path in trellis_portable.c */
-#define TQI_TRELLIS_RUN 16 /* blocks that encoders transform at once */
-#define TQI_FAR        1e30f /* what the paths cost that begin in another state than the one wanted */
+#define TQI_STATES      8
+#define TQI_SUBSETS     4
+#define TQI_CANDIDATES  8     /* scales per block that the encoder tries: four factors, both signs */
+#define TQI_CUT         16    /* values on either side of the cut that decide the state there: closed_path, trellis_portable.c */
+#define TQI_FAR         1e30f /* what the paths cost that begin in another state than the one wanted */
+#define TQI_TRELLIS_RUN 16    /* blocks that are transformed at once before they are searched */
 
 static inline uint32_t tqi_rotate(uint32_t t, int n) {
     return t << n | t >> (32 - n);
@@ -63,8 +63,8 @@ static inline void tqi_trellis_put(int bits, uint16_t d, uint32_t t, const int32
     memcpy(block + sizeof d, words, (size_t) (4 * bits));
 }
 
-/* What an instruction set implements for these types: search is what encode does to y, transformed values; the others see
- * tqi_kernels. */
+/* What an instruction set implements for these types: search is what encode does after the transform, y: its result; for the
+ * others see tqi_kernels. */
 #define TQI_TRELLIS_FUNCTIONS(isa)                                                                                        \
     void tqi_trellis_search_##isa(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);          \
     void tqi_trellis_unpack_##isa(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);          \

@@ -80,7 +80,8 @@ INLINE __m256i units32(int bits, __m256i units, const uint8_t * block) {
     const __m256i pairs = _mm256_srlv_epi64(_mm256_set1_epi64x(even_odd), _mm256_setr_epi64x(0, 2, 4, 6));
     __m256i       index = OR_AND(subset, pairs, _mm256_set1_epi8(3));
     if (bits == 4) {
-        index = OR_AND(index, _mm256_rorv_epi32(word8(block + 14), _mm256_setr_epi32(28, 29, 30, 31, 0, 1, 2, 3)), _mm256_set1_epi8(16));
+        const __m256i top = _mm256_rorv_epi32(word8(block + 14), _mm256_setr_epi32(28, 29, 30, 31, 0, 1, 2, 3));
+        index             = OR_AND(index, top, _mm256_set1_epi8(16));
     }
     return _mm256_permutexvar_epi8(index, units);
 }
