@@ -16,11 +16,11 @@
 #define MAX_SUBSET (TQI_MAX_LEVELS / TQI_SUBSETS) /* levels in a subset: 4 or 8 */
 #define UNROLL     _Pragma("GCC unroll 8")        /* so that arrays of vectors become registers */
 
-/* The codebook by subset. n: levels in each. */
+/* The codebook by subset. */
 typedef struct {
     float levels[TQI_SUBSETS][MAX_SUBSET];
     float boundaries[TQI_SUBSETS][MAX_SUBSET];
-    float level_row[MAX_SUBSET][MAX_SUBSET];    /* the same, by level: for each subset, filled up to eight */
+    float level_row[MAX_SUBSET][MAX_SUBSET];    /* the same by e; a row holds the four subsets, filled up to eight */
     float boundary_row[MAX_SUBSET][MAX_SUBSET];
 } subset_tables;
 
@@ -28,10 +28,10 @@ static subset_tables load_subsets(const tqi_codec * codec) {
     subset_tables c;
     memset(&c, 0, sizeof c);
     for (int j = 0; j < codec->n_levels; ++j) {
-        c.levels[j % TQI_SUBSETS][j / TQI_SUBSETS]        = codec->levels[j];
-        c.boundaries[j % TQI_SUBSETS][j / TQI_SUBSETS]    = codec->boundaries[j];
-        c.level_row[j / TQI_SUBSETS][j % TQI_SUBSETS]     = codec->levels[j];
-        c.boundary_row[j / TQI_SUBSETS][j % TQI_SUBSETS]  = codec->boundaries[j];
+        c.levels[j % TQI_SUBSETS][j / TQI_SUBSETS]       = codec->levels[j];
+        c.boundaries[j % TQI_SUBSETS][j / TQI_SUBSETS]   = codec->boundaries[j];
+        c.level_row[j / TQI_SUBSETS][j % TQI_SUBSETS]    = codec->levels[j];
+        c.boundary_row[j / TQI_SUBSETS][j % TQI_SUBSETS] = codec->boundaries[j];
     }
     return c;
 }
