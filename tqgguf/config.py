@@ -33,7 +33,7 @@ class CacheType:
 
     Attributes:
         name: as written everywhere, "pqo3" or "q8_0".
-        number: ggml's number of the type; the PQO ones are registered by our patch series and never change.
+        number: ggml's number of the type; ours are registered by our patch series and never change.
         block: values per block; head_dim must be a multiple of it.
         bytes: bytes per block.
     """
@@ -54,9 +54,9 @@ class CacheType:
         return self.block > 1
 
     @property
-    def pqo(self) -> bool:
+    def ours(self) -> bool:
         """Whether this is a type of tqgguf, which stock llama.cpp does not know."""
-        return self.name.startswith("pqo")
+        return self.name.startswith(("pqo", "pqt"))
 
     def row_bytes(self, n: int) -> int:
         """Bytes of n values.
@@ -81,13 +81,15 @@ CACHE_TYPES: Final[dict[str, CacheType]] = {
         CacheType("q4_1", 3, 32, 20),
         CacheType("q4_0", 2, 32, 18),
         CacheType("iq4_nl", 20, 32, 18),
+        CacheType("pqt4", 303, 32, 18),
         CacheType("pqo4", 301, 32, 18),
+        CacheType("pqt3", 302, 32, 14),
         CacheType("pqo3", 300, 32, 14),
     )
 }
 """Every type a KV cache may have, by name."""
 
-MEASURED_TYPES: Final = ("f16", "q8_0", "q5_0", "q4_0", "iq4_nl", "pqo4", "pqo3")
+MEASURED_TYPES: Final = ("f16", "q8_0", "q5_0", "q4_0", "iq4_nl", "pqo4", "pqt4", "pqo3", "pqt3")
 """What `compare` and `recall` measure unless told otherwise; the first is the reference."""
 
 

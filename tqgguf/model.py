@@ -109,8 +109,9 @@ class Llama(_Stock):  # type: ignore[misc]
 
     Args:
         model_path: a GGUF file.
-        cache: type of the KV cache: "pqo3", "pqo4", or a stock type ("f16", "q8_0", ...); a pair for K and V apart.
-        flash_attn: None switches it on where the types need it. A quantized V, and every PQO type, needs it.
+        cache: type of the KV cache: "pqo3", "pqo4", "pqt3", "pqt4", or a stock type ("f16", "q8_0", ...); a pair for K
+            and V apart.
+        flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
     Raises:
@@ -149,7 +150,7 @@ class Llama(_Stock):  # type: ignore[misc]
         if flash_attn is False and needs_flash:
             raise ArgumentError(
                 f"flash_attn=False cannot be combined with a K cache of {k.name} and a V cache of {v.name}: "
-                f"a quantized V, and every PQO type, needs flash attention"
+                f"a quantized V, and every type of tqgguf, needs flash attention"
             )
         self._info = read_model_info(model_path)
         if not kwargs.get("vocab_only"):
@@ -422,7 +423,7 @@ def _load_error(error: str, log: list[tuple[int, str]], info: ModelInfo) -> Tqgg
 
 
 def _needs_flash(k: CacheType, v: CacheType) -> bool:
-    return v.quantized or k.pqo
+    return v.quantized or k.ours
 
 
 def _names(k: CacheType, v: CacheType) -> str:

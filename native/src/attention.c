@@ -6,9 +6,9 @@
  *
  * Work is cut into tasks: a stream, a KV head, a block of query rows, a range of keys. All query heads of the KV head go
  * together, so each K and V block is decoded once for the whole group. Two ways through a task:
- *   fused  at most TQI_MAX_FUSED query vectors, K and V both PQO: codebook values go from registers into the sums. Memory
- *          is what bounds this one, and a token's heads lie side by side, so up to MAX_SPAN KV heads take each tile in turn
- *          and the kernels prefetch the tile after it;
+ *   fused  at most TQI_MAX_FUSED query vectors, K and V both of our types: codebook values go from registers into the sums.
+ *          Memory is what bounds this one, and a token's heads lie side by side, so up to MAX_SPAN KV heads take each tile in
+ *          turn and the kernels prefetch the tile after it;
  *   tiled  everything else: a tile of K, then of V, is decoded to f32 and multiplied, query vectors side by side.
  * If the keys were cut, phase 1 merges the partial results; otherwise phase 0 has already written the output. */
 #include "kernels.h"
@@ -35,7 +35,7 @@ typedef struct {
     size_t           vectors;    /* floats of one task's q, o, max, sum */
     size_t           scratch;    /* floats per thread */
     size_t           partial;    /* floats per task; 0 if keys are not cut */
-    const tqi_codec * k_codec;   /* NULL: not PQO */
+    const tqi_codec * k_codec;   /* NULL: not a type of ours */
     const tqi_codec * v_codec;
 } plan;
 
@@ -224,7 +224,7 @@ static void finish_scores(const tq_attn * a, float * s, int n, int stride, float
     }
 }
 
-/* Decodes n rows to f32, in the transformed domain for PQO types: tile: (n, head_dim). */
+/* Decodes n rows to f32, in the transformed domain for types of ours: tile: (n, head_dim). */
 static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec, const uint8_t * rows, int n,
                         float * tile) {
     for (int t = 0; t < n; ++t) {

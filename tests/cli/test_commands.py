@@ -34,7 +34,9 @@ def test_demo(tqgguf: Command) -> None:
     assert "917,504 bytes" in done.stdout and "4,194,304 bytes" in done.stdout and "14/64" in done.stdout
 
 
-@pytest.mark.parametrize(("cache", "bytes_64ths"), [("pqo3", 14), ("pqo4", 18), ("q8_0", 34), ("f16", 64)])
+@pytest.mark.parametrize(
+    ("cache", "bytes_64ths"), [("pqo3", 14), ("pqo4", 18), ("pqt3", 14), ("q8_0", 34), ("f16", 64)]
+)
 def test_demo_json(tqgguf: Command, cache: str, bytes_64ths: int) -> None:
     done = tqgguf("demo", "--cache", cache, "--json")
     data = json.loads(done.stdout)
@@ -91,7 +93,7 @@ def test_inspect(tqgguf: Command) -> None:
 def test_inspect_json(tqgguf: Command) -> None:
     data = json.loads(tqgguf("inspect", MODEL, "--json").stdout)
     assert data["contexts"] == [data["info"]["n_ctx_train"]]
-    assert [row["type"] for row in data["rows"]] == ["f16", "q8_0", "q4_0", "pqo4", "pqo3"]
+    assert [row["type"] for row in data["rows"]] == ["f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3"]
     for row in data["rows"]:
         assert row["bytes"] == [data["contexts"][0] * row["bytes_per_token"]]
         assert row["bits"] == CACHE_TYPES[row["type"]].bits

@@ -44,7 +44,7 @@ def test_shapes_and_parameters(inputs: dict[int, AttentionInputs]) -> None:
         assert np.array_equal(found.mask, np.where(np.tril(np.ones((N, N))), 0, -np.inf))
 
 
-@pytest.mark.parametrize("name", [name for name, kind in CACHE_TYPES.items() if kind.pqo])
+@pytest.mark.parametrize("name", [name for name, kind in CACHE_TYPES.items() if kind.ours])
 def test_a_compressed_cache_holds_the_captured_keys_and_values(name: str, inputs: dict[int, AttentionInputs]) -> None:
     # Layer 0, whose K and V do not depend on the cache of layers before it: not a bit may differ.
     held = capture_attention(demo.MODEL_PATH, TEXT, [0], n_ctx=N, cache=name)[0]

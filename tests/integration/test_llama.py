@@ -86,7 +86,16 @@ def test_every_type_is_stored_as_itself(random_model: Model, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", [("pqo4", "pqo3"), ("pqo3", "f16"), ("f16", "pqo3"), ("q8_0", "pqo4"), ("pqo3", "q4_0")]
+    "pair",
+    [
+        ("pqo4", "pqo3"),
+        ("pqo3", "f16"),
+        ("f16", "pqo3"),
+        ("q8_0", "pqo4"),
+        ("pqo3", "q4_0"),
+        ("pqt4", "pqt3"),
+        ("q8_0", "pqt3"),
+    ],
 )
 def test_k_and_v_apart(random_model: Model, pair: tuple[str, str]) -> None:
     model = load(random_model(head_dim=64), cache=pair)
@@ -104,7 +113,7 @@ def test_logits_stay_near_those_of_f16(random_model: Model, shape: dict[str, int
     # Random weights amplify errors. Measured here: pqo3 .25 to .29, pqo4 .125 to .14, q4_0 .14 to .18; noise gives 1.4.
     tokens = [3 + (i * 37) % 250 for i in range(200)]
     logits = {}
-    for cache in ("f16", "pqo3", "pqo4"):
+    for cache in ("f16", "pqo3", "pqo4", "pqt3", "pqt4"):
         model = load(random_model(**shape), cache=cache, flash_attn=True)
         model.eval(tokens[:150])
         rows = []
@@ -181,7 +190,7 @@ def test_an_unknown_type_lists_the_valid_ones(random_model: Model) -> None:
         load(random_model(), cache="pqo5")
 
 
-@pytest.mark.parametrize("cache", ["pqo3", "pqo4", "q8_0", "q4_0", "iq4_nl", ("f16", "pqo3"), ("q5_1", "f16")])
+@pytest.mark.parametrize("cache", ["pqo3", "pqo4", "pqt3", "q8_0", "q4_0", "iq4_nl", ("f16", "pqo3"), ("q5_1", "f16")])
 def test_a_head_size_without_whole_blocks(random_model: Model, cache: Any) -> None:
     path = random_model(head_dim=80)
     with pytest.raises(CacheTypeError, match=r"layer 0: head_dim of [KV] is 80, not divisible by 32"):

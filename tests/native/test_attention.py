@@ -124,7 +124,7 @@ def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArr
         (args.k, k_bytes, case.k_type, case.head_dim_k),
         (args.v, v_bytes, case.v_type, case.head_dim_v),
     ):
-        shift = case.offset if type.startswith("pqo") else 0
+        shift = case.offset if CACHE_TYPES[type].ours else 0
         operand(target, data, type, dim, case.n_head_kv, data.strides[:3], shift)
     args.n_q, args.n_kv = case.n_q, case.n_kv
     if case.mask != "none":
@@ -170,6 +170,11 @@ TYPE_PAIRS = [
     ("pqo3", "f16"),
     ("f16", "pqo4"),
     ("f32", "pqo3"),
+    ("pqt3", "pqt3"),
+    ("pqt4", "pqt4"),
+    ("pqt3", "pqo4"),
+    ("pqo3", "pqt4"),
+    ("pqt4", "f16"),
 ]
 
 
@@ -189,6 +194,7 @@ def test_grouped_queries(kernel: str, native: Any, group: int) -> None:
         check_case(
             native, Case("pqo4", "pqo4", n_head=group * n_head_kv, n_head_kv=n_head_kv, n_kv=33, n_q=3, mask="causal")
         )
+        check_case(native, Case("pqt3", "pqt4", n_head=group * n_head_kv, n_head_kv=n_head_kv, n_kv=130))
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "holes", "values", "all"])
@@ -222,7 +228,7 @@ def test_lengths(kernel: str, native: Any, n_kv: int) -> None:
         check_case(native, Case(n_kv=n_kv, n_q=n_q, n_threads=n_threads, mask="causal" if n_kv >= n_q else "none"))
 
 
-@pytest.mark.parametrize("type", ["pqo3", "pqo4"])
+@pytest.mark.parametrize("type", reference.TYPES)
 def test_outliers_and_tokens_of_very_different_size(kernel: str, native: Any, type: str) -> None:
     for n_kv in (64, 1000):
         check_case(native, Case(type, type, head_dim_k=128, head_dim_v=128, n_kv=n_kv, spread=2.0))
@@ -231,7 +237,7 @@ def test_outliers_and_tokens_of_very_different_size(kernel: str, native: Any, ty
 @pytest.mark.parametrize("n_kv", [1, 3, 7, 16, 65, 600])
 @pytest.mark.parametrize("n_q", [1, 40])
 def test_nan_in_q_is_never_hidden(kernel: str, native: Any, n_q: int, n_kv: int) -> None:
-    for type in ("pqo3", "pqo4"):
+    for type in ("pqo3", "pqo4", "pqt3", "pqt4"):
         for n_threads in (1, 3):
             got, _ = compute(native, Case(type, type, n_q=n_q, n_kv=n_kv, poison="q", n_threads=n_threads))
             assert np.isnan(got).all()
@@ -246,7 +252,7 @@ def test_what_is_masked_does_not_count_whatever_it_is(
         check_case(native, Case(*types, n_q=n_q, n_kv=70, mask="last", poison=poison))
 
 
-@pytest.mark.parametrize("type", ["pqo3", "pqo4"])
+@pytest.mark.parametrize("type", ["pqo3", "pqo4", "pqt3", "pqt4"])
 @pytest.mark.parametrize("n_q", [1, 40])
 def test_a_scale_that_is_not_finite_counts_as_zero(kernel: str, native: Any, n_q: int, type: str) -> None:
     for poison in ("k", "v"):
@@ -264,14 +270,15 @@ def test_streams_and_unaligned_operands(kernel: str, native: Any) -> None:
     for offset in (1, 2, 3):
         check_case(native, Case(n_stream=3, n_q=4, offset=offset, n_threads=2, mask="causal"))
         check_case(native, Case("pqo4", "pqo3", n_stream=2, offset=offset))
+        check_case(native, Case("pqt3", "pqt4", n_stream=2, offset=offset))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.builds(
         Case,
-        k_type=st.sampled_from(["pqo3", "pqo4", "f16"]),
-        v_type=st.sampled_from(["pqo3", "pqo4", "f16"]),
+        k_type=st.sampled_from(["pqo3", "pqo4", "pqt3", "pqt4", "f16"]),
+        v_type=st.sampled_from(["pqo3", "pqo4", "pqt3", "pqt4", "f16"]),
         head_dim_k=st.sampled_from([32, 64, 96, 128, 160]),
         head_dim_v=st.sampled_from([32, 64, 128, 224]),
         n_head=st.sampled_from([2, 4, 6, 8]),

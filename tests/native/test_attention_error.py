@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None
         attention_error(**{"q": q, "k": k, "v": v, "types": ["pqo3"], "scale": 0.125, **change})
 
 
-@pytest.mark.parametrize("name", [name for name, kind in CACHE_TYPES.items() if kind.pqo])
+@pytest.mark.parametrize("name", [name for name, kind in CACHE_TYPES.items() if kind.ours])
 def test_the_cache_is_written_with_the_codec(name: str) -> None:
     x = data(10, n=50)[1]
     assert np.array_equal(round_trip(x, CACHE_TYPES[name]), tqgguf.dequantize(tqgguf.quantize(x, name), name))

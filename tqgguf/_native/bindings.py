@@ -2,8 +2,8 @@
 
 tqgguf carries the stock `llama_cpp` Python package, unmodified, in `_bindings/`. It loads whatever directory
 LLAMA_CPP_LIB_PATH names, so two things must hold before it is first imported: the variable names our `lib/`, and the
-package found is ours. If something else came first, the only honest answer is an error: stock libraries know neither
-pqo3 nor pqo4.
+package found is ours. If something else came first, the only honest answer is an error: stock libraries know none of
+our types.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def claim_llama_cpp() -> None:
             return
         raise LibraryError(
             f"llama_cpp was imported before tqgguf, from {origin}, with libraries in {directory or 'unknown places'}: "
-            f"these cannot hold a PQO cache. Import tqgguf first (it brings its own llama_cpp)"
+            f"these do not know the cache types of tqgguf. Import tqgguf first (it brings its own llama_cpp)"
             + (f", or unset {VARIABLE}." if VARIABLE in os.environ else ".")
         )
     os.environ.setdefault(VARIABLE, str(LIB_DIR))

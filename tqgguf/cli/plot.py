@@ -15,7 +15,7 @@ FORMATS: Final = (".png", ".svg", ".pdf")
 
 _INK: Final = "#1f2933"
 _STOCK: Final = "#7b8794"
-_PQO: Final = "#d64550"
+_OURS: Final = "#d64550"
 _GRID: Final = "#e4e7eb"
 
 
@@ -101,22 +101,22 @@ def figure_of(comparison: Comparison) -> Any:
 
 def _point(axes: Any, row: TypeQuality, side: int) -> None:
     """One type: a point, its error bar, and a label to the right (side 1) or left (-1)."""
-    pqo = CACHE_TYPES[row.type].pqo
-    color = _PQO if pqo else _STOCK
+    ours = CACHE_TYPES[row.type].ours
+    color = _OURS if ours else _STOCK
     error = min(2 * row.kld.mean_error, 0.9 * row.kld.mean)  # a log axis has no room below zero
     axes.errorbar(
         row.bytes_per_token,
         row.kld.mean,
         yerr=[[error], [2 * row.kld.mean_error]],
         fmt="o",
-        # Stock types are rings around the dots of PQO types, so that equal figures hide neither.
-        markersize=7 if pqo else 11,
-        markerfacecolor=color if pqo else "white",
+        # Stock types are rings around the dots of ours, so that equal figures hide neither.
+        markersize=7 if ours else 11,
+        markerfacecolor=color if ours else "white",
         markeredgecolor=color,
-        markeredgewidth=0 if pqo else 1.6,
+        markeredgewidth=0 if ours else 1.6,
         ecolor=color,
         elinewidth=1.2,
-        zorder=3 if pqo else 2,
+        zorder=3 if ours else 2,
     )
     axes.annotate(
         row.type,
@@ -125,7 +125,7 @@ def _point(axes: Any, row: TypeQuality, side: int) -> None:
         textcoords="offset points",
         horizontalalignment="left" if side > 0 else "right",
         verticalalignment="center",
-        color=color if pqo else _INK,
-        fontsize=11 if pqo else 10,
-        fontweight="bold" if pqo else "normal",
+        color=color if ours else _INK,
+        fontsize=11 if ours else 10,
+        fontweight="bold" if ours else "normal",
     )

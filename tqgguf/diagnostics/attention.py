@@ -384,7 +384,7 @@ def _causal(n_q: int, n_kv: int) -> F64:
 
 def _rotation_sizes(kind: CacheType, head_dim_k: int, head_dim_v: int) -> tuple[int, int]:
     """Sizes of the Hadamard matrices that llama.cpp's graph applies to K and to V for a type; 0 for none."""
-    if not kind.quantized or kind.pqo:
+    if not kind.quantized or kind.ours:
         return 0, 0
     largest = head_dim_k & -head_dim_k  # the largest power of two that divides it
     return largest if head_dim_k % 64 == 0 else 0, 64 if head_dim_v % 64 == 0 else 0
