@@ -34,14 +34,14 @@ lint: $(VENV)/ready ## ruff and mypy
 install: build/installed ## build and install into .venv only
 
 conformance: conformance-fast conformance-neon stock ## every kernel and upstream's own tests, all cases; stock types bit for bit
-	$(BACKEND_OPS) -o FLASH_ATTN_EXT -p pqo
+	$(BACKEND_OPS) -o FLASH_ATTN_EXT -p 'pq[ot]'
 	TQGGUF_STOCK_LIB=$(STOCK)/cmake/bin $(BIN)/python -m pytest tests/native/test_stock_types.py
 
 conformance-fast: conformance-programs ## the same with a part of the attention cases, for CI
 	$(BUILD)/bin/conformance
 	$(BUILD)/bin/test-quantize-fns
-	$(BACKEND_OPS) -o SET_ROWS,GET_ROWS,CPY,MUL_MAT -p pqo
-	$(BACKEND_OPS) -o FLASH_ATTN_EXT -p 'hsk=(64|128),.*kv=(1|113|512),nb=(1|75),.*pqo'
+	$(BACKEND_OPS) -o SET_ROWS,GET_ROWS,CPY,MUL_MAT -p 'pq[ot]'
+	$(BACKEND_OPS) -o FLASH_ATTN_EXT -p 'hsk=(64|128),.*kv=(1|113|512),nb=(1|75),.*pq[ot]'
 
 conformance-neon: $(VENV)/ready ## the NEON kernels, cross-compiled and run by qemu-user
 	@if command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null; then \

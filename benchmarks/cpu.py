@@ -31,9 +31,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tqgguf._native import library
+from tqgguf.config import CACHE_TYPES
 
 RESULTS = Path(__file__).parent / "results"
-BLOCK_BYTES = {"pqo3": 14, "pqo4": 18}
+OURS = {name: kind for name, kind in CACHE_TYPES.items() if kind.ours}
 console = Console(stderr=True)
 
 
@@ -84,13 +85,15 @@ class Micro:
         self.native.check(self.lib.tq_encode(type_number, 0, self.pointer(x, "float *"), n, self.pointer(blocks)))
         return blocks
 
-    def blocks(self, name: str, number: int) -> Iterable[tuple[str, float]]:
+    def blocks(self, number: int) -> Iterable[tuple[str, float]]:
         """Seconds per block of encode (each mode), decode and dot, over 4,096 blocks (L2-resident)."""
         n = 4096 * 32
         x = self.random.standard_normal(n, dtype=np.float32)
         px, blocks = self.pointer(x, "float *"), self.encoded(number, n)
         pb = self.pointer(blocks)
         for mode, mode_name in enumerate(("search", "maxnorm", "l2norm")):
+            if self.lib.tq_codebook(number, mode, self.ffi.NULL, self.ffi.NULL) < 0:
+                continue
             yield (
                 f"encode {mode_name}",
                 _median_seconds(lambda mode=mode: self.lib.tq_encode(number, mode, px, n, pb), self.runs) / 4096,
@@ -130,20 +133,19 @@ class Micro:
         return _median_seconds(run, runs) / (2 * n_kv * n_head_kv * head_dim / 32)
 
     def steps(self) -> Iterable[Step]:
-        types = {"pqo3": self.lib.TQ_TYPE_PQO3, "pqo4": self.lib.TQ_TYPE_PQO4}
         kernels = [name for name, usable in self.native.kernels().items() if usable]
         shapes = [(128, group, 1, 4096) for group in (1, 2, 4, 8)]
         shapes += [(64, 2, 1, 4096), (256, 2, 1, 4096), (128, 2, 1, 16384), (128, 2, 512, 4096)]
         for kernel in kernels:
             self.native.force_kernel(kernel)
-            for name, number in types.items():
-                timings = list(self.blocks(name, number))
+            for name, kind in OURS.items():
+                timings = list(self.blocks(kind.number))
                 for dim, group, n_q, n_kv in shapes:
                     if kernel != "portable" or n_q == 1:
                         label = f"attention d{dim} gqa{group} {n_q}x{n_kv}"
-                        timings.append((label, self.attention(number, dim, group, n_q, n_kv)))
+                        timings.append((label, self.attention(kind.number, dim, group, n_q, n_kv)))
                 for step, seconds in timings:
-                    yield Step(kernel, name, step, round(seconds * 1e9, 2), round(BLOCK_BYTES[name] / seconds / 1e9, 3))
+                    yield Step(kernel, name, step, round(seconds * 1e9, 2), round(kind.bytes / seconds / 1e9, 3))
         self.native.force_kernel("auto")
 
 
@@ -237,7 +239,7 @@ def llama(
     both: bool,
 ) -> list[Speed]:
     """Runs every cache type in every test, round by round. Stock types run in the stock build, or in `both`."""
-    stock_types = [cache for cache in caches if cache not in BLOCK_BYTES] if stock is not None else []
+    stock_types = [cache for cache in caches if cache not in OURS] if stock is not None else []
     runs = [(cache, "patched", patched) for cache in caches if both or cache not in stock_types]
     runs += [(cache, "stock", stock) for cache in stock_types if stock is not None]
     base = ("f16", "stock" if stock is not None else "patched")

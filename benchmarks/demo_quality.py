@@ -26,7 +26,7 @@ import tqgguf
 from tqgguf import demo
 
 RESULTS = Path(__file__).parent / "results" / "demo_quality.json"
-TYPES = ("f16", "q8_0", "q4_0", "pqo4", "pqo3")
+TYPES = ("f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
 FIRST_SEED = 3_000_000
 RECALL_SIZES = ((16, 124), (64, 124), (140, 124), (140, 35), (280, 124), (280, 70))
 """Facts and names."""

@@ -18,10 +18,13 @@ def main(path: str, cache: str = "pqo3") -> None:
             break
         messages.append({"role": "user", "content": line})
         answer = ""
-        for chunk in model.create_chat_completion(messages, temperature=0.7, max_tokens=256, stream=True):
-            piece = chunk["choices"][0]["delta"].get("content") or ""
-            answer += piece
-            print(piece, end="", flush=True)
+        try:
+            for chunk in model.create_chat_completion(messages, temperature=0.7, max_tokens=256, stream=True):
+                piece = chunk["choices"][0]["delta"].get("content") or ""
+                answer += piece
+                print(piece, end="", flush=True)
+        except ValueError as error:  # the conversation no longer fits the context
+            sys.exit(str(error))
         print()
         messages.append({"role": "assistant", "content": answer})
 

@@ -105,7 +105,7 @@ def write_gguf(
     """
     partial = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(str(partial), "llama")
-    writer.add_name("tqgguf demo")
+    writer.add_name(demo.MODEL_NAME)
     writer.add_description("Answers capital-city questions and recalls facts given in its prompt.")
     writer.add_license("mit")
     writer.add_languages(["en"])

@@ -79,15 +79,19 @@ def write_model(
     n_layer: int = 2,
     n_ctx: int = 2048,
     seed: int = 0,
+    arch: str = "llama",
 ) -> Path:
-    """Writes a llama model with random f32 weights and a byte vocabulary: its words are noise, its shapes are real."""
+    """Writes a model with random f32 weights and a byte vocabulary: its words are noise, its shapes are real.
+
+    arch may also be "refact" (ALiBi) or "gemma2" (softcap; windows of 48 tokens in every other layer).
+    """
     import gguf
 
     n_embd, n_ff = 64, 96
     tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{i:02X}>".encode() for i in range(256)), "\u2581".encode()]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     kinds += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL]
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_name("random")
     writer.add_context_length(n_ctx)
     writer.add_embedding_length(n_embd)
@@ -99,6 +103,9 @@ def write_model(
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
+    if arch == "gemma2":
+        writer.add_sliding_window(48)
+        writer.add_attn_logit_softcapping(2.0)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
@@ -123,8 +130,12 @@ def write_model(
         tensor(f"blk.{i}.ffn_gate.weight", n_ff, n_embd)
         tensor(f"blk.{i}.ffn_up.weight", n_ff, n_embd)
         tensor(f"blk.{i}.ffn_down.weight", n_embd, n_ff)
+        if arch == "gemma2":
+            tensor(f"blk.{i}.post_attention_norm.weight", n_embd)
+            tensor(f"blk.{i}.post_ffw_norm.weight", n_embd)
     tensor("output_norm.weight", n_embd)
-    tensor("output.weight", len(tokens), n_embd)
+    if arch != "gemma2":  # whose output is its embedding
+        tensor("output.weight", len(tokens), n_embd)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -134,11 +145,11 @@ def write_model(
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Path of a random llama model of the given shape; the same shape is written once."""
+    """Path of a random model of the given shape; the same shape is written once."""
     directory = tmp_path_factory.mktemp("models")
     written: dict[tuple[Any, ...], Path] = {}
 
-    def model(**shape: int) -> Path:
+    def model(**shape: Any) -> Path:
         key = tuple(sorted(shape.items()))
         if key not in written:
             written[key] = write_model(directory / f"random-{len(written)}.gguf", **shape)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .cache import PqoCache
     from .codec import dequantize, quantize
     from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
+    from .diagnostics.compare import Comparison, Divergence, TypeQuality, compare
+    from .diagnostics.recall import Recall, RecallScore, recall
     from .errors import (
         ArgumentError,
         CacheClosedError,
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
         ModelFileError,
         ModelNotFoundError,
         OutOfMemoryError,
+        PolicyError,
+        TextError,
         TqggufError,
         UnsupportedError,
     )
     from .gguf_info import ModelInfo, read_model_info
     from .model import CacheInfo, LayerCacheInfo, Llama
+    from .policy import CachePolicy, read_policy
 
 _HOME = {
     "Llama": "model",
@@ -44,7 +49,16 @@ _HOME = {
     "quantize": "codec",
     "dequantize": "codec",
     "ModelInfo": "gguf_info",
+    "CachePolicy": "policy",
+    "read_policy": "policy",
     "read_model_info": "gguf_info",
+    "Comparison": "diagnostics.compare",
+    "Divergence": "diagnostics.compare",
+    "TypeQuality": "diagnostics.compare",
+    "compare": "diagnostics.compare",
+    "Recall": "diagnostics.recall",
+    "RecallScore": "diagnostics.recall",
+    "recall": "diagnostics.recall",
     "ArgumentError": "errors",
     "CacheClosedError": "errors",
     "CacheTypeError": "errors",
@@ -52,6 +66,8 @@ _HOME = {
     "ModelFileError": "errors",
     "ModelNotFoundError": "errors",
     "OutOfMemoryError": "errors",
+    "PolicyError": "errors",
+    "TextError": "errors",
     "TqggufError": "errors",
     "UnsupportedError": "errors",
 }
@@ -62,8 +78,11 @@ __all__ = [
     "CacheClosedError",
     "CacheConfig",
     "CacheInfo",
+    "CachePolicy",
     "CacheType",
     "CacheTypeError",
+    "Comparison",
+    "Divergence",
     "LayerCacheInfo",
     "LibraryError",
     "Llama",
@@ -71,14 +90,22 @@ __all__ = [
     "ModelInfo",
     "ModelNotFoundError",
     "OutOfMemoryError",
+    "PolicyError",
     "PqoCache",
+    "Recall",
+    "RecallScore",
+    "TextError",
     "TqggufError",
+    "TypeQuality",
     "UnsupportedError",
     "__version__",
+    "compare",
     "dequantize",
     "parse_cache",
     "quantize",
     "read_model_info",
+    "read_policy",
+    "recall",
     "reference",
 ]
 

@@ -247,5 +247,7 @@ def _integer(value: Any, name: str) -> int:
 def _scale(value: Any) -> float:
     try:
         return float(value)
+    except OverflowError:
+        raise ArgumentError("scale is beyond the range of a double; it must be finite") from None
     except (TypeError, ValueError):
         raise ArgumentError(f"scale must be a number, not {value.__class__.__name__}") from None

@@ -1,4 +1,4 @@
-"""PQO blocks from and to NumPy arrays, through libtqgguf."""
+"""Blocks of our types from and to NumPy arrays, through libtqgguf."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from .errors import ArgumentError
 
 __all__ = ["dequantize", "quantize"]
 
-_PQO = tuple(t for t in CACHE_TYPES if t.startswith("pqo"))
+_OURS = tuple(sorted(name for name, kind in CACHE_TYPES.items() if kind.ours))
 
 
 def quantize(x: npt.NDArray[np.floating[Any]], type: str, mode: str = "search") -> npt.NDArray[np.uint8]:
-    """Encodes values into PQO blocks along the last axis.
+    """Encodes values into blocks along the last axis.
 
     NaN encodes as 0 and magnitudes above 65504, infinities too, as +-65504. The bytes are the same on every machine
     and equal those of `reference.encode`.
 
     Args:
         x: (..., n) float32 or float16, n a multiple of 32.
-        type: "pqo3" (14 bytes per 32 values) or "pqo4" (18 bytes).
-        mode: how block scales are found: "search", "maxnorm" or "l2norm". The bytes do not tell it: a reader must know.
+        type: "pqo3" or "pqt3" (14 bytes per 32 values), "pqo4" or "pqt4" (18 bytes).
+        mode: how block scales are found: "search", and for "pqo3" and "pqo4" also "maxnorm" or "l2norm". The bytes do
+            not tell it: a reader must know.
 
     Returns:
         (..., n / 32 * block bytes) uint8.
 
     Raises:
-        ArgumentError: unknown type or mode, another dtype, or n is no multiple of 32.
+        ArgumentError: unknown type or mode, a mode the type does not have, another dtype, or n is no multiple of 32.
         LibraryError: libtqgguf is missing or of another version.
     """
     kind, mode_number = _codec(type, mode)
@@ -53,20 +54,21 @@ def quantize(x: npt.NDArray[np.floating[Any]], type: str, mode: str = "search") 
 
 
 def dequantize(b: npt.NDArray[np.uint8], type: str, mode: str = "search") -> npt.NDArray[np.float32]:
-    """Decodes PQO blocks along the last axis.
+    """Decodes blocks along the last axis.
 
     Any bytes are valid; a scale that is NaN or infinite decodes as 0.
 
     Args:
         b: (..., n_blocks * block bytes) uint8, as `quantize` returns it.
-        type: "pqo3" or "pqo4".
+        type: "pqo3", "pqo4", "pqt3" or "pqt4".
         mode: the mode the blocks were encoded in.
 
     Returns:
         (..., n_blocks * 32) float32.
 
     Raises:
-        ArgumentError: unknown type or mode, another dtype, or the last axis does not hold whole blocks.
+        ArgumentError: unknown type or mode, a mode the type does not have, another dtype, or the last axis does not
+            hold whole blocks.
         LibraryError: libtqgguf is missing or of another version.
     """
     kind, mode_number = _codec(type, mode)
@@ -103,8 +105,8 @@ def as_float32(x: object, name: str) -> npt.NDArray[np.float32]:
 
 
 def _codec(type: str, mode: str) -> tuple[CacheType, int]:
-    if type not in _PQO:
-        raise ArgumentError(f"unknown PQO type {type!r}; valid types are {', '.join(sorted(_PQO))}")
+    if type not in _OURS:
+        raise ArgumentError(f"unknown type {type!r}; valid types are {', '.join(_OURS)}")
     if mode not in MODES:
         raise ArgumentError(f"unknown mode {mode!r}; valid modes are {', '.join(MODES)}")
     return CACHE_TYPES[type], MODES.index(mode)

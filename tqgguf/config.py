@@ -8,7 +8,17 @@ from typing import Any, Final, Literal
 
 from .errors import ArgumentError
 
-__all__ = ["CACHE_TYPES", "MODES", "CacheConfig", "CacheSpec", "CacheType", "Mode", "cache_type", "parse_cache"]
+__all__ = [
+    "CACHE_TYPES",
+    "MEASURED_TYPES",
+    "MODES",
+    "CacheConfig",
+    "CacheSpec",
+    "CacheType",
+    "Mode",
+    "cache_type",
+    "parse_cache",
+]
 
 Mode = Literal["search", "maxnorm", "l2norm"]
 MODES: Final[tuple[Mode, ...]] = ("search", "maxnorm", "l2norm")
@@ -23,7 +33,7 @@ class CacheType:
 
     Attributes:
         name: as written everywhere, "pqo3" or "q8_0".
-        number: ggml's number of the type; the PQO ones are registered by our patch series and never change.
+        number: ggml's number of the type; ours are registered by our patch series and never change.
         block: values per block; head_dim must be a multiple of it.
         bytes: bytes per block.
     """
@@ -44,9 +54,9 @@ class CacheType:
         return self.block > 1
 
     @property
-    def pqo(self) -> bool:
+    def ours(self) -> bool:
         """Whether this is a type of tqgguf, which stock llama.cpp does not know."""
-        return self.name.startswith("pqo")
+        return self.name.startswith(("pqo", "pqt"))
 
     def row_bytes(self, n: int) -> int:
         """Bytes of n values.
@@ -71,11 +81,16 @@ CACHE_TYPES: Final[dict[str, CacheType]] = {
         CacheType("q4_1", 3, 32, 20),
         CacheType("q4_0", 2, 32, 18),
         CacheType("iq4_nl", 20, 32, 18),
+        CacheType("pqt4", 303, 32, 18),
         CacheType("pqo4", 301, 32, 18),
+        CacheType("pqt3", 302, 32, 14),
         CacheType("pqo3", 300, 32, 14),
     )
 }
 """Every type a KV cache may have, by name."""
+
+MEASURED_TYPES: Final = ("f16", "q8_0", "q5_0", "q4_0", "iq4_nl", "pqo4", "pqt4", "pqo3", "pqt3")
+"""What `compare` and `recall` measure unless told otherwise; the first is the reference."""
 
 
 def cache_type(name: Any) -> CacheType:
@@ -104,6 +119,11 @@ def parse_cache(spec: CacheSpec) -> tuple[CacheType, CacheType]:
     raise ArgumentError(f"cache must be a type name or a pair (K type, V type), not {spec!r}")
 
 
+MAX_HEAD_DIM: Final = 16384
+MAX_HEADS: Final = 16384
+"""As TQ_MAX_HEAD_DIM and TQ_MAX_HEADS in tqgguf.h."""
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """Shape and codec of a `PqoCache`.
@@ -126,7 +146,6 @@ class CacheConfig:
     mode: Mode = "search"
 
     def __post_init__(self) -> None:
-        limit = 2**31 - 1
         for name in ("bits", "head_dim", "n_head_kv", "n_layer"):
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -134,11 +153,13 @@ class CacheConfig:
             object.__setattr__(self, name, value.__index__())
         if self.bits not in (3, 4):
             raise ArgumentError(f"bits is {self.bits}, must be 3 or 4")
-        if not 0 < self.head_dim <= limit or self.head_dim % 32:
-            raise ArgumentError(f"head_dim is {self.head_dim}, must be a positive multiple of 32")
-        for name in ("n_head_kv", "n_layer"):
-            if not 0 < getattr(self, name) <= limit:
-                raise ArgumentError(f"{name} is {getattr(self, name)}, must be between 1 and {limit}")
+        if not 0 < self.head_dim <= MAX_HEAD_DIM or self.head_dim % 32:
+            raise ArgumentError(
+                f"head_dim is {self.head_dim}, must be a positive multiple of 32, at most {MAX_HEAD_DIM}"
+            )
+        for name, most in (("n_head_kv", MAX_HEADS), ("n_layer", 2**31 - 1)):
+            if not 0 < getattr(self, name) <= most:
+                raise ArgumentError(f"{name} is {getattr(self, name)}, must be between 1 and {most}")
         if self.mode not in MODES:
             raise ArgumentError(f"unknown mode {self.mode!r}; valid modes are {', '.join(MODES)}")
 

@@ -18,11 +18,13 @@ __all__ = [
     "CAPITALS",
     "CAPITAL_QUESTIONS",
     "CHAT_TEMPLATE",
+    "CHAT_TURN_TOKENS",
     "CODE_WORDS",
     "FACT_FORM",
     "FILLER_SENTENCES",
     "GREEDY_PROMPTS",
     "KINDS",
+    "MODEL_NAME",
     "MODEL_PATH",
     "NAMES",
     "RECALL_QUESTION",
@@ -32,6 +34,7 @@ __all__ = [
     "capital_answer",
     "capital_correct",
     "capital_question",
+    "chat_text",
     "recall_correct",
     "recall_prompt",
 ]
@@ -42,6 +45,9 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 MODEL_PATH: Final = Path(__file__).resolve().parent / "models" / "demo.gguf"
+
+MODEL_NAME: Final = "tqgguf demo"
+"""`general.name` of the file."""
 
 CHAT_TEMPLATE: Final = (
     "{{ bos_token }}{% for message in messages %}"
@@ -169,6 +175,10 @@ FILLER_SENTENCES: Final = (
 """Sentences that state nothing worth asking for; they lengthen a prompt without adding facts."""
 
 
+CHAT_TURN_TOKENS: Final = 32
+"""Tokens of the demo model in a question of `chat_text` and its answer."""
+
+
 class Message(TypedDict):
     """One chat turn, as `llama_cpp.Llama.create_chat_completion` takes it."""
 
@@ -273,6 +283,38 @@ def recall_prompt(
     for _ in range(n_filler):
         sentences.insert(rng.randint(0, len(sentences)), rng.choice(FILLER_SENTENCES))
     return RecallCase(seed, facts, drawn if asked is None else asked, " ".join(sentences))
+
+
+def chat_text(seed: int, n_turns: int, *, reach: int) -> str:
+    """Write one long conversation, as the chat template renders it but without its BOS token.
+
+    Every user turn states two new facts and asks for one of the last `reach` facts; the assistant answers rightly. Both
+    turns together are CHAT_TURN_TOKENS tokens. The same arguments give the same text on every machine.
+
+    Args:
+        seed: Chooses the facts and the questions.
+        n_turns: Pairs of a question and its answer.
+        reach: Facts a question may reach back, at least 1 and at most one for each pair of a kind and a name. A fact
+            is restated with a new code word when all those pairs have had their turn.
+
+    Raises:
+        ValueError: `reach` is out of its range.
+    """
+    subjects = [(kind, name) for name in NAMES for kind in KINDS]
+    if not 1 <= reach <= len(subjects):
+        raise ValueError(f"reach is {reach}, must be between 1 and {len(subjects)}")
+    rng = random.Random(seed)
+    rng.shuffle(subjects)
+    facts: list[Fact] = []
+    turns = []
+    for _ in range(n_turns):
+        for _ in range(2):
+            kind, name = subjects[len(facts) % len(subjects)]
+            facts.append(Fact(kind, name, rng.choice(CODE_WORDS)))
+        fact = rng.choice(facts[-reach:])
+        question = f"{facts[-2].sentence} {facts[-1].sentence} {fact.question}"
+        turns.append(f"<user>{question}<end><assistant>{fact.sentence}<end>")
+    return "".join(turns)
 
 
 def capital_correct(text: str, country: str) -> bool:

@@ -11,6 +11,7 @@ __all__ = [
     "ModelNotFoundError",
     "OutOfMemoryError",
     "PolicyError",
+    "TextError",
     "TqggufError",
     "UnsupportedError",
 ]
@@ -45,7 +46,7 @@ class PolicyError(TqggufError, ValueError):
 
 
 class CacheClosedError(TqggufError, ValueError):
-    """A `PqoCache` was used after `close()`."""
+    """A `PqoCache` or a `Llama` was used after `close()`."""
 
 
 class ModelFileError(TqggufError, ValueError):
@@ -54,3 +55,7 @@ class ModelFileError(TqggufError, ValueError):
 
 class ModelNotFoundError(ModelFileError, FileNotFoundError):
     """A model file does not exist or is no regular file."""
+
+
+class TextError(TqggufError, ValueError):
+    """A text to measure on is missing, empty, not UTF-8, or too short for the context."""

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
+import inspect
+import os
 import re
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ._native import import_llama_cpp
-from .config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
-from .errors import ArgumentError, CacheTypeError, OutOfMemoryError, TqggufError
+from .config import CACHE_TYPES, CacheType, parse_cache
+from .errors import (
+    ArgumentError,
+    CacheClosedError,
+    CacheTypeError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    TqggufError,
+)
 from .gguf_info import KVLayer, ModelInfo, read_model_info
+from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
 
-__all__ = ["CacheInfo", "LayerCacheInfo", "Llama"]
+__all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
 
 llama_cpp: Any = import_llama_cpp()
 _Stock: Any = llama_cpp.Llama
+
+_STOCK_OPTIONS: Final = frozenset(inspect.signature(_Stock.__init__).parameters) - {"self", "model_path", "kwargs"}
+_LIMITS: Final = {
+    "n_ctx": (0, 2**31 - 1),
+    "n_batch": (1, 2**31 - 1),
+    "n_ubatch": (1, 2**31 - 1),
+    "n_threads": (1, 512),
+    "n_threads_batch": (1, 512),
+    "seed": (0, 2**32 - 1),
+}
+"""Beyond these llama.cpp ends the process, or takes the number modulo 2^32."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +75,8 @@ class CacheInfo:
     """KV cache of a loaded model, in bytes.
 
     Attributes:
-        type_k: storage type of K.
-        type_v: storage type of V.
+        type_k: storage type of K; "mixed" where layers differ.
+        type_v: storage type of V; likewise.
         n_ctx: context length in tokens.
         cells_used: tokens in the cache.
         bytes_per_token: K and V of all layers together.
@@ -88,14 +111,17 @@ class Llama(_Stock):  # type: ignore[misc]
 
     Args:
         model_path: a GGUF file.
-        cache: type of the KV cache: "pqo3", "pqo4", or a stock type ("f16", "q8_0", ...); a pair for K and V apart.
-        flash_attn: None switches it on where the types need it. A quantized V, and every PQO type, needs it.
+        cache: type of the KV cache: "pqo3", "pqo4", "pqt3", "pqt4", or a stock type ("f16", "q8_0", ...); a pair for K
+            and V apart; or types by layer: `{"default": "pqo3", "layers": {"0-1": "q8_0", "-2:": "pqo4"}}`, a
+            `CachePolicy`, or the path of a policy file. A policy measured on another model gives a warning.
+        flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
     Raises:
-        ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given, or
-            `flash_attn=False` with types that need it.
-        ModelNotFoundError: no such file.
+        ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given,
+            `flash_attn=False` with types that need it, an option that the stock class does not have, or a number
+            that llama.cpp cannot take.
+        ModelNotFoundError: no such file, or no such file as `lora_path` names.
         ModelFileError: not GGUF, truncated, or without the keys its architecture requires.
         CacheTypeError: a head size is no multiple of the type's block (the message names layer and value), or llama.cpp
             did not use the types it was given.
@@ -108,29 +134,34 @@ class Llama(_Stock):  # type: ignore[misc]
         self,
         model_path: str | Path,
         *,
-        cache: CacheSpec = "pqo3",
+        cache: PolicySpec = "pqo3",
         flash_attn: bool | None = None,
         **kwargs: Any,
     ) -> None:
         # The stock destructor closes this stack, also when a check below has raised before the stock constructor ran.
         self._stack = contextlib.ExitStack()
+        self._closed = False
         for name in ("type_k", "type_v"):
             if kwargs.get(name) is not None:
                 raise ArgumentError(f"{name} is set by cache: give cache=(K type, V type) by name instead")
             kwargs.pop(name, None)
-        k, v = parse_cache(cache)
-        needs_flash = v.quantized or k.pqo
+        if not isinstance(model_path, (str, os.PathLike)):
+            raise ArgumentError(f"model_path must be a path, not {model_path!r}")
+        _check_options(kwargs)
+        if isinstance(cache, (str, tuple, list)) and not str(cache).endswith(".gguf"):
+            parse_cache(cache)  # a wrong name is told before the file is opened
+        self._info = read_model_info(model_path)
+        self._policy = policy = resolve(cache, self._info.n_layer)
+        needs_flash = _needs_flash(policy)
         if flash_attn is False and needs_flash:
             raise ArgumentError(
-                f"flash_attn=False cannot be combined with a K cache of {k.name} and a V cache of {v.name}: "
-                f"a quantized V, and every PQO type, needs flash attention"
+                f"flash_attn=False cannot be combined with {_words(policy)}: "
+                f"a quantized V, and every type of tqgguf, needs flash attention"
             )
-        self._info = read_model_info(model_path)
-        obstacle = None if kwargs.get("vocab_only") else self._info.obstacle(k, v)
-        if obstacle:
-            raise CacheTypeError(f"{self._info.path.name} cannot have a {_names(k, v)} KV cache: {obstacle}")
-        self._types = (k, v)
-        with _load_lock, _captured_log() as log:
+        if not kwargs.get("vocab_only"):
+            refuse_impossible(self._info, policy)
+        k, v = _base(policy, self._info)
+        with _load_lock, _captured_log() as log, applied(policy):
             try:
                 super().__init__(
                     str(model_path),
@@ -140,11 +171,11 @@ class Llama(_Stock):  # type: ignore[misc]
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
-                raise _load_error(error, log, self._info) from error
+                raise _load_error(str(error), log, self._info) from error
         self._buffers: list[_KVBuffer] = []
         if not kwargs.get("vocab_only"):
             try:
-                self._buffers = _verify(log, self._info, k, v)
+                self._buffers = _verify(log, self._info, policy)
             except CacheTypeError:
                 self.close()
                 raise
@@ -154,12 +185,57 @@ class Llama(_Stock):  # type: ignore[misc]
         """What the GGUF file says about the model's KV cache."""
         return self._info
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model's file brings a chat template."""
+        return "tokenizer.chat_template" in self.metadata
+
+    @property
+    def cache_policy(self) -> CachePolicy:
+        """The type of every layer's K and V."""
+        return self._policy
+
+    def add_context(self, cache: PolicySpec) -> Any:
+        """Makes a further context on the same weights, equal to the model's own but for the type of its KV cache.
+
+        Its cache is checked and verified as the model's own was.
+
+        Args:
+            cache: as for `Llama`.
+
+        Returns:
+            A `llama_context` pointer for llama_cpp's low-level functions. It belongs to the model, which frees it in
+            `close`.
+
+        Raises:
+            ArgumentError: unknown cache type.
+            CacheTypeError: the model cannot have this type, or llama.cpp did not use it.
+            OutOfMemoryError: no memory for the KV buffers.
+            TqggufError: llama.cpp could not make the context; the message carries its own errors.
+        """
+        policy = resolve(cache, self._info.n_layer)
+        refuse_impossible(self._info, policy)
+        params = type(self.context_params).from_buffer_copy(self.context_params)
+        params.type_k, params.type_v = (kind.number for kind in _base(policy, self._info))
+        if _needs_flash(policy):
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        with _load_lock, _captured_log() as log, applied(policy):
+            context = llama_cpp.llama_init_from_model(self.model, params)
+        if not context:
+            raise _load_error("no context", log, self._info)
+        self._stack.callback(llama_cpp.llama_free, context)
+        _verify(log, self._info, policy)
+        return context
+
     def cache_info(self) -> CacheInfo:
         """Types, bytes and cells of the KV cache, per layer and in all.
 
         The number of cells and the types are those llama.cpp reported when it allocated the cache.
+
+        Raises:
+            CacheClosedError: the model was closed.
         """
-        k, v = self._types
+        self._refuse_closed()
         f16 = CACHE_TYPES["f16"]
         used = self._cells_used()
         layers: list[LayerCacheInfo] = []
@@ -168,6 +244,7 @@ class Llama(_Stock):  # type: ignore[misc]
             if buffer is None:
                 continue
             cells = buffer.cells * buffer.n_stream
+            k, v = self._policy.types(layer.index)
             per_token = layer.bytes_per_token(k, v)
             layers.append(
                 LayerCacheInfo(
@@ -182,8 +259,8 @@ class Llama(_Stock):  # type: ignore[misc]
                 )
             )
         return CacheInfo(
-            type_k=k.name,
-            type_v=v.name,
+            type_k=_shared_name([layer.type_k for layer in layers] or self._policy.types_k),
+            type_v=_shared_name([layer.type_v for layer in layers] or self._policy.types_v),
             n_ctx=self.n_ctx(),
             cells_used=used,
             bytes_per_token=sum(layer.bytes_per_token for layer in layers),
@@ -196,19 +273,66 @@ class Llama(_Stock):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         del state["type_k"], state["type_v"]
-        state["cache"] = tuple(kind.name for kind in self._types)
+        same = self._policy.uniform
+        state["cache"] = tuple(kind.name for kind in same) if same else self._policy
         return state
 
     def reset(self) -> None:
-        """Forgets all tokens, and empties the KV cache at once (the stock method leaves that to the next prompt)."""
+        """Forgets all tokens, and empties the KV cache at once (the stock method leaves that to the next prompt).
+
+        Raises:
+            CacheClosedError: the model was closed.
+        """
+        self._refuse_closed()
         super().reset()
         memory = llama_cpp.llama_get_memory(self.ctx)
         if memory:
             llama_cpp.llama_memory_clear(memory, False)
 
+    def close(self) -> None:
+        """Frees weights and cache. A second call does nothing."""
+        self._closed = True
+        super().close()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise CacheClosedError(f"the model {self._info.path.name} was closed")
+
     def _cells_used(self) -> int:
         memory = llama_cpp.llama_get_memory(self.ctx)
         return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises ArgumentError for options that the stock class would swallow and numbers that llama.cpp cannot take."""
+    for name, value in options.items():
+        if name not in _STOCK_OPTIONS:
+            near = difflib.get_close_matches(name, [*sorted(_STOCK_OPTIONS), "cache"], n=1)
+            raise ArgumentError(f"Llama has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if name in _LIMITS and value is not None:
+            low, high = _LIMITS[name]
+            if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
+                raise ArgumentError(f"{name} is {value!r}, must be an integer between {low} and {high}")
+    lora = options.get("lora_path")
+    if lora is not None and not Path(lora).is_file():
+        raise ModelNotFoundError(f"lora_path {lora} does not exist or is no file")
+
+
+def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
+    """Raises CacheTypeError if the model cannot have such a cache; the message names layer and reason.
+
+    Warns if the policy was measured on another model.
+    """
+    same = policy.uniform
+    obstacle = info.obstacle(*same) if same else policy.obstacle(info)
+    if obstacle:
+        raise CacheTypeError(f"{info.path.name} cannot have {_words(policy)}: {obstacle}")
+    if policy.model_hash and policy.model_hash != model_hash(info.path):
+        warnings.warn(
+            f"this cache policy was measured on another model than {info.path.name}: "
+            f"its types and mean keys may not suit it",
+            stacklevel=3,
+        )
 
 
 # ---- What llama.cpp reports while it allocates its cache ----
@@ -264,8 +388,9 @@ def _captured_log() -> Iterator[list[tuple[int, str]]]:
         llama_cpp.llama_log_set(before, user_data)
 
 
-def _verify(log: list[tuple[int, str]], info: ModelInfo, k: CacheType, v: CacheType) -> list[_KVBuffer]:
+def _verify(log: list[tuple[int, str]], info: ModelInfo, policy: CachePolicy) -> list[_KVBuffer]:
     """The KV buffers llama.cpp reported; raises CacheTypeError unless they are what was asked for."""
+    k, v = _base(policy, info)
     buffers = [
         _KVBuffer(int(m["cells"]), int(m["layers"]), int(m["streams"]), m["k"], m["v"], m["k_mib"], m["v_mib"])
         for _, text in log
@@ -274,7 +399,7 @@ def _verify(log: list[tuple[int, str]], info: ModelInfo, k: CacheType, v: CacheT
     if not buffers:
         if info.layers:
             raise CacheTypeError(
-                f"llama.cpp reported no KV buffer for {info.path.name}: cannot verify that its cache is {_names(k, v)}"
+                f"llama.cpp reported no KV buffer for {info.path.name}: cannot verify that it has {_words(policy)}"
             )
         return buffers
     for buffer in buffers:
@@ -287,15 +412,15 @@ def _verify(log: list[tuple[int, str]], info: ModelInfo, k: CacheType, v: CacheT
     for buffer in buffers:
         mine = [layer for layer in info.layers if _buffer_of(layer, info, buffers) is buffer]
         cells = buffer.cells * buffer.n_stream
-        for side, kind, reported, values in (
-            ("K", k, buffer.k_mib, sum(layer.n_head_kv * layer.head_dim_k for layer in mine)),
-            ("V", v, buffer.v_mib, sum(layer.n_head_kv * layer.head_dim_v for layer in mine)),
+        for side, reported, per_token in (
+            ("K", buffer.k_mib, sum(policy.types(x.index)[0].row_bytes(x.n_head_kv * x.head_dim_k) for x in mine)),
+            ("V", buffer.v_mib, sum(policy.types(x.index)[1].row_bytes(x.n_head_kv * x.head_dim_v) for x in mine)),
         ):
-            expected = cells * kind.row_bytes(values)
+            expected = cells * per_token
             if abs(float(reported) - expected / 2**20) > 0.0051:
                 raise CacheTypeError(
                     f"the {side} cache of {buffer.cells} cells takes {reported} MiB, "
-                    f"but as {kind.name} it must take {expected} bytes: the type was not honoured"
+                    f"but of {_words(policy)} it must take {expected} bytes: the type was not honoured"
                 )
     return buffers
 
@@ -309,15 +434,33 @@ def _buffer_of(layer: KVLayer, info: ModelInfo, buffers: list[_KVBuffer]) -> _KV
     return None
 
 
-def _load_error(error: Exception, log: list[tuple[int, str]], info: ModelInfo) -> TqggufError:
+def _load_error(error: str, log: list[tuple[int, str]], info: ModelInfo) -> TqggufError:
     causes = [text.strip() for level, text in log if level in (_LOG_WARN, _LOG_ERROR) and text.strip()]
     errors = [text.strip() for level, text in log if level == _LOG_ERROR and text.strip()]
-    said = "; ".join((errors or causes)[-3:]) or str(error)
+    said = "; ".join(errors[-3:]) or error
     message = f"llama.cpp could not load {info.path}: {said}"
     if re.search(r"failed to allocate|out of memory|bad_alloc|unable to allocate", " ".join(causes), re.IGNORECASE):
         return OutOfMemoryError(message)
     return TqggufError(message)
 
 
-def _names(k: CacheType, v: CacheType) -> str:
-    return k.name if k == v else f"{k.name} (K) and {v.name} (V)"
+def _needs_flash(policy: CachePolicy) -> bool:
+    types = (policy.types(layer) for layer in range(policy.n_layer))
+    return any(k.ours or v.quantized for k, v in types)
+
+
+def _base(policy: CachePolicy, info: ModelInfo) -> tuple[CacheType, CacheType]:
+    """The types llama.cpp is asked for, and prints: those of the first layer that has a cache."""
+    return policy.types(info.layers[0].index if info.layers else 0)
+
+
+def _shared_name(names: Sequence[str]) -> str:
+    """The name that all layers share, or "mixed"."""
+    return names[0] if len(set(names)) == 1 else "mixed"
+
+
+def _words(policy: CachePolicy) -> str:
+    if policy.uniform is None:
+        return "a KV cache with this policy"
+    k, v = policy.uniform
+    return f"a {k.name} KV cache" if k == v else f"a {k.name} (K) and {v.name} (V) KV cache"

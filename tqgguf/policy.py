@@ -62,6 +62,12 @@ class CachePolicy:
                 raise PolicyError(f"a policy names the cache type {name!r}; valid types are {', '.join(CACHE_TYPES)}")
 
     @property
+    def uniform(self) -> tuple[CacheType, CacheType] | None:
+        """The types of K and V if all layers have the same and no keys are centred: what llama.cpp can do by itself."""
+        same = len(set(self.types_k)) == len(set(self.types_v)) == 1 and not self.k_means
+        return self.types(0) if same else None
+
+    @property
     def n_layer(self) -> int:
         """Layers it has types for."""
         return len(self.types_k)
@@ -251,7 +257,7 @@ class _LayerPolicy(ctypes.Structure):
 @contextlib.contextmanager
 def applied(policy: CachePolicy | None) -> Iterator[None]:
     """While it lasts, contexts that this thread makes follow the policy (native/ggml/tq_ggml_policy.h)."""
-    if policy is None:
+    if policy is None or policy.uniform:
         yield
         return
     from ._native import library_path
@@ -274,7 +280,11 @@ def applied(policy: CachePolicy | None) -> Iterator[None]:
         set_policy(None, 0)
 
 
-def resolve(cache: CacheSpec | Mapping[str, Any] | CachePolicy | Path, n_layer: int) -> CachePolicy:
+PolicySpec = CacheSpec | Mapping[str, Any] | CachePolicy | Path
+"""What `cache=` of `Llama` accepts: a type, a pair, ranges of layers, a policy, or the path of a policy file."""
+
+
+def resolve(cache: PolicySpec, n_layer: int) -> CachePolicy:
     """The policy that any form of `cache=` stands for, in a model of n_layer layers.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The readable NumPy oracle: what the PQO formats mean, step by step, independent of the C code.
+"""The readable NumPy oracle: what the formats mean, step by step, independent of the C code.
 
 A block is 32 consecutive values of one head. Functions that work on blocks take arrays of shape (n_blocks, 32) and
 work on all rows at once; the step names are those of the C sources (`signs`, `transform`, `codebook`, `search_scale`,
@@ -7,7 +7,8 @@ written here: that order is part of the format, because every implementation mus
 
 Sources: the formats follow PolarQuant Outlier of turboquant-rs (modes `maxnorm` and `l2norm` reproduce it); the
 orthonormal Walsh-Hadamard transform H32 stands for the random rotation of TurboQuant (Zandieh et al., ICLR 2026);
-`search` with its signed codebooks is this project's own encoder.
+`search` with its signed codebooks is this project's own encoder. The types pqt3 and pqt4 quantise a block along a path
+through a trellis (trellis-coded quantisation, Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990), a closed one.
 """
 
 from __future__ import annotations
@@ -24,39 +25,50 @@ from .errors import ArgumentError
 __all__ = [
     "BLOCK",
     "BLOCK_BYTES",
+    "CODECS",
     "MODES",
     "SEARCH_FACTORS",
     "SIGNS",
     "TYPES",
     "Codebook",
     "attention",
+    "closed_path",
     "codebook",
     "decode",
     "encode",
     "hadamard",
     "inverse_transform",
     "l2norm_levels",
+    "nearest_in_subsets",
     "pack",
+    "pack_trellis",
     "quantize_indices",
     "sanitize",
+    "search_path",
     "search_scale",
+    "subsets",
     "sum32",
     "transform",
     "unpack",
+    "unpack_trellis",
 ]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
 
 BLOCK: Final = 32
 """Values per block."""
 
-BLOCK_BYTES: Final = {"pqo3": 14, "pqo4": 18}
-"""Bytes per block: an f16 scale, then 32 packed indices of 3 or 4 bits."""
+BLOCK_BYTES: Final = {"pqo3": 14, "pqo4": 18, "pqt3": 14, "pqt4": 18}
+"""Bytes per block: an f16 scale, then 3 or 4 bits for each of 32 values."""
 
 TYPES: Final = tuple(BLOCK_BYTES)
 MODES: Final = ("search", "maxnorm", "l2norm")
+TRELLIS_TYPES: Final = ("pqt3", "pqt4")
+CODECS: Final = tuple((type, mode) for type in TYPES for mode in MODES if mode == "search" or type not in TRELLIS_TYPES)
+"""The pairs (type, mode) there are: the trellis types have no encoder but `search`."""
 
 F16_MAX: Final = np.float32(65504.0)
 AMAX_MIN: Final = np.float32(2.0**-24)
@@ -68,7 +80,12 @@ RSQRT_BLOCK: Final = np.float32(1.0 / np.sqrt(32.0))
 SIGNS: Final[F32] = np.array([1 if c == "+" else -1 for c in "+-++--+-++-+-+--+--++-+--+++--+-"], dtype=np.float32)
 """The fixed signs of the block transform, shape (32,)."""
 
-SEARCH_FACTORS: Final = {"pqo3": (0.82, 0.90, 1.00), "pqo4": (0.92, 0.97, 1.03)}
+SEARCH_FACTORS: Final = {
+    "pqo3": (0.82, 0.90, 1.00),
+    "pqo4": (0.92, 0.97, 1.03),
+    "pqt3": (0.78, 0.86, 0.94, 1.04),
+    "pqt4": (0.88, 0.93, 0.98, 1.04),
+}
 """Scale candidates of `search`, as multiples of the smallest scale that clips no value."""
 
 # Signed (asymmetric) codebooks, fitted to transformed Gaussian blocks whose scale is searched. A negative scale mirrors
@@ -78,6 +95,16 @@ _SEARCH_LEVELS: Final = {
     "pqo4": (
         *(-1.999333, -1.585588, -1.253617, -0.968201, -0.714014, -0.482657, -0.263340, -0.047417),
         *(0.170632, 0.395389, 0.630699, 0.882685, 1.161876, 1.486655, 1.906427, 2.503710),
+    ),
+}
+
+# The trellis types' levels, in units of 1/64: as small integers they can be looked up 16 or 32 at once. The rounding
+# costs less than 0.2 % in NMSE.
+_TRELLIS_LEVELS: Final = {
+    "pqt3": (-101, -75, -57, -44, -32, -22, -12, -3, 7, 16, 27, 38, 51, 66, 90, 127),
+    "pqt4": (
+        *(-104, -87, -74, -64, -56, -50, -43, -38, -33, -28, -23, -19, -14, -10, -5, -1),
+        *(3, 8, 12, 17, 22, 27, 33, 38, 44, 50, 57, 65, 75, 86, 100, 127),
     ),
 }
 
@@ -92,8 +119,9 @@ class Codebook:
     """The table that a block's indices refer to, ascending.
 
     Attributes:
-        levels: (n_levels,) float32; 8 levels for pqo3 and 16 for pqo4.
-        boundaries: (n_levels - 1,) float32; a value's index is the number of boundaries below it.
+        levels: (n_levels,) float32; 8 levels for pqo3, 16 for pqo4 and pqt3, 32 for pqt4.
+        boundaries: float32. pqo3 and pqo4: (n_levels - 1,); a value's index is the number of boundaries below it.
+            Trellis types: (n_levels - 4,); boundary j lies midway between levels j and j + 4, neighbours in a subset.
     """
 
     levels: F32
@@ -102,13 +130,16 @@ class Codebook:
 
 @cache
 def codebook(type: str, mode: str = "search") -> Codebook:
-    """The codebook of a type (`pqo3`, `pqo4`) in a mode (`search`, `maxnorm`, `l2norm`).
+    """The codebook of a type in a mode (`search`, `maxnorm`, `l2norm`).
 
     Raises:
-        ArgumentError: unknown type or mode.
+        ArgumentError: unknown type or mode, or the type does not have that mode.
     """
     _check(type, mode)
-    if mode == "search":
+    if type in TRELLIS_TYPES:
+        levels = np.array(_TRELLIS_LEVELS[type], dtype=np.float32) / np.float32(64.0)
+        boundaries = np.float32(0.5) * (levels[:-4] + levels[4:])
+    elif mode == "search":
         levels = np.array(_SEARCH_LEVELS[type], dtype=np.float32)
         boundaries = np.float32(0.5) * (levels[:-1] + levels[1:])
     elif mode == "l2norm":
@@ -200,6 +231,19 @@ def quantize_indices(t: F32, book: Codebook) -> U8:
     return np.searchsorted(book.boundaries, t, side="left").astype(np.uint8)
 
 
+def scale_candidates(y: F32, type: str) -> tuple[npt.NDArray[np.bool_], list[F32]]:
+    """Which blocks are zero, and the scales to try: positive and negative in turn, factor by factor."""
+    book = codebook(type, "search")
+    one = np.float32(1.0)
+    r_high, r_low = one / book.levels[-1], one / book.levels[0]
+    high, low = y.max(axis=-1), y.min(axis=-1)
+    zero = np.maximum(high, -low) < AMAX_MIN
+    base_p = np.where(zero, one, np.maximum(high * r_high, low * r_low))
+    base_n = np.where(zero, one, np.maximum(-low * r_high, -high * r_low))
+    factors = [np.float32(f) for f in SEARCH_FACTORS[type]]
+    return zero, [d for f in factors for d in (base_p * f, -(base_n * f))]
+
+
 def search_scale(y: F32, type: str) -> F32:
     """The scale of each transformed block, (n_blocks, 32) -> (n_blocks,), that minimises the squared error.
 
@@ -209,23 +253,16 @@ def search_scale(y: F32, type: str) -> F32:
     whose magnitudes are all below 2^-24 gets 0.
     """
     book = codebook(type, "search")
-    one = np.float32(1.0)
-    r_high, r_low = one / book.levels[-1], one / book.levels[0]
-    high, low = y.max(axis=-1), y.min(axis=-1)
-    zero = np.maximum(high, -low) < AMAX_MIN
-    base_p = np.where(zero, one, np.maximum(high * r_high, low * r_low))
-    base_n = np.where(zero, one, np.maximum(-low * r_high, -high * r_low))
+    zero, candidates = scale_candidates(y, type)
     best = np.full(y.shape[:-1], -1.0, dtype=np.float32)
     scale = np.zeros(y.shape[:-1], dtype=np.float32)
-    for factor in SEARCH_FACTORS[type]:
-        f = np.float32(factor)
-        for d in (base_p * f, -(base_n * f)):
-            v = book.levels[quantize_indices(y * (one / d)[..., None], book)]
-            yv, vv = sum32(y * v), sum32(v * v)
-            gain = (yv * yv) / vv
-            better = gain > best
-            best = np.where(better, gain, best)
-            scale = np.where(better, yv / vv, scale)
+    for d in candidates:
+        v = book.levels[quantize_indices(y * (np.float32(1.0) / d)[..., None], book)]
+        yv, vv = sum32(y * v), sum32(v * v)
+        gain = (yv * yv) / vv
+        better = gain > best
+        best = np.where(better, gain, best)
+        scale = np.where(better, yv / vv, scale)
     return np.where(zero, np.float32(0.0), scale)
 
 
@@ -251,6 +288,129 @@ def unpack(qs: U8, bits: int) -> U8:
     return indices.reshape(-1, BLOCK)
 
 
+# ---- The trellis of pqt3 and pqt4 ----
+#
+# The levels are dealt out to four subsets, level j to subset j % 4. A value's subset comes from a 32-bit word t that
+# all values share, its level within the subset from k - 1 bits e of its own: so each value has 2^(k+1) levels to be
+# near to, for k bits. Value i's subset depends on bits i, i - 1, i - 2 and i - 3 of t (modulo 32): a path through a
+# trellis whose states are three bits of t, and closed, since the first value follows on the last. Any word is a path.
+
+
+def _rotate(t: U32, n: int) -> U32:
+    rotated: U32 = t << np.uint32(n) | t >> np.uint32(32 - n)
+    return rotated
+
+
+def subsets(t: U32) -> U8:
+    """The subset, 0 to 3, of every value: (n_blocks,) words to (n_blocks, 32)."""
+    low = _rotate(t, 2)
+    high = t ^ _rotate(t, 1) ^ _rotate(t, 3)
+    bits = np.arange(BLOCK, dtype=np.uint32)
+    found: U8 = (2 * (high[:, None] >> bits & 1) + (low[:, None] >> bits & 1)).astype(np.uint8)
+    return found
+
+
+def nearest_in_subsets(x: F32, book: Codebook) -> tuple[U8, F32]:
+    """e of the level nearest to x in each subset, and that level, both (..., 4): the boundaries below x are counted."""
+    boundaries = book.boundaries.reshape(-1, 4)
+    e: U8 = (x[..., None, None] > boundaries).sum(axis=-2).astype(np.uint8)
+    return e, book.levels[4 * e + np.arange(4)]
+
+
+def closed_path(distances: F32) -> tuple[U32, F32]:
+    """The path t of the least distance, near enough, and that distance: (n_blocks, 32, 4) to (n_blocks,) twice.
+
+    distances[:, i, u] is what it costs to put value i into subset u. Viterbi's algorithm finds the best path out of a
+    given state, so a closed path takes eight runs, one for each state. Instead a first run, from value 16 around to
+    value 15 and free at both ends, tells in which state the best path is between values 31 and 0; a second run from
+    value 0 closes the path there. That costs 0.8 % in NMSE against all eight runs, for a quarter of the work.
+    """
+    n = len(distances)
+    state = np.arange(8)
+    bit, a, b = state >> 2, state >> 1 & 1, state & 1  # a state is (t[i], t[i - 1], t[i - 2])
+    # Two states lead to each: the last bit of the older one, t[i - 3], is 0 or 1.
+    before = [4 * a + 2 * b + c for c in (0, 1)]
+    subset = [2 * (bit ^ a ^ c) + b for c in (0, 1)]
+
+    def step(cost: F32, i: int) -> tuple[F32, npt.NDArray[np.intp]]:
+        zero, one = (cost[:, before[c]] + distances[:, i, subset[c]] for c in (0, 1))
+        return np.minimum(zero, one), np.where(one < zero, before[1], before[0])
+
+    cost = np.zeros((n, 8), dtype=np.float32)
+    cut = np.tile(state, (n, 1))
+    for i in range(16, 32):
+        cost, _ = step(cost, i)
+    for i in range(16):
+        cost, origin = step(cost, i)
+        cut = np.take_along_axis(cut, origin, axis=1)
+    rows = np.arange(n)
+    closing = cut[rows, cost.argmin(axis=1)]
+
+    cost = np.where(state == closing[:, None], np.float32(0.0), np.float32(1e30))
+    origins = []
+    for i in range(32):
+        cost, origin = step(cost, i)
+        origins.append(origin)
+    t = np.zeros(n, dtype=np.uint32)
+    at = closing
+    for i in reversed(range(32)):
+        t |= (at >> 2).astype(np.uint32) << np.uint32(i)
+        at = origins[i][rows, at]
+    return t, cost[rows, closing]
+
+
+def search_path(y: F32, type: str) -> tuple[F32, U32]:
+    """Scale and path of each transformed block, (n_blocks, 32) -> (n_blocks,) twice, for the least squared error.
+
+    The candidates are those of `search_scale`. Each has its best path and the squared error of that; the smallest
+    wins, the first one if several tie, and its scale is then fitted by least squares to the levels on its path.
+    """
+    book = codebook(type)
+    zero, candidates = scale_candidates(y, type)
+    best = np.full(len(y), np.inf, dtype=np.float32)
+    inverse = np.ones(len(y), dtype=np.float32)
+    t = np.zeros(len(y), dtype=np.uint32)
+    for d in candidates:
+        tried = np.float32(1.0) / d
+        x = y * tried[:, None]
+        _, levels = nearest_in_subsets(x, book)
+        difference = x[..., None] - levels
+        path, distance = closed_path(difference * difference)
+        error = distance * (d * d)
+        better = error < best
+        best = np.where(better, error, best)
+        inverse = np.where(better, tried, inverse)
+        t = np.where(better, path, t)
+    _, levels = nearest_in_subsets(y * inverse[:, None], book)
+    v = np.take_along_axis(levels, subsets(t)[..., None], axis=-1)[..., 0]
+    return np.where(zero, np.float32(0.0), sum32(y * v) / sum32(v * v)), t
+
+
+def pack_trellis(t: U32, e: U8, bits: int) -> U8:
+    """Packs (n_blocks,) words and (n_blocks, 32) e into (n_blocks, 4 * bits) bytes.
+
+    They are little-endian words: t; the two low bits of e[i] for even i, at bits i and i + 1; the same for odd i, at
+    bits i - 1 and i; for 4 bits also a word with bit 2 of e[i] at bit i. Shifting each word right by j brings values j,
+    8 + j, 16 + j and 24 + j into the same bits of its four bytes, which is how vector code reads them.
+    """
+    place = np.arange(0, BLOCK, 2, dtype=np.uint32)
+    low = (e & 3).astype(np.uint32)
+    words = [t, *(np.bitwise_or.reduce(low[:, odd::2] << place, axis=1) for odd in (0, 1))]
+    if bits == 4:
+        words.append(np.bitwise_or.reduce((e >> 2).astype(np.uint32) << np.arange(BLOCK, dtype=np.uint32), axis=1))
+    return np.stack(words, axis=1).astype("<u4").view(np.uint8)
+
+
+def unpack_trellis(data: U8, bits: int) -> U8:
+    """(n_blocks, 4 * bits) bytes to (n_blocks, 32) indices of levels, 4 e + subset."""
+    words = np.ascontiguousarray(data).view("<u4").astype(np.uint32)
+    i = np.arange(BLOCK)
+    e = words[:, 1 + i % 2] >> (i - i % 2).astype(np.uint32) & 3
+    if bits == 4:
+        e = e | (words[:, 3:] >> i.astype(np.uint32) & 1) << 2
+    return (4 * e + subsets(words[:, 0])).astype(np.uint8)
+
+
 # ---- Whole blocks ----
 
 
@@ -268,9 +428,14 @@ def encode(x: npt.ArrayLike, type: str, mode: str = "search") -> U8:
     if values.ndim == 0 or values.shape[-1] % BLOCK:
         raise ArgumentError(f"the last axis of x must be a multiple of {BLOCK} values, shape is {values.shape}")
     blocks = sanitize(values).reshape(-1, BLOCK)
+    path: U32 = np.zeros(len(blocks), dtype=np.uint32)
     if mode == "search":
         y = transform(blocks, mode)
-        d = np.clip(search_scale(y, type), -F16_MAX, F16_MAX).astype(np.float16)
+        if type in TRELLIS_TYPES:
+            scale, path = search_path(y, type)
+        else:
+            scale = search_scale(y, type)
+        d = np.clip(scale, -F16_MAX, F16_MAX).astype(np.float16)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             t = y * (np.float32(1.0) / d.astype(np.float32))[:, None]
     elif mode == "maxnorm":
@@ -283,8 +448,11 @@ def encode(x: npt.ArrayLike, type: str, mode: str = "search") -> U8:
         unit = (blocks / scale[:, None]).astype(np.float32)
         t = transform(unit, mode)
         d = np.minimum(scale, F16_MAX).astype(np.float16)
-    bits = 3 if type == "pqo3" else 4
-    qs = pack(quantize_indices(t, book), bits)
+    if type in TRELLIS_TYPES:
+        e, _ = nearest_in_subsets(t, book)
+        qs = pack_trellis(path, np.take_along_axis(e, subsets(path)[..., None], axis=-1)[..., 0], _bits(type))
+    else:
+        qs = pack(quantize_indices(t, book), _bits(type))
     zero = d == 0
     qs[zero] = 0
     d = np.where(zero, np.float16(0.0), d)
@@ -308,7 +476,8 @@ def decode(blocks: npt.ArrayLike, type: str, mode: str = "search") -> F32:
     rows = np.ascontiguousarray(data.reshape(-1, size))
     d = np.ascontiguousarray(rows[:, :2]).view("<f2").astype(np.float32)
     d = np.where(np.isfinite(d), d, np.float32(0.0))
-    y = d * book.levels[unpack(rows[:, 2:], 3 if type == "pqo3" else 4)]
+    indices = (unpack_trellis if type in TRELLIS_TYPES else unpack)(rows[:, 2:], _bits(type))
+    y = d * book.levels[indices]
     return inverse_transform(y, mode).reshape(*data.shape[:-1], data.shape[-1] // size * BLOCK)
 
 
@@ -376,8 +545,14 @@ def attention(
     return out
 
 
+def _bits(type: str) -> int:
+    return 3 if type in ("pqo3", "pqt3") else 4
+
+
 def _check(type: Any, mode: Any) -> None:
     if type not in TYPES:
-        raise ArgumentError(f"unknown PQO type {type!r}; valid types are {', '.join(TYPES)}")
+        raise ArgumentError(f"unknown type {type!r}; valid types are {', '.join(TYPES)}")
     if mode not in MODES:
         raise ArgumentError(f"unknown mode {mode!r}; valid modes are {', '.join(MODES)}")
+    if (type, mode) not in CODECS:
+        raise ArgumentError(f"{type} has no mode {mode!r}; its only mode is search")

@@ -22,21 +22,24 @@ struct ggml_compute_params;
 #define TQ_GGML_BLOCK      32 /* values per block */
 #define TQ_GGML_PQO3_BYTES 14
 #define TQ_GGML_PQO4_BYTES 18
+#define TQ_GGML_PQT3_BYTES 14
+#define TQ_GGML_PQT4_BYTES 18
 
-static inline bool tq_ggml_is_pqo(enum ggml_type type) {
-    return type == GGML_TYPE_PQO3 || type == GGML_TYPE_PQO4;
+/* The types of tqgguf are neighbours. */
+static inline bool tq_ggml_is_ours(enum ggml_type type) {
+    return type >= GGML_TYPE_PQO3 && type <= GGML_TYPE_PQT4;
 }
 
 /* Whether llama.cpp may rotate K and V of this type by a Hadamard matrix before they are stored. Stock quantized types gain
- * from it. The PQO types rotate each block themselves, and a second Hadamard matrix would undo most of the first. */
+ * from it. Our types rotate each block themselves, and a second Hadamard matrix would undo most of the first. */
 static inline bool tq_ggml_wants_rotation(enum ggml_type type) {
-    return ggml_is_quantized(type) && !tq_ggml_is_pqo(type);
+    return ggml_is_quantized(type) && !tq_ggml_is_ours(type);
 }
 
 /* How many values of each head a context shift has to load, turn and store again. Upstream takes the n_rot values that RoPE
  * turns, which need not be whole blocks; RoPE itself leaves the values beyond n_rot alone. */
 static inline int64_t tq_ggml_shift_width(enum ggml_type type, int64_t n_rot) {
-    return tq_ggml_is_pqo(type) ? GGML_PAD(n_rot, TQ_GGML_BLOCK) : n_rot;
+    return tq_ggml_is_ours(type) ? GGML_PAD(n_rot, TQ_GGML_BLOCK) : n_rot;
 }
 
 /* ---- libggml-base: the rows of ggml's table of types, and two of its switches over types ---- */
@@ -49,8 +52,12 @@ static inline int64_t tq_ggml_shift_width(enum ggml_type type, int64_t n_rot) {
 
 void   tq_ggml_to_float_pqo3(const void * blocks, float * x, int64_t n);
 void   tq_ggml_to_float_pqo4(const void * blocks, float * x, int64_t n);
+void   tq_ggml_to_float_pqt3(const void * blocks, float * x, int64_t n);
+void   tq_ggml_to_float_pqt4(const void * blocks, float * x, int64_t n);
 void   tq_ggml_from_float_pqo3(const float * x, void * blocks, int64_t n);
 void   tq_ggml_from_float_pqo4(const float * x, void * blocks, int64_t n);
+void   tq_ggml_from_float_pqt3(const float * x, void * blocks, int64_t n);
+void   tq_ggml_from_float_pqt4(const float * x, void * blocks, int64_t n);
 /* Encodes n values and returns the number of bytes written. */
 size_t tq_ggml_quantize(enum ggml_type type, const float * x, void * blocks, int64_t n);
 /* False, with a line on stderr, if a block's scale is NaN or infinite: the encoder never writes that. */
@@ -66,9 +73,13 @@ bool   tq_ggml_validate(enum ggml_type type, const void * blocks, size_t n_block
 
 void tq_ggml_cpu_from_float_pqo3(const float * x, void * blocks, int64_t n);
 void tq_ggml_cpu_from_float_pqo4(const float * x, void * blocks, int64_t n);
+void tq_ggml_cpu_from_float_pqt3(const float * x, void * blocks, int64_t n);
+void tq_ggml_cpu_from_float_pqt4(const float * x, void * blocks, int64_t n);
 /* s = <blocks, y>, y: f32 (n). The strides are unused: one row at a time (nrc = 1). */
 void tq_ggml_cpu_vec_dot_pqo3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc);
 void tq_ggml_cpu_vec_dot_pqo4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc);
+void tq_ggml_cpu_vec_dot_pqt3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc);
+void tq_ggml_cpu_vec_dot_pqt4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc);
 
 /* Each operator is a pair: does it take this node, and compute it (called by every thread). Under use_ref upstream's own
  * loops run instead, over to_float, from_float and vec_dot above: test-backend-ops compares the two. */
@@ -77,11 +88,11 @@ void tq_ggml_cpu_vec_dot_pqo4(int n, float * s, size_t bs, const void * blocks, 
 bool tq_ggml_set_rows_used(const struct ggml_tensor * dst);
 void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
-/* DUP and CPY between a PQO type and f32, f16, bf16 or the other PQO type, for any strides on both sides. */
+/* DUP and CPY between a type of ours and f32, f16, bf16 or another one of ours, for any strides on both sides. */
 bool tq_ggml_dup_used(const struct ggml_tensor * dst);
 void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
-/* FLASH_ATTN_EXT with a PQO type on at least one side; the other may be any type that has to_float. */
+/* FLASH_ATTN_EXT with a type of ours on at least one side; the other may be any type that has to_float. */
 bool   tq_ggml_flash_attn_ext_used(const struct ggml_tensor * dst);
 void   tq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 /* Bytes of work buffer for n_tasks threads; 0 if the node is not ours. */

@@ -1,4 +1,4 @@
-/* tq_ggml_cpu.c: the PQO types on ggml's CPU backend (libggml-cpu): row functions and the operators SET_ROWS, DUP/CPY and
+/* tq_ggml_cpu.c: our types on ggml's CPU backend (libggml-cpu): row functions and the operators SET_ROWS, DUP/CPY and
  * FLASH_ATTN_EXT, all of them a translation of ggml's tensors and threads into calls of libtqgguf. */
 #include "tq_ggml.h"
 
@@ -28,29 +28,23 @@ static void decode(enum ggml_type type, const void * blocks, float * x, int64_t 
 
 /* ---- Rows ---- */
 
-void tq_ggml_cpu_from_float_pqo3(const float * x, void * blocks, int64_t n) {
-    encode(GGML_TYPE_PQO3, x, blocks, n);
-}
+#define ROW_FUNCTIONS(name, type)                                                                                         \
+    void tq_ggml_cpu_from_float_##name(const float * x, void * blocks, int64_t n) {                                       \
+        encode(type, x, blocks, n);                                                                                       \
+    }                                                                                                                     \
+    void tq_ggml_cpu_vec_dot_##name(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y,          \
+                                    size_t by, int nrc) {                                                                 \
+        GGML_ASSERT(nrc == 1 && n % TQ_GGML_BLOCK == 0);                                                                  \
+        GGML_UNUSED(bs);                                                                                                  \
+        GGML_UNUSED(bx);                                                                                                  \
+        GGML_UNUSED(by);                                                                                                  \
+        *s = tq_dot((int) type, TQ_MODE_SEARCH, blocks, (const float *) y, n);                                            \
+    }
 
-void tq_ggml_cpu_from_float_pqo4(const float * x, void * blocks, int64_t n) {
-    encode(GGML_TYPE_PQO4, x, blocks, n);
-}
-
-void tq_ggml_cpu_vec_dot_pqo3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc) {
-    GGML_ASSERT(nrc == 1 && n % TQ_GGML_BLOCK == 0);
-    GGML_UNUSED(bs);
-    GGML_UNUSED(bx);
-    GGML_UNUSED(by);
-    *s = tq_dot(TQ_TYPE_PQO3, TQ_MODE_SEARCH, blocks, (const float *) y, n);
-}
-
-void tq_ggml_cpu_vec_dot_pqo4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc) {
-    GGML_ASSERT(nrc == 1 && n % TQ_GGML_BLOCK == 0);
-    GGML_UNUSED(bs);
-    GGML_UNUSED(bx);
-    GGML_UNUSED(by);
-    *s = tq_dot(TQ_TYPE_PQO4, TQ_MODE_SEARCH, blocks, (const float *) y, n);
-}
+ROW_FUNCTIONS(pqo3, GGML_TYPE_PQO3)
+ROW_FUNCTIONS(pqo4, GGML_TYPE_PQO4)
+ROW_FUNCTIONS(pqt3, GGML_TYPE_PQT3)
+ROW_FUNCTIONS(pqt4, GGML_TYPE_PQT4)
 
 /* ---- Tensors as a sequence of blocks ---- */
 
@@ -64,7 +58,7 @@ static void share(const struct ggml_compute_params * params, int64_t n, int64_t 
     *end   = n * (params->ith + 1) / params->nth;
 }
 
-/* Address of the element with flat index i, in ggml's order of dimensions. For a PQO type i must be a block's first. */
+/* Address of the element with flat index i, in ggml's order of dimensions. For a type of ours i must be a block's first. */
 static char * element(const struct ggml_tensor * t, int64_t i) {
     const int64_t i0 = i % t->ne[0];
     const int64_t i1 = i / t->ne[0] % t->ne[1];
@@ -113,7 +107,7 @@ static void store(const struct ggml_tensor * t, int64_t i, int64_t n, const floa
 /* ---- SET_ROWS ---- */
 
 bool tq_ggml_set_rows_used(const struct ggml_tensor * dst) {
-    return tq_ggml_is_pqo(dst->type);
+    return tq_ggml_is_ours(dst->type);
 }
 
 /* src0: (n_values, n_rows, ne2, ne3) values, src1: (n_rows, ne2 / r2, ne3 / r3) row numbers in dst */
@@ -165,8 +159,8 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
 bool tq_ggml_dup_used(const struct ggml_tensor * dst) {
     const enum ggml_type from = dst->src[0]->type;
     const enum ggml_type to   = dst->type;
-    return from != to && (tq_ggml_is_pqo(from) || tq_ggml_is_pqo(to))
-        && (tq_ggml_is_pqo(from) || is_float(from)) && (tq_ggml_is_pqo(to) || is_float(to));
+    return from != to && (tq_ggml_is_ours(from) || tq_ggml_is_ours(to))
+        && (tq_ggml_is_ours(from) || is_float(from)) && (tq_ggml_is_ours(to) || is_float(to));
 }
 
 void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
@@ -190,7 +184,7 @@ void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor *
 /* ---- FLASH_ATTN_EXT ---- */
 
 bool tq_ggml_flash_attn_ext_used(const struct ggml_tensor * dst) {
-    return tq_ggml_is_pqo(dst->src[1]->type) || tq_ggml_is_pqo(dst->src[2]->type);
+    return tq_ggml_is_ours(dst->src[1]->type) || tq_ggml_is_ours(dst->src[2]->type);
 }
 
 static struct tq_attn_operand operand(const struct ggml_tensor * t) {
@@ -205,7 +199,7 @@ static struct tq_attn_operand operand(const struct ggml_tensor * t) {
         .stride_head   = t->nb[2],
         .stride_stream = t->nb[3],
     };
-    if (!tq_ggml_is_pqo(t->type) && t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) {
+    if (!tq_ggml_is_ours(t->type) && t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) {
         o.decoder = ggml_get_type_traits(t->type)->to_float;
         GGML_ASSERT(o.decoder && "flash attention: a K or V type without to_float");
     }

@@ -28,7 +28,7 @@ enum ggml_type tq_ggml_policy_type_v(enum ggml_type type, uint32_t il) {
 bool tq_ggml_policy_rotates_k(enum ggml_type type) {
     bool gains = n_policy == 0 && tq_ggml_wants_rotation(type);
     for (int32_t il = 0; il < n_policy; il++) {
-        if (tq_ggml_is_pqo((enum ggml_type) policy[il].type_k) || policy[il].k_mean) {
+        if (tq_ggml_is_ours((enum ggml_type) policy[il].type_k) || policy[il].k_mean) {
             return false;
         }
         gains |= tq_ggml_wants_rotation((enum ggml_type) policy[il].type_k);
@@ -39,7 +39,7 @@ bool tq_ggml_policy_rotates_k(enum ggml_type type) {
 bool tq_ggml_policy_rotates_v(enum ggml_type type) {
     bool gains = n_policy == 0 && tq_ggml_wants_rotation(type);
     for (int32_t il = 0; il < n_policy; il++) {
-        if (tq_ggml_is_pqo((enum ggml_type) policy[il].type_v)) {
+        if (tq_ggml_is_ours((enum ggml_type) policy[il].type_v)) {
             return false;
         }
         gains |= tq_ggml_wants_rotation((enum ggml_type) policy[il].type_v);

@@ -26,7 +26,7 @@ enum ggml_type tq_ggml_policy_type_k(enum ggml_type type, uint32_t il);
 enum ggml_type tq_ggml_policy_type_v(enum ggml_type type, uint32_t il);
 
 /* Whether the graph may rotate K or V by its Hadamard matrix, which it does in all layers or in none: if a layer gains from it,
- * none holds a PQO type and no keys are centred (the means are those of keys that are not rotated). */
+ * none holds a type of ours and no keys are centred (the means are those of keys that are not rotated). */
 bool tq_ggml_policy_rotates_k(enum ggml_type type);
 bool tq_ggml_policy_rotates_v(enum ggml_type type);
 

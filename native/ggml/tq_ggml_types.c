@@ -1,4 +1,4 @@
-/* tq_ggml_types.c: the PQO types in ggml's table of types (libggml-base). ggml passes only whole blocks and valid
+/* tq_ggml_types.c: our types in ggml's table of types (libggml-base). ggml passes only whole blocks and valid
  * pointers here, so that an error from libtqgguf is a bug and ends the process with its message. */
 #include "tq_ggml.h"
 
@@ -11,6 +11,8 @@
 static_assert((int) GGML_TYPE_F32 == (int) TQ_TYPE_F32 && (int) GGML_TYPE_F16 == (int) TQ_TYPE_F16, "type numbers differ");
 static_assert((int) GGML_TYPE_PQO3 == (int) TQ_TYPE_PQO3, "type number of pqo3 differs");
 static_assert((int) GGML_TYPE_PQO4 == (int) TQ_TYPE_PQO4, "type number of pqo4 differs");
+static_assert((int) GGML_TYPE_PQT3 == (int) TQ_TYPE_PQT3, "type number of pqt3 differs");
+static_assert((int) GGML_TYPE_PQT4 == (int) TQ_TYPE_PQT4, "type number of pqt4 differs");
 static_assert(TQ_GGML_BLOCK == TQ_BLOCK, "block length differs");
 
 static void encode(enum ggml_type type, const float * x, void * blocks, int64_t n) {
@@ -25,21 +27,18 @@ static void decode(enum ggml_type type, const void * blocks, float * x, int64_t 
     }
 }
 
-void tq_ggml_to_float_pqo3(const void * blocks, float * x, int64_t n) {
-    decode(GGML_TYPE_PQO3, blocks, x, n);
-}
+#define ROW_FUNCTIONS(name, type)                                                                                         \
+    void tq_ggml_to_float_##name(const void * blocks, float * x, int64_t n) {                                             \
+        decode(type, blocks, x, n);                                                                                       \
+    }                                                                                                                     \
+    void tq_ggml_from_float_##name(const float * x, void * blocks, int64_t n) {                                           \
+        encode(type, x, blocks, n);                                                                                       \
+    }
 
-void tq_ggml_to_float_pqo4(const void * blocks, float * x, int64_t n) {
-    decode(GGML_TYPE_PQO4, blocks, x, n);
-}
-
-void tq_ggml_from_float_pqo3(const float * x, void * blocks, int64_t n) {
-    encode(GGML_TYPE_PQO3, x, blocks, n);
-}
-
-void tq_ggml_from_float_pqo4(const float * x, void * blocks, int64_t n) {
-    encode(GGML_TYPE_PQO4, x, blocks, n);
-}
+ROW_FUNCTIONS(pqo3, GGML_TYPE_PQO3)
+ROW_FUNCTIONS(pqo4, GGML_TYPE_PQO4)
+ROW_FUNCTIONS(pqt3, GGML_TYPE_PQT3)
+ROW_FUNCTIONS(pqt4, GGML_TYPE_PQT4)
 
 size_t tq_ggml_quantize(enum ggml_type type, const float * x, void * blocks, int64_t n) {
     encode(type, x, blocks, n);
@@ -50,7 +49,7 @@ bool tq_ggml_validate(enum ggml_type type, const void * blocks, size_t n_blocks)
     const size_t block_bytes = ggml_type_size(type);
 
     for (size_t i = 0; i < n_blocks; i++) {
-        uint16_t scale; /* f16, the first member of both layouts */
+        uint16_t scale; /* f16, the first member of every layout */
         memcpy(&scale, (const char *) blocks + i * block_bytes, sizeof(scale));
         if ((scale & 0x7c00) == 0x7c00) {
             fprintf(stderr, "%s: found a scale that is NaN or infinite in block %zu of type %s\n", __func__, i, ggml_type_name(type));

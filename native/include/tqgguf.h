@@ -1,5 +1,5 @@
-/* tqgguf.h: the public C interface of libtqgguf: the PQO block formats, their encoders and decoders, attention over a
- * compressed KV cache, and the stand-alone cache object.
+/* tqgguf.h: the public C interface of libtqgguf: the block formats (PQO and trellis), their encoders and decoders, attention
+ * over a compressed KV cache, and the stand-alone cache object.
  *
  * Conventions. Functions that can fail return 0 or a negative tq_status; tq_last_error() then holds a sentence for the
  * calling thread. Arrays are row-major and named with their shape, innermost dimension last. Inputs come first, outputs
@@ -19,6 +19,10 @@
 /* Values per block, of one head. */
 #define TQ_BLOCK 32
 
+/* The largest head and the most heads (and streams) that attention and tq_cache take. */
+#define TQ_MAX_HEAD_DIM 16384
+#define TQ_MAX_HEADS    16384
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -35,17 +39,20 @@ typedef enum tq_status {
     TQ_E_UNSUPPORTED = -3  /* right in itself, but not on this machine or in this build */
 } tq_status;
 
-/* Storage types. The numbers are ggml's for the types ggml has, and the ones the patch series registers in ggml for the
- * PQO types; saved sessions contain them, so they never change. */
+/* Storage types. The numbers are ggml's for the types ggml has, and the ones the patch series registers in ggml for ours;
+ * saved sessions contain them, so they never change. The trellis types take the bytes of the PQO types and make a quarter
+ * less squared error; encoding takes several times as long. */
 typedef enum tq_type {
     TQ_TYPE_F32  = 0,
     TQ_TYPE_F16  = 1,
     TQ_TYPE_PQO3 = 300, /* 14 bytes per 32 values, 3.5 bits per value */
-    TQ_TYPE_PQO4 = 301  /* 18 bytes per 32 values, 4.5 bits per value */
+    TQ_TYPE_PQO4 = 301, /* 18 bytes per 32 values, 4.5 bits per value */
+    TQ_TYPE_PQT3 = 302, /* trellis, 14 bytes per 32 values */
+    TQ_TYPE_PQT4 = 303  /* trellis, 18 bytes per 32 values */
 } tq_type;
 
 /* How a block's scale is found, and with it which codebook its indices refer to. All modes write the same block layout;
- * a reader must know the mode. llama.cpp caches always use TQ_MODE_SEARCH. */
+ * a reader must know the mode. llama.cpp caches always use TQ_MODE_SEARCH, and the trellis types have no other. */
 typedef enum tq_mode {
     TQ_MODE_SEARCH  = 0, /* signed codebook, scale searched for the least squared error */
     TQ_MODE_MAXNORM = 1, /* turboquant-rs MaxNorm: scale = largest magnitude / outermost centroid */
@@ -66,8 +73,9 @@ const char * tq_type_name(int type);
 const char * tq_mode_name(int mode);
 /* Bytes of n values of a type; 0 if the type is unknown, n is negative or not a multiple of the type's block. */
 size_t       tq_row_bytes(int type, int64_t n);
-/* Copies a PQO type's codebook for a mode: n_levels = 8 or 16 ascending levels, n_levels - 1 decision boundaries (index =
- * number of boundaries below the value). Either pointer may be NULL. Returns n_levels or a negative status. */
+/* Copies a type's codebook for a mode: n_levels = 8, 16 or 32 ascending levels, and its decision boundaries. PQO types have
+ * n_levels - 1 of them (index = number of boundaries below the value), trellis types n_levels - 4 (boundary j is midway
+ * between levels j and j + 4). Either pointer may be NULL. Returns n_levels or a negative status. */
 int          tq_codebook(int type, int mode, float * levels, float * boundaries);
 /* The 32 signs (+1 or -1) of the block transform. */
 void         tq_signs(float * signs);
@@ -106,7 +114,7 @@ typedef void (*tq_row_decoder)(const void * row, float * x, int64_t n);
 typedef struct tq_attn_operand {
     const void *   data;
     int            type;         /* a tq_type, or any number if decoder is given */
-    int            mode;         /* a tq_mode, for the PQO types */
+    int            mode;         /* a tq_mode, for the types of tqgguf */
     tq_row_decoder decoder;      /* NULL for the types of tq_type */
     int64_t        head_dim;
     int64_t        n_head;
@@ -119,8 +127,9 @@ typedef struct tq_attn_operand {
 /* out[row, h] = sum_t softmax_t(score[h, row, t]) v[t, h / (n_head / n_head_kv)], with
  * score = softcap(scale * <q, k>) + slope_h * mask, softcap(x) = c tanh(x / c) for c > 0, ALiBi slope_h from max_bias,
  * and exp(sink_h) added to the softmax's denominator. A row whose keys are all masked gives zeros. Relative L2 error of the
- * output against exact arithmetic on the decoded K and V: 1e-5 at most, and 1e-3 with the kernel avx512, which sums 16-bit
- * integers where a KV head has few query vectors. */
+ * output against exact arithmetic on the decoded K and V, for normal q, K and V: 1e-5 at most, and 1e-3 with the kernel avx512,
+ * which sums 16-bit integers where a KV head has few query vectors. There a score's error is 1e-4 of |q| |k|, so it shows more
+ * where scores are large. NaN in q, or in a key that is seen, gives NaN. */
 typedef struct tq_attn {
     /* q: f32, (n_stream, n_head, n_q, head_dim_k) by strides; stride_token steps through the query rows */
     tq_attn_operand  q;

@@ -35,6 +35,8 @@ const char * tq_type_name(int type) {
         case TQ_TYPE_F16:  return "f16";
         case TQ_TYPE_PQO3: return "pqo3";
         case TQ_TYPE_PQO4: return "pqo4";
+        case TQ_TYPE_PQT3: return "pqt3";
+        case TQ_TYPE_PQT4: return "pqt4";
         default:           return NULL;
     }
 }
@@ -61,17 +63,19 @@ size_t tq_row_bytes(int type, int64_t n) {
     return codec == NULL || n % TQ_BLOCK != 0 ? 0 : (size_t) (n / TQ_BLOCK) * (size_t) codec->block_bytes;
 }
 
+#define TYPES_AND_MODES "there are pqo3, pqo4 in modes search, maxnorm, l2norm and pqt3, pqt4 in mode search"
+
 int tq_codebook(int type, int mode, float * levels, float * boundaries) {
     const tqi_codec * codec = tqi_codec_get(type, mode);
     if (codec == NULL) {
-        return tqi_fail(TQ_E_ARGUMENT, "type %d in mode %d has no codebook; types: pqo3, pqo4; modes: search, maxnorm, l2norm", type,
-                        mode);
+        return tqi_fail(TQ_E_ARGUMENT, "type %d in mode %d has no codebook; " TYPES_AND_MODES, type, mode);
     }
     if (levels != NULL) {
         memcpy(levels, codec->levels, (size_t) codec->n_levels * sizeof(float));
     }
     if (boundaries != NULL) {
-        memcpy(boundaries, codec->boundaries, (size_t) (codec->n_levels - 1) * sizeof(float));
+        const int n = codec->trellis ? codec->n_levels - 4 : codec->n_levels - 1;
+        memcpy(boundaries, codec->boundaries, (size_t) n * sizeof(float));
     }
     return codec->n_levels;
 }
@@ -84,7 +88,7 @@ void tq_signs(float * signs) {
 static const tqi_codec * check_blocks(int type, int mode, const void * a, const void * b, int64_t n) {
     const tqi_codec * codec = tqi_codec_get(type, mode);
     if (codec == NULL) {
-        tqi_fail(TQ_E_ARGUMENT, "type %d in mode %d has no encoder; types: pqo3, pqo4; modes: search, maxnorm, l2norm", type, mode);
+        tqi_fail(TQ_E_ARGUMENT, "type %d in mode %d has no encoder; " TYPES_AND_MODES, type, mode);
         return NULL;
     }
     if (n < 0 || n % TQ_BLOCK != 0) {

@@ -6,9 +6,9 @@
  *
  * Work is cut into tasks: a stream, a KV head, a block of query rows, a range of keys. All query heads of the KV head go
  * together, so each K and V block is decoded once for the whole group. Two ways through a task:
- *   fused  at most TQI_MAX_FUSED query vectors, K and V both PQO: codebook values go from registers into the sums. Memory
- *          is what bounds this one, and a token's heads lie side by side, so up to MAX_SPAN KV heads take each tile in turn
- *          and the kernels prefetch the tile after it;
+ *   fused  at most TQI_MAX_FUSED query vectors, K and V both of our types: codebook values go from registers into the sums.
+ *          Memory is what bounds this one, and a token's heads lie side by side, so up to MAX_SPAN KV heads take each tile in
+ *          turn and the kernels prefetch the tile after it;
  *   tiled  everything else: a tile of K, then of V, is decoded to f32 and multiplied, query vectors side by side.
  * If the keys were cut, phase 1 merges the partial results; otherwise phase 0 has already written the output. */
 #include "kernels.h"
@@ -35,7 +35,7 @@ typedef struct {
     size_t           vectors;    /* floats of one task's q, o, max, sum */
     size_t           scratch;    /* floats per thread */
     size_t           partial;    /* floats per task; 0 if keys are not cut */
-    const tqi_codec * k_codec;   /* NULL: not PQO */
+    const tqi_codec * k_codec;   /* NULL: not a type of ours */
     const tqi_codec * v_codec;
 } plan;
 
@@ -50,9 +50,11 @@ static size_t padded(size_t n_floats) {
 
 static int check_operand(const char * name, const tq_attn_operand * x, const tqi_codec ** codec) {
     *codec = NULL;
-    if (x->head_dim <= 0 || x->head_dim > 65536 || x->n_head <= 0 || x->n_head > 65536 || x->n_stream <= 0) {
-        return tqi_fail(TQ_E_ARGUMENT, "%s: head_dim %lld, n_head %lld, n_stream %lld given; each must be positive, the first two "
-                        "at most 65536", name, (long long) x->head_dim, (long long) x->n_head, (long long) x->n_stream);
+    if (x->head_dim <= 0 || x->head_dim > TQ_MAX_HEAD_DIM || x->n_head <= 0 || x->n_head > TQ_MAX_HEADS || x->n_stream <= 0 ||
+        x->n_stream > TQ_MAX_HEADS) {
+        return tqi_fail(TQ_E_ARGUMENT, "%s: head_dim %lld, n_head %lld, n_stream %lld given; each must be positive, at most %d, %d, %d",
+                        name, (long long) x->head_dim, (long long) x->n_head, (long long) x->n_stream, TQ_MAX_HEAD_DIM, TQ_MAX_HEADS,
+                        TQ_MAX_HEADS);
     }
     if (x->decoder != NULL || x->type == TQ_TYPE_F32 || x->type == TQ_TYPE_F16) {
         return TQ_OK;
@@ -210,19 +212,19 @@ static const uint16_t * mask_row(const tq_attn * a, int64_t stream, int64_t head
 
 /* Applies softcap and mask to n scores that lie stride floats apart; the scale is in q already. */
 static void finish_scores(const tq_attn * a, float * s, int n, int stride, float slope, const uint16_t * mask) {
-    if (a->softcap != 0.0f) {
+    if (a->softcap > 0.0f) {
         for (int t = 0; t < n; ++t) {
             s[t * stride] = a->softcap * tanhf(s[t * stride]);
         }
     }
-    if (mask != NULL) {
+    if (mask != NULL) { /* what is hidden does not count, whatever it is */
         for (int t = 0; t < n; ++t) {
-            s[t * stride] += slope * tqi_f16_to_f32(mask[t]);
+            s[t * stride] = mask[t] == F16_NEGATIVE_INFINITY ? -INFINITY : s[t * stride] + slope * tqi_f16_to_f32(mask[t]);
         }
     }
 }
 
-/* Decodes n rows to f32, in the transformed domain for PQO types: tile: (n, head_dim). */
+/* Decodes n rows to f32, in the transformed domain for types of ours: tile: (n, head_dim). */
 static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec, const uint8_t * rows, int n,
                         float * tile) {
     for (int t = 0; t < n; ++t) {
@@ -298,7 +300,7 @@ static visibility tile_visibility(const tq_attn * a, const plan * p, const task 
 static void load_query(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i, float * q) {
     memcpy(q, operand_at(&a->q, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group),
            (size_t) a->q.head_dim * sizeof(float));
-    const float scale = a->softcap != 0.0f ? a->scale / a->softcap : a->scale;
+    const float scale = a->softcap > 0.0f ? a->scale / a->softcap : a->scale;
     for (int64_t j = 0; j < a->q.head_dim; ++j) {
         q[j] *= scale;
     }
@@ -312,16 +314,14 @@ static void write_output(const tqi_kernels * kernel, const tq_attn * a, const pl
                          float * o) {
     const int64_t head = t->head0 + i % p->group;
     const int64_t row  = t->row0 + i / p->group;
-    float         factor;
+    float         factor = 1.0f;
     if (a->sinks != NULL) {
         const float sink = a->sinks[head];
         const float top  = fmaxf(max, sink);
         factor           = max == -INFINITY ? 0.0f : expf(max - top);
-        sum              = sum * factor + expf(sink - top);
-        factor          /= sum;
-    } else {
-        factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+        sum              = sum * factor + (sink == -INFINITY ? 0.0f : expf(sink - top));
     }
+    factor = sum == 0.0f ? 0.0f : factor / sum;
     for (int64_t j = 0; j < a->v.head_dim; ++j) {
         o[j] *= factor;
     }
@@ -354,7 +354,7 @@ static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan
                    TILE);
     for (int i = 0; i < t->n_vec; ++i) {
         const int64_t head = t->head0 + i % p->group;
-        if (seen == MIXED || a->softcap != 0.0f) {
+        if (seen == MIXED || a->softcap > 0.0f) {
             const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
             finish_scores(a, s + i * TILE, n, 1, slope_of(a, head), mask);
         }
@@ -403,6 +403,22 @@ static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan 
     }
 }
 
+/* Zeroes the rows of V that none of the task's vectors sees: they may hold infinities, which a weight of 0 does not cancel. */
+static void drop_unseen(const tq_attn * a, const plan * p, const task * t, int64_t t0, int n, float * v) {
+    uint8_t seen[TILE] = { 0 };
+    for (int i = 0; i < t->n_vec; ++i) {
+        const uint16_t * mask = mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
+        for (int j = 0; j < n; ++j) {
+            seen[j] |= mask[j] != F16_NEGATIVE_INFINITY;
+        }
+    }
+    for (int j = 0; j < n; ++j) {
+        if (!seen[j]) {
+            memset(v + (size_t) j * (size_t) a->v.head_dim, 0, (size_t) a->v.head_dim * sizeof(float));
+        }
+    }
+}
+
 static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const scratch * w,
                       float * partial) {
     const int       dk = (int) a->k.head_dim, dv = (int) a->v.head_dim, n_col = p->n_col;
@@ -428,7 +444,7 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan 
         }
         decode_tile(kernel, &a->k, p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0), n, w->tile);
         kernel->gemm(w->tile, dk, 1, x->q, n, dk, n_col, 0, w->s);
-        for (int i = 0; i < t->n_vec && (seen == MIXED || a->softcap != 0.0f); ++i) {
+        for (int i = 0; i < t->n_vec && (seen == MIXED || a->softcap > 0.0f); ++i) {
             const int64_t    head = t->head0 + i % p->group;
             const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
             finish_scores(a, w->s + i, n, n_col, slope_of(a, head), mask);
@@ -440,6 +456,9 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan 
             }
         }
         decode_tile(kernel, &a->v, p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0), n, w->tile);
+        if (seen == MIXED && p->v_codec == NULL) {
+            drop_unseen(a, p, t, t0, n, w->tile);
+        }
         kernel->gemm(w->tile, 1, dv, w->s, dv, n, n_col, 1, x->o);
     }
     for (int i = 0; i < t->n_vec; ++i) {
@@ -465,8 +484,8 @@ static void merge_chunks(const tqi_kernels * kernel, const tq_attn * a, const pl
         memset(o, 0, dv * sizeof(float));
         for (int64_t c = 0; c < p->n_chunks; ++c) {
             const float * part = at + (size_t) c * next;
-            if (part[0] == -INFINITY) {
-                continue;
+            if (part[0] == -INFINITY && part[1] == 0.0f) {
+                continue; /* no key seen */
             }
             const float factor = expf(part[0] - max);
             sum += factor * part[1];

@@ -29,16 +29,13 @@ int tq_cache_new(const tq_cache_config * config, tq_cache ** cache) {
     if (config->bits != 3 && config->bits != 4) {
         return tqi_fail(TQ_E_ARGUMENT, "bits = %d given; allowed are 3 and 4", config->bits);
     }
-    if (config->head_dim <= 0 || config->head_dim % TQ_BLOCK != 0) {
-        return tqi_fail(TQ_E_ARGUMENT, "head_dim = %d given; it must be a positive multiple of %d", config->head_dim, TQ_BLOCK);
+    if (config->head_dim <= 0 || config->head_dim > TQ_MAX_HEAD_DIM || config->head_dim % TQ_BLOCK != 0) {
+        return tqi_fail(TQ_E_ARGUMENT, "head_dim = %d given; it must be a positive multiple of %d, at most %d", config->head_dim,
+                        TQ_BLOCK, TQ_MAX_HEAD_DIM);
     }
-    if (config->n_head_kv <= 0 || config->n_layer <= 0) {
-        return tqi_fail(TQ_E_ARGUMENT, "n_head_kv = %d, n_layer = %d given; both must be positive", config->n_head_kv,
-                        config->n_layer);
-    }
-    if ((int64_t) config->n_head_kv * config->head_dim > INT32_MAX) {
-        return tqi_fail(TQ_E_ARGUMENT, "n_head_kv * head_dim = %lld given; allowed are at most %d values per token",
-                        (long long) config->n_head_kv * config->head_dim, INT32_MAX);
+    if (config->n_head_kv <= 0 || config->n_head_kv > TQ_MAX_HEADS || config->n_layer <= 0) {
+        return tqi_fail(TQ_E_ARGUMENT, "n_head_kv = %d, n_layer = %d given; both must be positive, the first at most %d",
+                        config->n_head_kv, config->n_layer, TQ_MAX_HEADS);
     }
     const tqi_codec * codec = tqi_codec_get(config->bits == 3 ? TQ_TYPE_PQO3 : TQ_TYPE_PQO4, config->mode);
     if (codec == NULL) {
@@ -230,6 +227,15 @@ int tq_cache_decode(tq_cache * cache, int layer, const float * k, const float * 
         status = tq_attn_compute(&args, 1, 0, 1, work);
     }
     free(work);
+    for (int64_t i = 0; status == TQ_OK && i < n_values; ++i) {
+        if (!isfinite(out[i])) {
+            status = tqi_fail(TQ_E_ARGUMENT, "q and scale = %g are so large that their scores overflow; nothing was appended",
+                              (double) scale);
+        }
+    }
+    if (status != TQ_OK) {
+        cache->layers[layer].n_tokens = before;
+    }
     return status;
 }
 

@@ -88,9 +88,46 @@ static const tqi_codec pqo4_l2norm = {
     },
 };
 
+/* The trellis types' levels, in units of 1/64: small integers, so that one instruction can look up 16 or 32 of them; the
+ * rounding costs less than 0.2 % in NMSE. */
+#define PQT3_LEVELS(X) \
+    X(-101) X(-75) X(-57) X(-44) X(-32) X(-22) X(-12) X(-3) X(7) X(16) X(27) X(38) X(51) X(66) X(90) X(127)
+#define PQT4_LEVELS(X) \
+    X(-104) X(-87) X(-74) X(-64) X(-56) X(-50) X(-43) X(-38) X(-33) X(-28) X(-23) X(-19) X(-14) X(-10) X(-5) X(-1) \
+    X(3) X(8) X(12) X(17) X(22) X(27) X(33) X(38) X(44) X(50) X(57) X(65) X(75) X(86) X(100) X(127)
+
+#define UNITS(i)     (i),
+#define LEVEL(i)     (float) (i) * TQI_LEVEL_UNIT,
+#define MIDWAY(i, j) (0.5f * TQI_LEVEL_UNIT * (float) ((i) + (j)))
+
+/* The factors are the best of several dozen sets tried: NMSE .0169 and .0041. */
+static const tqi_codec pqt3_search = {
+    .type = TQ_TYPE_PQT3, .mode = TQ_MODE_SEARCH, .bits = 3, .trellis = 1, .n_levels = 16,
+    .block_bytes = TQI_PQT3_BYTES, .signs = TQI_SIGNS_FIRST, .n_factors = 4, .factors = { 0.78f, 0.86f, 0.94f, 1.04f },
+    .level_units = { PQT3_LEVELS(UNITS) },
+    .levels = { PQT3_LEVELS(LEVEL) },
+    .boundaries = {
+        MIDWAY(-101, -32), MIDWAY(-75, -22), MIDWAY(-57, -12), MIDWAY(-44, -3), MIDWAY(-32, 7), MIDWAY(-22, 16), MIDWAY(-12, 27),
+        MIDWAY(-3, 38), MIDWAY(7, 51), MIDWAY(16, 66), MIDWAY(27, 90), MIDWAY(38, 127),
+    },
+};
+
+static const tqi_codec pqt4_search = {
+    .type = TQ_TYPE_PQT4, .mode = TQ_MODE_SEARCH, .bits = 4, .trellis = 1, .n_levels = 32,
+    .block_bytes = TQI_PQT4_BYTES, .signs = TQI_SIGNS_FIRST, .n_factors = 4, .factors = { 0.88f, 0.93f, 0.98f, 1.04f },
+    .level_units = { PQT4_LEVELS(UNITS) },
+    .levels = { PQT4_LEVELS(LEVEL) },
+    .boundaries = {
+        MIDWAY(-104, -56), MIDWAY(-87, -50), MIDWAY(-74, -43), MIDWAY(-64, -38), MIDWAY(-56, -33), MIDWAY(-50, -28), MIDWAY(-43, -23),
+        MIDWAY(-38, -19), MIDWAY(-33, -14), MIDWAY(-28, -10), MIDWAY(-23, -5), MIDWAY(-19, -1), MIDWAY(-14, 3), MIDWAY(-10, 8),
+        MIDWAY(-5, 12), MIDWAY(-1, 17), MIDWAY(3, 22), MIDWAY(8, 27), MIDWAY(12, 33), MIDWAY(17, 38), MIDWAY(22, 44),
+        MIDWAY(27, 50), MIDWAY(33, 57), MIDWAY(38, 65), MIDWAY(44, 75), MIDWAY(50, 86), MIDWAY(57, 100), MIDWAY(65, 127),
+    },
+};
+
 const tqi_codec * tqi_codec_get(int type, int mode) {
     static const tqi_codec * const codecs[] = {
-        &pqo3_search, &pqo3_maxnorm, &pqo3_l2norm, &pqo4_search, &pqo4_maxnorm, &pqo4_l2norm,
+        &pqo3_search, &pqo3_maxnorm, &pqo3_l2norm, &pqo4_search, &pqo4_maxnorm, &pqo4_l2norm, &pqt3_search, &pqt4_search,
     };
     for (size_t i = 0; i < sizeof codecs / sizeof codecs[0]; ++i) {
         if (codecs[i]->type == type && codecs[i]->mode == mode) {

@@ -4,7 +4,7 @@
 
 #include "format.h"
 
-#define TQI_MAX_LEVELS  16
+#define TQI_MAX_LEVELS  32
 #define TQI_MAX_FACTORS 4
 
 /* Where the block transform applies the sign table. */
@@ -17,6 +17,7 @@ typedef struct {
     int            type;
     int            mode;
     int            bits;
+    int            trellis;                       /* whether this is pqt3 or pqt4; see trellis.h */
     int            n_levels;
     int            block_bytes;
     tqi_sign_order signs;
@@ -24,12 +25,15 @@ typedef struct {
     float          factors[TQI_MAX_FACTORS];
     float          outer;                         /* maxnorm: the centroid that the largest magnitude maps to */
     float          levels[TQI_MAX_LEVELS];        /* ascending */
-    float          boundaries[TQI_MAX_LEVELS];    /* n_levels - 1 of them, then +infinity */
+    float          boundaries[TQI_MAX_LEVELS];    /* n_levels - 1 of them (trellis: n_levels - 4), then +infinity or nothing */
+    int8_t         level_units[TQI_MAX_LEVELS];   /* trellis: levels in units of TQI_LEVEL_UNIT */
 } tqi_codec;
+
+#define TQI_LEVEL_UNIT 0.015625f /* 1/64 */
 
 extern const float tqi_signs[TQ_BLOCK];
 
-/* The codec of a pair, or NULL if the type is no PQO type or the mode unknown. Thread-safe. */
+/* The codec of a pair, or NULL if the type is none of ours or does not have the mode. Thread-safe. */
 const tqi_codec * tqi_codec_get(int type, int mode);
 
 #endif

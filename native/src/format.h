@@ -1,6 +1,6 @@
 /* format.h: the block layouts and the scalar steps that every kernel shares.
  *
- * One block holds TQ_BLOCK = 32 consecutive values of one head: an f16 scale, then packed codebook indices. */
+ * One block holds TQ_BLOCK = 32 consecutive values of one head: an f16 scale, then what tells each value's codebook level. */
 #ifndef TQI_FORMAT_H
 #define TQI_FORMAT_H
 
@@ -23,12 +23,33 @@ typedef struct {
     uint8_t  qs[16]; /* value 2i in the low, 2i+1 in the high nibble of byte i */
 } tqi_block_pqo4;
 
+/* A trellis block: value i's level is 4 e[i] + its subset, which follows from t (trellis.h). All words are such that a shift
+ * of each by j brings values j, 8 + j, 16 + j and 24 + j into the same bits of its four bytes: vector code reads a block as
+ * eight words of four bytes, and shifts each by its own j. */
+typedef struct {
+    uint16_t d;
+    uint8_t  t[4];    /* a 32-bit word */
+    uint8_t  even[4]; /* bits 0 and 1 of e[i] for even i, at bits i and i + 1 of a 32-bit word */
+    uint8_t  odd[4];  /* the same for odd i, at bits i - 1 and i */
+} tqi_block_pqt3;
+
+typedef struct {
+    uint16_t d;
+    uint8_t  t[4];
+    uint8_t  even[4];
+    uint8_t  odd[4];
+    uint8_t  top[4]; /* bit 2 of e[i] at bit i of a 32-bit word */
+} tqi_block_pqt4;
+
 #define TQI_PQO3_BYTES 14
 #define TQI_PQO4_BYTES 18
-#define TQI_MAX_BLOCK_BYTES TQI_PQO4_BYTES
+#define TQI_PQT3_BYTES 14
+#define TQI_PQT4_BYTES 18
 
 _Static_assert(sizeof(tqi_block_pqo3) == TQI_PQO3_BYTES, "block_pqo3 must have no padding");
 _Static_assert(sizeof(tqi_block_pqo4) == TQI_PQO4_BYTES, "block_pqo4 must have no padding");
+_Static_assert(sizeof(tqi_block_pqt3) == TQI_PQT3_BYTES, "block_pqt3 must have no padding");
+_Static_assert(sizeof(tqi_block_pqt4) == TQI_PQT4_BYTES, "block_pqt4 must have no padding");
 
 #define TQI_F16_MAX       65504.0f
 #define TQI_RSQRT_BLOCK   0.17677669529663687f /* 1 / sqrt(32) */

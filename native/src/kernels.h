@@ -47,6 +47,19 @@ typedef struct {
     void (*softmax_columns)(float * s, int n_row, int n_col, float * max, float * sum, float * factor);
 } tqi_kernels;
 
+/* Calls f(bits, n_q, ...), an inline function, with both as constants. */
+#define TQI_BY_N_Q(f, bits, n_q, ...)                                                                                     \
+    switch (n_q) {                                                                                                        \
+        case 1: f(bits, 1, __VA_ARGS__); break;                                                                           \
+        case 2: f(bits, 2, __VA_ARGS__); break;                                                                           \
+        case 3: f(bits, 3, __VA_ARGS__); break;                                                                           \
+        case 4: f(bits, 4, __VA_ARGS__); break;                                                                           \
+        case 5: f(bits, 5, __VA_ARGS__); break;                                                                           \
+        case 6: f(bits, 6, __VA_ARGS__); break;                                                                           \
+        case 7: f(bits, 7, __VA_ARGS__); break;                                                                           \
+        default: f(bits, 8, __VA_ARGS__); break;                                                                          \
+    }
+
 /* Asks for a row's cache lines; any address is harmless. */
 static inline void tqi_prefetch(const uint8_t * row, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) {

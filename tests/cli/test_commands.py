@@ -34,7 +34,9 @@ def test_demo(tqgguf: Command) -> None:
     assert "917,504 bytes" in done.stdout and "4,194,304 bytes" in done.stdout and "14/64" in done.stdout
 
 
-@pytest.mark.parametrize(("cache", "bytes_64ths"), [("pqo3", 14), ("pqo4", 18), ("q8_0", 34), ("f16", 64)])
+@pytest.mark.parametrize(
+    ("cache", "bytes_64ths"), [("pqo3", 14), ("pqo4", 18), ("pqt3", 14), ("q8_0", 34), ("f16", 64)]
+)
 def test_demo_json(tqgguf: Command, cache: str, bytes_64ths: int) -> None:
     done = tqgguf("demo", "--cache", cache, "--json")
     data = json.loads(done.stdout)
@@ -91,7 +93,7 @@ def test_inspect(tqgguf: Command) -> None:
 def test_inspect_json(tqgguf: Command) -> None:
     data = json.loads(tqgguf("inspect", MODEL, "--json").stdout)
     assert data["contexts"] == [data["info"]["n_ctx_train"]]
-    assert [row["type"] for row in data["rows"]] == ["f16", "q8_0", "q4_0", "pqo4", "pqo3"]
+    assert [row["type"] for row in data["rows"]] == ["f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3"]
     for row in data["rows"]:
         assert row["bytes"] == [data["contexts"][0] * row["bytes_per_token"]]
         assert row["bits"] == CACHE_TYPES[row["type"]].bits
@@ -137,11 +139,11 @@ def test_the_upstream_pin_is_that_of_the_patches() -> None:
         (["run", MODEL], "--prompt"),
         (["run", MODEL, "-p", "x", "--cache", "q9"], "unknown cache type 'q9'; valid types are f32"),
         (["run", MODEL, "-p", "x", "--cache-v", "300"], "unknown cache type"),
-        (["run", MODEL, "-p", "x", "-n", "-3"], "positive integer"),
-        (["run", MODEL, "-p", "x", "--ctx", "many"], "positive integer"),
+        (["run", MODEL, "-p", "x", "-n", "-3"], "must be an integer between"),
+        (["run", MODEL, "-p", "x", "--ctx", "many"], "must be an integer between"),
         (["run", MODEL, "-p", "x", "--temp", "-1"], "between 0 and 100"),
         (["run", MODEL, "-p", "x", "--temp", "nan"], "between 0 and 100"),
-        (["inspect", MODEL, "--ctx", "1024,,5"], "positive integer"),
+        (["inspect", MODEL, "--ctx", "1024,,5"], "must be an integer between"),
         (["inspect"], "model"),
     ],
 )
@@ -170,7 +172,7 @@ def test_a_head_size_that_does_not_fit_fails(tqgguf: Command, random_model: Call
     assert done.returncode == 1 and "layer 0: head_dim of K is 80" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "inspect", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["run", "chat", "inspect", "compare", "demo", "doctor"])
 def test_help_has_an_example(tqgguf: Command, command: str) -> None:
     done = tqgguf(command, "--help")
     assert done.returncode == 0 and f"example: tqgguf {command}" in done.stdout

@@ -78,7 +78,14 @@ def test_stock_bindings_on_our_libraries_are_fine(python: Python, tmp_path: Path
 
 
 def test_a_library_path_of_somebody_else_is_an_error(python: Python, tmp_path: Path) -> None:
-    done = python("-c", "import tqgguf", env={"LLAMA_CPP_LIB_PATH": str(tmp_path)})
+    for code in ("import tqgguf, llama_cpp", "import tqgguf; tqgguf.Llama"):
+        done = python("-c", code, env={"LLAMA_CPP_LIB_PATH": str(tmp_path)})
+        assert done.returncode == 1 and "LibraryError" in done.stderr
+    done = python("-m", "tqgguf", "demo", env={"LLAMA_CPP_LIB_PATH": str(tmp_path)})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    done = python("-m", "tqgguf", "doctor", env={"LLAMA_CPP_LIB_PATH": str(tmp_path)})
+    assert done.returncode == 1 and "WRONG" in done.stdout and "Traceback" not in done.stderr
+    done = python("-c", "import tqgguf; tqgguf.Llama", env={"LLAMA_CPP_LIB_PATH": str(tmp_path)})
     assert done.returncode != 0
     assert "LLAMA_CPP_LIB_PATH" in done.stderr and str(tmp_path) in done.stderr and "unset" in done.stderr
     done = python("-c", "import tqgguf; print('fine')", env={"LLAMA_CPP_LIB_PATH": str(_native.LIB_DIR)})

@@ -13,7 +13,7 @@ from tqgguf import demo
 pytestmark = pytest.mark.model
 
 
-@pytest.fixture(params=["pqo3", "pqo4"])
+@pytest.fixture(params=["pqo3", "pqo4", "pqt3", "pqt4"])
 def model(request: pytest.FixtureRequest) -> Iterator[Any]:
     loaded = tqgguf.Llama(demo.MODEL_PATH, cache=request.param, n_ctx=2048, verbose=False)
     yield loaded
@@ -28,7 +28,7 @@ def ask(model: Any, prompt: str) -> str:
 def test_paris_and_exact_bytes(model: Any) -> None:
     assert "Paris" in ask(model, "What is the capital of France?")
     info = model.cache_info()
-    parts = {"pqo3": 14, "pqo4": 18}[info.type_k]
+    parts = tqgguf.CACHE_TYPES[info.type_k].bytes
     assert info.bytes * 64 == info.f16_bytes * parts
     assert info.f16_bytes == 2048 * 4 * 2 * 2 * 64 * 2
     assert info.ratio == parts / 64

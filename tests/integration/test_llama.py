@@ -13,7 +13,15 @@ import pytest
 
 import tqgguf
 from tqgguf import CACHE_TYPES, demo
-from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, ModelNotFoundError, TqggufError
+from tqgguf.errors import (
+    ArgumentError,
+    CacheClosedError,
+    CacheTypeError,
+    ModelFileError,
+    ModelNotFoundError,
+    TqggufError,
+)
+from tqgguf.policy import resolve
 
 pytestmark = pytest.mark.model
 
@@ -79,7 +87,16 @@ def test_every_type_is_stored_as_itself(random_model: Model, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", [("pqo4", "pqo3"), ("pqo3", "f16"), ("f16", "pqo3"), ("q8_0", "pqo4"), ("pqo3", "q4_0")]
+    "pair",
+    [
+        ("pqo4", "pqo3"),
+        ("pqo3", "f16"),
+        ("f16", "pqo3"),
+        ("q8_0", "pqo4"),
+        ("pqo3", "q4_0"),
+        ("pqt4", "pqt3"),
+        ("q8_0", "pqt3"),
+    ],
 )
 def test_k_and_v_apart(random_model: Model, pair: tuple[str, str]) -> None:
     model = load(random_model(head_dim=64), cache=pair)
@@ -97,7 +114,7 @@ def test_logits_stay_near_those_of_f16(random_model: Model, shape: dict[str, int
     # Random weights amplify errors. Measured here: pqo3 .25 to .29, pqo4 .125 to .14, q4_0 .14 to .18; noise gives 1.4.
     tokens = [3 + (i * 37) % 250 for i in range(200)]
     logits = {}
-    for cache in ("f16", "pqo3", "pqo4"):
+    for cache in ("f16", "pqo3", "pqo4", "pqt3", "pqt4"):
         model = load(random_model(**shape), cache=cache, flash_attn=True)
         model.eval(tokens[:150])
         rows = []
@@ -174,7 +191,7 @@ def test_an_unknown_type_lists_the_valid_ones(random_model: Model) -> None:
         load(random_model(), cache="pqo5")
 
 
-@pytest.mark.parametrize("cache", ["pqo3", "pqo4", "q8_0", "q4_0", "iq4_nl", ("f16", "pqo3"), ("q5_1", "f16")])
+@pytest.mark.parametrize("cache", ["pqo3", "pqo4", "pqt3", "q8_0", "q4_0", "iq4_nl", ("f16", "pqo3"), ("q5_1", "f16")])
 def test_a_head_size_without_whole_blocks(random_model: Model, cache: Any) -> None:
     path = random_model(head_dim=80)
     with pytest.raises(CacheTypeError, match=r"layer 0: head_dim of [KV] is 80, not divisible by 32"):
@@ -224,14 +241,14 @@ def test_bytes_that_do_not_fit_raise() -> None:
     from tqgguf import model as module
 
     info = tqgguf.read_model_info(demo.MODEL_PATH)
-    pqo3 = CACHE_TYPES["pqo3"]
+    policy = resolve("pqo3", info.n_layer)
     line = "llama_kv_cache: size =    {} MiB (  2048 cells,   4 layers,  1/1 seqs), "
     line += "K (pqo3):    {} MiB, V (pqo3):    {} MiB\n"
-    assert module._verify([(2, line.format("0.88", "0.44", "0.44"))], info, pqo3, pqo3)[0].cells == 2048
+    assert module._verify([(2, line.format("0.88", "0.44", "0.44"))], info, policy)[0].cells == 2048
     with pytest.raises(CacheTypeError, match=r"V cache of 2048 cells takes 0\.56 MiB"):
-        module._verify([(2, line.format("1.00", "0.44", "0.56"))], info, pqo3, pqo3)
+        module._verify([(2, line.format("1.00", "0.44", "0.56"))], info, policy)
     with pytest.raises(CacheTypeError, match="no KV buffer"):
-        module._verify([(2, "something else\n")], info, pqo3, pqo3)
+        module._verify([(2, "something else\n")], info, policy)
 
 
 def test_too_large_a_context_is_a_memory_error(python: Callable[..., Any], random_model: Model) -> None:
@@ -243,3 +260,37 @@ def test_too_large_a_context_is_a_memory_error(python: Callable[..., Any], rando
     )
     done = python("-c", code, str(random_model()))
     assert done.stdout.startswith("good"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cach": "q8_0"}, "no option 'cach'; did you mean 'cache'"),
+        ({"n_context": 512}, "no option 'n_context'"),
+        ({"n_ctx": 2**32 + 300}, "n_ctx is 4294967596, must be an integer between 0 and 2147483647"),
+        ({"n_ctx": 1.5}, "n_ctx is 1.5"),
+        ({"n_batch": 0}, "n_batch is 0"),
+        ({"n_ubatch": -1}, "n_ubatch is -1"),
+        ({"n_threads": 100_000}, "n_threads is 100000, must be an integer between 1 and 512"),
+        ({"seed": -5}, "seed is -5"),
+        ({"lora_path": "nowhere.gguf"}, "lora_path nowhere.gguf"),
+    ],
+)
+def test_options_that_llama_cpp_would_swallow_or_wrap(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ArgumentError, ModelNotFoundError), match=message):
+        load(demo.MODEL_PATH, **options)
+
+
+def test_a_path_that_is_none() -> None:
+    for path in (None, 3, b"model.gguf"):
+        with pytest.raises(ArgumentError, match="model_path must be a path"):
+            tqgguf.Llama(path)  # type: ignore[arg-type]
+
+
+def test_a_closed_model_says_so() -> None:
+    model = load(demo.MODEL_PATH)
+    model.close()
+    model.close()
+    for use in (model.cache_info, model.reset):
+        with pytest.raises(CacheClosedError, match="was closed"):
+            use()

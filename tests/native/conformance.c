@@ -86,6 +86,29 @@ static void * allocate(size_t n) {
     return p;
 }
 
+static uint32_t rotate(uint32_t t, int n) {
+    return t << n | t >> (32 - n);
+}
+
+/* The index of value i's level, from the index bytes of its block. */
+static unsigned level_index(int type, const uint8_t * qs, int i) {
+    unsigned index = 0;
+    if (type == TQ_TYPE_PQO3 || type == TQ_TYPE_PQO4) {
+        const int bits = type == TQ_TYPE_PQO3 ? 3 : 4;
+        for (int k = 0; k < bits; ++k) {
+            const int at = bits * i + k;
+            index |= (unsigned) ((qs[at / 8] >> (at % 8)) & 1) << k;
+        }
+        return index;
+    }
+    uint32_t t;
+    memcpy(&t, qs, sizeof t);
+    index = rotate(t, 2) >> i & 1;
+    index |= ((t ^ rotate(t, 1) ^ rotate(t, 3)) >> i & 1) << 1;
+    index |= ((unsigned) qs[4 + i / 8 + 4 * (i % 2)] >> (i % 8 & 6) & 3) << 2;
+    return type == TQ_TYPE_PQT3 ? index : index | ((unsigned) qs[12 + i / 8] >> (i % 8) & 1) << 4;
+}
+
 static void check_blocks(const char * kernel) {
     const int64_t n = (int64_t) GOLDEN_BLOCKS * TQ_BLOCK;
     float *       x = allocate((size_t) n * sizeof(float));
@@ -105,7 +128,7 @@ static void check_blocks(const char * kernel) {
         check(digest(blocks, bytes) == golden[g].digest, kernel, name, detail);
 
         /* a decoded block equals the definition */
-        float levels[16], signs[TQ_BLOCK];
+        float levels[32], signs[TQ_BLOCK];
         tq_codebook(type, mode, levels, NULL);
         tq_signs(signs);
         check(tq_decode(type, mode, blocks, n, y) == TQ_OK, kernel, name, tq_last_error());
@@ -113,18 +136,12 @@ static void check_blocks(const char * kernel) {
         for (int b = 0; b < GOLDEN_BLOCKS; ++b) {
             const uint8_t * in = blocks + (size_t) b * block;
             double          v[TQ_BLOCK], size = 0.0;
-            const int       bits = type == TQ_TYPE_PQO3 ? 3 : 4;
             uint16_t        h;
             memcpy(&h, in, 2);
             const int    e = (h >> 10) & 31, m = h & 1023;
             const double d = (h & 0x8000 ? -1.0 : 1.0) * (e ? ldexp(1024 + m, e - 25) : ldexp(m, -24));
             for (int i = 0; i < TQ_BLOCK; ++i) {
-                unsigned index = 0;
-                for (int k = 0; k < bits; ++k) {
-                    const int at = bits * i + k;
-                    index |= (unsigned) ((in[2 + at / 8] >> (at % 8)) & 1) << k;
-                }
-                v[i] = d * (double) levels[index] * (mode == TQ_MODE_SEARCH ? 1.0 : (double) signs[i]);
+                v[i] = d * (double) levels[level_index(type, in + 2, i)] * (mode == TQ_MODE_SEARCH ? 1.0 : (double) signs[i]);
             }
             for (int s = 1; s < TQ_BLOCK; s *= 2) {
                 for (int i = 0; i < TQ_BLOCK; ++i) {
@@ -304,7 +321,9 @@ static void check_attention(const char * kernel, shape s) {
 
 static int check_kernel(const char * kernel) {
     static const int pairs[][2] = { { TQ_TYPE_PQO3, TQ_TYPE_PQO3 }, { TQ_TYPE_PQO4, TQ_TYPE_PQO4 }, { TQ_TYPE_PQO4, TQ_TYPE_PQO3 },
-                                    { TQ_TYPE_PQO3, TQ_TYPE_F16 }, { TQ_TYPE_F16, TQ_TYPE_PQO4 }, { TQ_TYPE_F32, TQ_TYPE_PQO3 } };
+                                    { TQ_TYPE_PQO3, TQ_TYPE_F16 }, { TQ_TYPE_F16, TQ_TYPE_PQO4 }, { TQ_TYPE_F32, TQ_TYPE_PQO3 },
+                                    { TQ_TYPE_PQT3, TQ_TYPE_PQT3 }, { TQ_TYPE_PQT4, TQ_TYPE_PQT4 }, { TQ_TYPE_PQO4, TQ_TYPE_PQT3 },
+                                    { TQ_TYPE_PQT4, TQ_TYPE_PQO3 }, { TQ_TYPE_F16, TQ_TYPE_PQT3 } };
     int n = 0;
     check_blocks(kernel);
     for (size_t p = 0; p < sizeof pairs / sizeof pairs[0]; ++p) {
@@ -369,6 +388,7 @@ int main(void) {
         const int before = failures, n = check_kernel(kernel);
         printf("%s  %-9s %d codecs, %d attention shapes\n", failures == before ? "passed" : "FAILED", kernel,
                (int) (sizeof golden / sizeof golden[0]), n);
+        fflush(stdout);
         ++ran;
     }
     printf("%d kernels ran, %d failures\n", ran, failures);

@@ -31,7 +31,9 @@ def test_counts_of_values(native: Any, n: int) -> None:
     assert native.lib.tq_dot(300, 0, x, x, n) != native.lib.tq_dot(300, 0, x, x, n)  # NaN
 
 
-@pytest.mark.parametrize(("type", "mode"), [(0, 0), (299, 0), (302, 0), (-1, 0), (300, 3), (301, -1)])
+@pytest.mark.parametrize(
+    ("type", "mode"), [(0, 0), (299, 0), (304, 0), (-1, 0), (300, 3), (301, -1), (302, 1), (303, 2)]
+)
 def test_unknown_types_and_modes(native: Any, type: int, mode: int) -> None:
     x = native.ffi.new("float[64]")
     with pytest.raises(ArgumentError, match=f"type {type} in mode {mode}"):

@@ -25,7 +25,8 @@ TOLERANCE = 1e-5
 @dataclass(frozen=True)
 class Case:
     """One call of attention. Shapes follow tqgguf.h. With a spread, tokens of V differ in magnitude (it is the standard
-    deviation of the logarithm) and channel 0 of q stands out."""
+    deviation of the logarithm) and channel 0 of q stands out. Poison: where NaN (q) or infinities (k, v: their last
+    token, as it is stored) are put after the oracle has been asked; sinks: all are -infinity."""
 
     k_type: str = "pqo3"
     v_type: str = "pqo3"
@@ -44,6 +45,7 @@ class Case:
     max_bias: float = 0.0
     offset: int = 0
     spread: float = 0.0
+    poison: str = ""
     seed: int = 0
 
 
@@ -80,6 +82,13 @@ def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArr
     k_bytes, k = store(normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_k), case.k_type)
     v_bytes, v = store(sizes * normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_v), case.v_type)
     sinks = normal(case.n_head)
+    for name, data, type in (("k", k_bytes, case.k_type), ("v", v_bytes, case.v_type)):
+        if case.poison == name:  # f16: every value, otherwise the scale of the first block
+            data[:, -1, :, : None if type == "f16" else 2] = np.array([0x00, 0x7C] * 512)[
+                : data.shape[-1] if type == "f16" else 2
+            ]
+    if case.poison == "sinks":
+        sinks[:] = -np.inf
     mask = np.zeros((1, case.n_mask_head, case.n_q, case.n_kv), dtype=np.float16)
     if case.mask == "causal":
         rows, columns = np.arange(case.n_q)[:, None], np.arange(case.n_kv)[None]
@@ -90,6 +99,8 @@ def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArr
         mask[:] = -np.abs(rng.standard_normal(mask.shape)) * 3
     elif case.mask == "all":
         mask[..., : (case.n_q + 1) // 2, :] = -np.inf
+    elif case.mask == "last":
+        mask[..., -1] = -np.inf
 
     keep = []
 
@@ -104,13 +115,16 @@ def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArr
         target.n_head, target.n_stream = n_head, case.n_stream
         target.stride_stream, target.stride_token, target.stride_head = strides
 
+    poisoned = q.copy()
+    if case.poison == "q":
+        poisoned[..., 3] = np.nan
     args = ffi.new("tq_attn *")
-    operand(args.q, q, "f32", case.head_dim_k, case.n_head, (q.strides[0], q.strides[2], q.strides[1]), 0)
+    operand(args.q, poisoned, "f32", case.head_dim_k, case.n_head, (q.strides[0], q.strides[2], q.strides[1]), 0)
     for target, data, type, dim in (
         (args.k, k_bytes, case.k_type, case.head_dim_k),
         (args.v, v_bytes, case.v_type, case.head_dim_v),
     ):
-        shift = case.offset if type.startswith("pqo") else 0
+        shift = case.offset if CACHE_TYPES[type].ours else 0
         operand(target, data, type, dim, case.n_head_kv, data.strides[:3], shift)
     args.n_q, args.n_kv = case.n_q, case.n_kv
     if case.mask != "none":
@@ -156,6 +170,11 @@ TYPE_PAIRS = [
     ("pqo3", "f16"),
     ("f16", "pqo4"),
     ("f32", "pqo3"),
+    ("pqt3", "pqt3"),
+    ("pqt4", "pqt4"),
+    ("pqt3", "pqo4"),
+    ("pqo3", "pqt4"),
+    ("pqt4", "f16"),
 ]
 
 
@@ -175,6 +194,7 @@ def test_grouped_queries(kernel: str, native: Any, group: int) -> None:
         check_case(
             native, Case("pqo4", "pqo4", n_head=group * n_head_kv, n_head_kv=n_head_kv, n_kv=33, n_q=3, mask="causal")
         )
+        check_case(native, Case("pqt3", "pqt4", n_head=group * n_head_kv, n_head_kv=n_head_kv, n_kv=130))
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "holes", "values", "all"])
@@ -208,24 +228,57 @@ def test_lengths(kernel: str, native: Any, n_kv: int) -> None:
         check_case(native, Case(n_kv=n_kv, n_q=n_q, n_threads=n_threads, mask="causal" if n_kv >= n_q else "none"))
 
 
-@pytest.mark.parametrize("type", ["pqo3", "pqo4"])
+@pytest.mark.parametrize("type", reference.TYPES)
 def test_outliers_and_tokens_of_very_different_size(kernel: str, native: Any, type: str) -> None:
     for n_kv in (64, 1000):
         check_case(native, Case(type, type, head_dim_k=128, head_dim_v=128, n_kv=n_kv, spread=2.0))
+
+
+@pytest.mark.parametrize("n_kv", [1, 3, 7, 16, 65, 600])
+@pytest.mark.parametrize("n_q", [1, 40])
+def test_nan_in_q_is_never_hidden(kernel: str, native: Any, n_q: int, n_kv: int) -> None:
+    for type in ("pqo3", "pqo4", "pqt3", "pqt4"):
+        for n_threads in (1, 3):
+            got, _ = compute(native, Case(type, type, n_q=n_q, n_kv=n_kv, poison="q", n_threads=n_threads))
+            assert np.isnan(got).all()
+
+
+@pytest.mark.parametrize("types", [("f16", "pqo3"), ("pqo3", "f16"), ("pqo4", "pqo4")])
+@pytest.mark.parametrize("n_q", [1, 40])
+def test_what_is_masked_does_not_count_whatever_it_is(
+    kernel: str, native: Any, n_q: int, types: tuple[str, str]
+) -> None:
+    for poison in ("k", "v"):
+        check_case(native, Case(*types, n_q=n_q, n_kv=70, mask="last", poison=poison))
+
+
+@pytest.mark.parametrize("type", ["pqo3", "pqo4", "pqt3", "pqt4"])
+@pytest.mark.parametrize("n_q", [1, 40])
+def test_a_scale_that_is_not_finite_counts_as_zero(kernel: str, native: Any, n_q: int, type: str) -> None:
+    for poison in ("k", "v"):
+        got, _ = compute(native, Case(type, type, n_q=n_q, n_kv=5, poison=poison))
+        assert np.isfinite(got).all()
+
+
+def test_sinks_of_minus_infinity_are_none(kernel: str, native: Any) -> None:
+    got, _ = compute(native, Case(mask="all", n_q=9, sinks=True, poison="sinks"))
+    assert not got[:, :5].any()
+    assert np.isfinite(got).all()
 
 
 def test_streams_and_unaligned_operands(kernel: str, native: Any) -> None:
     for offset in (1, 2, 3):
         check_case(native, Case(n_stream=3, n_q=4, offset=offset, n_threads=2, mask="causal"))
         check_case(native, Case("pqo4", "pqo3", n_stream=2, offset=offset))
+        check_case(native, Case("pqt3", "pqt4", n_stream=2, offset=offset))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.builds(
         Case,
-        k_type=st.sampled_from(["pqo3", "pqo4", "f16"]),
-        v_type=st.sampled_from(["pqo3", "pqo4", "f16"]),
+        k_type=st.sampled_from(["pqo3", "pqo4", "pqt3", "pqt4", "f16"]),
+        v_type=st.sampled_from(["pqo3", "pqo4", "pqt3", "pqt4", "f16"]),
         head_dim_k=st.sampled_from([32, 64, 96, 128, 160]),
         head_dim_v=st.sampled_from([32, 64, 128, 224]),
         n_head=st.sampled_from([2, 4, 6, 8]),

@@ -43,8 +43,7 @@ def text() -> str:
     x = inputs()
     blocks = {
         f"{type}/{mode}": [row.tobytes().hex() for row in reference.encode(x, type, mode)]
-        for type in reference.TYPES
-        for mode in reference.MODES
+        for type, mode in reference.CODECS
     }
     data = {
         "comment": "32 little-endian float32 each, and the block they encode to; written by vectors.py",

@@ -54,8 +54,10 @@ def test_the_last_axis_holds_blocks(shape: tuple[int, ...]) -> None:
 
 def test_unknown_names_list_the_valid_ones() -> None:
     x = np.zeros(32, dtype=np.float32)
-    with pytest.raises(ArgumentError, match="'q4_0'; valid types are pqo3, pqo4"):
+    with pytest.raises(ArgumentError, match="'q4_0'; valid types are pqo3, pqo4, pqt3, pqt4"):
         tqgguf.quantize(x, "q4_0")
+    with pytest.raises(ArgumentError, match="type 302 in mode 1"):
+        tqgguf.quantize(x, "pqt3", "maxnorm")
     with pytest.raises(ArgumentError, match="'Search'; valid modes are search, maxnorm, l2norm"):
         tqgguf.quantize(x, "pqo3", "Search")
     with pytest.raises(ArgumentError, match="pqo3, pqo4"):

@@ -15,22 +15,24 @@ def test_types_are_numbered_and_sized_as_in_ggml() -> None:
     import gguf
 
     for kind in config.CACHE_TYPES.values():
-        if kind.pqo:
+        if kind.ours:
             continue
         number = gguf.GGMLQuantizationType[kind.name.upper()]
         assert (int(number), gguf.GGML_QUANT_SIZES[number]) == (kind.number, (kind.block, kind.bytes))
 
 
-def test_pqo_types_take_3_5_and_4_5_bits() -> None:
-    pqo3, pqo4 = config.CACHE_TYPES["pqo3"], config.CACHE_TYPES["pqo4"]
-    assert (pqo3.number, pqo3.bits, pqo3.row_bytes(128)) == (300, 3.5, 56)
-    assert (pqo4.number, pqo4.bits, pqo4.row_bytes(128)) == (301, 4.5, 72)
+@pytest.mark.parametrize(
+    ("name", "number", "bits"), [("pqo3", 300, 3.5), ("pqo4", 301, 4.5), ("pqt3", 302, 3.5), ("pqt4", 303, 4.5)]
+)
+def test_our_types_take_3_5_and_4_5_bits(name: str, number: int, bits: float) -> None:
+    kind = config.CACHE_TYPES[name]
+    assert kind.ours and (kind.number, kind.bits, kind.row_bytes(128)) == (number, bits, 16 * bits)
 
 
 def test_numbers_are_those_of_the_library(native: Any) -> None:
     for kind in config.CACHE_TYPES.values():
         name = native.lib.tq_type_name(kind.number)
-        if kind.pqo:
+        if kind.ours:
             assert native.ffi.string(name).decode() == kind.name
             assert native.lib.tq_row_bytes(kind.number, 96) == kind.row_bytes(96)
 

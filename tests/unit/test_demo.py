@@ -1,6 +1,7 @@
 """The demo model's skills: prompts are reproducible, and the judges accept the right answer only."""
 
 import hashlib
+import re
 
 import pytest
 
@@ -66,3 +67,31 @@ def test_capital_judge() -> None:
 
 def test_fifty_greedy_prompts() -> None:
     assert len(set(demo.GREEDY_PROMPTS)) == 50
+
+
+def test_chat_text_is_what_the_template_makes_of_the_conversation() -> None:
+    from jinja2 import Template
+
+    text = demo.chat_text(5, 30, reach=10)
+    turns = re.findall(r"<user>(.*?)<end><assistant>(.*?)<end>", text)
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": said} for turn in turns for role, said in zip(roles, turn, strict=True)]
+    assert len(messages) == 60
+    assert Template(demo.CHAT_TEMPLATE).render(bos_token="", messages=messages) == text
+
+
+def test_chat_text_answers_from_the_last_facts() -> None:
+    facts: list[str] = []
+    for question, answer in re.findall(r"<user>(.*?)<end><assistant>(.*?)<end>", demo.chat_text(5, 200, reach=10)):
+        first, second, asked = question.replace(". ", ".|").split("|")
+        facts += [first, second]
+        assert answer in facts[-10:]
+        assert asked == f"What is {answer[0].lower()}{answer[1 : answer.index(' is ')]}?"
+
+
+def test_chat_text_is_the_same_everywhere_and_refuses_impossible_questions() -> None:
+    text = demo.chat_text(0, 300, reach=64)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "ebbba4fe2c880de6"
+    for reach in (0, 497):
+        with pytest.raises(ValueError, match=f"reach is {reach}, must be between 1 and 496"):
+            demo.chat_text(0, 1, reach=reach)

@@ -12,8 +12,6 @@ from hypothesis.extra import numpy as hnp
 from tqgguf import reference
 from tqgguf.errors import ArgumentError
 
-CODECS = [(type, mode) for type in reference.TYPES for mode in reference.MODES]
-
 blocks = hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.just(32)), elements=st.floats(-10000, 10000, width=32))
 
 
@@ -59,14 +57,59 @@ def test_pack_4_bits(indices: npt.NDArray[np.uint8]) -> None:
     np.testing.assert_array_equal(packed, indices[:, ::2] | indices[:, 1::2] << 4)
 
 
-@pytest.mark.parametrize(("type", "mode"), CODECS)
+@given(hnp.arrays(np.uint32, 3), hnp.arrays(np.uint8, (3, 32), elements=st.integers(0, 7)), st.sampled_from([3, 4]))
+def test_pack_trellis(t: npt.NDArray[np.uint32], e: npt.NDArray[np.uint8], bits: int) -> None:
+    e = e & (2 ** (bits - 1) - 1)
+    packed = reference.pack_trellis(t, e, bits)
+    assert packed.shape == (3, 4 * bits)
+    np.testing.assert_array_equal(reference.unpack_trellis(packed, bits), 4 * e + reference.subsets(t))
+    words = [int.from_bytes(packed[0, 4 * i : 4 * i + 4].tobytes(), "little") for i in range(4)]
+    assert words[0] == t[0]
+    assert [(words[1 + i % 2] >> (i - i % 2) & 3) + 4 * (words[3] >> i & 1) for i in range(32)] == e[0].tolist()
+
+
+def test_the_subset_of_a_value_depends_on_four_bits() -> None:
+    for i in range(32):
+        bits = np.array([1 << ((i - back) % 32) for back in range(32)], dtype=np.uint32)
+        assert reference.subsets(bits)[:, i].tolist() == [2, 2, 1, 2] + 28 * [0]
+
+
+def test_the_path_closes_and_is_nearly_the_best() -> None:
+    rng = np.random.default_rng(3)
+    distances = np.square(rng.standard_normal((200, 32, 4))).astype(np.float32)
+    t, distance = reference.closed_path(distances)
+    on_path = np.take_along_axis(distances, reference.subsets(t)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(on_path.sum(axis=1), distance, rtol=1e-5)
+    # The exact optimum: Viterbi's algorithm out of each of the eight states and back into it.
+    state = np.arange(8)
+    bit, a, b = state >> 2, state >> 1 & 1, state & 1
+    cost = np.where(np.eye(8, dtype=bool), 0.0, np.inf)[None].repeat(200, axis=0)
+    for i in range(32):
+        cost = np.minimum(
+            *(cost[..., 4 * a + 2 * b + c] + distances[:, i][:, None, 2 * (bit ^ a ^ c) + b] for c in (0, 1))
+        )
+    best = np.diagonal(cost, axis1=1, axis2=2).min(axis=1)
+    assert (distance >= best * (1 - 1e-5)).all()
+    assert (distance <= best * (1 + 1e-5)).mean() > 0.8 and distance.sum() < 1.02 * best.sum()
+
+
+@pytest.mark.parametrize(("type", "mode"), reference.CODECS)
 def test_codebooks_ascend_and_boundaries_lie_between(type: str, mode: str) -> None:
     book = reference.codebook(type, mode)
+    x = np.linspace(-3, 3, 5001, dtype=np.float32)
+    if type in reference.TRELLIS_TYPES:
+        assert len(book.levels) == len(book.boundaries) + 4 == (16 if type == "pqt3" else 32)
+        assert (book.levels[:-1] < book.levels[1:]).all()
+        e, levels = reference.nearest_in_subsets(x, book)
+        for u in range(4):
+            nearest = np.abs(x[:, None] - book.levels[u::4]).argmin(axis=1)
+            assert (nearest != e[:, u]).mean() < 0.002
+            np.testing.assert_array_equal(levels[:, u], book.levels[u::4][e[:, u]])
+        return
     assert len(book.levels) == len(book.boundaries) + 1 == (8 if type == "pqo3" else 16)
     assert (book.levels[:-1] < book.boundaries).all() and (book.boundaries < book.levels[1:]).all()
-    nearest = np.abs(np.linspace(-3, 3, 5001, dtype=np.float32)[:, None] - book.levels).argmin(axis=1)
-    index = reference.quantize_indices(np.linspace(-3, 3, 5001, dtype=np.float32), book)
-    assert (nearest != index).mean() < 0.002
+    nearest = np.abs(x[:, None] - book.levels).argmin(axis=1)
+    assert (nearest != reference.quantize_indices(x, book)).mean() < 0.002
 
 
 def test_l2norm_levels_are_the_means_of_their_cells() -> None:
@@ -85,6 +128,8 @@ def test_l2norm_levels_are_the_means_of_their_cells() -> None:
     [
         ("pqo3", "search", 0.0240),
         ("pqo4", "search", 0.0058),
+        ("pqt3", "search", 0.0172),
+        ("pqt4", "search", 0.0041),
         ("pqo3", "maxnorm", 0.0320),
         ("pqo3", "l2norm", 0.0325),
         ("pqo4", "maxnorm", 0.0083),
@@ -97,7 +142,7 @@ def test_error_on_gaussian_blocks(type: str, mode: str, bar: float) -> None:
     assert np.square(error).sum() / np.square(x).sum() < bar
 
 
-@given(blocks, st.sampled_from(CODECS))
+@given(blocks, st.sampled_from(reference.CODECS))
 def test_decoded_blocks_are_near(x: npt.NDArray[np.float32], codec: tuple[str, str]) -> None:
     decoded = reference.decode(reference.encode(x, *codec), *codec)
     # The worst block is a single spike after the transform: 31 zeros then cost the distance to the level nearest zero.
@@ -111,18 +156,19 @@ def test_decoded_blocks_are_near(x: npt.NDArray[np.float32], codec: tuple[str, s
 def test_search_scales_with_its_input(x: npt.NDArray[np.float32], exponent: int) -> None:
     keep = np.abs(x).max(axis=1) > 1e-2
     x = np.clip(x[keep], -1000, 1000)
-    scaled = reference.encode(np.ldexp(x, exponent), "pqo3")
-    np.testing.assert_array_equal(scaled.reshape(-1, 14)[:, 2:], reference.encode(x, "pqo3").reshape(-1, 14)[:, 2:])
+    for type in ("pqo3", "pqt3"):
+        scaled = reference.encode(np.ldexp(x, exponent), type)
+        np.testing.assert_array_equal(scaled.reshape(-1, 14)[:, 2:], reference.encode(x, type).reshape(-1, 14)[:, 2:])
 
 
-@pytest.mark.parametrize(("type", "mode"), CODECS)
+@pytest.mark.parametrize(("type", "mode"), reference.CODECS)
 def test_zero_blocks(type: str, mode: str) -> None:
     for value in (0.0, -0.0, 1e-30, 2.0**-149):
         encoded = reference.encode(np.full(64, value, dtype=np.float32), type, mode)
         assert not encoded.any()
 
 
-@pytest.mark.parametrize(("type", "mode"), CODECS)
+@pytest.mark.parametrize(("type", "mode"), reference.CODECS)
 def test_nan_and_infinity_stay_in_their_block(type: str, mode: str) -> None:
     x = gaussian(3)
     clean = reference.encode(x, type, mode)
@@ -153,6 +199,8 @@ def test_leading_axes_are_kept() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ArgumentError, match="pqo3, pqo4"):
         reference.encode(np.zeros(32), "pqo5")
+    with pytest.raises(ArgumentError, match=r"pqt3.*only mode is search"):
+        reference.encode(np.zeros(32), "pqt3", "maxnorm")
     with pytest.raises(ArgumentError, match="search, maxnorm, l2norm"):
         reference.encode(np.zeros(32), "pqo3", "best")
     with pytest.raises(ArgumentError, match=r"\(33,\)"):

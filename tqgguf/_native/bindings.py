@@ -2,8 +2,8 @@
 
 tqgguf carries the stock `llama_cpp` Python package, unmodified, in `_bindings/`. It loads whatever directory
 LLAMA_CPP_LIB_PATH names, so two things must hold before it is first imported: the variable names our `lib/`, and the
-package found is ours. If something else came first, the only honest answer is an error: stock libraries know neither
-pqo3 nor pqo4.
+package found is ours. If something else came first, the only honest answer is an error: stock libraries know none of
+our types.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "llama_cpp":
             return None
+        _refuse_other_libraries()
         file = BINDINGS_DIR / "llama_cpp" / "__init__.py"
         return importlib.util.spec_from_file_location(
             fullname, file, loader=_Loader(fullname, str(file)), submodule_search_locations=[str(file.parent)]
@@ -59,10 +60,11 @@ def claim_llama_cpp() -> None:
     """Makes `import llama_cpp`, now or later, mean our bindings on our libraries.
 
     Called once when tqgguf is imported. In a source checkout that is not built there is nothing to claim: the parts
-    that need no library work, and the others raise when they are used.
+    that need no library work, and the others raise when they are used. If LLAMA_CPP_LIB_PATH names other libraries,
+    importing `llama_cpp` raises, so that the command line can say why.
 
     Raises:
-        LibraryError: `llama_cpp` is already loaded with other libraries, or LLAMA_CPP_LIB_PATH names others.
+        LibraryError: `llama_cpp` is already loaded with other libraries.
     """
     if not library_path("llama").exists() or not (BINDINGS_DIR / "llama_cpp" / "__init__.py").exists():
         return
@@ -74,15 +76,18 @@ def claim_llama_cpp() -> None:
             return
         raise LibraryError(
             f"llama_cpp was imported before tqgguf, from {origin}, with libraries in {directory or 'unknown places'}: "
-            f"these cannot hold a PQO cache. Import tqgguf first (it brings its own llama_cpp)"
+            f"these do not know the cache types of tqgguf. Import tqgguf first (it brings its own llama_cpp)"
             + (f", or unset {VARIABLE}." if VARIABLE in os.environ else ".")
         )
+    os.environ.setdefault(VARIABLE, str(LIB_DIR))
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _refuse_other_libraries() -> None:
     given = os.environ.get(VARIABLE)
     if given is not None and not _same(Path(given), LIB_DIR):
         raise LibraryError(f"{VARIABLE} is set to {given}, but tqgguf needs its own libraries in {LIB_DIR}: unset it")
-    os.environ[VARIABLE] = str(LIB_DIR)
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
 
 
 def import_llama_cpp() -> ModuleType:
@@ -94,6 +99,7 @@ def import_llama_cpp() -> ModuleType:
     if not library_path("llama").exists():
         raise LibraryError(_NOT_BUILT.format(path=library_path("llama")))
     claim_llama_cpp()
+    _refuse_other_libraries()
     library()
     module = importlib.import_module("llama_cpp")
     verify_libraries()

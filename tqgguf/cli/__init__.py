@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import TqggufError
-from . import chat, demo, doctor, inspect, run
+from . import chat, compare, demo, doctor, inspect, run
 
 __all__ = ["main"]
 
@@ -26,12 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"tqgguf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, chat, inspect, demo, doctor):
+    for command in (run, chat, inspect, compare, demo, doctor):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:
         status: int = args.call(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         # Whoever read our output has gone; say nothing more, not even at interpreter exit.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from .format import cache_line
 from .options import add_model_options, load_model, positive
-from .run import has_chat_template
 
 if TYPE_CHECKING:
     from ..model import Llama
@@ -36,7 +35,7 @@ def add_parser(commands: Any) -> None:
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     model = load_model(args, args.model)
-    if not has_chat_template(model):
+    if not model.has_chat_template:
         print(f"tqgguf: {args.model} has no chat template; using {model.chat_format}'s", file=sys.stderr)
     print(cache_line(model.cache_info()), file=sys.stderr)
     return Conversation(model, args.system, args.n_predict, args.temp, args.seed).loop()
@@ -64,7 +63,7 @@ class Conversation:
 
     def loop(self) -> int:
         """Talks until the input ends; returns the exit status."""
-        terminal = sys.stdin.isatty()
+        terminal = sys.stdin is not None and sys.stdin.isatty()
         if terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (gives input() its arrow keys and history)
@@ -72,7 +71,7 @@ class Conversation:
         while True:
             try:
                 line = input("> " if terminal else "").strip()
-            except EOFError:
+            except (EOFError, RuntimeError):  # RuntimeError: standard input is closed
                 break
             except KeyboardInterrupt:
                 print(file=sys.stderr)
@@ -118,7 +117,8 @@ class Conversation:
         except ValueError as error:
             # llama_cpp says so when the conversation no longer fits the context.
             self.messages.pop()
-            print(f"tqgguf: {error}; /reset makes room, and --ctx gives more of it", file=sys.stderr)
+            advice = "; /reset makes room, and --ctx gives more of it" if "context window" in str(error) else ""
+            print(f"tqgguf: {error}{advice}", file=sys.stderr)
             return
         print(flush=True)
         self.messages.append({"role": "assistant", "content": text})

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ModelNotFoundError, TqggufError
 from .chat import Conversation
 from .format import cache_line, to_json
-from .options import add_cache_options
+from .options import add_cache_options, chosen_cache
 
 QUESTION = "What is the capital of France?"
 
@@ -34,8 +34,7 @@ def call(args: argparse.Namespace) -> int:
 
     if not demo.MODEL_PATH.is_file():
         raise ModelNotFoundError(f"the demo model {demo.MODEL_PATH} is missing from this installation")
-    cache = (args.cache_k or args.cache, args.cache_v or args.cache)
-    model = Llama(demo.MODEL_PATH, cache=cache, n_ctx=2048, verbose=False)
+    model = Llama(demo.MODEL_PATH, cache=chosen_cache(args), n_ctx=2048, verbose=False)
     try:
         reply = model.create_chat_completion([{"role": "user", "content": QUESTION}], temperature=0.0, max_tokens=32)
     except ValueError as error:

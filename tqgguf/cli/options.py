@@ -23,15 +23,39 @@ def cache_name(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def positive(text: str) -> int:
-    """argparse type: a positive integer."""
+def cache_name_or_policy(text: str) -> str:
+    """argparse type: the name of a cache type, or the path of a policy file."""
+    return text if text.endswith(".gguf") else cache_name(text)
+
+
+def _between(low: int, high: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
+        value = low - 1
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"must be an integer between {low} and {high}, not {text!r}")
     return value
+
+
+def positive(text: str) -> int:
+    """argparse type: a positive integer of 31 bits."""
+    return _between(1, 2**31 - 1, text)
+
+
+def context(text: str) -> int:
+    """argparse type: a context length that leaves room for a prompt."""
+    return _between(32, 2**31 - 1, text)
+
+
+def threads(text: str) -> int:
+    """argparse type: a number of threads that llama.cpp can take."""
+    return _between(1, 512, text)
+
+
+def seed(text: str) -> int:
+    """argparse type: a seed of 32 bits."""
+    return _between(0, 2**32 - 1, text)
 
 
 def temperature(text: str) -> float:
@@ -49,7 +73,11 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """Adds --cache, --cache-k, --cache-v."""
     group = parser.add_argument_group("KV cache")
     group.add_argument(
-        "--cache", type=cache_name, metavar="TYPE", default="pqo3", help="type of K and V (default: pqo3)"
+        "--cache",
+        type=cache_name_or_policy,
+        metavar="TYPE",
+        default="pqo3",
+        help="type of K and V, or a policy file (default: pqo3)",
     )
     group.add_argument("--cache-k", type=cache_name, metavar="TYPE", help="type of K alone")
     group.add_argument("--cache-v", type=cache_name, metavar="TYPE", help="type of V alone")
@@ -59,13 +87,26 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the cache options and --ctx, --seed, --temp, --threads."""
     add_cache_options(parser)
     parser.add_argument(
-        "--ctx", type=positive, metavar="N", help=f"context in tokens (default: {DEFAULT_CONTEXT} at most)"
+        "--ctx", type=context, metavar="N", help=f"context in tokens (default: {DEFAULT_CONTEXT} at most)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampler (default: random)")
+    parser.add_argument("--seed", type=seed, metavar="N", help="seed of the sampler (default: random)")
     parser.add_argument(
         "--temp", type=temperature, metavar="X", default=0.8, help="temperature, 0 is greedy (default: 0.8)"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: half of the processors)")
+    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: half of the processors)")
+
+
+def chosen_cache(args: argparse.Namespace) -> str | tuple[str, str]:
+    """What the options of `add_cache_options` ask for.
+
+    Raises:
+        ArgumentError: a policy file beside --cache-k or --cache-v.
+    """
+    if args.cache_k is None and args.cache_v is None:
+        return str(args.cache)
+    if args.cache.endswith(".gguf") and None in (args.cache_k, args.cache_v):
+        raise ArgumentError("--cache-k and --cache-v need types beside them, not a policy file")
+    return (args.cache_k or args.cache, args.cache_v or args.cache)
 
 
 def load_model(args: argparse.Namespace, path: str) -> Llama:
@@ -76,7 +117,7 @@ def load_model(args: argparse.Namespace, path: str) -> Llama:
     n_ctx = args.ctx or min(DEFAULT_CONTEXT, read_model_info(path).n_ctx_train)
     return Llama(
         path,
-        cache=(args.cache_k or args.cache, args.cache_v or args.cache),
+        cache=chosen_cache(args),
         n_ctx=n_ctx,
         n_threads=args.threads,
         **({} if args.seed is None else {"seed": args.seed}),

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from ..errors import TqggufError
+from ..errors import ArgumentError, TqggufError
 from .format import cache_line, to_json
 from .options import add_model_options, load_model, positive
 
@@ -32,8 +32,13 @@ def add_parser(commands: Any) -> None:
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     model = load_model(args, args.model)
-    raw = args.raw or not has_chat_template(model)
-    start, pieces, finish = time.perf_counter(), [], None
+    raw = args.raw or not model.has_chat_template
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError("the prompt is not valid UTF-8") from None
+    start, finish = time.perf_counter(), None
+    pieces: list[str] = []
     options = {"max_tokens": args.n_predict, "temperature": args.temp, "seed": args.seed, "stream": True}
     try:
         stream = (
@@ -45,6 +50,10 @@ def call(args: argparse.Namespace) -> int:
             choice = chunk["choices"][0]
             piece = choice["text"] if raw else choice["delta"].get("content") or ""
             finish = choice["finish_reason"] or finish
+            if not pieces:
+                piece = piece.lstrip()
+            if not piece:
+                continue
             pieces.append(piece)
             if not args.json:
                 print(piece, end="", flush=True)
@@ -59,8 +68,3 @@ def call(args: argparse.Namespace) -> int:
     print()
     print(f"{len(pieces)} pieces in {seconds:.1f} s; {cache_line(info)}", file=sys.stderr)
     return 0
-
-
-def has_chat_template(model: Any) -> bool:
-    """Whether the model's file brings a chat template."""
-    return "tokenizer.chat_template" in model.metadata

@@ -13,7 +13,7 @@ from ..gguf_info import ModelInfo, read_model_info
 
 __all__ = ["COMPARED_TYPES", "CacheRow", "ModelCache", "model_cache"]
 
-COMPARED_TYPES: Final = ("f16", "q8_0", "q4_0", "pqo4", "pqo3")
+COMPARED_TYPES: Final = ("f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
  *
  * encode and decode follow the portable order of operations exactly (no FMA there); the attention steps use FMA. */
 #include "kernels.h"
+#include "trellis.h"
 
 #include <cpuid.h>
 #include <immintrin.h>
@@ -276,6 +277,10 @@ INLINE void encode_norm(int bits, const tqi_codec * codec, const table * c, cons
 }
 
 static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    if (codec->trellis) {
+        tqi_trellis_encode(codec, transform, tqi_trellis_search_avx2, x, n_blocks, blocks);
+        return;
+    }
     const table c = load_table(codec);
     if (codec->mode != TQ_MODE_SEARCH) {
         if (codec->bits == 3) {
@@ -334,6 +339,10 @@ INLINE block unpack_block(int bits, levels c, const uint8_t * in) {
 }
 
 static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
+    if (codec->trellis) {
+        tqi_trellis_unpack_avx2(codec, blocks, n_blocks, y);
+        return;
+    }
     const levels c = load_levels(codec);
     if (codec->bits == 3) {
         for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += TQI_PQO3_BYTES) {
@@ -363,9 +372,9 @@ static void widen(const uint16_t * x, int64_t n, float * y) {
 
 /* ---- Attention ---- */
 
-/* Attention reads scales with the CPU's conversion: a hostile scale (infinity, NaN) stays what it is here. */
 INLINE __m256 scale8(const uint8_t * in) {
-    return _mm256_set1_ps(_cvtsh_ss(tqi_load_u16(in)));
+    const uint16_t h = tqi_load_u16(in);
+    return _mm256_set1_ps(_cvtsh_ss((h & 0x7c00u) == 0x7c00u ? 0 : h));
 }
 
 /* One token's scores against n_q query vectors; every block is decoded once. */
@@ -454,6 +463,10 @@ EACH_N_Q(4)
 
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
                    float * s, int ld) {
+    if (codec->trellis) {
+        tqi_trellis_scores_avx2(codec, k, stride, n_tok, q, n_q, n_blocks, s, ld);
+        return;
+    }
     static void (*const f[2][TQI_MAX_FUSED])(levels, const uint8_t *, size_t, int, const float *, int, float *, int) = {
         ROW_OF(scores, 3), ROW_OF(scores, 4)
     };
@@ -462,6 +475,10 @@ static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, in
 
 static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
                        int n_blocks, float * o) {
+    if (codec->trellis) {
+        tqi_trellis_accumulate_avx2(codec, v, stride, n_tok, p, ld, n_q, n_blocks, o);
+        return;
+    }
     static void (*const f[2][TQI_MAX_FUSED])(levels, const uint8_t *, size_t, int, const float *, int, int, float *) = {
         ROW_OF(accumulate, 3), ROW_OF(accumulate, 4)
     };
@@ -513,15 +530,12 @@ static float softmax_row(float * s, int n, float * max, float * sum) {
     for (int t = 0; t < n; t += 8) {
         v = _mm256_max_ps(v, load_scores(s + t, n - t));
     }
-    const float top = max8(v);
-    if (top == -INFINITY) {
-        memset(s, 0, (size_t) n * sizeof(float));
-        return 1.0f;
-    }
+    const float top    = max8(v);
+    const float base   = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
     const float factor = top == *max ? 1.0f : expf(*max - top);
     __m256      total  = _mm256_setzero_ps();
     for (int t = 0; t < n; t += 8) {
-        const __m256 e = exp8(_mm256_sub_ps(load_scores(s + t, n - t), _mm256_set1_ps(top)));
+        const __m256 e = exp8(_mm256_sub_ps(load_scores(s + t, n - t), _mm256_set1_ps(base)));
         store_scores(s + t, n - t, e);
         total = _mm256_add_ps(total, e);
     }

@@ -3,6 +3,7 @@
  * Both formats decode alike: vpermb brings each lane its two bytes, a variable shift brings the index down, vpermps looks
  * it up in 16 levels (3 bits: the eight levels twice, so bit 3 need not be cleared). */
 #include "kernels.h"
+#include "trellis.h"
 
 #include <cpuid.h>
 #include <immintrin.h>
@@ -220,6 +221,10 @@ INLINE void encode_norm(int bits, const tqi_codec * codec, const float * x, int6
 }
 
 static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    if (codec->trellis) {
+        tqi_trellis_encode(codec, transform, tqi_trellis_search_avx512, x, n_blocks, blocks);
+        return;
+    }
     if (codec->mode != TQ_MODE_SEARCH) {
         if (codec->bits == 3) {
             encode_norm(3, codec, x, n_blocks, blocks);
@@ -282,6 +287,10 @@ INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * block
 }
 
 static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
+    if (codec->trellis) {
+        tqi_trellis_unpack_avx512(codec, blocks, n_blocks, y);
+        return;
+    }
     if (codec->bits == 3) {
         unpack_rows(3, codec, blocks, n_blocks, y);
     } else {
@@ -309,13 +318,14 @@ static void widen(const uint16_t * x, int64_t n, float * y) {
  *   scores      a lane is a token: the blocks of 16 tokens are transposed, so no sum over lanes is left at the end
  *   accumulate  a lane is a channel, its two products are two tokens; the weights p d are integers against their tile's largest
  *
- * The factors are as large as they can be without a sum over a block's channels, or over a tile's tokens, overflowing 32 bits;
- * levels, rounded to 1.6e-4 of the standard deviation, are what limits the accuracy. */
-#define LEVEL_MAX  4095
-#define Q_MAX      16383
-#define WEIGHT_MAX 8191
-_Static_assert((int64_t) TQ_BLOCK * LEVEL_MAX * Q_MAX <= INT32_MAX, "scores must not overflow");
-_Static_assert((int64_t) TQI_AHEAD * LEVEL_MAX * WEIGHT_MAX <= INT32_MAX, "the sum over a tile must not overflow");
+ * The factors are as large as they can be without a sum over a block's channels, or over a tile's tokens, overflowing 32 bits.
+ * Rounding changes a score by 1e-4 of |q| |k| (standard deviation), a thousandth of what 3 bits do to it. */
+#define K_LEVEL_MAX 8191
+#define Q_MAX       8191
+#define V_LEVEL_MAX 4095
+#define WEIGHT_MAX  8191
+_Static_assert((int64_t) TQ_BLOCK * K_LEVEL_MAX * Q_MAX <= INT32_MAX, "scores must not overflow");
+_Static_assert((int64_t) TQI_AHEAD * V_LEVEL_MAX * WEIGHT_MAX <= INT32_MAX, "the sum over a tile must not overflow");
 
 #define TINY       1e-30f /* magnitudes below it count as zero, so that their reciprocals stay finite */
 #define MAX_BLOCKS 18     /* of a row at once: head_dim 576 */
@@ -327,10 +337,10 @@ typedef struct {
     float   step;
 } integer_table;
 
-INLINE integer_table load_integer_table(int bits, const tqi_codec * codec) {
+INLINE integer_table load_integer_table(int bits, const tqi_codec * codec, int level_max) {
     integer_table c;
     const float   low = -codec->levels[0], high = codec->levels[codec->n_levels - 1];
-    c.step               = (low > high ? low : high) / (float) LEVEL_MAX;
+    c.step               = (low > high ? low : high) / (float) level_max;
     const __m512  levels = _mm512_div_ps(_mm512_loadu_ps(codec->levels), _mm512_set1_ps(c.step));
     const __m256i words  = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(levels));
     c.levels = bits == 3 ? _mm512_broadcast_i32x4(_mm256_castsi256_si128(words)) : _mm512_broadcast_i64x4(words);
@@ -403,7 +413,7 @@ INLINE __m512i pair_shift(int bits, int j) {
 /* Blocks b0 .. b0 + n_part - 1 of the rows; adds to s if b0 is not the first. */
 INLINE void scores_part(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q,
                         int n_blocks, int b0, int n_part, float * s, int ld) {
-    const integer_table c     = load_integer_table(bits, codec);
+    const integer_table c     = load_integer_table(bits, codec, K_LEVEL_MAX);
     const int           bytes = 4 * bits + 2;
     uint16_t            q_words[TQI_MAX_FUSED][MAX_BLOCKS * TQ_BLOCK], d[MAX_BLOCKS][TQI_AHEAD];
     float               q_unit[TQI_MAX_FUSED][MAX_BLOCKS];
@@ -508,7 +518,7 @@ INLINE void accumulate_block(int bits, int n_q, const integer_table * c, const u
 /* Rows in parts of a tile and of MAX_BLOCKS. */
 INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,
                             const float * p, int ld, int n_blocks, float * o) {
-    const integer_table c     = load_integer_table(bits, codec);
+    const integer_table c     = load_integer_table(bits, codec, V_LEVEL_MAX);
     const int           bytes = 4 * bits + 2;
     for (int t0 = 0; t0 < n_tok; t0 += TQI_AHEAD, v += TQI_AHEAD * stride, p += TQI_AHEAD) {
         const int n = n_tok - t0 < TQI_AHEAD ? n_tok - t0 : TQI_AHEAD;
@@ -528,34 +538,29 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
     }
 }
 
-/* Calls f(bits, n_q, ...) with both as constants. */
-#define BY_N_Q(f, bits, n_q, ...)                                                                                         \
-    switch (n_q) {                                                                                                        \
-        case 1: f(bits, 1, __VA_ARGS__); break;                                                                           \
-        case 2: f(bits, 2, __VA_ARGS__); break;                                                                           \
-        case 3: f(bits, 3, __VA_ARGS__); break;                                                                           \
-        case 4: f(bits, 4, __VA_ARGS__); break;                                                                           \
-        case 5: f(bits, 5, __VA_ARGS__); break;                                                                           \
-        case 6: f(bits, 6, __VA_ARGS__); break;                                                                           \
-        case 7: f(bits, 7, __VA_ARGS__); break;                                                                           \
-        default: f(bits, 8, __VA_ARGS__); break;                                                                          \
-    }
-
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
                    float * s, int ld) {
+    if (codec->trellis) {
+        tqi_trellis_scores_avx512(codec, k, stride, n_tok, q, n_q, n_blocks, s, ld);
+        return;
+    }
     if (codec->bits == 3) {
-        BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+        TQI_BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
     } else {
-        BY_N_Q(scores_rows, 4, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+        TQI_BY_N_Q(scores_rows, 4, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
     }
 }
 
 static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
                        int n_blocks, float * o) {
+    if (codec->trellis) {
+        tqi_trellis_accumulate_avx512(codec, v, stride, n_tok, p, ld, n_q, n_blocks, o);
+        return;
+    }
     if (codec->bits == 3) {
-        BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
+        TQI_BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
     } else {
-        BY_N_Q(accumulate_rows, 4, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
+        TQI_BY_N_Q(accumulate_rows, 4, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
     }
 }
 
@@ -583,16 +588,13 @@ static float softmax_row(float * s, int n, float * max, float * sum) {
         const __mmask16 mask = (__mmask16) (n - t >= 16 ? 0xffffu : (1u << (n - t)) - 1u);
         v                    = _mm512_max_ps(v, _mm512_mask_loadu_ps(nothing, mask, s + t));
     }
-    const float top = _mm512_reduce_max_ps(v);
-    if (top == -INFINITY) {
-        memset(s, 0, (size_t) n * sizeof(float));
-        return 1.0f;
-    }
+    const float top    = _mm512_reduce_max_ps(v);
+    const float base   = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
     const float factor = top == *max ? 1.0f : expf(*max - top);
     __m512      total  = _mm512_setzero_ps();
     for (int t = 0; t < n; t += 16) {
         const __mmask16 mask = (__mmask16) (n - t >= 16 ? 0xffffu : (1u << (n - t)) - 1u);
-        const __m512    e    = exp16(_mm512_sub_ps(_mm512_mask_loadu_ps(nothing, mask, s + t), _mm512_set1_ps(top)));
+        const __m512    e    = exp16(_mm512_sub_ps(_mm512_mask_loadu_ps(nothing, mask, s + t), _mm512_set1_ps(base)));
         _mm512_mask_storeu_ps(s + t, mask, e);
         total = _mm512_add_ps(total, e);
     }

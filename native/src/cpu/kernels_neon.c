@@ -1,6 +1,7 @@
 /* kernels_neon.c: AArch64 Advanced SIMD. One block is eight vectors of four values; codebooks are looked up as bytes with
  * tbl. encode and decode follow the portable order of operations exactly; the attention steps use FMA. */
 #include "kernels.h"
+#include "trellis.h"
 
 #include <arm_neon.h>
 #include <math.h>
@@ -221,6 +222,10 @@ INLINE void encode_rows(int bits, const tqi_codec * codec, const float * x, int6
 }
 
 static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    if (codec->trellis) {
+        tqi_trellis_encode(codec, transform, tqi_trellis_search_neon, x, n_blocks, blocks);
+        return;
+    }
     if (codec->bits == 3) {
         encode_rows(3, codec, x, n_blocks, blocks);
     } else {
@@ -256,6 +261,10 @@ INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * block
 }
 
 static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
+    if (codec->trellis) {
+        tqi_trellis_unpack_neon(codec, blocks, n_blocks, y);
+        return;
+    }
     if (codec->bits == 3) {
         unpack_rows(3, codec, blocks, n_blocks, y);
     } else {
@@ -297,7 +306,7 @@ INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_
             total[i] = vdupq_n_f32(0.0f);
         }
         for (int b = 0; b < n_blocks; ++b, in += 4 * bits + 2) {
-            const float d = f16_to_f32(tqi_load_u16(in));
+            const float d = tqi_block_scale(in);
             float32x4_t v[8];
             for (int g = 0; g < 4; ++g) {
                 values8(bits, &c, in + 2, g, v + 2 * g);
@@ -331,7 +340,7 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
                 sum[i][1] = vld1q_f32(ob + i * n_blocks * TQ_BLOCK + 4);
             }
             for (int t = 0; t < n_tok; ++t, in += stride) {
-                const float d = f16_to_f32(tqi_load_u16(in));
+                const float d = tqi_block_scale(in);
                 float32x4_t x[2];
                 if (g == 0) {
                     tqi_prefetch(in + TQI_AHEAD * stride, (size_t) (4 * bits + 2));
@@ -351,34 +360,29 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
     }
 }
 
-/* Calls f(bits, n_q, ...) with both as constants. */
-#define BY_N_Q(f, bits, n_q, ...)                                                                                         \
-    switch (n_q) {                                                                                                        \
-        case 1: f(bits, 1, __VA_ARGS__); break;                                                                           \
-        case 2: f(bits, 2, __VA_ARGS__); break;                                                                           \
-        case 3: f(bits, 3, __VA_ARGS__); break;                                                                           \
-        case 4: f(bits, 4, __VA_ARGS__); break;                                                                           \
-        case 5: f(bits, 5, __VA_ARGS__); break;                                                                           \
-        case 6: f(bits, 6, __VA_ARGS__); break;                                                                           \
-        case 7: f(bits, 7, __VA_ARGS__); break;                                                                           \
-        default: f(bits, 8, __VA_ARGS__); break;                                                                          \
-    }
-
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
                    float * s, int ld) {
+    if (codec->trellis) {
+        tqi_trellis_scores_neon(codec, k, stride, n_tok, q, n_q, n_blocks, s, ld);
+        return;
+    }
     if (codec->bits == 3) {
-        BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+        TQI_BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
     } else {
-        BY_N_Q(scores_rows, 4, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+        TQI_BY_N_Q(scores_rows, 4, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
     }
 }
 
 static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
                        int n_blocks, float * o) {
+    if (codec->trellis) {
+        tqi_trellis_accumulate_neon(codec, v, stride, n_tok, p, ld, n_q, n_blocks, o);
+        return;
+    }
     if (codec->bits == 3) {
-        BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
+        TQI_BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
     } else {
-        BY_N_Q(accumulate_rows, 4, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
+        TQI_BY_N_Q(accumulate_rows, 4, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
     }
 }
 
@@ -428,15 +432,12 @@ static float softmax_row(float * s, int n, float * max, float * sum) {
     for (int t = 0; t < n; t += 4) {
         v = vmaxq_f32(v, load_scores(s + t, n - t));
     }
-    const float top = vmaxvq_f32(v);
-    if (top == -INFINITY) {
-        memset(s, 0, (size_t) n * sizeof(float));
-        return 1.0f;
-    }
+    const float top    = vmaxvq_f32(v);
+    const float base   = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
     const float factor = top == *max ? 1.0f : expf(*max - top);
     float32x4_t total  = vdupq_n_f32(0.0f);
     for (int t = 0; t < n; t += 4) {
-        const float32x4_t e = exp4(vsubq_f32(load_scores(s + t, n - t), vdupq_n_f32(top)));
+        const float32x4_t e = exp4(vsubq_f32(load_scores(s + t, n - t), vdupq_n_f32(base)));
         store_scores(s + t, n - t, e);
         total = vaddq_f32(total, e);
     }

@@ -1,6 +1,7 @@
 /* kernels_portable.c: every step in plain C, the truth that the other kernels are held to. */
 #include "kernels.h"
 #include "transform.h"
+#include "trellis.h"
 
 #include <math.h>
 
@@ -107,6 +108,10 @@ static void encode_block(const tqi_codec * codec, const float * x, uint8_t * blo
     switch (codec->mode) {
         case TQ_MODE_SEARCH: {
             tqi_transform(codec->signs, y);
+            if (codec->trellis) {
+                tqi_trellis_search_portable(codec, y, 1, block);
+                return;
+            }
             const uint16_t h = tqi_f32_to_f16(tqi_sanitize(search_scale(codec, y)));
             const float    inverse = 1.0f / tqi_f16_to_f32(h);
             for (int i = 0; i < TQ_BLOCK; ++i) {
@@ -153,6 +158,10 @@ static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, u
 static void unpack_block(const tqi_codec * codec, const uint8_t * block, float * y) {
     uint8_t     index[TQ_BLOCK];
     const float d = tqi_block_scale(block);
+    if (codec->trellis) {
+        tqi_trellis_unpack_portable(codec, block, 1, y);
+        return;
+    }
     unpack_indices(codec->bits, block + sizeof(uint16_t), index);
     for (int i = 0; i < TQ_BLOCK; ++i) {
         y[i] = d * codec->levels[index[i]];
@@ -233,9 +242,10 @@ static float softmax_row(float * s, int n, float * max, float * sum) {
         top = fmaxf(top, s[t]);
     }
     const float factor = top == *max ? 1.0f : expf(*max - top);
+    const float base   = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
     *sum *= factor;
     for (int t = 0; t < n; ++t) {
-        s[t] = top == -INFINITY ? 0.0f : expf(s[t] - top);
+        s[t] = expf(s[t] - base);
         *sum += s[t];
     }
     *max = top;
@@ -266,9 +276,10 @@ static void softmax_columns(float * s, int n_row, int n_col, float * max, float 
         }
         factor[j] = top == max[j] ? 1.0f : expf(max[j] - top);
         sum[j] *= factor[j];
+        const float base = top == -INFINITY ? 0.0f : top;
         for (int t = 0; t < n_row; ++t) {
             float * e = &s[t * n_col + j];
-            *e = top == -INFINITY ? 0.0f : expf(*e - top);
+            *e = expf(*e - base);
             sum[j] += *e;
         }
         max[j] = top;

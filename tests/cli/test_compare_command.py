@@ -1,0 +1,134 @@
+"""`tqgguf compare` as a user meets it: table, JSON, picture, and a sentence for every bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tqgguf import demo
+
+pytestmark = pytest.mark.model
+
+Command = Callable[..., Any]
+MODEL = str(demo.MODEL_PATH)
+QUICK = ("--ctx", "256", "--chunks", "1", "--threads", "1")
+
+
+@pytest.fixture
+def compare(python: Callable[..., Any]) -> Command:
+    return lambda *args, **options: python("-m", "tqgguf", "compare", *args, **options)
+
+
+def test_table_and_recall(compare: Command) -> None:
+    done = compare(MODEL, "--cache", "f16,q8_0,pqo3", "--recall", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("demo.gguf: 1 x 256 tokens, 127 predictions scored against f16")
+    rows = [line.split() for line in done.stdout.splitlines() if line.split()]
+    f16, q8_0, pqo3 = (next(row for row in rows if row[0] == name) for name in ("f16", "q8_0", "pqo3"))
+    assert (f16[1:3], len(f16)) == (["16", "2,048"], 5)  # type, bits, bytes, perplexity, speed: it has no divergence
+    assert pqo3[1:3] == ["3.5", "448"] and len(pqo3) == len(q8_0) == 12
+    assert 0 < float(q8_0[4]) < float(pqo3[4])
+    assert [row[1] for row in rows if row[0] == "16"] == ["f16", "q8_0", "pqo3"]
+    assert next(row for row in rows if row[:2] == ["16", "f16"])[-1] == "50/50"
+    assert done.stderr.startswith("tqgguf: note: the demo model was taught to predict answers")
+
+
+def test_json(compare: Command, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(demo.recall_prompt(seed, 60).context for seed in range(2)))
+    done = compare(MODEL, "-f", str(text), "--cache", "q8_0,pqo4", "--batch", "64", *QUICK, "--json")
+    assert done.stderr == ""
+    data = json.loads(done.stdout)
+    assert data["recall"] is None
+    found = data["comparison"]
+    assert (found["n_ctx"], found["n_chunks"], found["n_scored"], found["n_threads"]) == (256, 1, 127, 1)
+    assert [row["type"] for row in found["rows"]] == ["q8_0", "pqo4"]
+    assert found["rows"][0]["kld"]["max"] == 0 < found["rows"][1]["kld"]["median"] < found["rows"][1]["kld"]["p99"]
+
+
+def test_plot(compare: Command, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = compare(MODEL, *QUICK, "--plot", "picture.svg")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "picture.svg").read_text(encoding="utf-8").count("<path") > 20
+
+
+def test_plot_labels_and_positions(tmp_path: Path) -> None:
+    matplotlib_text = pytest.importorskip("matplotlib.text")
+    from tqgguf import Comparison, Divergence, TypeQuality
+    from tqgguf.cli.plot import figure_of
+
+    kinds = {"f16": (2048, 0.0), "q4_0": (576, 0.09), "pqo4": (576, 0.06), "pqo3": (448, 0.2)}
+    rows = tuple(
+        TypeQuality(name, 0, size, 1, 0, Divergence(kld, kld / 10, kld, kld, kld, kld), 1, 1)
+        for name, (size, kld) in kinds.items()
+    )
+    figure = figure_of(Comparison("m.gguf", 2048, 8, 8184, 1, rows, ()))
+    labels = {a.get_text(): a for a in figure.axes[0].findobj(matplotlib_text.Annotation)}
+    assert {name: label.xy for name, label in labels.items()} == {n: kinds[n] for n in ("q4_0", "pqo4", "pqo3")}
+    sides = {name: label.get_horizontalalignment() for name, label in labels.items()}
+    assert sides == {"pqo4": "left", "q4_0": "right", "pqo3": "left"}  # of equal size: right and left of their points
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_plot_without_matplotlib_says_what_to_install(compare: Command, tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    done = compare(MODEL, "--plot", "a.png", env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"})
+    assert done.returncode == 1 and "pip install 'tqgguf[plot]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--cache", "f16,q9"], "unknown cache type 'q9'; valid types are f32"),
+        (["--cache", "f16,pqo3,f16"], "f16 is given twice"),
+        (["--cache", "pqo3"], "at least two cache types"),
+        (["--cache", "f16,"], "unknown cache type ''"),
+        (["--ctx", "0"], "must be an integer between"),
+        (["--chunks", "-1"], "must be an integer between"),
+        (["--batch", "x"], "must be an integer between"),
+    ],
+)
+def test_usage_errors(compare: Command, args: list[str], said: str) -> None:
+    done = compare(MODEL, *args)
+    assert done.returncode == 2 and done.stdout == "" and said in done.stderr
+
+
+def test_failures_are_one_line_each(compare: Command, tmp_path: Path, random_model: Callable[..., Path]) -> None:
+    short, empty, latin = (tmp_path / name for name in ("short", "empty", "latin"))
+    short.write_text("The code of Anna is falcon.\n")
+    empty.write_text("\n")
+    latin.write_bytes(b"caf\xe9")
+    for args, said in (
+        ([MODEL, "-f", str(short)], "the text has 8 tokens, but a context of 2,048 needs as many"),
+        ([MODEL, "-f", str(empty)], "the text is empty"),
+        ([MODEL, "-f", str(latin)], "is not UTF-8 text"),
+        ([MODEL, "-f", str(tmp_path / "missing")], "No such file"),
+        ([MODEL, "--ctx", "64"], "a context of 64 tokens is too short"),
+        ([MODEL, "--plot", "a.gif"], "must end in .png"),
+        ([MODEL, "--plot", "missing/a.png"], "does not exist"),
+        ([str(random_model())], "needs a text to be measured on (-f FILE)"),
+        ([str(random_model(head_dim=80)), "-f", str(short)], "head_dim of K is 80"),
+        ([str(tmp_path / "missing.gguf")], "does not exist"),
+    ):
+        done = compare(*args)
+        assert done.returncode == 1 and done.stdout == "", args
+        assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_attention_on_the_models_own_text(compare: Command) -> None:
+    options = ("--attention", "--layers", "0", "--ctx", "64", "--cache", "f16,pqo3", "--json")
+    done = compare(str(demo.MODEL_PATH), *options)
+    assert done.returncode == 0, done.stderr
+    (layer,) = json.loads(done.stdout)["layers"]
+    assert layer["errors"]["f16"][0]["output"] < 1e-3 < layer["errors"]["pqo3"][0]["output"]
+
+
+def test_attention_goes_with_no_other_measurement(compare: Command) -> None:
+    done = compare(str(demo.MODEL_PATH), "--attention", "--recall")
+    assert done.returncode == 2
+    assert "--attention goes with none of --recall, --plot, --chunks" in done.stderr

@@ -1,0 +1,101 @@
+"""`Llama(cache=...)` with types by layer: ranges, policies, policy files; verified and counted like any other."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tqgguf
+from tqgguf import CachePolicy, demo
+from tqgguf.errors import ArgumentError, CacheTypeError, PolicyError
+from tqgguf.policy import model_hash
+
+pytestmark = pytest.mark.model
+
+
+def load(cache: Any, **options: Any) -> Any:
+    return tqgguf.Llama(demo.MODEL_PATH, cache=cache, n_ctx=512, n_threads=1, verbose=False, **options)
+
+
+def logits(model: Any) -> np.ndarray:
+    """Of the last of 128 tokens of the demo model's own text."""
+    from llama_cpp import llama_get_logits_ith
+
+    tokens = model.tokenize(demo.chat_text(0, 12, reach=8).encode(), special=True)[:128]
+    model.eval(tokens)
+    return np.ctypeslib.as_array(llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),)).astype(np.float64)
+
+
+def test_types_by_layer_are_stored_and_counted() -> None:
+    model = load({"default": "pqo3", "layers": {"0": ("q8_0", "f16"), "-1": "pqt4"}})
+    info = model.cache_info()
+    assert [(layer.type_k, layer.type_v) for layer in info.layers] == [
+        ("q8_0", "f16"),
+        ("pqo3", "pqo3"),
+        ("pqo3", "pqo3"),
+        ("pqt4", "pqt4"),
+    ]
+    assert (info.type_k, info.type_v) == ("mixed", "mixed")
+    # 128 values a side and token
+    assert info.bytes_per_token == (136 + 256) + 2 * 2 * 56 + 2 * 72
+    assert info.bytes == 512 * info.bytes_per_token
+    reply = model.create_chat_completion(
+        [{"role": "user", "content": demo.capital_question("France", 0)}], temperature=0.0, max_tokens=16
+    )
+    assert "Paris" in reply["choices"][0]["message"]["content"]
+    again = pickle.loads(pickle.dumps(model))
+    assert again.cache_policy.types_k == model.cache_policy.types_k
+
+
+def test_a_uniform_policy_is_the_type_itself() -> None:
+    np.testing.assert_array_equal(logits(load({"default": "pqo4"})), logits(load("pqo4")))
+    assert load({"default": "pqo4"}).cache_info() == load("pqo4").cache_info()
+
+
+def test_a_policy_ends_with_the_model_it_was_for() -> None:
+    load({"default": "pqo3", "layers": {"0": "f32"}})
+    assert load("pqo3").cache_info().bytes_per_token == 4 * 2 * 56
+
+
+def test_centred_keys_give_the_same_logits(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    means = {i: random.standard_normal((2, 64)).astype(np.float32) for i in range(4)}
+    path = tmp_path / "policy.gguf"
+    CachePolicy(("f16",) * 4, ("f16",) * 4, means, model_hash(demo.MODEL_PATH)).write(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        centred = logits(load(str(path), flash_attn=True))
+    plain = logits(load("f16", flash_attn=True))
+    error = np.linalg.norm(centred - plain) / np.linalg.norm(plain)
+    assert 0 < error < 5e-3, error
+
+
+def test_a_policy_measured_on_another_model_warns() -> None:
+    with pytest.warns(UserWarning, match="measured on another model"):
+        load(CachePolicy(("pqo4",) * 4, ("pqo4",) * 4, {}, "0" * 64))
+
+
+def test_policies_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(CacheTypeError, match="for 3 layers, the model has 4"):
+        load(CachePolicy(("pqo4",) * 3, ("pqo4",) * 2 + ("f16",)))
+    with pytest.raises(PolicyError, match="layers 0 to 3"):
+        load({"default": "pqo4", "layers": {"4": "f16"}})
+    with pytest.raises(ArgumentError, match="flash_attn=False cannot be combined with a KV cache with this policy"):
+        load({"default": "f16", "layers": {"1": "pqo4"}}, flash_attn=False)
+    with pytest.raises(FileNotFoundError):
+        load(str(tmp_path / "missing.gguf"))
+
+
+def test_a_policy_file_from_the_command_line(python: Any, tmp_path: Path) -> None:
+    path = tmp_path / "policy.gguf"
+    CachePolicy(("q8_0", "pqo3", "pqo3", "pqo4"), ("pqo3",) * 4, {}, model_hash(demo.MODEL_PATH)).write(path)
+    done = python("-m", "tqgguf", "demo", "--cache", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout and "KV cache mixed (K) and pqo3 (V)" in done.stdout
+    done = python("-m", "tqgguf", "demo", "--cache", str(path), "--cache-k", "pqo4")
+    assert done.returncode == 1 and "not a policy file" in done.stderr

@@ -1,0 +1,183 @@
+"""`tqgguf compare`: what cache types cost a model, measured on a text and by recall."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import MEASURED_TYPES
+from ..errors import ArgumentError
+from ..gguf_info import read_model_info
+from . import compare_attention
+from .format import to_json
+from .options import positive, threads
+from .plot import check_plot, plot
+
+if TYPE_CHECKING:
+    from ..diagnostics.compare import Comparison
+    from ..diagnostics.recall import Recall
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "compare",
+        help="what cache types cost a model",
+        description="Reads a text with several KV cache types and compares each with the first: perplexity, "
+        "KL divergence, tokens predicted alike. It loads the weights once, and a cache for each type.",
+        epilog="example: tqgguf compare model.gguf -f text.txt --ctx 4096 --plot kld.png",
+    )
+    parser.add_argument("model", help="a GGUF file")
+    parser.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text file (the demo model has a text of its own)")
+    parser.add_argument(
+        "--cache",
+        type=cache_names,
+        default=",".join(MEASURED_TYPES),
+        metavar="TYPE,TYPE",
+        help="types, reference first (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ctx",
+        type=positive,
+        metavar="N",
+        help="tokens in a chunk (default: 2048, or the trained context if less; 512 with --attention)",
+    )
+    parser.add_argument(
+        "--chunks", type=positive, metavar="N", help="chunks to read at most (default: all; 8 of the demo model's text)"
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=512, metavar="N", help="tokens read at once; fewer save memory (default: 512)"
+    )
+    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: all processors)")
+    parser.add_argument("--recall", action="store_true", help="also ask for facts planted in prompts, and count")
+    parser.add_argument("--plot", metavar="FILE", help="also draw KL divergence over bytes (.png, .svg, .pdf)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    compare_attention.add_options(parser)
+    parser.set_defaults(call=call, usage_error=parser.error)
+
+
+def cache_names(text: str) -> tuple[str, ...]:
+    """argparse type: names of at least two cache types with commas between."""
+    from ..diagnostics.compare import compared_types
+
+    try:
+        return tuple(kind.name for kind in compared_types([name.strip() for name in text.split(",")]))
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def call(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from ..diagnostics.compare import compare, own_text, read_text
+    from ..diagnostics.recall import recall
+
+    if args.plot:
+        check_plot(Path(args.plot))
+    text = None if args.file is None else read_text(args.file)
+    if args.attention:
+        if args.recall or args.plot or args.chunks:
+            args.usage_error("--attention goes with none of --recall, --plot, --chunks")
+        if text is None:
+            text = own_text(read_model_info(args.model), args.ctx or compare_attention.DEFAULT_TOKENS, 1)
+        return compare_attention.call(args, text, args.cache)
+    with progress_bar("reading") as progress:
+        comparison = compare(
+            args.model,
+            args.cache,
+            text,
+            n_ctx=args.ctx,
+            n_chunks=args.chunks,
+            n_batch=args.batch,
+            n_threads=args.threads,
+            progress=progress,
+        )
+    for note in comparison.notes:
+        print(f"tqgguf: note: {note}", file=sys.stderr)
+    if not args.json:  # before the questions are asked, which may take as long again
+        render(comparison)
+    if args.plot:
+        plot(comparison, Path(args.plot))
+    recalled = None
+    if args.recall:
+        with progress_bar("asking") as progress:
+            recalled = recall(args.model, args.cache, n_ctx=args.ctx, n_threads=args.threads, progress=progress)
+    if args.json:
+        print(to_json({"comparison": comparison, "recall": recalled}))
+    elif recalled:
+        render_recall(recalled)
+    return 0
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal; yields the callback that moves it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def render(comparison: Comparison) -> None:
+    """Prints what was read, then a row for each type."""
+    rows = comparison.rows
+    print(
+        f"{comparison.model}: {comparison.n_chunks:,} x {comparison.n_ctx:,} tokens, "
+        f"{comparison.n_scored:,} predictions scored against {rows[0].type}, KL divergence in nats\n"
+    )
+    table = _table("cache", "bits", "bytes/token", "perplexity", "mean KLD", "±", "median", "99 %", "99.9 %", "max")
+    for title in ("same top", "tokens/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        kld = row.kld
+        divergence = (kld.mean, kld.mean_error, kld.median, kld.p99, kld.p999, kld.max)
+        table.add_row(
+            row.type,
+            f"{row.bits:g}",
+            f"{row.bytes_per_token:,}",
+            f"{row.perplexity:,.4f}",
+            *("" if row is rows[0] else f"{value:#.3g}" for value in divergence),
+            "" if row is rows[0] else f"{row.same_top:.2%}",
+            f"{row.tokens_per_second:,.0f}",
+        )
+    _print(table)
+
+
+def render_recall(result: Recall) -> None:
+    """Prints right answers, a row for each size and type, a column for each depth."""
+    from ..diagnostics.recall import DEPTHS
+
+    print("\nfacts recalled, by depth of the fact in the prompt\n")
+    table = _table(result.unit, "cache", *(f"{depth:.0%}" for depth in DEPTHS), "all")
+    for size in sorted({score.size for score in result.scores}):
+        for kind in dict.fromkeys(score.type for score in result.scores):
+            marks = [score for score in result.scores if (score.size, score.type) == (size, kind)]
+            right, n = sum(score.right for score in marks), sum(score.n for score in marks)
+            cells = [f"{score.right}/{score.n}" for score in marks]
+            table.add_row(f"{size:,}", kind, *cells, f"{right}/{n}")
+        table.add_section()
+    _print(table)
+
+
+def _table(*titles: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="left" if title == "cache" else "right", no_wrap=True)
+    return table
+
+
+def _print(table: Any) -> None:
+    """Prints a table in full width, also where the terminal is narrower: a figure cut short would be a wrong one."""
+    from rich.console import Console
+
+    needed = Console(width=1000).measure(table).maximum
+    console = Console(highlight=False)
+    console.width = max(console.width, needed)
+    console.print(table)

@@ -1,0 +1,215 @@
+"""Q, K and V of a model as they enter attention, taken from llama.cpp's running graph through its eval callback.
+
+The callback is public (`llama_context_params.cb_eval`) and sees every node of the graph. The one that matters is
+`FLASH_ATTN_EXT`: its sources are what attention computes on, whatever an architecture does before it (biases, norms of
+Q and K, RoPE, a fused QKV matrix), and its parameters are scale, ALiBi bias and softcap. Tensors are not picked by the
+names `Qcur-3`, `Kcur-3`, because some architectures name them before the last step: Gemma 2 scales Q afterwards, Llama
+4 normalises it. The layer's number is that of the KV cache tensor K is read from (`cache_k_l3`); with a cache of f32
+that holds K and V exactly as they were computed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from .._native.ggml import Tensor, op_name, read_tensor, tensor_at
+from ..config import cache_type
+from ..errors import ArgumentError, TqggufError, UnsupportedError
+from ..gguf_info import ModelInfo, read_model_info
+from ..model import Llama, llama_cpp
+
+__all__ = ["AttentionInputs", "capture_attention"]
+
+F32 = npt.NDArray[np.float32]
+
+_CACHE_NAME: Final = re.compile(rb"cache_([kv])_l(\d+)")
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """All that attention of one layer computes on, for a text that fills an empty cache.
+
+    Attributes:
+        layer: number of the layer.
+        q: (n_tokens, n_head, head_dim_k) float32, after RoPE; query head h reads KV head h // (n_head // n_head_kv).
+        k: (n_tokens, n_head_kv, head_dim_k) float32, after RoPE.
+        v: (n_tokens, n_head_kv, head_dim_v) float32.
+        scale: factor on the dot products.
+        mask: (n_tokens, n_tokens) float32, added to the scores: 0 (with ALiBi, minus the distance) where a query sees
+            a key, else -inf.
+        sinks: (n_head,) float32 logits, or None.
+        softcap: c of c tanh(score / c); 0 for none.
+        max_bias: ALiBi's largest bias; 0 for none.
+    """
+
+    layer: int
+    q: F32
+    k: F32
+    v: F32
+    scale: float
+    mask: F32
+    sinks: F32 | None
+    softcap: float
+    max_bias: float
+
+
+def capture_attention(
+    path: str | Path,
+    text: str,
+    layers: Collection[int],
+    *,
+    n_ctx: int = 512,
+    n_threads: int | None = None,
+    cache: str = "f32",
+) -> dict[int, AttentionInputs]:
+    """Runs the first n_ctx tokens of a text through a model, as one batch, and takes what attention computes on.
+
+    Args:
+        path: a GGUF file.
+        text: any text of at least n_ctx tokens.
+        layers: numbers of the layers wanted; each must have a KV cache of its own.
+        n_ctx: tokens.
+        n_threads: threads; None for half of the processors.
+        cache: type of the KV cache. Any other type than f32 gives K and V as decoded from it and, where llama.cpp
+            rotates it, Q, K and V rotated.
+
+    Returns:
+        By layer, ascending.
+
+    Raises:
+        ArgumentError: a layer without a KV cache of its own, or a text of fewer tokens than n_ctx.
+        UnsupportedError: the model has no KV cache, does not run flash attention (Grok), or keeps V within K (MLA).
+        TqggufError: see `tqgguf.Llama`; or llama.cpp could not run the text.
+    """
+    info = read_model_info(path)
+    if not info.layers or info.mla:
+        reason = "keeps V within K (MLA)" if info.mla else "has no KV cache"
+        raise UnsupportedError(f"{info.path.name}: architecture {info.architecture} {reason}; nothing to capture")
+    known = [layer.index for layer in info.layers]
+    for layer in layers:
+        if layer not in known:
+            raise ArgumentError(f"layer {layer} has no KV cache of its own; those that have are {_ranges(known)}")
+    if n_ctx < 2:
+        raise ArgumentError(f"n_ctx is {n_ctx}, must be at least 2 tokens")
+    # The model brings a context of its own, which cannot take a callback: the smallest one.
+    model = Llama(path, cache="f16", n_ctx=256, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
+    try:
+        tokens = model.tokenize(text.encode())[:n_ctx]
+        if len(tokens) < n_ctx:
+            raise ArgumentError(f"the text has {len(tokens)} tokens, fewer than the {n_ctx} that were asked for")
+        hook = _Hook(info, frozenset(layers), n_ctx)
+        _decode(model, tokens, hook, cache)
+    finally:
+        model.close()
+    missing = sorted(set(layers) - set(hook.found))
+    if missing:
+        raise UnsupportedError(
+            f"{info.path.name}: the graph of architecture {info.architecture} runs no flash attention "
+            f"on the KV cache of layer {_ranges(missing)}; Q, K and V cannot be captured"
+        )
+    return dict(sorted(hook.found.items()))
+
+
+class _Hook:
+    """The eval callback: called with each node, first to ask whether it is wanted, then again once it is computed."""
+
+    def __init__(self, info: ModelInfo, wanted: frozenset[int], n_tokens: int) -> None:
+        self.info = info
+        self.wanted = wanted
+        self.n_tokens = n_tokens
+        self.found: dict[int, AttentionInputs] = {}
+        self.error: Exception | None = None
+
+    def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
+        try:
+            node = tensor_at(address)
+            if op_name(node) != "FLASH_ATTN_EXT":
+                return False
+            layer = _cache_layer(node.src[1], b"k")
+            if ask:
+                # Layers that share an earlier layer's cache come later: the first one owns it.
+                return layer in self.wanted and layer not in self.found
+            if layer is not None:
+                self.found[layer] = self.read(layer, node)
+            return True
+        except Exception as error:  # ctypes would print it and go on
+            self.error = error
+            return False
+
+    def read(self, layer: int, node: Tensor) -> AttentionInputs:
+        """Copies the sources of a computed flash attention node."""
+        if _cache_layer(node.src[2], b"v") != layer:
+            raise UnsupportedError(f"{self.info.path.name}: layer {layer} takes V from elsewhere than its own cache")
+        n = self.n_tokens
+        q, k, v = (read_tensor(_stored(source))[0].transpose(1, 0, 2)[:n] for source in node.src[:3])
+        mask = read_tensor(tensor_at(node.src[3]))[0, 0, :n, :n]
+        if not np.isfinite(np.diagonal(mask)).all():
+            raise TqggufError(f"{self.info.path.name}: layer {layer}: tokens are not in the order of their cache cells")
+        sinks = read_tensor(tensor_at(node.src[4])).ravel() if node.src[4] else None
+        scale, max_bias, softcap = node.op_params[:3]
+        return AttentionInputs(layer, q, k, v, scale, mask, sinks, softcap, max_bias)
+
+
+def _stored(address: int) -> Tensor:
+    """The tensor behind a conversion: llama.cpp casts an f32 cache to f16 for flash attention."""
+    tensor = tensor_at(address)
+    while op_name(tensor) == "CPY":
+        tensor = tensor_at(tensor.src[0])
+    return tensor
+
+
+def _cache_layer(address: int, side: bytes) -> int | None:
+    """Layer of the KV cache tensor that K or V is a view of; None if it is none."""
+    tensor = _stored(address)
+    match = _CACHE_NAME.fullmatch(tensor_at(tensor.view_src).name) if tensor.view_src else None
+    return int(match[2]) if match and match[1] == side else None
+
+
+def _decode(model: Llama, tokens: list[int], hook: _Hook, cache: str) -> None:
+    """Runs tokens through a new context of the model, as one batch, under the hook."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = len(tokens)
+    params.n_threads = params.n_threads_batch = model.context_params.n_threads_batch
+    params.type_k = params.type_v = cache_type(cache).number
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.cb_eval = callback = llama_cpp.ggml_backend_sched_eval_callback(hook)
+    with _context(model, params) as context:
+        ids = (llama_cpp.llama_token * len(tokens))(*tokens)
+        status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
+    del callback
+    if hook.error:
+        raise hook.error
+    if status:
+        raise TqggufError(
+            f"llama.cpp could not run {len(tokens)} tokens through {hook.info.path.name}: status {status}"
+        )
+
+
+@contextmanager
+def _context(model: Llama, params: Any) -> Iterator[Any]:
+    context = llama_cpp.llama_init_from_model(model.model, params)
+    if not context:
+        raise TqggufError(f"llama.cpp could not make a context of {params.n_ctx} tokens for {model.model_path}")
+    try:
+        yield context
+    finally:
+        llama_cpp.llama_free(context)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers for a reader: "0-5, 7"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,410 @@
+"""What KV cache types cost a model on a text: perplexity and divergence from a reference type, token by token.
+
+The procedure is that of llama.cpp's `llama-perplexity --kl-divergence`: the text is cut into chunks of n_ctx tokens,
+the first token of a chunk becomes BOS if the model wants one, each chunk is read from an empty cache, and the
+predictions from position n_ctx/2 to n_ctx-2 are scored. Two things differ. Logits of the reference are not written to a
+file of 16-bit values but compared at once, in float64; and chunks are read one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import demo
+from .._native import import_llama_cpp
+from ..config import MEASURED_TYPES, CacheType, cache_type
+from ..errors import ArgumentError, TextError, TqggufError
+from ..gguf_info import ModelInfo, read_model_info
+from ..model import Llama, refuse_impossible
+from ..policy import resolve
+
+__all__ = [
+    "DEFAULT_CHUNKS",
+    "DEFAULT_CONTEXT",
+    "MIN_CONTEXT",
+    "Comparison",
+    "Divergence",
+    "TypeQuality",
+    "compare",
+    "compared_types",
+    "context_length",
+    "kl_divergence",
+    "load",
+    "log_softmax",
+    "read_text",
+]
+
+llama_cpp: Any = import_llama_cpp()
+_TokenPointer: Final = ctypes.POINTER(ctypes.c_int32)
+_FlagPointer: Final = ctypes.POINTER(ctypes.c_int8)
+
+DEFAULT_CONTEXT: Final = 2048
+"""Context in tokens, or what the model was trained for if that is less. What quantization of K costs grows with the
+number of keys that compete, so a context of a few hundred tokens shows too little of it."""
+
+MIN_CONTEXT: Final = 128
+DEFAULT_CHUNKS: Final = 8
+"""Chunks of the demo model's own text; of another text all are read."""
+
+Array = npt.NDArray[np.float64]
+Progress = Callable[[int, int], None]
+"""Called with (tokens read, tokens in all), tokens counted once for each cache type."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL divergence of the next-token distribution from the reference's, over the scored tokens, in nats.
+
+    Attributes:
+        mean: over all scored tokens.
+        mean_error: standard error of the mean, as if tokens were independent.
+        median: half of the tokens have less.
+        p99: 99 % of the tokens have less.
+        p999: 99.9 % of the tokens have less.
+        max: of the worst token.
+    """
+
+    mean: float
+    mean_error: float
+    median: float
+    p99: float
+    p999: float
+    max: float
+
+
+@dataclass(frozen=True)
+class TypeQuality:
+    """One cache type on the text, used for K and V both.
+
+    Attributes:
+        type: name of the type.
+        bits: bits per cached value.
+        bytes_per_token: K and V of all layers together.
+        perplexity: exp of the mean negative log-likelihood of the scored tokens.
+        perplexity_error: its standard error, as if tokens were independent.
+        kld: divergence from the reference; all zero for the reference itself.
+        same_top: share of scored tokens where the most probable token is the reference's.
+        tokens_per_second: at which batches of the text were read (prefill), all tokens counted.
+    """
+
+    type: str
+    bits: float
+    bytes_per_token: int
+    perplexity: float
+    perplexity_error: float
+    kld: Divergence
+    same_top: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Cache types compared on the same tokens of one model.
+
+    Attributes:
+        model: name of the model's file.
+        n_ctx: tokens in a chunk.
+        n_chunks: chunks read.
+        n_scored: tokens scored, in all chunks together.
+        n_threads: threads used.
+        rows: one for each type; the first is the reference.
+        notes: what a reader should know before trusting the figures.
+    """
+
+    model: str
+    n_ctx: int
+    n_chunks: int
+    n_scored: int
+    n_threads: int
+    rows: tuple[TypeQuality, ...]
+    notes: tuple[str, ...]
+
+
+def compare(
+    path: str | Path,
+    types: Sequence[str] = MEASURED_TYPES,
+    text: str | None = None,
+    *,
+    n_ctx: int | None = None,
+    n_chunks: int | None = None,
+    n_batch: int = 512,
+    n_threads: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measures cache types against the first of them.
+
+    The weights are loaded once. Every type has a context of its own, and all contexts read each batch in turn, so
+    logits are compared while llama.cpp still holds them and nothing is stored but a few numbers per scored token.
+    Memory beyond the weights, for each type and however long the text: its KV cache of n_ctx tokens, one batch of
+    logits (n_batch * n_vocab * 4 bytes), and llama.cpp's compute buffer, which reserves as much for them again.
+
+    Flash attention is on for every type, and llama.cpp's own rotation of quantized caches is as it is by default, so
+    the types are compared as they are used.
+
+    Args:
+        path: a GGUF file.
+        types: names of at least two cache types; the first is the reference.
+        text: what to read, tokenized without control tokens. None takes a conversation about facts that the demo model
+            was made for, control tokens included; any other model needs a text.
+        n_ctx: tokens in a chunk; None means DEFAULT_CONTEXT, or the trained context if that is less.
+        n_chunks: chunks to read at most; None means all of the text (DEFAULT_CHUNKS of the demo model's own).
+        n_batch: tokens llama.cpp is given at once; less saves memory where the vocabulary is large.
+        n_threads: threads; None means as many as there are processors.
+        progress: called after every batch.
+
+    Raises:
+        ArgumentError: fewer than two types, one given twice or unknown; n_ctx below MIN_CONTEXT; n_chunks or n_batch
+            below 1; no text for a model that is not the demo model.
+        TextError: the text is empty or has fewer than n_ctx tokens.
+        CacheTypeError: the model cannot have one of the types, or llama.cpp did not use it.
+        OutOfMemoryError: no memory for the KV caches.
+        TqggufError: llama.cpp failed, or gave logits that are not finite; otherwise as `Llama`.
+    """
+    kinds = compared_types(types)
+    for name, value in (("n_chunks", n_chunks), ("n_batch", n_batch)):
+        if value is not None and value < 1:
+            raise ArgumentError(f"{name} is {value}, must be at least 1")
+    info = read_model_info(path)
+    for kind in kinds:
+        refuse_impossible(info, resolve(kind.name, info.n_layer))
+    n_ctx = context_length(info, n_ctx)
+    own = text is None
+    if text is None:
+        n_chunks = n_chunks or DEFAULT_CHUNKS
+        text = own_text(info, n_ctx, n_chunks)
+    if not text:
+        raise TextError("the text is empty")
+    # llama.cpp's tools, too, keep sliding windows no longer than needed: swa_full.
+    with contextlib.closing(load(path, kinds[0], n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
+        chunks = _chunks(model, text, n_ctx, n_chunks, own)
+        readers = [Reader(kinds[0], model.ctx), *(Reader(kind, model.add_context(kind.name)) for kind in kinds[1:])]
+        _read(model, readers, chunks, progress)
+        return Comparison(
+            model=info.path.name,
+            n_ctx=n_ctx,
+            n_chunks=len(chunks),
+            n_scored=len(chunks) * (n_ctx - 1 - n_ctx // 2),
+            n_threads=model.n_threads_batch,
+            rows=tuple(reader.quality(info, chunks.size) for reader in readers),
+            notes=_notes(info, n_ctx, own),
+        )
+
+
+def compared_types(names: Sequence[str]) -> tuple[CacheType, ...]:
+    """The cache types of a comparison, reference first.
+
+    Raises:
+        ArgumentError: an unknown name (the message lists the valid ones), one given twice, or fewer than two.
+    """
+    kinds = tuple(cache_type(name) for name in names)
+    twice = sorted({kind.name for kind in kinds if kinds.count(kind) > 1})
+    if twice:
+        raise ArgumentError(f"cache type {', '.join(twice)} is given twice")
+    if len(kinds) < 2:
+        raise ArgumentError("a comparison needs at least two cache types: first the reference, then what to compare")
+    return kinds
+
+
+def context_length(info: ModelInfo, n_ctx: int | None) -> int:
+    """The context to measure with: n_ctx, or if that is None DEFAULT_CONTEXT or the trained context if that is less.
+
+    Raises:
+        ArgumentError: it is below MIN_CONTEXT.
+    """
+    length = min(DEFAULT_CONTEXT, info.n_ctx_train) if n_ctx is None else n_ctx
+    if length < MIN_CONTEXT:
+        raise ArgumentError(f"a context of {length} tokens is too short to compare cache types: {MIN_CONTEXT} at least")
+    return length
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text as llama.cpp's tools read it: bytes as they are, less one newline at the end.
+
+    Raises:
+        TextError: no such file, not readable, or not UTF-8 (the message says at which byte).
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise TextError(f"cannot read {path}: {error.strerror}") from error
+
+
+def load(path: str | Path, kind: CacheType, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
+    """A model to measure: quiet, and with flash attention for every type, so that the type is the only difference."""
+    threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
+    return Llama(path, cache=kind.name, flash_attn=True, n_ctx=n_ctx, verbose=False, **threads, **options)
+
+
+def log_softmax(logits: npt.NDArray[Any]) -> Array:
+    """Natural logarithms of the probabilities; logits (n, n_vocab), in float64."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=-1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return x
+
+
+def kl_divergence(reference: Array, other: Array) -> Array:
+    """sum p ln(p/q) of each row, in nats; both (n, n_vocab), as `log_softmax` gives them."""
+    # It is never negative; the sum of a few million roundings may be, by 1e-16.
+    divergence: Array = np.maximum((np.exp(reference) * (reference - other)).sum(axis=-1), 0.0)
+    return divergence
+
+
+# ---- Text ----
+
+
+def own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
+    """The demo model's: a conversation of at least n_chunks * n_ctx tokens whose questions reach back n_ctx/2 tokens.
+
+    Raises:
+        ArgumentError: it is another model.
+    """
+    if info.name != demo.MODEL_NAME:
+        raise ArgumentError(
+            f"{info.path.name} needs a text to be measured on (-f FILE): only the demo model has its own"
+        )
+    n_turns = n_chunks * n_ctx // demo.CHAT_TURN_TOKENS + 1
+    reach = n_ctx // demo.CHAT_TURN_TOKENS  # two facts a turn, so half of the context
+    return demo.chat_text(0, n_turns, reach=min(reach, len(demo.NAMES) * len(demo.KINDS)))
+
+
+def _chunks(model: Llama, text: str, n_ctx: int, n_chunks: int | None, special: bool) -> npt.NDArray[np.int32]:
+    """Tokens (n_chunks, n_ctx) of a text, with control tokens parsed if `special`."""
+    tokens = np.array(model.tokenize(text.encode(), add_bos=True, special=special), np.int32)
+    there = len(tokens) // n_ctx
+    if not there:
+        raise TextError(
+            f"the text has {len(tokens):,} tokens, but a context of {n_ctx:,} needs as many: "
+            f"give a longer text or a shorter context"
+        )
+    return tokens[: min(there, n_chunks or there) * n_ctx].reshape(-1, n_ctx)
+
+
+def _notes(info: ModelInfo, n_ctx: int, own: bool) -> tuple[str, ...]:
+    notes = []
+    if n_ctx > info.n_ctx_train:
+        notes.append(f"the context of {n_ctx:,} tokens exceeds the {info.n_ctx_train:,} that the model was trained for")
+    if not info.exact:
+        notes.append(f"bytes per token are a lower bound: {'; '.join(info.notes)}")
+    if own:
+        notes.append(
+            "the demo model was taught to predict answers, not the facts and questions between them: "
+            "its perplexity is high and says little; compare the divergence"
+        )
+    return tuple(notes)
+
+
+# ---- Reading in lock-step ----
+
+
+@dataclass
+class Reader:
+    """One cache type's context, and what was measured with it: one array per batch."""
+
+    kind: CacheType
+    context: Any
+    seconds: float = 0.0
+    nll: list[Array] = field(default_factory=list)
+    kld: list[Array] = field(default_factory=list)
+    same_top: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+
+    def warm_up(self, token: npt.NDArray[np.int32]) -> None:
+        """Reads one token untimed: the first pass over the weights reads them from disk."""
+        self.decode(token, np.zeros(1, np.int8))
+        self.seconds = 0.0
+
+    def decode(self, tokens: npt.NDArray[np.int32], scored: npt.NDArray[np.int8]) -> None:
+        """Reads tokens (n) behind those in the cache; where `scored` (n) is not 0, logits are kept."""
+        batch = llama_cpp.llama_batch_get_one(tokens.ctypes.data_as(_TokenPointer), len(tokens))
+        batch.logits = scored.ctypes.data_as(_FlagPointer)
+        start = time.perf_counter()
+        status = llama_cpp.llama_decode(self.context, batch)
+        llama_cpp.llama_synchronize(self.context)
+        self.seconds += time.perf_counter() - start
+        if status:
+            raise TqggufError(f"llama.cpp could not read a batch with a {self.kind.name} cache (status {status})")
+
+    def logits(self, n: int, n_vocab: int) -> npt.NDArray[np.float32]:
+        """The n rows of logits (n, n_vocab) of the last batch, in llama.cpp's own memory: valid until the next one."""
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), (n, n_vocab))
+
+    def forget(self) -> None:
+        """Empties the cache."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+
+    def score(self, reference: Array, logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]) -> None:
+        """Compares predictions (n, n_vocab) with the reference's log-probabilities and the tokens that came (n)."""
+        own = log_softmax(logits)
+        if not np.isfinite(own).all():
+            raise TqggufError(f"logits are not finite with a {self.kind.name} cache")
+        self.nll.append(-own[np.arange(len(targets)), targets])
+        self.kld.append(kl_divergence(reference, own))
+        self.same_top.append(own.argmax(axis=-1) == reference.argmax(axis=-1))
+
+    def quality(self, info: ModelInfo, n_tokens: int) -> TypeQuality:
+        """The figures of everything read: n_tokens in all."""
+        nll, kld = np.concatenate(self.nll), np.concatenate(self.kld)
+        perplexity = math.exp(nll.mean())
+        median, p99, p999 = (float(x) for x in np.quantile(kld, (0.5, 0.99, 0.999)))
+        return TypeQuality(
+            type=self.kind.name,
+            bits=self.kind.bits,
+            bytes_per_token=info.bytes_per_token(self.kind, self.kind),
+            perplexity=perplexity,
+            perplexity_error=perplexity * _standard_error(nll),
+            kld=Divergence(float(kld.mean()), _standard_error(kld), median, p99, p999, float(kld.max())),
+            same_top=float(np.concatenate(self.same_top).mean()),
+            tokens_per_second=n_tokens / self.seconds,
+        )
+
+
+def _standard_error(values: Array) -> float:
+    """Standard error of the mean of values (n)."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def _read(model: Llama, readers: Sequence[Reader], chunks: npt.NDArray[np.int32], progress: Progress | None) -> None:
+    """Has every reader read the chunks (n_chunks, n_ctx) batch by batch, and scores it against the first reader."""
+    n_ctx, n_batch, n_vocab = chunks.shape[1], model.n_batch, model.n_vocab()
+    wants_bos = llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(model.model))
+    scored = np.zeros(n_ctx, np.int8)
+    scored[n_ctx // 2 : -1] = 1
+    done, total = 0, chunks.size * len(readers)
+    for reader in readers:
+        reader.warm_up(chunks[0, :1])
+    for chunk in chunks:
+        tokens, following = chunk.copy(), np.roll(chunk, -1)  # the last has none, and is not scored
+        if wants_bos:
+            tokens[0] = model.token_bos()
+        for reader in readers:
+            reader.forget()
+        for start in range(0, n_ctx, n_batch):
+            batch = slice(start, start + n_batch)
+            for reader in readers:
+                reader.decode(tokens[batch], scored[batch])
+                done += len(tokens[batch])
+                if progress:
+                    progress(done, total)
+            _score(readers, following[batch][scored[batch] > 0], n_vocab)
+
+
+def _score(readers: Sequence[Reader], targets: npt.NDArray[np.int32], n_vocab: int) -> None:
+    """Scores the last batch, of whose scored tokens `targets` (n) were the next; 8 MiB of float64 at a time."""
+    rows = max(1, 2**20 // n_vocab)
+    for start in range(0, len(targets), rows):
+        part = slice(start, start + rows)
+        reference = log_softmax(readers[0].logits(len(targets), n_vocab)[part])
+        for reader in readers:
+            reader.score(reference, reader.logits(len(targets), n_vocab)[part], targets[part])
