@@ -127,7 +127,7 @@ typedef struct tq_attn_operand {
 /* out[row, h] = sum_t softmax_t(score[h, row, t]) v[t, h / (n_head / n_head_kv)], with
  * score = softcap(scale * <q, k>) + slope_h * mask, softcap(x) = c tanh(x / c) for c > 0, ALiBi slope_h from max_bias,
  * and exp(sink_h) added to the softmax's denominator. A row whose keys are all masked gives zeros. Relative L2 error of the
- * output against exact arithmetic on the decoded K and V, for normal q, K and V: 1e-5 at most, and 1e-3 with the kernel avx512,
+ * output against exact arithmetic on the decoded K and V, for normal q, K and V: 5e-5 at most, and 1e-3 with the kernel avx512,
  * which sums 16-bit integers where a KV head has few query vectors. There a score's error is 1e-4 of |q| |k|, so it shows more
  * where scores are large. NaN in q, or in a key that is seen, gives NaN. */
 typedef struct tq_attn {
