@@ -174,7 +174,7 @@ def block_transform(x: F32) -> F32:
 def measure(inputs: list[Inputs]) -> list[Row]:
     """All types in all forms."""
     quantized = [kind.name for kind in CACHE_TYPES.values() if kind.quantized]
-    stock = [name for name in quantized if not CACHE_TYPES[name].pqo]
+    stock = [name for name in quantized if not CACHE_TYPES[name].ours]
     found: dict[tuple[str, str], list[HeadError]] = {}
     for x in inputs:
         scale = x.q.shape[2] ** -0.5
