@@ -1,6 +1,6 @@
 /* tq_ggml_cpu.c: our types on ggml's CPU backend (libggml-cpu): row functions and the operators SET_ROWS, DUP/CPY and
  * FLASH_ATTN_EXT, all of them a translation of ggml's tensors and threads into calls of libtqgguf. */
-#include "tq_ggml.h"
+#include "tq_ggml_tail.h"
 
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
@@ -110,7 +110,52 @@ bool tq_ggml_set_rows_used(const struct ggml_tensor * dst) {
     return tq_ggml_is_ours(dst->type);
 }
 
-/* src0: (n_values, n_rows, ne2, ne3) values, src1: (n_rows, ne2 / r2, ne3 / r3) row numbers in dst */
+static int64_t row_number(const struct ggml_tensor * idx, int64_t i1, int64_t i2, int64_t i3) {
+    const char * at = (const char *) idx->data + i1 * (int64_t) idx->nb[0] + i2 % idx->ne[1] * (int64_t) idx->nb[1]
+        + i3 % idx->ne[2] * (int64_t) idx->nb[2];
+    return idx->type == GGML_TYPE_I64 ? *(const int64_t *) at : *(const int32_t *) at;
+}
+
+/* Writes the same rows into the tail that dst has, and makes them its owners. A row of the tail belongs to one thread, which goes
+ * through its tokens in their order: the last one stays. */
+static void set_tail(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct ggml_tensor * src   = dst->src[0];
+    const struct ggml_tensor * idx   = dst->src[1];
+    struct ggml_tensor *       rows  = dst->src[3];
+    struct ggml_tensor *       owner = dst->src[4];
+
+    GGML_ASSERT(src->ne[2] == 1 && src->ne[3] == 1 && src->ne[0] == rows->ne[0]);
+
+    const int64_t n        = src->ne[1];
+    const int64_t n_cells  = dst->ne[1] * dst->ne[2] / owner->ne[1]; /* of a stream; dst may be all streams in one */
+    const int64_t n_first  = MIN(TQ_GGML_TAIL_FIRST, n_cells);
+    const int64_t n_recent = owner->ne[0] - n_first;
+    float         x[TQ_RUN * TQ_GGML_BLOCK];
+
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t cell   = row_number(idx, i, 0, 0);
+        const int64_t stream = cell / n_cells;
+        const int64_t token  = cell % n_cells;
+        const int64_t row    = tq_tail_row(n_recent, n_first, token);
+        if ((stream * owner->ne[0] + row) % params->nth != params->ith) {
+            continue;
+        }
+        if (token >= n_first && i + n_recent < n && row_number(idx, i + n_recent, 0, 0) == cell + n_recent && token + n_recent < n_cells) {
+            continue; /* a later token takes the row */
+        }
+        uint16_t * to = (uint16_t *) ((char *) rows->data + row * (int64_t) rows->nb[1] + stream * (int64_t) rows->nb[2]);
+        for (int64_t j = 0; j < src->ne[0]; j += TQ_RUN * TQ_GGML_BLOCK) {
+            const int64_t m = MIN(src->ne[0] - j, TQ_RUN * TQ_GGML_BLOCK);
+            load(src, i * src->ne[0] + j, m, x);
+            if (tq_tail_encode((int) dst->type, TQ_MODE_SEARCH, x, m, to + j) != TQ_OK) {
+                GGML_ABORT("%s", tq_last_error());
+            }
+        }
+        *(int32_t *) ((char *) owner->data + row * (int64_t) owner->nb[0] + stream * (int64_t) owner->nb[1]) = (int32_t) (token + 1);
+    }
+}
+
+/* src0: (n_values, n_rows, ne2, ne3) values, src1: (n_rows, ne2 / r2, ne3 / r3) row numbers in dst; src3, src4: see tq_ggml_tail.h */
 void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * src = dst->src[0];
     const struct ggml_tensor * idx = dst->src[1];
@@ -133,9 +178,7 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
         const int64_t i2  = row / src->ne[1] % src->ne[2];
         const int64_t i3  = row / (src->ne[1] * src->ne[2]);
 
-        const char *  at    = (const char *) idx->data + i1 * (int64_t) idx->nb[0] + i2 % idx->ne[1] * (int64_t) idx->nb[1]
-            + i3 % idx->ne[2] * (int64_t) idx->nb[2];
-        const int64_t to_row = idx->type == GGML_TYPE_I64 ? *(const int64_t *) at : *(const int32_t *) at;
+        const int64_t to_row = row_number(idx, i1, i2, i3);
         GGML_ASSERT(to_row >= 0 && to_row < dst->ne[1]);
 
         const char * from = (const char *) src->data + i1 * (int64_t) src->nb[1] + i2 * (int64_t) src->nb[2] + i3 * (int64_t) src->nb[3];
@@ -151,6 +194,9 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
             encode(dst->type, x, to, run * TQ_GGML_BLOCK);
         }
         b += run;
+    }
+    if (dst->src[3]) {
+        set_tail(params, dst);
     }
 }
 
@@ -185,6 +231,28 @@ void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor *
 
 bool tq_ggml_flash_attn_ext_used(const struct ggml_tensor * dst) {
     return tq_ggml_is_ours(dst->src[1]->type) || tq_ggml_is_ours(dst->src[2]->type);
+}
+
+/* The tail of a view of the cache, (head_dim, n_kv, n_head_kv, n_stream): the view may begin at a later stream or value of a row. */
+static struct tq_attn_tail tail_of(const struct ggml_tensor * t, const struct ggml_tensor * rows, const struct ggml_tensor * owner) {
+    const struct ggml_tensor * cache  = t->view_src;
+    const int64_t              stream = (int64_t) (t->view_offs / cache->nb[2]);
+    const int64_t              block  = (int64_t) (t->view_offs % cache->nb[2] / cache->nb[0]);
+    const int64_t              first  = MIN(TQ_GGML_TAIL_FIRST, cache->ne[1]);
+
+    GGML_ASSERT(t->view_offs % cache->nb[2] < cache->nb[1] && t->nb[1] == cache->nb[1] && t->nb[2] % cache->nb[0] == 0);
+    GGML_ASSERT(t->ne[3] == 1 || t->nb[3] == cache->nb[2]);
+
+    return (struct tq_attn_tail) {
+        .data                = (const uint16_t *) ((const char *) rows->data + stream * (int64_t) rows->nb[2]) + block * TQ_GGML_BLOCK,
+        .owner               = (const int32_t *) ((const char *) owner->data + stream * (int64_t) owner->nb[1]),
+        .n_recent            = owner->ne[0] - first,
+        .n_first             = first,
+        .stride_row          = rows->nb[1],
+        .stride_head         = t->nb[2] / cache->nb[0] * TQ_GGML_BLOCK * rows->nb[0],
+        .stride_stream       = rows->nb[2],
+        .owner_stride_stream = owner->nb[1],
+    };
 }
 
 static struct tq_attn_operand operand(const struct ggml_tensor * t) {
@@ -233,6 +301,12 @@ static struct tq_attn attention(const struct ggml_tensor * dst) {
         .out_stride_head   = dst->nb[1],
         .out_stride_stream = dst->nb[3],
     };
+    if (dst->src[5]) {
+        a.k.tail = tail_of(k, dst->src[5], dst->src[6]);
+    }
+    if (dst->src[7]) {
+        a.v.tail = tail_of(v, dst->src[7], dst->src[8]);
+    }
     if (mask) {
         GGML_ASSERT(mask->type == GGML_TYPE_F16 && mask->nb[0] == sizeof(ggml_fp16_t));
         GGML_ASSERT(mask->ne[0] >= k->ne[1] && mask->ne[1] >= q->ne[1]);

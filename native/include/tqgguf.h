@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 /* Raised by one with every incompatible change of this header; tq_abi_version() returns the library's. */
-#define TQ_ABI_VERSION 1
+#define TQ_ABI_VERSION 2
 
 /* Values per block, of one head. */
 #define TQ_BLOCK 32
@@ -110,6 +110,26 @@ const char * tq_kernel_active(void);
 /* Decodes one row of n values to f32; what ggml calls to_float. */
 typedef void (*tq_row_decoder)(const void * row, float * x, int64_t n);
 
+/* A precise tail: rows of f16 beside the blocks of K or V, for the tokens written last and for the first ones. Token t, when it
+ * is written, also goes to row tq_tail_row(t), and owner of that row becomes t + 1. Attention reads the row of a token that owns
+ * one instead of its blocks; whatever else may have changed a token's blocks must set owner to 0. */
+typedef struct tq_attn_tail {
+    const void *    data;          /* f16 bits as tq_tail_encode writes them, head_dim to a head; NULL: there is no tail */
+    const int32_t * owner;         /* (n_stream, n_recent + n_first) by owner_stride_stream: 1 + the row's token, 0: nobody's */
+    int64_t         n_recent;      /* rows that tokens take in turn, at least 1 */
+    int64_t         n_first;       /* rows of the first n_first tokens, after those */
+    size_t          stride_row;    /* strides are in bytes */
+    size_t          stride_head;
+    size_t          stride_stream;
+    size_t          owner_stride_stream;
+} tq_attn_tail;
+
+/* The row of token t >= 0 in a tail. */
+int64_t tq_tail_row(int64_t n_recent, int64_t n_first, int64_t token);
+/* What a tail holds of n values (a multiple of 32): transformed as blocks of that type and mode are, rounded to f16. NaN counts
+ * as 0, magnitudes above 65504 as 65504, before the transform and after it. */
+int     tq_tail_encode(int type, int mode, const float * x, int64_t n, uint16_t * rows);
+
 /* One operand of attention. Rows of head_dim values are contiguous; strides are in bytes and arbitrary. */
 typedef struct tq_attn_operand {
     const void *   data;
@@ -122,6 +142,7 @@ typedef struct tq_attn_operand {
     size_t         stride_token;
     size_t         stride_head;
     size_t         stride_stream;
+    tq_attn_tail   tail;         /* of K or V in a type of tqgguf; zeros: none */
 } tq_attn_operand;
 
 /* out[row, h] = sum_t softmax_t(score[h, row, t]) v[t, h / (n_head / n_head_kv)], with

@@ -5,7 +5,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-#define DOT_BLOCKS 16 /* that tq_dot takes at once */
+#define CHUNK_BLOCKS 16 /* that tq_dot and tq_tail_encode take at once */
 
 static _Thread_local char message[512];
 
@@ -120,6 +120,28 @@ int tq_decode(int type, int mode, const void * blocks, int64_t n, float * x) {
     return TQ_OK;
 }
 
+int64_t tq_tail_row(int64_t n_recent, int64_t n_first, int64_t token) {
+    return token < n_first ? n_recent + token : n_recent > 0 ? token % n_recent : 0;
+}
+
+int tq_tail_encode(int type, int mode, const float * x, int64_t n, uint16_t * rows) {
+    const tqi_codec * codec = check_blocks(type, mode, x, rows, n);
+    if (codec == NULL) {
+        return TQ_E_ARGUMENT;
+    }
+    const tqi_kernels * kernel = tqi_active();
+    float               y[CHUNK_BLOCKS * TQ_BLOCK];
+    for (int64_t i = 0; i < n; i += CHUNK_BLOCKS * TQ_BLOCK) {
+        const int64_t m = n - i < CHUNK_BLOCKS * TQ_BLOCK ? n - i : CHUNK_BLOCKS * TQ_BLOCK;
+        for (int64_t j = 0; j < m; ++j) {
+            y[j] = tqi_sanitize(x[i + j]);
+        }
+        kernel->transform(codec->signs, y, m / TQ_BLOCK);
+        kernel->narrow(y, m, rows + i);
+    }
+    return TQ_OK;
+}
+
 float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n) {
     const tqi_codec * codec = check_blocks(type, mode, blocks, x, n);
     if (codec == NULL) {
@@ -127,9 +149,9 @@ float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n
     }
     const tqi_kernels * kernel   = tqi_active();
     const int64_t       n_blocks = n / TQ_BLOCK;
-    float               q[DOT_BLOCKS * TQ_BLOCK], sum = 0.0f;
-    for (int64_t b = 0; b < n_blocks; b += DOT_BLOCKS) {
-        const int n_part = (int) (n_blocks - b < DOT_BLOCKS ? n_blocks - b : DOT_BLOCKS);
+    float               q[CHUNK_BLOCKS * TQ_BLOCK], sum = 0.0f;
+    for (int64_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
+        const int n_part = (int) (n_blocks - b < CHUNK_BLOCKS ? n_blocks - b : CHUNK_BLOCKS);
         float     s;
         memcpy(q, x + b * TQ_BLOCK, (size_t) n_part * TQ_BLOCK * sizeof(float));
         kernel->transform(codec->signs, q, n_part);

@@ -48,6 +48,22 @@ static size_t padded(size_t n_floats) {
     return (n_floats + lanes - 1) / lanes * lanes;
 }
 
+static int check_tail(const char * name, const tq_attn_operand * x, const tqi_codec * codec) {
+    if (x->tail.data == NULL) {
+        return TQ_OK;
+    }
+    if (codec == NULL) {
+        return tqi_fail(TQ_E_ARGUMENT, "%s: a tail given beside type %d; only types of tqgguf have one", name, x->type);
+    }
+    if (x->tail.owner == NULL || x->tail.n_recent < 1 || x->tail.n_first < 0 || x->tail.n_recent > INT32_MAX ||
+        x->tail.n_first > INT32_MAX) {
+        return tqi_fail(TQ_E_ARGUMENT, "%s: a tail with owner %s, n_recent = %lld, n_first = %lld given; it needs owners, at least 1 "
+                        "recent row and at least 0 first ones", name, x->tail.owner == NULL ? "null" : "given",
+                        (long long) x->tail.n_recent, (long long) x->tail.n_first);
+    }
+    return TQ_OK;
+}
+
 static int check_operand(const char * name, const tq_attn_operand * x, const tqi_codec ** codec) {
     *codec = NULL;
     if (x->head_dim <= 0 || x->head_dim > TQ_MAX_HEAD_DIM || x->n_head <= 0 || x->n_head > TQ_MAX_HEADS || x->n_stream <= 0 ||
@@ -68,6 +84,46 @@ static int check_operand(const char * name, const tq_attn_operand * x, const tqi
                         tq_type_name(x->type), TQ_BLOCK);
     }
     return TQ_OK;
+}
+
+/* ---- Where a tile's rows lie ---- */
+
+/* Tokens side by side: in blocks, or in rows of the tail. */
+typedef struct {
+    int             first; /* token of the tile */
+    int             n;
+    const uint8_t * rows;  /* of the first token and KV head 0, in the tail; NULL: in blocks */
+} run;
+
+typedef struct {
+    int n;
+    run r[TILE];
+} runs;
+
+/* Cuts tokens t0 .. t0 + n - 1 of a stream into runs. */
+static void find_runs(const tq_attn_operand * x, int64_t stream, int64_t t0, int n, runs * to) {
+    to->n    = 1;
+    to->r[0] = (run) { .first = 0, .n = n, .rows = NULL };
+    if (x->tail.data == NULL) {
+        return;
+    }
+    const tq_attn_tail * tail  = &x->tail;
+    const int32_t *      owner = (const int32_t *) (const void *) ((const uint8_t *) tail->owner + (size_t) stream * tail->owner_stride_stream);
+    const uint8_t *      rows  = (const uint8_t *) tail->data + (size_t) stream * tail->stride_stream;
+    const uint8_t *      after = NULL; /* where the run goes on */
+    int64_t              row   = tq_tail_row(tail->n_recent, 0, t0);
+    to->n = 0;
+    for (int t = 0; t < n; ++t) {
+        const int64_t   mine = t0 + t < tail->n_first ? tail->n_recent + t0 + t : row;
+        const uint8_t * at   = owner[mine] == t0 + t + 1 ? rows + (size_t) mine * tail->stride_row : NULL;
+        if (to->n > 0 && at == after) {
+            to->r[to->n - 1].n++;
+        } else {
+            to->r[to->n++] = (run) { .first = t, .n = 1, .rows = at };
+        }
+        after = at != NULL ? at + tail->stride_row : NULL;
+        row   = row + 1 < tail->n_recent ? row + 1 : 0;
+    }
 }
 
 static int make_plan(const tq_attn * a, int n_threads, plan * p) {
@@ -94,6 +150,9 @@ static int make_plan(const tq_attn * a, int n_threads, plan * p) {
     if (a->mask != NULL && (a->n_mask_head <= 0 || a->n_mask_stream <= 0)) {
         return tqi_fail(TQ_E_ARGUMENT, "n_mask_head = %lld, n_mask_stream = %lld given; both must be positive",
                         (long long) a->n_mask_head, (long long) a->n_mask_stream);
+    }
+    if (check_tail("k", &a->k, p->k_codec) != TQ_OK || check_tail("v", &a->v, p->v_codec) != TQ_OK || check_tail("q", &a->q, NULL) != TQ_OK) {
+        return TQ_E_ARGUMENT;
     }
     const size_t dk = (size_t) a->k.head_dim, dv = (size_t) a->v.head_dim;
 
@@ -225,7 +284,7 @@ static void finish_scores(const tq_attn * a, float * s, int n, int stride, float
 }
 
 /* Decodes n rows to f32, in the transformed domain for types of ours: tile: (n, head_dim). */
-static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec, const uint8_t * rows, int n,
+static void decode_rows(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec, const uint8_t * rows, int n,
                         float * tile) {
     for (int t = 0; t < n; ++t) {
         const uint8_t * row = rows + (size_t) t * x->stride_token;
@@ -246,6 +305,22 @@ static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, c
 static const uint8_t * operand_at(const tq_attn_operand * x, int64_t stream, int64_t head, int64_t token) {
     return (const uint8_t *) x->data + (size_t) stream * x->stride_stream + (size_t) head * x->stride_head +
            (size_t) token * x->stride_token;
+}
+
+/* Decodes the tokens of a tile, from t0 on, each from where it lies. */
+static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec, int64_t stream, int64_t head,
+                        int64_t t0, const runs * from, float * tile) {
+    for (const run * r = from->r; r < from->r + from->n; ++r) {
+        float * to = tile + (size_t) r->first * (size_t) x->head_dim;
+        if (r->rows == NULL) {
+            decode_rows(kernel, x, codec, operand_at(x, stream, head, t0 + r->first), r->n, to);
+            continue;
+        }
+        for (int t = 0; t < r->n; ++t) {
+            const uint8_t * row = r->rows + (size_t) head * x->tail.stride_head + (size_t) t * x->tail.stride_row;
+            kernel->widen((const uint16_t *) (const void *) row, x->head_dim, to + (size_t) t * (size_t) x->head_dim);
+        }
+    }
 }
 
 /* One task's place. Query vector i is head head0 + i % group of row row0 + i / group. */
@@ -348,10 +423,17 @@ static void put_result(const tqi_kernels * kernel, const tq_attn * a, const plan
 
 /* One task's share of a tile. */
 static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const vectors * x, float * s,
-                       int64_t t0, int n, visibility seen) {
+                       int64_t t0, int n, visibility seen, const runs * k, const runs * v) {
     const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim;
-    kernel->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0), a->k.stride_token, n, x->q, t->n_vec, dk / TQ_BLOCK, s,
-                   TILE);
+    for (const run * r = k->r; r < k->r + k->n; ++r) {
+        if (r->rows == NULL) {
+            kernel->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0 + r->first), a->k.stride_token, r->n, x->q, t->n_vec,
+                           dk / TQ_BLOCK, s + r->first, TILE);
+        } else {
+            kernel->scores_f16(r->rows + (size_t) t->kv_head * a->k.tail.stride_head, a->k.tail.stride_row, r->n, x->q, t->n_vec, dk,
+                               s + r->first, TILE);
+        }
+    }
     for (int i = 0; i < t->n_vec; ++i) {
         const int64_t head = t->head0 + i % p->group;
         if (seen == MIXED || a->softcap > 0.0f) {
@@ -365,8 +447,15 @@ static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan
             }
         }
     }
-    kernel->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0), a->v.stride_token, n, s, TILE, t->n_vec,
-                       dv / TQ_BLOCK, x->o);
+    for (const run * r = v->r; r < v->r + v->n; ++r) {
+        if (r->rows == NULL) {
+            kernel->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0 + r->first), a->v.stride_token, r->n,
+                               s + r->first, TILE, t->n_vec, dv / TQ_BLOCK, x->o);
+        } else {
+            kernel->accumulate_f16(r->rows + (size_t) t->kv_head * a->v.tail.stride_head, a->v.tail.stride_row, r->n, s + r->first, TILE,
+                                   t->n_vec, dv, x->o);
+        }
+    }
 }
 
 /* Runs n tasks that differ only in their KV heads. */
@@ -385,12 +474,15 @@ static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan 
     for (int64_t t0 = tasks[0].chunk * p->chunk; t0 < end; t0 += TILE) {
         const int  n    = (int) min64(TILE, end - t0);
         visibility seen = ALL_SEEN;
+        runs       k, v;
+        find_runs(&a->k, tasks[0].kv_stream, t0, n, &k);
+        find_runs(&a->v, tasks[0].kv_stream, t0, n, &v);
         for (int h = 0; h < n_tasks; ++h) {
             if (h == 0 || a->n_mask_head > 1) {
                 seen = tile_visibility(a, p, &tasks[h], t0, n);
             }
             if (seen != NONE_SEEN) {
-                fused_tile(kernel, a, p, &tasks[h], &w->x[h], w->s, t0, n, seen);
+                fused_tile(kernel, a, p, &tasks[h], &w->x[h], w->s, t0, n, seen, &k, &v);
             }
         }
     }
@@ -442,7 +534,9 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan 
         if (seen == NONE_SEEN) {
             continue;
         }
-        decode_tile(kernel, &a->k, p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0), n, w->tile);
+        runs lie;
+        find_runs(&a->k, t->kv_stream, t0, n, &lie);
+        decode_tile(kernel, &a->k, p->k_codec, t->kv_stream, t->kv_head, t0, &lie, w->tile);
         kernel->gemm(w->tile, dk, 1, x->q, n, dk, n_col, 0, w->s);
         for (int i = 0; i < t->n_vec && (seen == MIXED || a->softcap > 0.0f); ++i) {
             const int64_t    head = t->head0 + i % p->group;
@@ -455,7 +549,8 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan 
                 x->o[j * n_col + i] *= w->factor[i];
             }
         }
-        decode_tile(kernel, &a->v, p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0), n, w->tile);
+        find_runs(&a->v, t->kv_stream, t0, n, &lie);
+        decode_tile(kernel, &a->v, p->v_codec, t->kv_stream, t->kv_head, t0, &lie, w->tile);
         if (seen == MIXED && p->v_codec == NULL) {
             drop_unseen(a, p, t, t0, n, w->tile);
         }
@@ -521,7 +616,8 @@ int tq_attn_compute(const tq_attn * args, int phase, int thread, int n_threads, 
         for (int64_t i = p.n_tasks * thread / n_threads; i < last;) {
             task      tasks[MAX_SPAN];
             const int n = (int) min64(min64(p.span, last - i), args->k.n_head - i % args->k.n_head);
-            for (int h = 0; h < n; ++h) {
+            tasks[0]    = task_of(args, &p, i);
+            for (int h = 1; h < n; ++h) {
                 tasks[h] = task_of(args, &p, i + h);
             }
             float * partial = p.partial > 0 ? partials + (size_t) i * p.partial : NULL;

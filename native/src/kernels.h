@@ -23,6 +23,8 @@ typedef struct {
     void (*unpack)(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
     /* y <- x: (n), f16 bits to f32 */
     void (*widen)(const uint16_t * x, int64_t n, float * y);
+    /* y <- x: (n), f32 to f16 bits, nearest even, magnitudes above the largest f16 to the largest; n: whole blocks, no NaN */
+    void (*narrow)(const float * x, int64_t n, uint16_t * y);
     /* In place, over n_blocks blocks. */
     void (*transform)(tqi_sign_order order, float * y, int64_t n_blocks);
     void (*inverse_transform)(tqi_sign_order order, float * y, int64_t n_blocks);
@@ -37,6 +39,9 @@ typedef struct {
     /* o[i] += sum_t p[i, t] v[t]; p: (n_q, ld), o: (n_q, dim), transformed */
     void (*accumulate)(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
                        int n_blocks, float * o);
+    /* The same two for rows of f16 bits: (n_tok, dim) by stride; s is set, o is added to. */
+    void (*scores_f16)(const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int dim, float * s, int ld);
+    void (*accumulate_f16)(const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q, int dim, float * o);
     /* Online softmax over a row of n scores: updates max and sum, s becomes exp(s - max); returns what earlier results must
      * be multiplied by. A row that has seen no key yet (max -infinity) gives zeros. */
     float (*softmax_row)(float * s, int n, float * max, float * sum);

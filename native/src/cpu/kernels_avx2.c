@@ -605,6 +605,21 @@ static void softmax_columns(float * s, int n_row, int n_col, float * max, float 
     }
 }
 
+/* ---- Rows of a tail ---- */
+
+#define VF                 __m256
+#define VF_LANES           8
+#define vf_zero()          _mm256_setzero_ps()
+#define vf_set1(x)         _mm256_set1_ps(x)
+#define vf_load(p)         _mm256_loadu_ps(p)
+#define vf_store(p, a)     _mm256_storeu_ps(p, a)
+#define vf_load_f16(p)     _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (const void *) (p)))
+#define vf_store_f16(p, a) _mm_storeu_si128((__m128i *) (void *) (p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
+#define vf_clamp(a, limit) _mm256_min_ps(_mm256_max_ps(a, _mm256_set1_ps(-(limit))), _mm256_set1_ps(limit))
+#define vf_fma(a, b, c)    _mm256_fmadd_ps(a, b, c)
+#define vf_sum(a)          sum8(a)
+#include "rows_f16.h"
+
 const tqi_kernels tqi_kernels_avx2 = {
     .name              = "avx2",
     .supported         = supported,
@@ -612,10 +627,13 @@ const tqi_kernels tqi_kernels_avx2 = {
     .decode            = decode,
     .unpack            = unpack,
     .widen             = widen,
+    .narrow            = narrow,
     .transform         = transform,
     .inverse_transform = inverse_transform,
     .scores            = scores,
     .accumulate        = accumulate,
+    .scores_f16        = scores_f16,
+    .accumulate_f16    = accumulate_f16,
     .softmax_row       = softmax_row,
     .gemm              = gemm,
     .softmax_columns   = softmax_columns,

@@ -348,10 +348,10 @@ INLINE integer_table load_integer_table(int bits, const tqi_codec * codec, int l
 }
 
 /* The scales of n_tok rows' blocks. */
-INLINE void gather_scales(const uint8_t * block, size_t stride, int n_tok, uint16_t * d) {
+INLINE void gather_scales(const uint8_t * rows, size_t stride, int n_tok, uint16_t * d) {
     UNROLL
-    for (int t = 0; t < n_tok; ++t, block += stride) {
-        d[t] = tqi_load_u16(block);
+    for (int t = 0; t < n_tok; ++t, rows += stride) {
+        d[t] = tqi_load_u16(rows);
     }
 }
 
@@ -678,6 +678,21 @@ static void softmax_columns(float * s, int n_row, int n_col, float * max, float 
     }
 }
 
+/* ---- Rows of a tail ---- */
+
+#define VF                 __m512
+#define VF_LANES           16
+#define vf_zero()          _mm512_setzero_ps()
+#define vf_set1(x)         _mm512_set1_ps(x)
+#define vf_load(p)         _mm512_loadu_ps(p)
+#define vf_store(p, a)     _mm512_storeu_ps(p, a)
+#define vf_load_f16(p)     _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (const void *) (p)))
+#define vf_store_f16(p, a) _mm256_storeu_si256((__m256i *) (void *) (p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
+#define vf_clamp(a, limit) _mm512_min_ps(_mm512_max_ps(a, _mm512_set1_ps(-(limit))), _mm512_set1_ps(limit))
+#define vf_fma(a, b, c)    _mm512_fmadd_ps(a, b, c)
+#define vf_sum(a)          _mm512_reduce_add_ps(a)
+#include "rows_f16.h"
+
 const tqi_kernels tqi_kernels_avx512 = {
     .name              = "avx512",
     .supported         = supported,
@@ -685,10 +700,13 @@ const tqi_kernels tqi_kernels_avx512 = {
     .decode            = decode,
     .unpack            = unpack,
     .widen             = widen,
+    .narrow            = narrow,
     .transform         = transform,
     .inverse_transform = inverse_transform,
     .scores            = scores,
     .accumulate        = accumulate,
+    .scores_f16        = scores_f16,
+    .accumulate_f16    = accumulate_f16,
     .softmax_row       = softmax_row,
     .gemm              = gemm,
     .softmax_columns   = softmax_columns,

@@ -507,6 +507,21 @@ static void softmax_columns(float * s, int n_row, int n_col, float * max, float 
     }
 }
 
+/* ---- Rows of a tail ---- */
+
+#define VF                 float32x4_t
+#define VF_LANES           4
+#define vf_zero()          vdupq_n_f32(0.0f)
+#define vf_set1(x)         vdupq_n_f32(x)
+#define vf_load(p)         vld1q_f32(p)
+#define vf_store(p, a)     vst1q_f32(p, a)
+#define vf_load_f16(p)     vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
+#define vf_store_f16(p, a) vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a)))
+#define vf_clamp(a, limit) vminq_f32(vmaxq_f32(a, vdupq_n_f32(-(limit))), vdupq_n_f32(limit))
+#define vf_fma(a, b, c)    vfmaq_f32(c, a, b)
+#define vf_sum(a)          vaddvq_f32(a)
+#include "rows_f16.h"
+
 const tqi_kernels tqi_kernels_neon = {
     .name              = "neon",
     .supported         = supported,
@@ -514,10 +529,13 @@ const tqi_kernels tqi_kernels_neon = {
     .decode            = decode,
     .unpack            = unpack,
     .widen             = widen,
+    .narrow            = narrow,
     .transform         = transform,
     .inverse_transform = inverse_transform,
     .scores            = scores,
     .accumulate        = accumulate,
+    .scores_f16        = scores_f16,
+    .accumulate_f16    = accumulate_f16,
     .softmax_row       = softmax_row,
     .gemm              = gemm,
     .softmax_columns   = softmax_columns,

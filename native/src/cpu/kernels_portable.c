@@ -286,6 +286,28 @@ static void softmax_columns(float * s, int n_row, int n_col, float * max, float 
     }
 }
 
+/* ---- Rows of a tail ---- */
+
+#define INLINE             static inline
+#define VF                 float
+#define VF_LANES           1
+#define vf_zero()          0.0f
+#define vf_set1(x)         (x)
+#define vf_load(p)         (*(p))
+#define vf_store(p, a)     (*(p) = (a))
+#define vf_load_f16(p)     tqi_f16_to_f32(tqi_load_u16(p))
+#define vf_store_f16(p, a) store_f16(p, a)
+#define vf_clamp(a, limit) fminf(fmaxf(a, -(limit)), limit)
+#define vf_fma(a, b, c)    ((a) * (b) + (c))
+#define vf_sum(a)          (a)
+
+static void store_f16(uint16_t * to, float x) {
+    const uint16_t h = tqi_f32_to_f16(x);
+    memcpy(to, &h, sizeof h);
+}
+
+#include "rows_f16.h"
+
 const tqi_kernels tqi_kernels_portable = {
     .name              = "portable",
     .supported         = supported,
@@ -293,10 +315,13 @@ const tqi_kernels tqi_kernels_portable = {
     .decode            = decode,
     .unpack            = unpack,
     .widen             = widen,
+    .narrow            = narrow,
     .transform         = transform,
     .inverse_transform = inverse_transform,
     .scores            = scores,
     .accumulate        = accumulate,
+    .scores_f16        = scores_f16,
+    .accumulate_f16    = accumulate_f16,
     .softmax_row       = softmax_row,
     .gemm              = gemm,
     .softmax_columns   = softmax_columns,
