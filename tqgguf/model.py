@@ -27,6 +27,7 @@ from .errors import (
 )
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
+from .tail import DEFAULT_TAIL, check_tail, kept, tail_bytes
 
 __all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
 
@@ -34,6 +35,10 @@ llama_cpp: Any = import_llama_cpp()
 _Stock: Any = llama_cpp.Llama
 
 _STOCK_OPTIONS: Final = frozenset(inspect.signature(_Stock.__init__).parameters) - {"self", "model_path", "kwargs"}
+_UBATCH: Final = int(inspect.signature(_Stock.__init__).parameters["n_ubatch"].default)
+_MIN_UBATCH: Final = 128
+"""Shorter ones cost speed: the weights are read once for each."""
+
 _LIMITS: Final = {
     "n_ctx": (0, 2**31 - 1),
     "n_batch": (1, 2**31 - 1),
@@ -56,7 +61,8 @@ class LayerCacheInfo:
         cells: tokens it has room for.
         cells_used: tokens in it.
         bytes_per_token: K and V together.
-        bytes: allocated for all cells.
+        tail_bytes: allocated for its precise tail, the newest tokens in f16.
+        bytes: allocated for all cells, and for the tail.
         f16_bytes: what f16 would take for as many cells.
     """
 
@@ -66,6 +72,7 @@ class LayerCacheInfo:
     cells: int
     cells_used: int
     bytes_per_token: int
+    tail_bytes: int
     bytes: int
     f16_bytes: int
 
@@ -80,7 +87,9 @@ class CacheInfo:
         n_ctx: context length in tokens.
         cells_used: tokens in the cache.
         bytes_per_token: K and V of all layers together.
-        bytes: allocated for K and V of all layers.
+        tail: newest tokens that are kept in f16 beside their blocks, in each stream of the cache; 0: none.
+        tail_bytes: allocated for the tails of all layers.
+        bytes: allocated for K and V of all layers, tails included.
         f16_bytes: what f16 would take for as many cells.
         layers: the same per layer; layers without a cache of their own do not appear.
         exact: False for an architecture whose cache tqgguf does not model: then the figures cover `layers` only.
@@ -91,6 +100,8 @@ class CacheInfo:
     n_ctx: int
     cells_used: int
     bytes_per_token: int
+    tail: int
+    tail_bytes: int
     bytes: int
     f16_bytes: int
     layers: tuple[LayerCacheInfo, ...]
@@ -114,6 +125,9 @@ class Llama(_Stock):  # type: ignore[misc]
         cache: type of the KV cache: "pqo3", "pqo4", "pqt3", "pqt4", or a stock type ("f16", "q8_0", ...); a pair for K
             and V apart; or types by layer: `{"default": "pqo3", "layers": {"0-1": "q8_0", "-2:": "pqo4"}}`, a
             `CachePolicy`, or the path of a policy file. A policy measured on another model gives a warning.
+        tail: how many of the newest tokens are kept in f16 as well, and read from there, where a type is ours (and with
+            them the first four); 0 turns it off. Saved states do not hold them. A prompt is read in batches of as many
+            tokens (n_ubatch, unless given): in longer ones most tokens would not find their neighbours in the tail.
         flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
@@ -135,6 +149,7 @@ class Llama(_Stock):  # type: ignore[misc]
         model_path: str | Path,
         *,
         cache: PolicySpec = "pqo3",
+        tail: int = DEFAULT_TAIL,
         flash_attn: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -148,6 +163,7 @@ class Llama(_Stock):  # type: ignore[misc]
         if not isinstance(model_path, (str, os.PathLike)):
             raise ArgumentError(f"model_path must be a path, not {model_path!r}")
         _check_options(kwargs)
+        self._tail = check_tail(tail)
         if isinstance(cache, (str, tuple, list)) and not str(cache).endswith(".gguf"):
             parse_cache(cache)  # a wrong name is told before the file is opened
         self._info = read_model_info(model_path)
@@ -161,13 +177,15 @@ class Llama(_Stock):  # type: ignore[misc]
         if not kwargs.get("vocab_only"):
             refuse_impossible(self._info, policy)
         k, v = _base(policy, self._info)
-        with _load_lock, _captured_log() as log, applied(policy):
+        self._n_ubatch: int | None = kwargs.pop("n_ubatch", None)
+        with _load_lock, _captured_log() as log, applied(policy), kept(self._tail):
             try:
                 super().__init__(
                     str(model_path),
                     type_k=k.number,
                     type_v=v.number,
                     flash_attn=needs_flash if flash_attn is None else flash_attn,
+                    n_ubatch=self._ubatch(policy, self._tail),
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
@@ -175,7 +193,7 @@ class Llama(_Stock):  # type: ignore[misc]
         self._buffers: list[_KVBuffer] = []
         if not kwargs.get("vocab_only"):
             try:
-                self._buffers = _verify(log, self._info, policy)
+                self._buffers = _verify(log, self._info, policy, self._tail)
             except CacheTypeError:
                 self.close()
                 raise
@@ -195,13 +213,14 @@ class Llama(_Stock):  # type: ignore[misc]
         """The type of every layer's K and V."""
         return self._policy
 
-    def add_context(self, cache: PolicySpec) -> Any:
+    def add_context(self, cache: PolicySpec, *, tail: int | None = None) -> Any:
         """Makes a further context on the same weights, equal to the model's own but for the type of its KV cache.
 
         Its cache is checked and verified as the model's own was.
 
         Args:
             cache: as for `Llama`.
+            tail: as for `Llama`; None for the model's own.
 
         Returns:
             A `llama_context` pointer for llama_cpp's low-level functions. It belongs to the model, which frees it in
@@ -214,17 +233,19 @@ class Llama(_Stock):  # type: ignore[misc]
             TqggufError: llama.cpp could not make the context; the message carries its own errors.
         """
         policy = resolve(cache, self._info.n_layer)
+        n_tail = self._tail if tail is None else check_tail(tail)
         refuse_impossible(self._info, policy)
         params = type(self.context_params).from_buffer_copy(self.context_params)
         params.type_k, params.type_v = (kind.number for kind in _base(policy, self._info))
+        params.n_ubatch = min(params.n_batch, self._ubatch(policy, n_tail))
         if _needs_flash(policy):
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        with _load_lock, _captured_log() as log, applied(policy):
+        with _load_lock, _captured_log() as log, applied(policy), kept(n_tail):
             context = llama_cpp.llama_init_from_model(self.model, params)
         if not context:
             raise _load_error("no context", log, self._info)
         self._stack.callback(llama_cpp.llama_free, context)
-        _verify(log, self._info, policy)
+        _verify(log, self._info, policy, n_tail)
         return context
 
     def cache_info(self) -> CacheInfo:
@@ -246,6 +267,7 @@ class Llama(_Stock):  # type: ignore[misc]
             cells = buffer.cells * buffer.n_stream
             k, v = self._policy.types(layer.index)
             per_token = layer.bytes_per_token(k, v)
+            tail = buffer.n_stream * tail_bytes(layer, k, v, self._tail, buffer.cells)
             layers.append(
                 LayerCacheInfo(
                     layer=layer.index,
@@ -254,7 +276,8 @@ class Llama(_Stock):  # type: ignore[misc]
                     cells=cells,
                     cells_used=min(used, cells),
                     bytes_per_token=per_token,
-                    bytes=cells * per_token,
+                    tail_bytes=tail,
+                    bytes=cells * per_token + tail,
                     f16_bytes=cells * layer.bytes_per_token(f16, f16),
                 )
             )
@@ -264,6 +287,8 @@ class Llama(_Stock):  # type: ignore[misc]
             n_ctx=self.n_ctx(),
             cells_used=used,
             bytes_per_token=sum(layer.bytes_per_token for layer in layers),
+            tail=self._tail if any(layer.tail_bytes for layer in layers) else 0,
+            tail_bytes=sum(layer.tail_bytes for layer in layers),
             bytes=sum(layer.bytes for layer in layers),
             f16_bytes=sum(layer.f16_bytes for layer in layers),
             layers=tuple(layers),
@@ -274,6 +299,7 @@ class Llama(_Stock):  # type: ignore[misc]
         state: dict[str, Any] = super().__getstate__()
         del state["type_k"], state["type_v"]
         same = self._policy.uniform
+        state["tail"] = self._tail
         state["cache"] = tuple(kind.name for kind in same) if same else self._policy
         return state
 
@@ -293,6 +319,13 @@ class Llama(_Stock):  # type: ignore[misc]
         """Frees weights and cache. A second call does nothing."""
         self._closed = True
         super().close()
+
+    def _ubatch(self, policy: CachePolicy, tail: int) -> int:
+        """Tokens that llama.cpp computes at once."""
+        if self._n_ubatch is not None:
+            return self._n_ubatch
+        kinds = {kind for layer in range(policy.n_layer) for kind in policy.types(layer)}
+        return min(_UBATCH, max(tail, _MIN_UBATCH)) if tail and any(kind.ours for kind in kinds) else _UBATCH
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -352,6 +385,10 @@ _KV_LINE: Final = re.compile(
 )
 
 
+# llama_kv_cache: tail = 1081344 bytes (128 cells in f16)
+_TAIL_LINE: Final = re.compile(r"llama_kv_cache: tail = (\d+) bytes")
+
+
 @dataclass(frozen=True)
 class _KVBuffer:
     """One `llama_kv_cache` as llama.cpp reported it; sizes are its own text, in MiB with two digits."""
@@ -388,7 +425,7 @@ def _captured_log() -> Iterator[list[tuple[int, str]]]:
         llama_cpp.llama_log_set(before, user_data)
 
 
-def _verify(log: list[tuple[int, str]], info: ModelInfo, policy: CachePolicy) -> list[_KVBuffer]:
+def _verify(log: list[tuple[int, str]], info: ModelInfo, policy: CachePolicy, tail: int) -> list[_KVBuffer]:
     """The KV buffers llama.cpp reported; raises CacheTypeError unless they are what was asked for."""
     k, v = _base(policy, info)
     buffers = [
@@ -422,6 +459,18 @@ def _verify(log: list[tuple[int, str]], info: ModelInfo, policy: CachePolicy) ->
                     f"the {side} cache of {buffer.cells} cells takes {reported} MiB, "
                     f"but of {_words(policy)} it must take {expected} bytes: the type was not honoured"
                 )
+    expected = sum(
+        buffer.n_stream * tail_bytes(layer, *policy.types(layer.index), tail, buffer.cells)
+        for layer in info.layers
+        for buffer in (_buffer_of(layer, info, buffers),)
+        if buffer
+    )
+    got = sum(int(m[1]) for _, text in log if (m := _TAIL_LINE.search(text)))
+    if got != expected:
+        raise CacheTypeError(
+            f"llama.cpp allocated {got} bytes for a tail of {tail} tokens, "
+            f"it must take {expected}: the tail was not honoured"
+        )
     return buffers
 
 

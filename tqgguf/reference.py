@@ -35,7 +35,9 @@ __all__ = [
     "closed_path",
     "codebook",
     "decode",
+    "decode_tail",
     "encode",
+    "encode_tail",
     "hadamard",
     "inverse_transform",
     "l2norm_levels",
@@ -479,6 +481,21 @@ def decode(blocks: npt.ArrayLike, type: str, mode: str = "search") -> F32:
     indices = (unpack_trellis if type in TRELLIS_TYPES else unpack)(rows[:, 2:], _bits(type))
     y = d * book.levels[indices]
     return inverse_transform(y, mode).reshape(*data.shape[:-1], data.shape[-1] // size * BLOCK)
+
+
+def encode_tail(x: npt.ArrayLike, mode: str = "search") -> npt.NDArray[np.float16]:
+    """What a precise tail holds of (..., n) values, n a multiple of 32: each block transformed and rounded to f16.
+
+    NaN counts as 0, and magnitudes above 65504 as 65504, before the transform and after it.
+    """
+    values = np.asarray(x)
+    y = transform(sanitize(values).reshape(-1, BLOCK), mode)
+    return np.clip(y, -F16_MAX, F16_MAX).astype(np.float16).reshape(values.shape)
+
+
+def decode_tail(rows: npt.NDArray[np.float16], mode: str = "search") -> F32:
+    """The values (..., n) that rows of a tail (..., n) stand for."""
+    return inverse_transform(rows.astype(np.float32).reshape(-1, BLOCK), mode).reshape(rows.shape)
 
 
 # ---- Attention ----

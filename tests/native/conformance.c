@@ -171,6 +171,7 @@ static void check_blocks(const char * kernel) {
 typedef struct {
     int k_type, v_type, dk, dv, n_head, n_head_kv, n_q, n_kv, n_threads;
     int masked, sinks, softcap, alibi;
+    int tail; /* recent rows of f16 that K and V have where their type may; 0: none */
 } shape;
 
 static float from_f16(uint16_t h) {
@@ -204,10 +205,65 @@ static uint8_t * make_rows(int type, int64_t n, float * x) {
     return data;
 }
 
+#define TAIL_FIRST 2
+
+/* In place, the inverse of the block transform of mode search, in double. */
+static void inverse_transform(float * x) {
+    float  signs[TQ_BLOCK];
+    double y[TQ_BLOCK];
+    tq_signs(signs);
+    for (int i = 0; i < TQ_BLOCK; ++i) {
+        y[i] = (double) x[i];
+    }
+    for (int s = 1; s < TQ_BLOCK; s *= 2) {
+        for (int i = 0; i < TQ_BLOCK; ++i) {
+            if (!(i & s)) {
+                const double a = y[i], b = y[i + s];
+                y[i]     = a + b;
+                y[i + s] = a - b;
+            }
+        }
+    }
+    for (int i = 0; i < TQ_BLOCK; ++i) {
+        x[i] = (float) (y[i] / sqrt(32.0) * (double) signs[i]);
+    }
+}
+
+/* Gives an operand of n_kv tokens a tail with fresh values, which go into x: (n_kv, dim), too. Every fifth token owns no row. */
+static void make_tail(tq_attn_operand * o, int n_kv, int n_recent, int64_t dim, float * x) {
+    const int n_row = n_recent + TAIL_FIRST;
+    if (n_recent == 0 || o->type < TQ_TYPE_PQO3) {
+        return;
+    }
+    uint16_t * rows  = allocate((size_t) n_row * (size_t) dim * 2);
+    int32_t *  owner = allocate((size_t) n_row * 4);
+    memset(owner, 0, (size_t) n_row * 4);
+    for (int t = 0; t < n_kv; ++t) {
+        const int64_t row = tq_tail_row(n_recent, TAIL_FIRST, t);
+        float         y[576 * 8];
+        for (int i = 0; i < dim; ++i) {
+            y[i] = normal();
+        }
+        tq_tail_encode(o->type, TQ_MODE_SEARCH, y, dim, rows + row * dim);
+        owner[row] = t % 5 == 4 ? 0 : t + 1;
+    }
+    for (int row = 0; row < n_row; ++row) {
+        float * to = x + (int64_t) (owner[row] - 1) * dim;
+        for (int64_t i = 0; i < dim && owner[row] > 0; ++i) {
+            to[i] = from_f16(rows[row * dim + i]);
+        }
+        for (int64_t b = 0; b < dim / TQ_BLOCK && owner[row] > 0; ++b) {
+            inverse_transform(to + b * TQ_BLOCK);
+        }
+    }
+    o->tail = (tq_attn_tail) { .data = rows, .owner = owner, .n_recent = n_recent, .n_first = TAIL_FIRST,
+                               .stride_row = (size_t) dim * 2, .stride_head = (size_t) o->head_dim * 2 };
+}
+
 static void check_attention(const char * kernel, shape s) {
     char name[160], detail[128];
-    snprintf(name, sizeof name, "attention %s/%s dk %d dv %d heads %d/%d n_q %d n_kv %d threads %d%s%s%s%s", tq_type_name(s.k_type),
-             tq_type_name(s.v_type), s.dk, s.dv, s.n_head, s.n_head_kv, s.n_q, s.n_kv, s.n_threads, s.masked ? " mask" : "",
+    snprintf(name, sizeof name, "attention %s/%s dk %d dv %d heads %d/%d n_q %d n_kv %d threads %d tail %d%s%s%s%s", tq_type_name(s.k_type),
+             tq_type_name(s.v_type), s.dk, s.dv, s.n_head, s.n_head_kv, s.n_q, s.n_kv, s.n_threads, s.tail, s.masked ? " mask" : "",
              s.sinks ? " sinks" : "", s.softcap ? " softcap" : "", s.alibi ? " alibi" : "");
     state = 2;
     const int64_t nq = (int64_t) s.n_q * s.n_head * s.dk, nk = (int64_t) s.n_kv * s.n_head_kv * s.dk,
@@ -244,6 +300,8 @@ static void check_attention(const char * kernel, shape s) {
                               .stride_token = k_row * (size_t) s.n_head_kv, .stride_head = k_row };
     a.v = (tq_attn_operand) { .data = v_data + v_shift, .type = s.v_type, .head_dim = s.dv, .n_head = s.n_head_kv, .n_stream = 1,
                               .stride_token = v_row * (size_t) s.n_head_kv, .stride_head = v_row };
+    make_tail(&a.k, s.n_kv, s.tail, (int64_t) s.n_head_kv * s.dk, k);
+    make_tail(&a.v, s.n_kv, s.tail, (int64_t) s.n_head_kv * s.dv, v);
     a.n_q             = s.n_q;
     a.n_kv            = s.n_kv;
     a.scale           = 1.0f / sqrtf((float) s.dk);
@@ -317,6 +375,7 @@ static void check_attention(const char * kernel, shape s) {
     snprintf(detail, sizeof detail, "relative error %.2e", relative);
     check(relative < tolerance, kernel, name, detail);
     free(q); free(k); free(v); free(out); free(sinks); free(mask); free(score); free(sum); free(k_data); free(v_data); free(work);
+    free((void *) a.k.tail.data); free((void *) a.k.tail.owner); free((void *) a.v.tail.data); free((void *) a.v.tail.owner);
 }
 
 static int check_kernel(const char * kernel) {
@@ -361,6 +420,15 @@ static int check_kernel(const char * kernel) {
             s.n_threads = 64; /* more threads than rows */
             check_attention(kernel, s);
             n += 2;
+        }
+        for (int group = 1; group <= 9; ++group) { /* every fused width and beyond, with a tail that wraps, or takes everything */
+            shape s = base;
+            s.n_head = 2 * group;
+            s.n_kv   = 61 * group;
+            s.tail   = group % 3 == 0 ? 1024 : 37;
+            s.masked = group % 2;
+            check_attention(kernel, s);
+            ++n;
         }
     }
     shape s = { .k_type = TQ_TYPE_PQO3, .v_type = TQ_TYPE_PQO4, .dk = 128, .dv = 128, .n_head = 2, .n_head_kv = 1, .n_q = 1,

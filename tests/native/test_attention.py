@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tqgguf import reference
-from tqgguf.config import CACHE_TYPES
+from tqgguf.config import CACHE_TYPES, MODES
 from tqgguf.errors import ArgumentError
 
 TOLERANCES = {"avx512": 1e-3}
@@ -26,7 +26,9 @@ TOLERANCE = 1e-5
 class Case:
     """One call of attention. Shapes follow tqgguf.h. With a spread, tokens of V differ in magnitude (it is the standard
     deviation of the logarithm) and channel 0 of q stands out. Poison: where NaN (q) or infinities (k, v: their last
-    token, as it is stored) are put after the oracle has been asked; sinks: all are -infinity."""
+    token, as it is stored) are put after the oracle has been asked; sinks: all are -infinity.
+    Tail: recent rows of f16 beside K and V where their type may have them, owned by tokens written in an order of
+    chance, some of them disowned."""
 
     k_type: str = "pqo3"
     v_type: str = "pqo3"
@@ -44,6 +46,8 @@ class Case:
     softcap: float = 0.0
     max_bias: float = 0.0
     offset: int = 0
+    tail: int = 0
+    first: int = 0
     spread: float = 0.0
     poison: str = ""
     seed: int = 0
@@ -58,6 +62,39 @@ def store(x: npt.NDArray[np.float32], type: str) -> tuple[npt.NDArray[np.uint8],
         return half.view(np.uint8), half.astype(np.float32)
     data = reference.encode(x, type)
     return data, reference.decode(data, type)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Rows (n_stream, n_recent + n_first, n_head, head_dim) of f16 and their owners (n_stream, n_recent + n_first)."""
+
+    n_recent: int
+    n_first: int
+    rows: npt.NDArray[np.float16]
+    owner: npt.NDArray[np.int32]
+
+
+def add_tail(
+    rng: Any, x: npt.NDArray[np.float32], values: npt.NDArray[np.float32], n_recent: int, n_first: int
+) -> Tail:
+    """A tail of tokens x (n_stream, n_kv, n_head, head_dim); what its rows stand for takes their place in values."""
+    n_stream, n_kv, *shape = x.shape
+    tail = Tail(
+        n_recent,
+        n_first,
+        np.full((n_stream, n_recent + n_first, *shape), np.nan, dtype=np.float16),
+        np.zeros((n_stream, n_recent + n_first), dtype=np.int32),
+    )
+    for s in range(n_stream):
+        written = rng.permutation(n_kv) if rng.random() < 0.5 else np.arange(n_kv)
+        for t in written:
+            row = n_recent + t if t < n_first else t % n_recent
+            tail.rows[s, row] = reference.encode_tail(x[s, t])
+            tail.owner[s, row] = t + 1
+        tail.owner[s, rng.random(tail.owner.shape[1]) < 0.2] = 0
+        for row in np.flatnonzero(tail.owner[s]):
+            values[s, tail.owner[s, row] - 1] = reference.decode_tail(tail.rows[s, row])
+    return tail
 
 
 def check_case(native: Any, case: Case) -> None:
@@ -79,8 +116,15 @@ def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArr
     q = normal(case.n_stream, case.n_head, case.n_q, case.head_dim_k)
     q[..., 0] *= 1 + 5 * case.spread
     sizes = np.exp(case.spread * normal(case.n_stream, case.n_kv, 1, 1))
-    k_bytes, k = store(normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_k), case.k_type)
-    v_bytes, v = store(sizes * normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_v), case.v_type)
+    k_exact = normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_k)
+    v_exact = sizes * normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_v)
+    k_bytes, k = store(k_exact, case.k_type)
+    v_bytes, v = store(v_exact, case.v_type)
+    tails = {
+        name: add_tail(rng, exact, values, case.tail, case.first)
+        for name, exact, values, type in (("k", k_exact, k, case.k_type), ("v", v_exact, v, case.v_type))
+        if case.tail and CACHE_TYPES[type].ours
+    }
     sinks = normal(case.n_head)
     for name, data, type in (("k", k_bytes, case.k_type), ("v", v_bytes, case.v_type)):
         if case.poison == name:  # f16: every value, otherwise the scale of the first block
@@ -126,6 +170,13 @@ def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArr
     ):
         shift = case.offset if CACHE_TYPES[type].ours else 0
         operand(target, data, type, dim, case.n_head_kv, data.strides[:3], shift)
+    for target, name in ((args.k.tail, "k"), (args.v.tail, "v")):
+        if tail := tails.get(name):
+            target.data = ffi.from_buffer("uint16_t[]", tail.rows)
+            target.owner = ffi.from_buffer("int32_t[]", tail.owner)
+            target.n_recent, target.n_first = tail.n_recent, tail.n_first
+            target.stride_stream, target.stride_row, target.stride_head = tail.rows.strides[:3]
+            target.owner_stride_stream = tail.owner.strides[0]
     args.n_q, args.n_kv = case.n_q, case.n_kv
     if case.mask != "none":
         args.mask = ffi.from_buffer("uint16_t[]", mask)
@@ -260,6 +311,54 @@ def test_a_scale_that_is_not_finite_counts_as_zero(kernel: str, native: Any, n_q
         assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("tail", [1, 31, 64, 128, 1000])
+@pytest.mark.parametrize("n_q", [1, 3, 40])
+def test_a_tail_is_read_where_it_owns_a_token(kernel: str, native: Any, n_q: int, tail: int) -> None:
+    for k_type, v_type in (("pqo3", "pqo3"), ("pqo4", "pqt3"), ("pqt4", "f16"), ("f16", "pqo4")):
+        for n_stream in (1, 2):
+            case = Case(k_type, v_type, n_q=n_q, n_kv=300, n_stream=n_stream, tail=tail, first=4, mask="holes")
+            check_case(native, case)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_a_tail_are_the_transform_rounded_to_f16(kernel: str, native: Any, mode: str) -> None:
+    ffi, lib = native.ffi, native.lib
+    x = np.random.default_rng(5).standard_normal((67, 32)).astype(np.float32) * np.logspace(-8, 5, 67)[:, None].astype(
+        "f4"
+    )
+    x[5, 3], x[6, 4], x[7, 5] = np.nan, np.inf, -1e38
+    want = reference.encode_tail(x, mode)
+    got = np.empty(want.shape, np.float16)
+    status = lib.tq_tail_encode(
+        301, MODES.index(mode), ffi.from_buffer("float[]", x), x.size, ffi.from_buffer("uint16_t[]", got, True)
+    )
+    assert status == 0
+    np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
+
+
+@pytest.mark.parametrize("field", ["owner", "n_recent", "n_first", "type"])
+def test_a_tail_that_cannot_be_is_refused(native: Any, field: str) -> None:
+    ffi, lib = native.ffi, native.lib
+    args = ffi.new("tq_attn *")
+    data = ffi.new("char[]", 1 << 16)
+    for operand, type, n_head in ((args.q, 0, 4), (args.k, 300, 2), (args.v, 300, 2)):
+        operand.data, operand.type, operand.head_dim, operand.n_head, operand.n_stream = data, type, 64, n_head, 1
+    args.n_q, args.n_kv, args.scale, args.out = 1, 10, 1.0, ffi.cast("float *", data)
+    tail = args.k.tail
+    tail.data, tail.owner, tail.n_recent = ffi.cast("uint16_t *", data), ffi.cast("int32_t *", data), 8
+    assert lib.tq_attn_work_bytes(args, 1) > 0
+    if field == "owner":
+        tail.owner = ffi.NULL
+    elif field == "n_recent":
+        tail.n_recent = 0
+    elif field == "n_first":
+        tail.n_first = -1
+    else:
+        args.k.type = 1
+    assert lib.tq_attn_work_bytes(args, 1) == 0
+    assert b"tail" in ffi.string(lib.tq_last_error())
+
+
 def test_sinks_of_minus_infinity_are_none(kernel: str, native: Any) -> None:
     got, _ = compute(native, Case(mask="all", n_q=9, sinks=True, poison="sinks"))
     assert not got[:, :5].any()
@@ -291,6 +390,8 @@ def test_streams_and_unaligned_operands(kernel: str, native: Any) -> None:
         sinks=st.booleans(),
         softcap=st.sampled_from([0.0, 1.5]),
         offset=st.integers(0, 3),
+        tail=st.sampled_from([0, 0, 1, 5, 64, 100, 400]),
+        first=st.integers(0, 5),
         seed=st.integers(0, 2**32 - 1),
     )
 )

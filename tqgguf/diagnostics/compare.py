@@ -243,7 +243,7 @@ def read_text(path: str | Path) -> str:
 
 def load(path: str | Path, kind: CacheType, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
     """A model to measure: quiet, and with flash attention for every type, so that the type is the only difference."""
-    threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
+    threads: dict[str, Any] = {"n_threads": n_threads, "n_threads_batch": n_threads}
     return Llama(path, cache=kind.name, flash_attn=True, n_ctx=n_ctx, verbose=False, **threads, **options)
 
 

@@ -1,0 +1,171 @@
+"""The precise tail inside libllama: which tokens it holds, and when it lets go of them."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import tqgguf
+from tqgguf.config import CACHE_TYPES
+from tqgguf.demo import MODEL_PATH
+from tqgguf.model import llama_cpp as api
+from tqgguf.tail import kept
+
+N_CTX = 512
+TOKENS = np.random.default_rng(0).integers(5, 400, N_CTX).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    with_f16 = tqgguf.Llama(MODEL_PATH, cache="f16", n_ctx=N_CTX, n_threads=2, verbose=False)
+    yield with_f16
+    with_f16.close()
+
+
+def read(
+    context: Any, start: int, end: int, *, seq: int = 0, batch: int = 128, tokens: npt.NDArray[np.int32] = TOKENS
+) -> npt.NDArray[np.float32]:
+    """Reads tokens[start:end] at these positions; the last one's logits."""
+    for first in range(start, end, batch):
+        n = min(batch, end - first)
+        part = api.llama_batch_init(n, 0, 1)
+        part.n_tokens = n
+        for i in range(n):
+            part.token[i], part.pos[i], part.n_seq_id[i] = int(tokens[first + i]), first + i, 1
+            part.seq_id[i][0], part.logits[i] = seq, i == n - 1
+        assert api.llama_decode(context, part) == 0
+        api.llama_batch_free(part)
+    return logits(context)
+
+
+def logits(context: Any) -> npt.NDArray[np.float32]:
+    n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(api.llama_get_model(context)))
+    return np.array(np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), (n_vocab,)))
+
+
+def moved(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+    """Distance of logits, relative to how much they vary."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b - b.mean()))
+
+
+def state(context: Any, seq: int | None = None) -> Any:
+    """The state of a context, or of one sequence of it."""
+    if seq is None:
+        buffer = (ctypes.c_uint8 * api.llama_state_get_size(context))()
+        assert api.llama_state_get_data(context, buffer, len(buffer)) == len(buffer)
+    else:
+        buffer = (ctypes.c_uint8 * api.llama_state_seq_get_size(context, seq))()
+        assert api.llama_state_seq_get_data(context, buffer, len(buffer), seq) == len(buffer)
+    return buffer
+
+
+@pytest.mark.parametrize("cache", ["pqo3", "pqo4", "pqt3", "pqt4"])
+def test_a_tail_of_all_tokens_is_an_f16_cache(model: Any, cache: str) -> None:
+    want = read(model.add_context("f16"), 0, 300)
+    without = read(model.add_context(cache, tail=0), 0, 300)
+    whole = read(model.add_context(cache, tail=N_CTX), 0, 300)
+    assert moved(whole, want) < 3e-3 < moved(without, want) / 5
+
+
+def test_how_a_prompt_is_cut_changes_nothing_where_all_is_in_the_tail(model: Any) -> None:
+    results = [read(model.add_context("pqo3", tail=N_CTX), 0, 200, batch=n) for n in (1, 7, 64, 200)]
+    for result in results[1:]:
+        assert moved(result, results[0]) < 1e-3
+
+
+def test_tokens_written_again_are_read_as_they_are_now(model: Any) -> None:
+    context = model.add_context("pqo3", tail=64)
+    read(context, 0, 200)
+    memory = api.llama_get_memory(context)
+    first = read(context, 200, 230)
+    assert api.llama_memory_seq_rm(memory, 0, 200, -1)
+    read(context, 200, 210, tokens=TOKENS[::-1])  # others in the same cells
+    assert api.llama_memory_seq_rm(memory, 0, 200, -1)
+    np.testing.assert_array_equal(read(context, 200, 230), first)
+
+
+def test_restored_cells_own_no_rows(model: Any) -> None:
+    source = model.add_context("pqo3", tail=64)
+    read(source, 0, 200)
+    saved = state(source)
+    kept = read(source, 200, 201)
+    fresh, used = model.add_context("pqo3", tail=64), model.add_context("pqo3", tail=64)
+    read(used, 0, 250, tokens=TOKENS[::-1])  # rows that the restored cells must not take for theirs
+    for context in (fresh, used):
+        assert api.llama_state_set_data(context, saved, len(saved)) > 0
+    want = read(fresh, 200, 201)
+    np.testing.assert_array_equal(read(used, 200, 201), want)
+    assert moved(kept, want) > 0.02
+
+
+def test_a_restored_sequence_owns_no_rows(model: Any) -> None:
+    source = model.add_context("pqo3", tail=64)
+    read(source, 0, 200)
+    saved = state(source, 0)
+    fresh, used = model.add_context("pqo3", tail=64), model.add_context("pqo3", tail=64)
+    read(used, 0, 250, tokens=TOKENS[::-1])
+    api.llama_memory_clear(api.llama_get_memory(used), False)  # cells are free, rows still name them
+    for context in (fresh, used):
+        assert api.llama_state_seq_set_data(context, saved, len(saved), 0) > 0
+    np.testing.assert_array_equal(read(used, 200, 201), read(fresh, 200, 201))
+
+
+def test_keys_that_a_context_shift_has_turned_own_no_rows(model: Any) -> None:
+    contexts = [model.add_context(("pqo3", "f16"), tail=64) for _ in range(2)]  # V in f16 has no tail
+    read(contexts[0], 0, 200)
+    saved = state(contexts[0])
+    assert api.llama_state_set_data(contexts[1], saved, len(saved)) > 0  # owns nothing
+    for context in contexts:
+        memory = api.llama_get_memory(context)
+        assert api.llama_memory_seq_rm(memory, 0, 20, 60)
+        api.llama_memory_seq_add(memory, 0, 60, 200, -40)
+    np.testing.assert_array_equal(read(contexts[0], 160, 161), read(contexts[1], 160, 161))
+
+
+def test_a_copied_stream_owns_no_rows(model: Any) -> None:
+    contexts = []
+    for _ in range(2):
+        params = type(model.context_params).from_buffer_copy(model.context_params)
+        params.n_seq_max, params.kv_unified = 2, False
+        params.type_k = params.type_v = CACHE_TYPES["pqo3"].number
+        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        with kept(64):
+            contexts.append(api.llama_init_from_model(model.model, params))
+        assert contexts[-1]
+    copied, restored = contexts
+    for context in contexts:
+        read(context, 0, 200)
+    read(copied, 0, 200, seq=1, tokens=TOKENS[::-1])
+    memory = api.llama_get_memory(copied)
+    assert api.llama_memory_seq_rm(memory, 1, -1, -1)
+    api.llama_memory_seq_cp(memory, 0, 1, -1, -1)
+    saved = state(restored, 0)
+    assert api.llama_state_seq_set_data(restored, saved, len(saved), 1) > 0
+    results = [read(context, 200, 201, seq=1) for context in contexts]
+    np.testing.assert_array_equal(*results)
+    # the stream they came from still owns its rows
+    assert moved(read(copied, 200, 201, seq=0), results[0]) > 0.02
+    for context in contexts:
+        api.llama_free(context)
+
+
+@pytest.mark.parametrize("value", [-1, 2**31, 1.5, "many", True])
+def test_a_tail_that_is_no_number_of_tokens(value: Any) -> None:
+    with pytest.raises(tqgguf.ArgumentError, match=r"tail is .*must be an integer between 0 and"):
+        tqgguf.Llama(MODEL_PATH, tail=value)
+
+
+def test_cache_info_counts_the_tail() -> None:
+    with_tail, without = (
+        tqgguf.Llama(MODEL_PATH, cache="pqo3", tail=n, n_ctx=1024, verbose=False).cache_info() for n in (128, 0)
+    )
+    assert without.tail_bytes == without.tail == 0
+    assert with_tail.tail == 128
+    assert with_tail.bytes - with_tail.tail_bytes == without.bytes
+    n_layer = len(with_tail.layers)
+    per_row = with_tail.f16_bytes // 1024 // n_layer  # of one layer, K and V
+    assert with_tail.tail_bytes == n_layer * (128 + 4) * (per_row + 2 * 4)

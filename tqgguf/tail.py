@@ -1,0 +1,63 @@
+"""The precise tail: the newest tokens, and the first few, kept in f16 beside the blocks of a compressed cache.
+
+Each K or V of our types has a ring of f16 rows (native/ggml/tq_ggml_tail.h): a token that is written also takes a row,
+and attention reads that row as long as no later token has taken it. Tokens that come from a saved state, and keys that
+a context shift has turned, have blocks only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any, Final
+
+from .config import CACHE_TYPES, CacheType
+from .errors import ArgumentError
+from .gguf_info import KVLayer
+
+__all__ = ["DEFAULT_TAIL", "MAX_TAIL"]
+
+DEFAULT_TAIL: Final = 128
+"""Newest tokens kept in f16 unless told otherwise."""
+
+MAX_TAIL: Final = 2**20
+
+_FIRST: Final = 4
+"""As TQ_GGML_TAIL_FIRST."""
+
+
+def check_tail(n: Any) -> int:
+    """The number of newest tokens to keep in f16.
+
+    Raises:
+        ArgumentError: not an integer from 0 to MAX_TAIL.
+    """
+    if isinstance(n, bool) or not hasattr(n, "__index__") or not 0 <= n <= MAX_TAIL:
+        raise ArgumentError(
+            f"tail is {n!r}, must be an integer between 0 and {MAX_TAIL}: the newest tokens kept in f16"
+        )
+    return int(n.__index__())
+
+
+@contextlib.contextmanager
+def kept(n: int) -> Iterator[None]:
+    """While it lasts, contexts that this thread makes keep n tokens in f16."""
+    from ._native import library_path
+
+    set_tail = ctypes.CDLL(str(library_path("ggml-base"))).tq_ggml_tail_set
+    set_tail.argtypes, set_tail.restype = [ctypes.c_int32], None
+    set_tail(n)
+    try:
+        yield
+    finally:
+        set_tail(0)
+
+
+def tail_bytes(layer: KVLayer, k: CacheType, v: CacheType, n: int, cells: int) -> int:
+    """Bytes of one layer's tails in a stream of so many cells: f16 rows, and four bytes for each row's owner."""
+    if n == 0:
+        return 0
+    rows = min(n, cells) + min(_FIRST, cells)
+    widths = [layer.n_head_kv * width for kind, width in ((k, layer.head_dim_k), (v, layer.head_dim_v)) if kind.ours]
+    return sum(rows * (CACHE_TYPES["f16"].row_bytes(width) + 4) for width in widths if width)
