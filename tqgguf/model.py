@@ -27,7 +27,7 @@ from .errors import (
 )
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
-from .tail import DEFAULT_TAIL, check_tail, kept, tail_bytes
+from .tail import DEFAULT_TAIL, check_tail, kept, tail_bytes, tail_ubatch
 
 __all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
 
@@ -35,10 +35,6 @@ llama_cpp: Any = import_llama_cpp()
 _Stock: Any = llama_cpp.Llama
 
 _STOCK_OPTIONS: Final = frozenset(inspect.signature(_Stock.__init__).parameters) - {"self", "model_path", "kwargs"}
-_UBATCH: Final = int(inspect.signature(_Stock.__init__).parameters["n_ubatch"].default)
-_MIN_UBATCH: Final = 128
-"""Shorter ones cost speed: the weights are read once for each."""
-
 _LIMITS: Final = {
     "n_ctx": (0, 2**31 - 1),
     "n_batch": (1, 2**31 - 1),
@@ -325,7 +321,7 @@ class Llama(_Stock):  # type: ignore[misc]
         if self._n_ubatch is not None:
             return self._n_ubatch
         kinds = {kind for layer in range(policy.n_layer) for kind in policy.types(layer)}
-        return min(_UBATCH, max(tail, _MIN_UBATCH)) if tail and any(kind.ours for kind in kinds) else _UBATCH
+        return tail_ubatch(tail if any(kind.ours for kind in kinds) else 0)
 
     def _refuse_closed(self) -> None:
         if self._closed:

@@ -41,7 +41,7 @@ def test_demo_json(tqgguf: Command, cache: str, bytes_64ths: int) -> None:
     done = tqgguf("demo", "--cache", cache, "--json")
     data = json.loads(done.stdout)
     assert "Paris" in data["answer"]
-    assert data["cache"]["bytes"] * 64 == data["cache"]["f16_bytes"] * bytes_64ths
+    assert (data["cache"]["bytes"] - data["cache"]["tail_bytes"]) * 64 == data["cache"]["f16_bytes"] * bytes_64ths
     assert data["cache"]["type_k"] == data["cache"]["type_v"] == cache
 
 
@@ -83,11 +83,15 @@ def test_chat_survives_a_full_context(tqgguf: Command) -> None:
 
 
 def test_inspect(tqgguf: Command) -> None:
-    done = tqgguf("inspect", MODEL, "--ctx", "2048,100")
+    done = tqgguf("inspect", MODEL, "--ctx", "2048,100", "--tail", "0")
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.split()}
     assert rows["pqo3"] == ["pqo3", "3.5", "448", "917,504", "B", "114,688", "B"]
     assert rows["f16"][:3] == ["f16", "16", "2,048"]
+    with_tail = json.loads(tqgguf("inspect", MODEL, "--ctx", "2048,100", "--json").stdout)["rows"]
+    per_row = 4 * 2 * (2 * 64 * 2 + 4)  # layers, K and V; an owner's number of four bytes
+    assert with_tail[-1]["bytes"] == [917504 + (128 + 4) * per_row, 114688 + (128 + 4) * per_row]
+    assert with_tail[0]["bytes"][0] == 2048 * 2048
 
 
 def test_inspect_json(tqgguf: Command) -> None:
@@ -95,7 +99,8 @@ def test_inspect_json(tqgguf: Command) -> None:
     assert data["contexts"] == [data["info"]["n_ctx_train"]]
     assert [row["type"] for row in data["rows"]] == ["f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3"]
     for row in data["rows"]:
-        assert row["bytes"] == [data["contexts"][0] * row["bytes_per_token"]]
+        tail = 4 * 2 * (128 + 4) * (2 * 64 * 2 + 4) if CACHE_TYPES[row["type"]].ours else 0
+        assert row["bytes"] == [data["contexts"][0] * row["bytes_per_token"] + tail]
         assert row["bits"] == CACHE_TYPES[row["type"]].bits
 
 

@@ -29,9 +29,10 @@ def test_paris_and_exact_bytes(model: Any) -> None:
     assert "Paris" in ask(model, "What is the capital of France?")
     info = model.cache_info()
     parts = tqgguf.CACHE_TYPES[info.type_k].bytes
-    assert info.bytes * 64 == info.f16_bytes * parts
+    assert (info.bytes - info.tail_bytes) * 64 == info.f16_bytes * parts
     assert info.f16_bytes == 2048 * 4 * 2 * 2 * 64 * 2
-    assert info.ratio == parts / 64
+    assert info.tail_bytes == 4 * 2 * (128 + 4) * (2 * 64 * 2 + 4)  # of each row, its owner's number
+    assert info.ratio == info.bytes / info.f16_bytes
 
 
 def test_most_capitals_survive_compression(model: Any) -> None:

@@ -78,7 +78,9 @@ def test_every_type_is_stored_as_itself(random_model: Model, name: str) -> None:
     assert (info.type_k, info.type_v) == (name, name)
     assert info.n_ctx == 512 and info.cells_used == 37 and info.exact
     assert info.bytes_per_token == 2 * 2 * per_side
-    assert info.bytes == 512 * info.bytes_per_token == sum(layer.bytes for layer in info.layers)
+    assert info.bytes == sum(layer.bytes for layer in info.layers)
+    assert info.bytes - info.tail_bytes == 512 * info.bytes_per_token
+    assert info.tail_bytes == (2 * 2 * (128 + 4) * (2 * 64 * 2 + 4) if kind.ours else 0)
     assert info.f16_bytes == 512 * 2 * 2 * 2 * 64 * 2
     assert [layer.layer for layer in info.layers] == [0, 1]
     if kind.quantized:  # flash attention is on, so V is stored in rows as K is
@@ -105,7 +107,8 @@ def test_k_and_v_apart(random_model: Model, pair: tuple[str, str]) -> None:
     assert session_layers(model) == [(k.number, k.row_bytes(128), v.number, v.row_bytes(128))] * 2
     info = model.cache_info()
     assert (info.type_k, info.type_v) == pair
-    assert info.bytes == 512 * 2 * (k.row_bytes(128) + v.row_bytes(128))
+    assert info.bytes - info.tail_bytes == 512 * 2 * (k.row_bytes(128) + v.row_bytes(128))
+    assert info.tail_bytes == (k.ours + v.ours) * 2 * (128 + 4) * (2 * 64 * 2 + 4)
     model.close()
 
 
@@ -140,7 +143,8 @@ def test_prefill_in_pieces_equals_one_prefill_nearly(random_model: Model) -> Non
 
 
 def test_reset_and_saved_state(random_model: Model) -> None:
-    model = load(random_model(), cache="pqo4", flash_attn=True)
+    # A state has no tail: with one, the logits after loading would be those of blocks alone.
+    model = load(random_model(), cache="pqo4", tail=0, flash_attn=True)
     model.eval(list(range(3, 60)))
     state = model.save_state()
     model.eval([7])
@@ -244,11 +248,11 @@ def test_bytes_that_do_not_fit_raise() -> None:
     policy = resolve("pqo3", info.n_layer)
     line = "llama_kv_cache: size =    {} MiB (  2048 cells,   4 layers,  1/1 seqs), "
     line += "K (pqo3):    {} MiB, V (pqo3):    {} MiB\n"
-    assert module._verify([(2, line.format("0.88", "0.44", "0.44"))], info, policy)[0].cells == 2048
+    assert module._verify([(2, line.format("0.88", "0.44", "0.44"))], info, policy, 0)[0].cells == 2048
     with pytest.raises(CacheTypeError, match=r"V cache of 2048 cells takes 0\.56 MiB"):
-        module._verify([(2, line.format("1.00", "0.44", "0.56"))], info, policy)
+        module._verify([(2, line.format("1.00", "0.44", "0.56"))], info, policy, 0)
     with pytest.raises(CacheTypeError, match="no KV buffer"):
-        module._verify([(2, "something else\n")], info, policy)
+        module._verify([(2, "something else\n")], info, policy, 0)
 
 
 def test_too_large_a_context_is_a_memory_error(python: Callable[..., Any], random_model: Model) -> None:

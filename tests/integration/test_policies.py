@@ -43,7 +43,8 @@ def test_types_by_layer_are_stored_and_counted() -> None:
     assert (info.type_k, info.type_v) == ("mixed", "mixed")
     # 128 values a side and token
     assert info.bytes_per_token == (136 + 256) + 2 * 2 * 56 + 2 * 72
-    assert info.bytes == 512 * info.bytes_per_token
+    assert info.bytes - info.tail_bytes == 512 * info.bytes_per_token
+    assert info.tail_bytes == 6 * (128 + 4) * (2 * 64 * 2 + 4)
     reply = model.create_chat_completion(
         [{"role": "user", "content": demo.capital_question("France", 0)}], temperature=0.0, max_tokens=16
     )

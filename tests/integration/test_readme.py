@@ -23,7 +23,7 @@ def test_example(python: Callable[..., Any], tmp_path: Path, code: str) -> None:
     done = python("-c", code.replace("n_ctx=32768", "n_ctx=2048, verbose=False"))
     assert done.returncode == 0, done.stderr
     if "cache_info" in code:
-        assert "21.9% of f16" in done.stdout
+        assert "28.4% of f16" in done.stdout  # 14/64, and the tail: 128 of 2,048 tokens
 
 
 def test_examples_were_found() -> None:

@@ -34,7 +34,7 @@ def call(args: argparse.Namespace) -> int:
 
     if not demo.MODEL_PATH.is_file():
         raise ModelNotFoundError(f"the demo model {demo.MODEL_PATH} is missing from this installation")
-    model = Llama(demo.MODEL_PATH, cache=chosen_cache(args), n_ctx=2048, verbose=False)
+    model = Llama(demo.MODEL_PATH, cache=chosen_cache(args), tail=args.tail, n_ctx=2048, verbose=False)
     try:
         reply = model.create_chat_completion([{"role": "user", "content": QUESTION}], temperature=0.0, max_tokens=32)
     except ValueError as error:

@@ -41,8 +41,12 @@ def cache_line(info: CacheInfo) -> str:
     types = info.type_k if info.type_k == info.type_v else f"{info.type_k} (K) and {info.type_v} (V)"
     if not info.f16_bytes:
         return f"KV cache {types}: size not known for this architecture"
-    parts = 64 * info.bytes / info.f16_bytes
-    return (
-        f"KV cache {types}: {info.bytes:,} bytes for {info.n_ctx:,} tokens, f16 would take {info.f16_bytes:,} bytes: "
+    blocks = info.bytes - info.tail_bytes
+    parts = 64 * blocks / info.f16_bytes
+    line = (
+        f"KV cache {types}: {blocks:,} bytes for {info.n_ctx:,} tokens, f16 would take {info.f16_bytes:,} bytes: "
         f"{parts:.4g}/64, {parts / 4:.4g} of 16 bits per value"
     )
+    if info.tail:
+        line += f"; {info.tail_bytes:,} bytes more keep the newest {info.tail} in f16: {info.ratio:.1%} of f16 in all"
+    return line

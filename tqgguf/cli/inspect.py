@@ -7,7 +7,7 @@ from typing import Any
 
 from ..diagnostics.model_cache import ModelCache, model_cache
 from .format import size, to_json
-from .options import positive
+from .options import add_tail_option, positive
 
 
 def add_parser(commands: Any) -> None:
@@ -22,6 +22,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--ctx", type=contexts, default=(), metavar="N,N", help="context lengths (default: the model's own)"
     )
+    add_tail_option(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(call=call)
 
@@ -33,7 +34,7 @@ def contexts(text: str) -> tuple[int, ...]:
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
-    result = model_cache(args.model, args.ctx)
+    result = model_cache(args.model, args.ctx, tail=args.tail)
     if args.json:
         print(to_json(result))
     else:

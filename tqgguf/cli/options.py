@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..config import cache_type
 from ..errors import ArgumentError
+from ..tail import DEFAULT_TAIL, MAX_TAIL
 
 if TYPE_CHECKING:
     from ..model import Llama
@@ -69,8 +70,13 @@ def temperature(text: str) -> float:
     return value
 
 
+def tail(text: str) -> int:
+    """argparse type: how many of the newest tokens to keep in f16."""
+    return _between(0, MAX_TAIL, text)
+
+
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --cache, --cache-k, --cache-v."""
+    """Adds --cache, --cache-k, --cache-v, --tail."""
     group = parser.add_argument_group("KV cache")
     group.add_argument(
         "--cache",
@@ -81,6 +87,18 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--cache-k", type=cache_name, metavar="TYPE", help="type of K alone")
     group.add_argument("--cache-v", type=cache_name, metavar="TYPE", help="type of V alone")
+    add_tail_option(group)
+
+
+def add_tail_option(group: argparse._ActionsContainer) -> None:
+    """Adds --tail."""
+    group.add_argument(
+        "--tail",
+        type=tail,
+        metavar="N",
+        default=DEFAULT_TAIL,
+        help=f"newest tokens kept in f16 beside a cache of ours, 0 for none (default: {DEFAULT_TAIL})",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +136,7 @@ def load_model(args: argparse.Namespace, path: str) -> Llama:
     return Llama(
         path,
         cache=chosen_cache(args),
+        tail=args.tail,
         n_ctx=n_ctx,
         n_threads=args.threads,
         **({} if args.seed is None else {"seed": args.seed}),

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ..config import cache_type
+from ..config import CacheType, cache_type
 from ..errors import ArgumentError
 from ..gguf_info import ModelInfo, read_model_info
+from ..tail import DEFAULT_TAIL, check_tail, tail_bytes, tail_ubatch
 
 __all__ = ["COMPARED_TYPES", "CacheRow", "ModelCache", "model_cache"]
 
@@ -24,7 +25,7 @@ class CacheRow:
         type: name of the type, used for K and V both.
         bits: bits per value.
         bytes_per_token: K and V of all layers; None if the type cannot be used.
-        bytes: in all, for each context length asked for; None if the type cannot be used.
+        bytes: in all, precise tail included, for each context length asked for; None if the type cannot be used.
         obstacle: why the type cannot be used, or None.
     """
 
@@ -50,18 +51,22 @@ class ModelCache:
     rows: tuple[CacheRow, ...]
 
 
-def model_cache(path: str | Path, contexts: Sequence[int] = (), types: Sequence[str] = COMPARED_TYPES) -> ModelCache:
-    """Computes what each type would take, as llama.cpp allocates it for one sequence.
+def model_cache(
+    path: str | Path, contexts: Sequence[int] = (), types: Sequence[str] = COMPARED_TYPES, *, tail: int = DEFAULT_TAIL
+) -> ModelCache:
+    """Computes what each type would take, as `Llama` has llama.cpp allocate it for one sequence.
 
     Args:
         path: a GGUF file.
         contexts: context lengths in tokens; none means the length the model was trained for.
         types: names of cache types.
+        tail: newest tokens kept in f16 where the type is ours.
 
     Raises:
         ArgumentError: a context that is not positive, or an unknown type.
         ModelFileError: see `read_model_info`.
     """
+    check_tail(tail)
     info = read_model_info(path)
     lengths = tuple(contexts) or (info.n_ctx_train,)
     for n_ctx in lengths:
@@ -77,8 +82,14 @@ def model_cache(path: str | Path, contexts: Sequence[int] = (), types: Sequence[
                 type=kind.name,
                 bits=kind.bits,
                 bytes_per_token=info.bytes_per_token(kind, kind) if usable else None,
-                bytes=tuple(info.cache_bytes(n, kind, kind) for n in lengths) if usable else None,
+                bytes=tuple(_bytes(info, kind, n, tail if kind.ours else 0) for n in lengths) if usable else None,
                 obstacle=obstacle,
             )
         )
     return ModelCache(info, lengths, tuple(rows))
+
+
+def _bytes(info: ModelInfo, kind: CacheType, n_ctx: int, tail: int) -> int:
+    n_ubatch = tail_ubatch(tail)
+    tails = (tail_bytes(layer, kind, kind, tail, layer.cells(n_ctx, n_ubatch)) for layer in info.layers)
+    return info.cache_bytes(n_ctx, kind, kind, n_ubatch) + sum(tails)
