@@ -12,9 +12,9 @@ import pytest
 
 import tqgguf
 import tqgguf.gguf_file
-import tqgguf.policy
 from tqgguf import demo
 from tqgguf.errors import ArgumentError, ModelNotFoundError, PolicyError, TqggufError
+from tqgguf.gguf_info import centring_obstacle
 from tqgguf.policy import CachePolicy, model_hash, policy_from_ranges, read_policy, resolve
 
 
@@ -155,5 +155,6 @@ def test_centring_is_refused_where_it_would_change_the_result(
         writer.add_tensor(tensor, np.zeros(4, np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    assert reason in str(tqgguf.policy.centring_obstacle(tmp_path / "model.gguf"))
-    assert tqgguf.policy.centring_obstacle(demo.MODEL_PATH) is None
+    header = tqgguf.gguf_file.read_header(tmp_path / "model.gguf")
+    assert reason in str(centring_obstacle(header))
+    assert tqgguf.read_model_info(demo.MODEL_PATH).centring_obstacle is None
