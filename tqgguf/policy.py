@@ -128,17 +128,16 @@ class CachePolicy:
     def _write(self, path: Path) -> None:
         import gguf
 
-        writer = gguf.GGUFWriter(str(path), _ARCHITECTURE)
-        writer.add_uint32(f"{_ARCHITECTURE}.version", POLICY_VERSION)
-        writer.add_string(f"{_ARCHITECTURE}.model_hash", self.model_hash)
-        writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
-        writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
-        for layer, mean in sorted(self.k_means.items()):
-            writer.add_tensor(f"blk.{layer}.k_mean", np.ascontiguousarray(mean, dtype=np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with contextlib.closing(gguf.GGUFWriter(str(path), _ARCHITECTURE)) as writer:
+            writer.add_uint32(f"{_ARCHITECTURE}.version", POLICY_VERSION)
+            writer.add_string(f"{_ARCHITECTURE}.model_hash", self.model_hash)
+            writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
+            writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
+            for layer, mean in sorted(self.k_means.items()):
+                writer.add_tensor(f"blk.{layer}.k_mean", np.ascontiguousarray(mean, dtype=np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
 
 
 # ---- Ranges of layers ----

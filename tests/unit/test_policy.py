@@ -84,6 +84,19 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
         assert resolve(form, 4).types_k == policy.types_k
 
 
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "policy.gguf")
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        written(path, model_hash="other")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_files_that_are_no_policy(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         read_policy(tmp_path / "missing.gguf")

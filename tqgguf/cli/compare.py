@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from .options import cache_or_pair, positive, threads
 from .plot import check_plot, plot
 
 if TYPE_CHECKING:
-    from ..diagnostics.compare import Comparison
+    from rich.progress import TaskID
+
+    from ..diagnostics.compare import Comparison, TypeQuality
     from ..diagnostics.recall import Recall
     from ..policy import PolicySpec
 
@@ -121,12 +123,25 @@ def call(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, if that is a terminal; yields the callback that moves it."""
+    with progress_bars() as show:
+        yield lambda done, total: show(title, done, total)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars one below the other, one for each title, on stderr if that is a terminal; yields what moves them."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        tasks: dict[str, TaskID] = {}
+
+        def show(title: str, done: int, total: int) -> None:
+            if title not in tasks:
+                tasks[title] = bar.add_task(title, total=None)
+            bar.update(tasks[title], completed=done, total=total)
+
+        yield show
 
 
 def render(comparison: Comparison) -> None:
@@ -136,6 +151,11 @@ def render(comparison: Comparison) -> None:
         f"{comparison.model}: {comparison.n_chunks:,} x {comparison.n_ctx:,} tokens, "
         f"{comparison.n_scored:,} predictions scored against {rows[0].type}, KL divergence in nats\n"
     )
+    render_rows(rows)
+
+
+def render_rows(rows: Sequence[TypeQuality]) -> None:
+    """Prints a row for each cache; the first is the reference and has no divergence."""
     table = table_of("cache", "bits", "bytes/token", "perplexity", "mean KLD", "±", "median", "99 %", "99.9 %", "max")
     for title in ("same top", "tokens/s"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -144,7 +164,7 @@ def render(comparison: Comparison) -> None:
         divergence = (kld.mean, kld.mean_error, kld.median, kld.p99, kld.p999, kld.max)
         table.add_row(
             row.type,
-            f"{row.bits:g}",
+            f"{row.bits:.4g}",
             f"{row.bytes_per_token:,}",
             f"{row.perplexity:,.4f}",
             *("" if row is rows[0] else f"{value:#.3g}" for value in divergence),

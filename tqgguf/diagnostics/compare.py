@@ -362,6 +362,7 @@ class Reader:
 
     def warm_up(self, token: npt.NDArray[np.int32]) -> None:
         """Reads one token untimed: the first pass over the weights reads them from disk."""
+        self.forget()  # the reference of another pass is still full
         self.decode(token, np.zeros(1, np.int8))
         self.seconds = 0.0
 
