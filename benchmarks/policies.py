@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("-m", "--model", type=Path, default=demo.MODEL_PATH, help="GGUF file (default: the demo model)")
     parser.add_argument("-f", "--file", type=Path, help="text (default: the demo model's own)")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="bits (default: %(default)s)")
-    parser.add_argument("--chunks", type=int, default=16, help="both halves together (default: %(default)s)")
+    parser.add_argument("--chunks", type=int, default=8, help="both halves together (default: %(default)s)")
     parser.add_argument("--ctx", type=int, default=2048, help="tokens in a chunk (default: %(default)s)")
     parser.add_argument("--output", default=str(RESULTS), help="file, - for none (default: %(default)s)")
     args = parser.parse_args()

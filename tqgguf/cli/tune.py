@@ -160,9 +160,10 @@ def policy_json(tuning: Tuning) -> dict[str, Any]:
 def render(tuning: Tuning, output: Path) -> None:
     """Prints the type of every layer and what the smallest would cost it, then the policy beside single types."""
     n = tuning.n_tuning
+    held_out = "tuning did not read" if tuning.max_kld is None else "told tuning where to stop, and nothing else"
     print(
         f"{tuning.model}: chunks of {tuning.n_ctx:,} tokens; tuned on {_chunks(1, n)}, "
-        f"measured on {_chunks(n + 1, n + tuning.n_held_out)}, which tuning did not read\n"
+        f"measured on {_chunks(n + 1, n + tuning.n_held_out)}, which {held_out}\n"
     )
     policy, smallest = tuning.policy, tuning.types[0]
     table = table_of("layer", "K", f"KLD at {smallest}", "centred", "V", f"KLD at {smallest}")

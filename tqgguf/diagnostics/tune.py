@@ -116,6 +116,8 @@ class Tuning:
     Attributes:
         model: name of the model's file.
         policy: the policy, tied to the model.
+        budget: bits per value that it could spend, or None.
+        max_kld: mean KL divergence that it had to keep to on the held-out part, in nats, or None.
         types: names of the types it could choose from, smallest first.
         n_ctx: tokens in a chunk.
         n_tuning: chunks of the tuning part: the first ones.
@@ -132,6 +134,8 @@ class Tuning:
 
     model: str
     policy: CachePolicy
+    budget: float | None
+    max_kld: float | None
     types: tuple[str, ...]
     n_ctx: int
     n_tuning: int
@@ -351,6 +355,8 @@ class _Tuner:
         return Tuning(
             model=self.info.path.name,
             policy=policy,
+            budget=budget,
+            max_kld=max_kld,
             types=self.names,
             n_ctx=self.bench.tuning.shape[1],
             n_tuning=len(self.bench.tuning),
@@ -421,7 +427,7 @@ class _Tuner:
         others = [x for x in self.uniform if x.label in self.names and x.policy.bytes_per_token(self.info) <= n_bytes]
         candidates = [policy, *([replace(policy, k_means={})] if policy.k_means else [])]
         klds = [float(kld.mean()) for kld in self.bench.klds("policies", [*candidates, *(x.policy for x in others)])]
-        best = int(np.argmin(klds))
+        best = int(np.argmin(klds))  # of equal ones the first: the policy
         if best >= len(candidates):
             name = others[best - len(candidates)].label
             self.notes.append(f"no mixture of types measured better than {name} in all layers, so that is the policy")
@@ -438,10 +444,10 @@ class _Tuner:
         """The smallest policy whose divergence on the held-out part is at most max_kld.
 
         Args:
-            single: the reference and the single types on the held-out part.
+            single: the reference and the single types on the held-out part; one of the latter must keep to it.
         """
         way = [self._policy(chosen) for chosen in allocations(options)]
-        low, high = 0, len(way)  # way[high] is known to be good, or beyond the end
+        low, high = 0, len(way)  # way[high] keeps to it, or is beyond the end
         while low < high:
             middle = (low + high) // 2
             cache = NamedCache("policy", way[middle])
