@@ -80,10 +80,12 @@ def write_model(
     n_ctx: int = 2048,
     seed: int = 0,
     arch: str = "llama",
+    key_bias: float = 0.0,
 ) -> Path:
     """Writes a model with random f32 weights and a byte vocabulary: its words are noise, its shapes are real.
 
-    arch may also be "refact" (ALiBi) or "gemma2" (softcap; windows of 48 tokens in every other layer).
+    arch may also be "refact" (ALiBi), "gemma2" (softcap; windows of 48 tokens in every other layer) or "qwen2", whose
+    keys have a constant added, N(0, key_bias) a channel, which RoPE turns too slowly to change.
     """
     import gguf
 
@@ -106,6 +108,8 @@ def write_model(
     if arch == "gemma2":
         writer.add_sliding_window(48)
         writer.add_attn_logit_softcapping(2.0)
+    if arch == "qwen2":
+        writer.add_rope_freq_base(1e30)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
@@ -126,6 +130,11 @@ def write_model(
         tensor(f"blk.{i}.attn_k.weight", n_head_kv * head_dim, n_embd)
         tensor(f"blk.{i}.attn_v.weight", n_head_kv * head_dim, n_embd)
         tensor(f"blk.{i}.attn_output.weight", n_embd, n_head * head_dim)
+        if arch == "qwen2":
+            bias = key_bias * rng.standard_normal(n_head_kv * head_dim)
+            writer.add_tensor(f"blk.{i}.attn_k.bias", bias.astype(np.float32))
+            for side, heads in (("q", n_head), ("v", n_head_kv)):
+                writer.add_tensor(f"blk.{i}.attn_{side}.bias", np.zeros(heads * head_dim, np.float32))
         tensor(f"blk.{i}.ffn_norm.weight", n_embd)
         tensor(f"blk.{i}.ffn_gate.weight", n_ff, n_embd)
         tensor(f"blk.{i}.ffn_up.weight", n_ff, n_embd)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
     from .diagnostics.compare import Comparison, Divergence, TypeQuality, compare
     from .diagnostics.recall import Recall, RecallScore, recall
+    from .diagnostics.tune import Tuning, tune
     from .errors import (
         ArgumentError,
         CacheClosedError,
@@ -59,6 +60,8 @@ _HOME = {
     "Recall": "diagnostics.recall",
     "RecallScore": "diagnostics.recall",
     "recall": "diagnostics.recall",
+    "Tuning": "diagnostics.tune",
+    "tune": "diagnostics.tune",
     "ArgumentError": "errors",
     "CacheClosedError": "errors",
     "CacheTypeError": "errors",
@@ -96,6 +99,7 @@ __all__ = [
     "RecallScore",
     "TextError",
     "TqggufError",
+    "Tuning",
     "TypeQuality",
     "UnsupportedError",
     "__version__",
@@ -107,6 +111,7 @@ __all__ = [
     "read_policy",
     "recall",
     "reference",
+    "tune",
 ]
 
 

@@ -14,7 +14,7 @@ from .config import CacheType
 from .errors import ModelFileError
 from .gguf_file import GgufHeader, read_header
 
-__all__ = ["CELL_PADDING", "KVLayer", "ModelInfo", "read_model_info"]
+__all__ = ["CELL_PADDING", "KVLayer", "ModelInfo", "centring_obstacle", "read_model_info"]
 
 CELL_PADDING: Final = 256
 """llama.cpp rounds the number of KV cells up to a multiple of this."""
@@ -116,6 +116,7 @@ class ModelInfo:
     Attributes:
         path: the file.
         file_bytes: its size.
+        header_bytes: where its weights begin.
         name: `general.name`, or the file's name.
         architecture: `general.architecture`.
         n_layer: layers, with and without a cache.
@@ -125,11 +126,13 @@ class ModelInfo:
         layers: those with a KV cache of their own.
         mla: whether K holds a compressed latent from which V is taken too.
         exact: whether `layers` is all that llama.cpp allocates for K and V.
+        centring_obstacle: see the function of that name.
         notes: what a reader should know: windows, recurrent layers, what is not modelled.
     """
 
     path: Path
     file_bytes: int
+    header_bytes: int
     name: str
     architecture: str
     n_layer: int
@@ -139,6 +142,7 @@ class ModelInfo:
     layers: tuple[KVLayer, ...]
     mla: bool
     exact: bool
+    centring_obstacle: str | None
     notes: tuple[str, ...]
 
     def obstacle(self, k: CacheType, v: CacheType) -> str | None:
@@ -148,6 +152,11 @@ class ModelInfo:
         if self.mla and k != v:
             return f"K and V share one latent in this model (MLA), so K as {k.name} and V as {v.name} cannot differ"
         return next((reason for layer in self.layers if (reason := layer.obstacle(k, v))), None)
+
+    @property
+    def values_per_token(self) -> int:
+        """Values of K and V that one token takes in all layers together."""
+        return sum(layer.n_head_kv * (layer.head_dim_k + layer.head_dim_v) for layer in self.layers)
 
     def bytes_per_token(self, k: CacheType, v: CacheType) -> int:
         """Bytes that one token takes in all layers together (while it is in every layer's window)."""
@@ -166,6 +175,22 @@ def read_model_info(path: str | Path) -> ModelInfo:
         ModelFileError: not GGUF, truncated, or without the keys its architecture requires.
     """
     return _Keys(read_header(path)).info()
+
+
+def centring_obstacle(header: GgufHeader) -> str | None:
+    """Why subtracting a mean from the keys would change what a model computes, or None if it would not.
+
+    Softmax ignores a constant that all scores of a query share; whatever stands between scores and softmax, or takes
+    part in it beside them, does not.
+    """
+    arch = header.metadata.get("general.architecture")
+    if header.metadata.get(f"{arch}.attn_logit_softcapping"):
+        return "keys cannot be centred: this model caps its attention scores (softcap)"
+    if any(".attn_sinks" in name for name in header.tensors):
+        return "keys cannot be centred: this model has attention sinks, which take part in the softmax"
+    if header.metadata.get(f"{arch}.attention.key_length_mla") is not None:
+        return "keys cannot be centred: K and V share one latent in this model (MLA)"
+    return None
 
 
 class _Keys:
@@ -235,6 +260,7 @@ class _Keys:
         return ModelInfo(
             path=self.header.path,
             file_bytes=self.header.file_bytes,
+            header_bytes=self.header.header_bytes,
             name=name if isinstance(name, str) and name else self.header.path.stem,
             architecture=self.arch,
             n_layer=n_layer,
@@ -244,6 +270,7 @@ class _Keys:
             layers=layers,
             mla=mla,
             exact=exact,
+            centring_obstacle=centring_obstacle(self.header),
             notes=tuple(notes),
         )
 

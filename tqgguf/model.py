@@ -210,17 +210,27 @@ class Llama(_Stock):  # type: ignore[misc]
         return self._policy
 
     def add_context(self, cache: PolicySpec, *, tail: int | None = None) -> Any:
-        """Makes a further context on the same weights, equal to the model's own but for the type of its KV cache.
+        """Makes a further context that lives as long as the model; see `further_context`.
 
-        Its cache is checked and verified as the model's own was.
+        Returns:
+            A `llama_context` pointer for llama_cpp's low-level functions. It belongs to the model, which frees it in
+            `close`.
+        """
+        return self._stack.enter_context(self.further_context(cache, tail=tail))
+
+    @contextlib.contextmanager
+    def further_context(self, cache: PolicySpec, *, tail: int | None = None) -> Iterator[Any]:
+        """A further context on the same weights, equal to the model's own but for its KV cache.
+
+        Its cache is checked and verified as the model's own was. It is freed when the `with` statement ends, which must
+        be before the model is closed.
 
         Args:
             cache: as for `Llama`.
             tail: as for `Llama`; None for the model's own.
 
-        Returns:
-            A `llama_context` pointer for llama_cpp's low-level functions. It belongs to the model, which frees it in
-            `close`.
+        Yields:
+            A `llama_context` pointer for llama_cpp's low-level functions.
 
         Raises:
             ArgumentError: unknown cache type.
@@ -240,9 +250,11 @@ class Llama(_Stock):  # type: ignore[misc]
             context = llama_cpp.llama_init_from_model(self.model, params)
         if not context:
             raise _load_error("no context", log, self._info)
-        self._stack.callback(llama_cpp.llama_free, context)
-        _verify(log, self._info, policy, n_tail)
-        return context
+        try:
+            _verify(log, self._info, policy, n_tail)
+            yield context
+        finally:
+            llama_cpp.llama_free(context)
 
     def cache_info(self) -> CacheInfo:
         """Types, bytes and cells of the KV cache, per layer and in all.
@@ -356,7 +368,7 @@ def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
     obstacle = info.obstacle(*same) if same else policy.obstacle(info)
     if obstacle:
         raise CacheTypeError(f"{info.path.name} cannot have {_words(policy)}: {obstacle}")
-    if policy.model_hash and policy.model_hash != model_hash(info.path):
+    if policy.model_hash and policy.model_hash != model_hash(info):
         warnings.warn(
             f"this cache policy was measured on another model than {info.path.name}: "
             f"its types and mean keys may not suit it",

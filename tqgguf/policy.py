@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +25,9 @@ import numpy.typing as npt
 from .config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
 from .errors import ArgumentError, ModelFileError, PolicyError
 from .gguf_file import read_header
-from .gguf_info import ModelInfo
+from .gguf_info import ModelInfo, read_model_info
 
-__all__ = ["POLICY_VERSION", "CachePolicy", "centring_obstacle", "model_hash", "policy_from_ranges", "read_policy"]
+__all__ = ["POLICY_VERSION", "CachePolicy", "PolicySpec", "model_hash", "policy_from_ranges", "read_policy", "resolve"]
 
 POLICY_VERSION: Final = 1
 """Of the file format; another one is refused."""
@@ -68,6 +69,14 @@ class CachePolicy:
         return self.types(0) if same else None
 
     @property
+    def words(self) -> str:
+        """ "pqo3", or "pqo4/pqo3" if K and V differ; "" if layers do or keys are centred."""
+        if self.uniform is None:
+            return ""
+        k, v = self.uniform
+        return k.name if k == v else f"{k.name}/{v.name}"
+
+    @property
     def n_layer(self) -> int:
         """Layers it has types for."""
         return len(self.types_k)
@@ -76,11 +85,13 @@ class CachePolicy:
         """Types of K and V of a layer."""
         return CACHE_TYPES[self.types_k[layer]], CACHE_TYPES[self.types_v[layer]]
 
+    def bytes_per_token(self, info: ModelInfo) -> int:
+        """Bytes that one token takes in all layers of a model together."""
+        return sum(layer.bytes_per_token(*self.types(layer.index)) for layer in info.layers)
+
     def bits(self, info: ModelInfo) -> float:
         """Bits per value of a model's cache, over all its layers."""
-        values = sum(layer.n_head_kv * (layer.head_dim_k + layer.head_dim_v) for layer in info.layers)
-        total = sum(layer.bytes_per_token(*self.types(layer.index)) for layer in info.layers)
-        return 8 * total / values if values else 0.0
+        return 8 * self.bytes_per_token(info) / info.values_per_token if info.layers else 0.0
 
     def obstacle(self, info: ModelInfo) -> str | None:
         """Why this policy cannot be used with a model, or None if it can."""
@@ -98,23 +109,35 @@ class CachePolicy:
                     f"layer {layer.index}: the mean key has shape {mean.shape}, "
                     f"the model's keys have ({layer.n_head_kv}, {layer.head_dim_k})"
                 )
-        return centring_obstacle(info.path) if self.k_means else None
+        return info.centring_obstacle if self.k_means else None
 
     def write(self, path: str | Path) -> None:
-        """Writes a policy file."""
+        """Writes a policy file, whole or not at all: a failure leaves a file that was there as it is.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        file = Path(path)
+        part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        try:
+            self._write(part)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _write(self, path: Path) -> None:
         import gguf
 
-        writer = gguf.GGUFWriter(str(path), _ARCHITECTURE)
-        writer.add_uint32(f"{_ARCHITECTURE}.version", POLICY_VERSION)
-        writer.add_string(f"{_ARCHITECTURE}.model_hash", self.model_hash)
-        writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
-        writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
-        for layer, mean in sorted(self.k_means.items()):
-            writer.add_tensor(f"blk.{layer}.k_mean", np.ascontiguousarray(mean, dtype=np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with contextlib.closing(gguf.GGUFWriter(str(path), _ARCHITECTURE)) as writer:
+            writer.add_uint32(f"{_ARCHITECTURE}.version", POLICY_VERSION)
+            writer.add_string(f"{_ARCHITECTURE}.model_hash", self.model_hash)
+            writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
+            writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
+            for layer, mean in sorted(self.k_means.items()):
+                writer.add_tensor(f"blk.{layer}.k_mean", np.ascontiguousarray(mean, dtype=np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
 
 
 # ---- Ranges of layers ----
@@ -168,16 +191,19 @@ def _layers(text: str, n_layer: int) -> range:
 # ---- Files ----
 
 
-def model_hash(path: str | Path) -> str:
+def model_hash(model: str | Path | ModelInfo) -> str:
     """What ties a policy to a model: SHA-256 of a GGUF file's header, its size, and the first MiB of its weights.
 
+    Args:
+        model: a GGUF file, or what was read from it, which spares reading its header again.
+
     Raises:
-        ModelFileError: see `read_header`.
+        ModelFileError: see `read_model_info`.
     """
-    header = read_header(path)
-    with Path(path).open("rb") as file:
-        digest = hashlib.sha256(file.read(header.header_bytes + _HASHED_BYTES))
-    digest.update(header.file_bytes.to_bytes(8, "little"))
+    info = model if isinstance(model, ModelInfo) else read_model_info(model)
+    with info.path.open("rb") as file:
+        digest = hashlib.sha256(file.read(info.header_bytes + _HASHED_BYTES))
+    digest.update(info.file_bytes.to_bytes(8, "little"))
     return digest.hexdigest()
 
 
@@ -225,23 +251,6 @@ def read_policy(path: str | Path) -> CachePolicy:
         raise PolicyError(f"{file} is a damaged cache policy: {error}") from None
 
 
-def centring_obstacle(path: str | Path) -> str | None:
-    """Why subtracting a mean from the keys would change what a model computes, or None if it would not.
-
-    Softmax ignores a constant that all scores of a query share; whatever stands between scores and softmax, or takes
-    part in it beside them, does not.
-    """
-    header = read_header(path)
-    arch = header.metadata.get("general.architecture")
-    if header.metadata.get(f"{arch}.attn_logit_softcapping"):
-        return "keys cannot be centred: this model caps its attention scores (softcap)"
-    if any(".attn_sinks" in name for name in header.tensors):
-        return "keys cannot be centred: this model has attention sinks, which take part in the softmax"
-    if header.metadata.get(f"{arch}.attention.key_length_mla") is not None:
-        return "keys cannot be centred: K and V share one latent in this model (MLA)"
-    return None
-
-
 # ---- Into libggml ----
 
 
@@ -255,9 +264,9 @@ class _LayerPolicy(ctypes.Structure):
 
 
 @contextlib.contextmanager
-def applied(policy: CachePolicy | None) -> Iterator[None]:
+def applied(policy: CachePolicy) -> Iterator[None]:
     """While it lasts, contexts that this thread makes follow the policy (native/ggml/tq_ggml_policy.h)."""
-    if policy is None or policy.uniform:
+    if policy.uniform:
         yield
         return
     from ._native import library_path

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo
+from tqgguf import CachePolicy, demo
 
 pytestmark = pytest.mark.model
 
@@ -86,7 +86,10 @@ def test_plot_without_matplotlib_says_what_to_install(compare: Command, tmp_path
     [
         (["--cache", "f16,q9"], "unknown cache type 'q9'; valid types are f32"),
         (["--cache", "f16,pqo3,f16"], "f16 is given twice"),
-        (["--cache", "pqo3"], "at least two cache types"),
+        (["--cache", "pqo3"], "at least two caches"),
+        (["--cache", "f16,pqo4/pqo9"], "unknown cache type 'pqo9'"),
+        (["--cache", "f16,pqo4/pqo3,pqo4/pqo3"], "cache pqo4/pqo3 is given twice"),
+        (["--cache", "f16,missing.gguf"], "missing.gguf does not exist"),
         (["--cache", "f16,"], "unknown cache type ''"),
         (["--ctx", "0"], "must be an integer between"),
         (["--chunks", "-1"], "must be an integer between"),
@@ -126,6 +129,35 @@ def test_attention_on_the_models_own_text(compare: Command) -> None:
     assert done.returncode == 0, done.stderr
     (layer,) = json.loads(done.stdout)["layers"]
     assert layer["errors"]["f16"][0]["output"] < 1e-3 < layer["errors"]["pqo3"][0]["output"]
+
+
+def test_pairs_and_policies(compare: Command, tmp_path: Path) -> None:
+    CachePolicy(("q8_0", "pqo3", "pqo3", "pqo3"), ("pqo3",) * 4).write(tmp_path / "first.gguf")
+    caches = "f16,q8_0/pqo3,pqo3/q8_0,first.gguf,pqo3"
+    done = compare(MODEL, "--cache", caches, *QUICK, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["type"]: row for row in json.loads(done.stdout)["comparison"]["rows"]}
+    assert {name: (row["bits"], row["bytes_per_token"]) for name, row in rows.items()} == {
+        "f16": (16, 2048),
+        "q8_0/pqo3": (6, 4 * (136 + 56)),
+        "pqo3/q8_0": (6, 4 * (136 + 56)),
+        "first": (3.5 + 5 / 8, 8 * 56 + 80),
+        "pqo3": (3.5, 8 * 56),
+    }
+    kld = {name: row["kld"]["mean"] for name, row in rows.items()}
+    assert kld["q8_0/pqo3"] != kld["pqo3/q8_0"]  # which is K's is not mistaken
+    assert max(kld["q8_0/pqo3"], kld["pqo3/q8_0"], kld["first"]) < kld["pqo3"]
+
+
+def test_recall_of_a_pair(compare: Command) -> None:
+    done = compare(MODEL, "--cache", "f16,pqo4/pqo3", "--recall", *QUICK, "--json")
+    scores = json.loads(done.stdout)["recall"]["scores"]
+    assert {score["type"] for score in scores} == {"f16", "pqo4/pqo3"}
+
+
+def test_attention_takes_types_alone(compare: Command) -> None:
+    done = compare(MODEL, "--attention", "--cache", "f16,pqo4/pqo3")
+    assert done.returncode == 2 and "--attention takes types in --cache" in done.stderr
 
 
 def test_attention_goes_with_no_other_measurement(compare: Command) -> None:

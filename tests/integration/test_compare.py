@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import CACHE_TYPES, Comparison, demo
+from tqgguf import CACHE_TYPES, CachePolicy, Comparison, demo
 from tqgguf.config import MEASURED_TYPES
 from tqgguf.diagnostics.compare import log_softmax
 from tqgguf.errors import ArgumentError, CacheTypeError, TextError, UnsupportedError
@@ -103,6 +103,16 @@ def test_two_contexts_that_compute_the_same_do_not_diverge() -> None:
     f32, f16, bf16 = found.rows
     assert f16.kld == f32.kld and f16.kld.max == 0 and f16.perplexity == f32.perplexity
     assert 0 < bf16.kld.mean < 0.01
+
+
+def test_keys_stay_centred_from_chunk_to_chunk() -> None:
+    # A mean that the keys do not have makes them worse to store: unless llama.cpp has cleared it with the first chunk.
+    wrong = {i: 10 * np.random.default_rng(i).standard_normal((2, 64)).astype(np.float32) for i in range(4)}
+    policy = CachePolicy(("pqo3",) * 4, ("f16",) * 4, wrong)
+    found = tqgguf.compare(demo.MODEL_PATH, ["f16", ("pqo3", "f16"), policy], TEXT, n_ctx=256, n_chunks=3, n_threads=1)
+    plain, centred = found.rows[1:]
+    assert centred.type == "policy" and centred.bytes_per_token == plain.bytes_per_token
+    assert centred.kld.mean > 3 * plain.kld.mean
 
 
 def test_progress_counts_every_token_of_every_type() -> None:

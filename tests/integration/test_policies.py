@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import CachePolicy, demo
+from tqgguf import CachePolicy, demo, gguf_info
 from tqgguf.errors import ArgumentError, CacheTypeError, PolicyError
+from tqgguf.gguf_file import read_header
 from tqgguf.policy import model_hash
 
 pytestmark = pytest.mark.model
@@ -74,6 +75,20 @@ def test_centred_keys_give_the_same_logits(tmp_path: Path) -> None:
     plain = logits(load("f16", flash_attn=True))
     error = np.linalg.norm(centred - plain) / np.linalg.norm(plain)
     assert 0 < error < 5e-3, error
+    # Without flash attention an f32 cache is not rounded to f16, and f32 rounding is all that moves.
+    path = tmp_path / "f32.gguf"
+    CachePolicy(("f32",) * 4, ("f32",) * 4, means).write(path)
+    centred, plain = (logits(load(cache, flash_attn=False)) for cache in (path, "f32"))
+    error = np.linalg.norm(centred - plain) / np.linalg.norm(plain)
+    assert 0 < error < 1e-5, error
+
+
+def test_a_model_with_a_policy_reads_its_header_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(gguf_info, "read_header", lambda path: (read.append(path), read_header(path))[1])
+    means = {0: np.zeros((2, 64), np.float32)}
+    load(CachePolicy(("pqo4",) * 4, ("pqo3",) * 4, means, model_hash(gguf_info.read_model_info(demo.MODEL_PATH))))
+    assert len(read) == 2  # one of them the line above
 
 
 def test_a_policy_measured_on_another_model_warns() -> None:

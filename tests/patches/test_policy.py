@@ -26,7 +26,7 @@ import numpy as np
 import tqgguf, llama_cpp as api
 from tqgguf.policy import CachePolicy, applied
 
-model_path, types_k, types_v, means, forget = json.loads(sys.argv[1])
+model_path, types_k, types_v, means, forget, flash = json.loads(sys.argv[1])
 log = []
 callback = api.llama_log_callback(lambda level, text, data: log.append(text.decode()))
 api.llama_log_set(callback, ctypes.c_void_p(0))
@@ -36,7 +36,7 @@ assert model, "".join(log)
 params = api.llama_context_default_params()
 params.n_ctx = params.n_batch = 256
 params.n_threads = params.n_threads_batch = 2
-params.flash_attn_type = 1
+params.flash_attn_type = int(flash)
 policy = CachePolicy(tuple(types_k), tuple(types_v), {int(i): np.array(m, np.float32) for i, m in means.items()})
 params.type_k, params.type_v = (kind.number for kind in policy.types(0))
 with applied(policy):
@@ -104,9 +104,9 @@ def write_model(path: Path, key_bias: float, head_dim: int = 64) -> Path:
 
 
 def run(
-    model: Path, types_k: str, types_v: str = "f16 f16 f16", means: Any = None, forget: bool = False
+    model: Path, types_k: str, types_v: str = "f16 f16 f16", means: Any = None, forget: bool = False, flash: bool = True
 ) -> tuple[Any, str]:
-    arguments = json.dumps([str(model), types_k.split(), types_v.split(), means or {}, forget])
+    arguments = json.dumps([str(model), types_k.split(), types_v.split(), means or {}, forget, flash])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -152,10 +152,21 @@ def test_the_graph_rotates_only_where_every_layer_gains(tmp_path: Path) -> None:
 
 def test_softmax_does_not_notice_a_mean(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model.gguf", 0.0)
-    plain = run(model, "f16 f16 f16")[0]
-    centred = run(model, "f16 f16 f16", means=means(1.0))[0]
-    # keys of twice the variance are rounded to f16 anew, and no more
-    assert 0 < distance(centred, plain) < 2e-3
+    # Without flash attention llama.cpp computes on an f32 cache as it is: what is left is f32 rounding.
+    exact = run(model, "f32 f32 f32", "f32 f32 f32", flash=False)[0]
+    centred = run(model, "f32 f32 f32", "f32 f32 f32", means=means(1.0), flash=False)[0]
+    assert 0 < distance(centred, exact) < 2e-6
+
+
+def test_centring_an_f16_cache_moves_logits_by_f16_rounding_alone(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model.gguf", 0.0)
+    exact = run(model, "f32 f32 f32", "f32 f32 f32", flash=False)[0]
+    plain = distance(run(model, "f16 f16 f16", "f32 f32 f32", flash=False)[0], exact)
+    centred = distance(run(model, "f16 f16 f16", "f32 f32 f32", means=means(1.0), flash=False)[0], exact)
+    # Keys less a mean of their own size have twice their variance, so 1.4 times their rounding error.
+    assert 0 < centred < 2 * plain < 4e-3, (centred, plain)
+    flash = distance(run(model, "f16 f16 f16", means=means(1.0))[0], run(model, "f16 f16 f16")[0])
+    assert 0 < flash < 2e-3
 
 
 def test_centring_makes_up_for_a_constant_in_the_keys(tmp_path: Path) -> None:

@@ -12,17 +12,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import tqgguf
-from tqgguf import CACHE_TYPES, demo
+from tqgguf import demo
 from tqgguf.diagnostics.compare import (
     MIN_CONTEXT,
+    NamedCache,
     Reader,
-    compared_types,
+    compared_caches,
     context_length,
     kl_divergence,
     log_softmax,
     read_text,
 )
 from tqgguf.errors import ArgumentError, TextError, TqggufError
+from tqgguf.policy import CachePolicy, resolve
 
 LOGITS = hnp.arrays(
     np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(-80, 80, width=32)
@@ -65,7 +67,7 @@ def test_figures_of_a_type() -> None:
     rng = np.random.default_rng(3)
     reference, other = rng.normal(size=(2, 150, 11)).astype(np.float32) * 3
     targets = rng.integers(0, 11, 150).astype(np.int32)
-    reader = Reader(CACHE_TYPES["pqo3"], context=None, seconds=4.0)
+    reader = Reader(NamedCache("pqo3", resolve("pqo3", 4)), context=None, seconds=4.0)
     for part in (slice(0, 40), slice(40, 150)):
         reader.score(log_softmax(reference[part]), other[part], targets[part])
     quality = reader.quality(tqgguf.read_model_info(demo.MODEL_PATH), n_tokens=1000)
@@ -93,8 +95,10 @@ def test_figures_of_a_type() -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
     logits = np.array([[0, 1, value]], np.float32)
-    with np.errstate(invalid="ignore"), pytest.raises(TqggufError, match="not finite with a q4_0 cache"):
-        Reader(CACHE_TYPES["q4_0"], context=None).score(np.zeros((1, 3)), logits, np.zeros(1, np.int32))
+    with np.errstate(invalid="ignore"), pytest.raises(TqggufError, match="not finite with the cache q4_0"):
+        Reader(NamedCache("q4_0", resolve("q4_0", 4)), context=None).score(
+            np.zeros((1, 3)), logits, np.zeros(1, np.int32)
+        )
 
 
 @pytest.mark.parametrize(
@@ -106,11 +110,26 @@ def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
         (["f16", "pqo5"], r"'pqo5'; valid types are f32.*pqo3"),
     ],
 )
-def test_types_that_make_no_comparison(names: list[str], said: str) -> None:
+def test_caches_that_make_no_comparison(names: list[str], said: str) -> None:
     with pytest.raises(ArgumentError, match=said):
-        compared_types(names)
+        compared_caches(names, 4)
     with pytest.raises(ArgumentError, match=said):
         tqgguf.compare(demo.MODEL_PATH, names)
+
+
+def test_labels(tmp_path: Path) -> None:
+    policy = CachePolicy(("pqo4", "pqo3"), ("pqo3", "pqo3"))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        policy.write(tmp_path / folder / "mine.gguf")
+    paths = [tmp_path / "a" / "mine.gguf", str(tmp_path / "b" / "mine.gguf")]
+    ranges = {"default": "q8_0", "layers": {"0": "f16"}}
+    caches = compared_caches(["F16", ("pqo4", "pqo3"), {"default": "pqt4"}, policy, ranges, *paths], 2)
+    assert [cache.label for cache in caches] == ["f16", "pqo4/pqo3", "pqt4", "policy", "policy (2)", "mine", "mine (2)"]
+    assert caches[4].policy.types_k == ("f16", "q8_0") and caches[5].policy.types_k == ("pqo4", "pqo3")
+    for cache in (policy, paths[0], ranges):
+        with pytest.raises(ArgumentError, match="given twice"):
+            compared_caches(["f16", cache, cache], 2)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 
 import tqgguf
 import tqgguf.gguf_file
-import tqgguf.policy
 from tqgguf import demo
 from tqgguf.errors import ArgumentError, ModelNotFoundError, PolicyError, TqggufError
+from tqgguf.gguf_info import centring_obstacle
 from tqgguf.policy import CachePolicy, model_hash, policy_from_ranges, read_policy, resolve
 
 
@@ -82,6 +82,19 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(policy.k_means[3], -np.arange(128, dtype=np.float32).reshape(2, 64))
     for form in (str(tmp_path / "policy.gguf"), tmp_path / "policy.gguf", policy):
         assert resolve(form, 4).types_k == policy.types_k
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "policy.gguf")
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        written(path, model_hash="other")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_files_that_are_no_policy(tmp_path: Path) -> None:
@@ -155,5 +168,6 @@ def test_centring_is_refused_where_it_would_change_the_result(
         writer.add_tensor(tensor, np.zeros(4, np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    assert reason in str(tqgguf.policy.centring_obstacle(tmp_path / "model.gguf"))
-    assert tqgguf.policy.centring_obstacle(demo.MODEL_PATH) is None
+    header = tqgguf.gguf_file.read_header(tmp_path / "model.gguf")
+    assert reason in str(centring_obstacle(header))
+    assert tqgguf.read_model_info(demo.MODEL_PATH).centring_obstacle is None

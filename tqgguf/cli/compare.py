@@ -1,44 +1,47 @@
-"""`tqgguf compare`: what cache types cost a model, measured on a text and by recall."""
+"""`tqgguf compare`: what caches cost a model, measured on a text and by recall."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import MEASURED_TYPES
-from ..errors import ArgumentError
+from ..config import CACHE_TYPES, MEASURED_TYPES
+from ..errors import TqggufError
 from ..gguf_info import read_model_info
 from . import compare_attention
 from .format import to_json
-from .options import positive, threads
+from .options import cache_or_pair, positive, threads
 from .plot import check_plot, plot
 
 if TYPE_CHECKING:
-    from ..diagnostics.compare import Comparison
+    from rich.progress import TaskID
+
+    from ..diagnostics.compare import Comparison, TypeQuality
     from ..diagnostics.recall import Recall
+    from ..policy import PolicySpec
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "compare",
-        help="what cache types cost a model",
-        description="Reads a text with several KV cache types and compares each with the first: perplexity, "
+        help="what caches cost a model",
+        description="Reads a text with several KV caches and compares each with the first: perplexity, "
         "KL divergence, tokens predicted alike. It loads the weights once, and a cache for each type.",
-        epilog="example: tqgguf compare model.gguf -f text.txt --ctx 4096 --plot kld.png",
+        epilog="example: tqgguf compare model.gguf -f text.txt --cache f16,pqo4,pqo4/pqo3,policy.gguf --plot kld.png",
     )
     parser.add_argument("model", help="a GGUF file")
     parser.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text file (the demo model has a text of its own)")
     parser.add_argument(
         "--cache",
-        type=cache_names,
+        type=cache_list,
         default=",".join(MEASURED_TYPES),
-        metavar="TYPE,TYPE",
-        help="types, reference first (default: %(default)s)",
+        metavar="CACHE,CACHE",
+        help="types, pairs K/V and policy files, reference first (default: %(default)s)",
     )
     parser.add_argument(
         "--ctx",
@@ -60,14 +63,16 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(call=call, usage_error=parser.error)
 
 
-def cache_names(text: str) -> tuple[str, ...]:
-    """argparse type: names of at least two cache types with commas between."""
-    from ..diagnostics.compare import compared_types
+def cache_list(text: str) -> tuple[PolicySpec, ...]:
+    """argparse type: at least two caches with commas between: types, pairs such as pqo4/pqo3, policy files."""
+    from ..diagnostics.compare import compared_caches
 
+    caches = tuple(cache_or_pair(part.strip()) for part in text.split(","))
     try:
-        return tuple(kind.name for kind in compared_types([name.strip() for name in text.split(",")]))
-    except ArgumentError as error:
+        compared_caches(caches, n_layer=1)  # what is wrong in any model is told before one is opened
+    except TqggufError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return caches
 
 
 def call(args: argparse.Namespace) -> int:
@@ -81,9 +86,12 @@ def call(args: argparse.Namespace) -> int:
     if args.attention:
         if args.recall or args.plot or args.chunks:
             args.usage_error("--attention goes with none of --recall, --plot, --chunks")
+        types = [cache for cache in args.cache if isinstance(cache, str) and cache in CACHE_TYPES]
+        if len(types) < len(args.cache):
+            args.usage_error("--attention takes types in --cache, no pairs and no policy files")
         if text is None:
             text = own_text(read_model_info(args.model), args.ctx or compare_attention.DEFAULT_TOKENS, 1)
-        return compare_attention.call(args, text, args.cache)
+        return compare_attention.call(args, text, types)
     with progress_bar("reading") as progress:
         comparison = compare(
             args.model,
@@ -115,22 +123,40 @@ def call(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, if that is a terminal; yields the callback that moves it."""
+    with progress_bars() as show:
+        yield lambda done, total: show(title, done, total)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars one below the other, one for each title, on stderr if that is a terminal; yields what moves them."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        tasks: dict[str, TaskID] = {}
+
+        def show(title: str, done: int, total: int) -> None:
+            if title not in tasks:
+                tasks[title] = bar.add_task(title, total=None)
+            bar.update(tasks[title], completed=done, total=total)
+
+        yield show
 
 
 def render(comparison: Comparison) -> None:
-    """Prints what was read, then a row for each type."""
+    """Prints what was read, then a row for each cache."""
     rows = comparison.rows
     print(
         f"{comparison.model}: {comparison.n_chunks:,} x {comparison.n_ctx:,} tokens, "
         f"{comparison.n_scored:,} predictions scored against {rows[0].type}, KL divergence in nats\n"
     )
-    table = _table("cache", "bits", "bytes/token", "perplexity", "mean KLD", "±", "median", "99 %", "99.9 %", "max")
+    render_rows(rows)
+
+
+def render_rows(rows: Sequence[TypeQuality]) -> None:
+    """Prints a row for each cache; the first is the reference and has no divergence."""
+    table = table_of("cache", "bits", "bytes/token", "perplexity", "mean KLD", "±", "median", "99 %", "99.9 %", "max")
     for title in ("same top", "tokens/s"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
@@ -138,22 +164,22 @@ def render(comparison: Comparison) -> None:
         divergence = (kld.mean, kld.mean_error, kld.median, kld.p99, kld.p999, kld.max)
         table.add_row(
             row.type,
-            f"{row.bits:g}",
+            f"{row.bits:.4g}",
             f"{row.bytes_per_token:,}",
             f"{row.perplexity:,.4f}",
             *("" if row is rows[0] else f"{value:#.3g}" for value in divergence),
             "" if row is rows[0] else f"{row.same_top:.2%}",
             f"{row.tokens_per_second:,.0f}",
         )
-    _print(table)
+    print_table(table)
 
 
 def render_recall(result: Recall) -> None:
-    """Prints right answers, a row for each size and type, a column for each depth."""
+    """Prints right answers, a row for each size and cache, a column for each depth."""
     from ..diagnostics.recall import DEPTHS
 
     print("\nfacts recalled, by depth of the fact in the prompt\n")
-    table = _table(result.unit, "cache", *(f"{depth:.0%}" for depth in DEPTHS), "all")
+    table = table_of(result.unit, "cache", *(f"{depth:.0%}" for depth in DEPTHS), "all")
     for size in sorted({score.size for score in result.scores}):
         for kind in dict.fromkeys(score.type for score in result.scores):
             marks = [score for score in result.scores if (score.size, score.type) == (size, kind)]
@@ -161,10 +187,11 @@ def render_recall(result: Recall) -> None:
             cells = [f"{score.right}/{score.n}" for score in marks]
             table.add_row(f"{size:,}", kind, *cells, f"{right}/{n}")
         table.add_section()
-    _print(table)
+    print_table(table)
 
 
-def _table(*titles: str) -> Any:
+def table_of(*titles: str) -> Any:
+    """An empty table whose columns are right-aligned, but for that of caches."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -173,7 +200,7 @@ def _table(*titles: str) -> Any:
     return table
 
 
-def _print(table: Any) -> None:
+def print_table(table: Any) -> None:
     """Prints a table in full width, also where the terminal is narrower: a figure cut short would be a wrong one."""
     from rich.console import Console
 

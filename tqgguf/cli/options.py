@@ -29,6 +29,14 @@ def cache_name_or_policy(text: str) -> str:
     return text if text.endswith(".gguf") else cache_name(text)
 
 
+def cache_or_pair(text: str) -> str | tuple[str, str]:
+    """argparse type: the name of a cache type, the path of a policy file, or a pair K/V such as pqo4/pqo3."""
+    if text.endswith(".gguf") or "/" not in text:
+        return cache_name_or_policy(text)
+    k, _, v = text.partition("/")
+    return cache_name(k), cache_name(v)
+
+
 def _between(low: int, high: int, text: str) -> int:
     try:
         value = int(text)

@@ -42,7 +42,7 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 
 def figure_of(comparison: Comparison) -> Any:
-    """The picture: mean divergence (log axis) over bytes per token, one labelled point for each type but the reference.
+    """The picture: mean divergence (log axis) over bytes per token, a labelled point for each cache but the reference.
 
     Points of the same size are labelled right and left in turn, in order of divergence, so that labels keep apart.
     """
@@ -100,8 +100,8 @@ def figure_of(comparison: Comparison) -> Any:
 
 
 def _point(axes: Any, row: TypeQuality, side: int) -> None:
-    """One type: a point, its error bar, and a label to the right (side 1) or left (-1)."""
-    ours = CACHE_TYPES[row.type].ours
+    """One cache: a point, its error bar, and a label to the right (side 1) or left (-1)."""
+    ours = row.type not in CACHE_TYPES or CACHE_TYPES[row.type].ours
     color = _OURS if ours else _STOCK
     error = min(2 * row.kld.mean_error, 0.9 * row.kld.mean)  # a log axis has no room below zero
     axes.errorbar(

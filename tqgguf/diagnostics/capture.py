@@ -11,11 +11,11 @@ that holds K and V exactly as they were computed.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,9 @@ from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..gguf_info import ModelInfo, read_model_info
 from ..model import Llama, llama_cpp
 
-__all__ = ["AttentionInputs", "capture_attention"]
+__all__ = ["AttentionInputs", "capture_attention", "mean_keys"]
 
+T = TypeVar("T")
 F32 = npt.NDArray[np.float32]
 
 _CACHE_NAME: Final = re.compile(rb"cache_([kv])_l(\d+)")
@@ -105,10 +106,42 @@ def capture_attention(
         tokens = model.tokenize(text.encode())[:n_ctx]
         if len(tokens) < n_ctx:
             raise ArgumentError(f"the text has {len(tokens)} tokens, fewer than the {n_ctx} that were asked for")
-        hook = _Hook(info, frozenset(layers), n_ctx)
-        _decode(model, tokens, hook, cache)
+        return _capture(model, tokens, layers, cache, lambda layer, node: _inputs(info, n_ctx, layer, node))
     finally:
         model.close()
+
+
+def mean_keys(model: Llama, tokens: Sequence[int], layers: Collection[int]) -> dict[int, F32]:
+    """The mean key of each KV head, after RoPE, over tokens read into an empty cache of their own, as one batch.
+
+    Args:
+        model: any loaded model; its own cache is left alone.
+        tokens: at least one.
+        layers: numbers of the layers wanted; each must have a KV cache of its own.
+
+    Returns:
+        By layer, ascending: (n_head_kv, head_dim_k) float32.
+
+    Raises:
+        UnsupportedError: the model does not run flash attention.
+        TqggufError: llama.cpp could not run the tokens.
+    """
+
+    def mean(_layer: int, node: Tensor) -> F32:
+        k = read_tensor(_stored(node.src[1]))[0]  # (n_head_kv, n_cells, head_dim_k), the tokens first
+        average: F32 = k[:, : len(tokens)].mean(axis=1, dtype=np.float64).astype(np.float32)
+        return average
+
+    return _capture(model, tokens, layers, "f32", mean)
+
+
+def _capture(
+    model: Llama, tokens: Sequence[int], layers: Collection[int], cache: str, read: Callable[[int, Tensor], T]
+) -> dict[int, T]:
+    """By layer, what `read` makes of its number and its computed flash attention node."""
+    info = model.model_info
+    hook = _Hook(frozenset(layers), read)
+    _decode(model, tokens, hook, cache)
     missing = sorted(set(layers) - set(hook.found))
     if missing:
         raise UnsupportedError(
@@ -118,14 +151,13 @@ def capture_attention(
     return dict(sorted(hook.found.items()))
 
 
-class _Hook:
+class _Hook(Generic[T]):
     """The eval callback: called with each node, first to ask whether it is wanted, then again once it is computed."""
 
-    def __init__(self, info: ModelInfo, wanted: frozenset[int], n_tokens: int) -> None:
-        self.info = info
+    def __init__(self, wanted: frozenset[int], read: Callable[[int, Tensor], T]) -> None:
         self.wanted = wanted
-        self.n_tokens = n_tokens
-        self.found: dict[int, AttentionInputs] = {}
+        self.read = read
+        self.found: dict[int, T] = {}
         self.error: Exception | None = None
 
     def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
@@ -144,18 +176,18 @@ class _Hook:
             self.error = error
             return False
 
-    def read(self, layer: int, node: Tensor) -> AttentionInputs:
-        """Copies the sources of a computed flash attention node."""
-        if _cache_layer(node.src[2], b"v") != layer:
-            raise UnsupportedError(f"{self.info.path.name}: layer {layer} takes V from elsewhere than its own cache")
-        n = self.n_tokens
-        q, k, v = (read_tensor(_stored(source))[0].transpose(1, 0, 2)[:n] for source in node.src[:3])
-        mask = read_tensor(tensor_at(node.src[3]))[0, 0, :n, :n]
-        if not np.isfinite(np.diagonal(mask)).all():
-            raise TqggufError(f"{self.info.path.name}: layer {layer}: tokens are not in the order of their cache cells")
-        sinks = read_tensor(tensor_at(node.src[4])).ravel() if node.src[4] else None
-        scale, max_bias, softcap = node.op_params[:3]
-        return AttentionInputs(layer, q, k, v, scale, mask, sinks, softcap, max_bias)
+
+def _inputs(info: ModelInfo, n: int, layer: int, node: Tensor) -> AttentionInputs:
+    """Copies the sources of a computed flash attention node, of the first n tokens."""
+    if _cache_layer(node.src[2], b"v") != layer:
+        raise UnsupportedError(f"{info.path.name}: layer {layer} takes V from elsewhere than its own cache")
+    q, k, v = (read_tensor(_stored(source))[0].transpose(1, 0, 2)[:n] for source in node.src[:3])
+    mask = read_tensor(tensor_at(node.src[3]))[0, 0, :n, :n]
+    if not np.isfinite(np.diagonal(mask)).all():
+        raise TqggufError(f"{info.path.name}: layer {layer}: tokens are not in the order of their cache cells")
+    sinks = read_tensor(tensor_at(node.src[4])).ravel() if node.src[4] else None
+    scale, max_bias, softcap = node.op_params[:3]
+    return AttentionInputs(layer, q, k, v, scale, mask, sinks, softcap, max_bias)
 
 
 def _stored(address: int) -> Tensor:
@@ -173,7 +205,7 @@ def _cache_layer(address: int, side: bytes) -> int | None:
     return int(match[2]) if match and match[1] == side else None
 
 
-def _decode(model: Llama, tokens: list[int], hook: _Hook, cache: str) -> None:
+def _decode(model: Llama, tokens: Sequence[int], hook: _Hook[T], cache: str) -> None:
     """Runs tokens through a new context of the model, as one batch, under the hook."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = len(tokens)
@@ -189,7 +221,7 @@ def _decode(model: Llama, tokens: list[int], hook: _Hook, cache: str) -> None:
         raise hook.error
     if status:
         raise TqggufError(
-            f"llama.cpp could not run {len(tokens)} tokens through {hook.info.path.name}: status {status}"
+            f"llama.cpp could not run {len(tokens)} tokens through {model.model_info.path.name}: status {status}"
         )
 
 

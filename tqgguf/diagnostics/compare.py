@@ -1,4 +1,4 @@
-"""What KV cache types cost a model on a text: perplexity and divergence from a reference type, token by token.
+"""What KV caches cost a model on a text: perplexity and divergence from a reference cache, token by token.
 
 The procedure is that of llama.cpp's `llama-perplexity --kl-divergence`: the text is cut into chunks of n_ctx tokens,
 the first token of a chunk becomes BOS if the model wants one, each chunk is read from an empty cache, and the
@@ -22,11 +22,11 @@ import numpy.typing as npt
 
 from .. import demo
 from .._native import import_llama_cpp
-from ..config import MEASURED_TYPES, CacheType, cache_type
+from ..config import MEASURED_TYPES
 from ..errors import ArgumentError, TextError, TqggufError
 from ..gguf_info import ModelInfo, read_model_info
 from ..model import Llama, refuse_impossible
-from ..policy import resolve
+from ..policy import CachePolicy, PolicySpec, resolve
 
 __all__ = [
     "DEFAULT_CHUNKS",
@@ -34,14 +34,19 @@ __all__ = [
     "MIN_CONTEXT",
     "Comparison",
     "Divergence",
+    "NamedCache",
+    "Reader",
     "TypeQuality",
     "compare",
-    "compared_types",
+    "compared_caches",
     "context_length",
     "kl_divergence",
     "load",
     "log_softmax",
+    "own_text",
+    "read_chunks",
     "read_text",
+    "text_chunks",
 ]
 
 llama_cpp: Any = import_llama_cpp()
@@ -58,7 +63,7 @@ DEFAULT_CHUNKS: Final = 8
 
 Array = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
-"""Called with (tokens read, tokens in all), tokens counted once for each cache type."""
+"""Called with (tokens read, tokens in all), tokens counted once for each cache."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,11 @@ class Divergence:
 
 @dataclass(frozen=True)
 class TypeQuality:
-    """One cache type on the text, used for K and V both.
+    """One cache on the text.
 
     Attributes:
-        type: name of the type.
-        bits: bits per cached value.
+        type: label of the cache (`NamedCache`): the name of its type, unless K and V or layers differ.
+        bits: bits per cached value; of a policy, over all layers.
         bytes_per_token: K and V of all layers together.
         perplexity: exp of the mean negative log-likelihood of the scored tokens.
         perplexity_error: its standard error, as if tokens were independent.
@@ -109,7 +114,7 @@ class TypeQuality:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Cache types compared on the same tokens of one model.
+    """Caches compared on the same tokens of one model.
 
     Attributes:
         model: name of the model's file.
@@ -117,7 +122,7 @@ class Comparison:
         n_chunks: chunks read.
         n_scored: tokens scored, in all chunks together.
         n_threads: threads used.
-        rows: one for each type; the first is the reference.
+        rows: one for each cache; the first is the reference.
         notes: what a reader should know before trusting the figures.
     """
 
@@ -130,9 +135,23 @@ class Comparison:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class NamedCache:
+    """A cache to measure.
+
+    Attributes:
+        label: name of its type; "pqo4/pqo3" if K and V have different ones; the name of a policy file without its
+            ending; "policy" for any other policy.
+        policy: the type of every layer's K and V.
+    """
+
+    label: str
+    policy: CachePolicy
+
+
 def compare(
     path: str | Path,
-    types: Sequence[str] = MEASURED_TYPES,
+    caches: Sequence[PolicySpec] = MEASURED_TYPES,
     text: str | None = None,
     *,
     n_ctx: int | None = None,
@@ -141,19 +160,20 @@ def compare(
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measures cache types against the first of them.
+    """Measures caches against the first of them.
 
-    The weights are loaded once. Every type has a context of its own, and all contexts read each batch in turn, so
+    The weights are loaded once. Every cache has a context of its own, and all contexts read each batch in turn, so
     logits are compared while llama.cpp still holds them and nothing is stored but a few numbers per scored token.
-    Memory beyond the weights, for each type and however long the text: its KV cache of n_ctx tokens, one batch of
+    Memory beyond the weights, for each cache and however long the text: its n_ctx tokens, one batch of
     logits (n_batch * n_vocab * 4 bytes), and llama.cpp's compute buffer, which reserves as much for them again.
 
-    Flash attention is on for every type, and llama.cpp's own rotation of quantized caches is as it is by default, so
-    the types are compared as they are used.
+    Flash attention is on for every cache, and llama.cpp's own rotation of quantized caches is as it is by default, so
+    they are compared as they are used.
 
     Args:
         path: a GGUF file.
-        types: names of at least two cache types; the first is the reference.
+        caches: at least two, the first is the reference; each as `Llama` takes it: a type, a pair for K and V, types by
+            layer, a policy, or a policy file.
         text: what to read, tokenized without control tokens. None takes a conversation about facts that the demo model
             was made for, control tokens included; any other model needs a text.
         n_ctx: tokens in a chunk; None means DEFAULT_CONTEXT, or the trained context if that is less.
@@ -163,20 +183,21 @@ def compare(
         progress: called after every batch.
 
     Raises:
-        ArgumentError: fewer than two types, one given twice or unknown; n_ctx below MIN_CONTEXT; n_chunks or n_batch
-            below 1; no text for a model that is not the demo model.
+        ArgumentError: fewer than two caches, one given twice, an unknown type; n_ctx below MIN_CONTEXT; n_chunks or
+            n_batch below 1; no text for a model that is not the demo model.
+        PolicyError: a policy or its file is not well formed.
         TextError: the text is empty or has fewer than n_ctx tokens.
-        CacheTypeError: the model cannot have one of the types, or llama.cpp did not use it.
+        CacheTypeError: the model cannot have one of the caches, or llama.cpp did not use it.
         OutOfMemoryError: no memory for the KV caches.
         TqggufError: llama.cpp failed, or gave logits that are not finite; otherwise as `Llama`.
     """
-    kinds = compared_types(types)
     for name, value in (("n_chunks", n_chunks), ("n_batch", n_batch)):
         if value is not None and value < 1:
             raise ArgumentError(f"{name} is {value}, must be at least 1")
     info = read_model_info(path)
-    for kind in kinds:
-        refuse_impossible(info, resolve(kind.name, info.n_layer))
+    named = compared_caches(caches, info.n_layer)
+    for cache in named:
+        refuse_impossible(info, cache.policy)
     n_ctx = context_length(info, n_ctx)
     own = text is None
     if text is None:
@@ -185,10 +206,11 @@ def compare(
     if not text:
         raise TextError("the text is empty")
     # llama.cpp's tools, too, keep sliding windows no longer than needed: swa_full.
-    with contextlib.closing(load(path, kinds[0], n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
-        chunks = _chunks(model, text, n_ctx, n_chunks, own)
-        readers = [Reader(kinds[0], model.ctx), *(Reader(kind, model.add_context(kind.name)) for kind in kinds[1:])]
-        _read(model, readers, chunks, progress)
+    with contextlib.closing(load(path, named[0].policy, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
+        chunks = text_chunks(model, text, n_ctx, n_chunks, own)
+        readers = [Reader(named[0], model.ctx)]
+        readers += [Reader(cache, model.add_context(cache.policy)) for cache in named[1:]]
+        read_chunks(model, readers, chunks, progress)
         return Comparison(
             model=info.path.name,
             n_ctx=n_ctx,
@@ -200,19 +222,33 @@ def compare(
         )
 
 
-def compared_types(names: Sequence[str]) -> tuple[CacheType, ...]:
-    """The cache types of a comparison, reference first.
+def compared_caches(caches: Sequence[PolicySpec], n_layer: int) -> tuple[NamedCache, ...]:
+    """The caches of a comparison, reference first, in a model of n_layer layers.
+
+    Labels differ: of two policies with the same name the second is "name (2)".
 
     Raises:
-        ArgumentError: an unknown name (the message lists the valid ones), one given twice, or fewer than two.
+        ArgumentError: an unknown type (the message lists the valid ones), a cache given twice, or fewer than two.
+        PolicyError, ModelNotFoundError: as `resolve`.
     """
-    kinds = tuple(cache_type(name) for name in names)
-    twice = sorted({kind.name for kind in kinds if kinds.count(kind) > 1})
-    if twice:
-        raise ArgumentError(f"cache type {', '.join(twice)} is given twice")
-    if len(kinds) < 2:
-        raise ArgumentError("a comparison needs at least two cache types: first the reference, then what to compare")
-    return kinds
+    found: dict[str, CachePolicy] = {}
+    for i, cache in enumerate(caches):
+        policy = resolve(cache, n_layer)
+        label = _label(cache, policy)
+        if (label == policy.words and label in found) or cache in caches[:i]:
+            raise ArgumentError(f"cache {label} is given twice")
+        copies = sum(other == label or other.startswith(f"{label} (") for other in found)
+        found[f"{label} ({copies + 1})" if copies else label] = policy
+    if len(found) < 2:
+        raise ArgumentError("a comparison needs at least two caches: first the reference, then what to compare")
+    return tuple(NamedCache(*item) for item in found.items())
+
+
+def _label(cache: PolicySpec, policy: CachePolicy) -> str:
+    """See `NamedCache`."""
+    if isinstance(cache, Path) or (isinstance(cache, str) and cache.endswith(".gguf")):
+        return Path(cache).stem
+    return policy.words or "policy"
 
 
 def context_length(info: ModelInfo, n_ctx: int | None) -> int:
@@ -223,7 +259,7 @@ def context_length(info: ModelInfo, n_ctx: int | None) -> int:
     """
     length = min(DEFAULT_CONTEXT, info.n_ctx_train) if n_ctx is None else n_ctx
     if length < MIN_CONTEXT:
-        raise ArgumentError(f"a context of {length} tokens is too short to compare cache types: {MIN_CONTEXT} at least")
+        raise ArgumentError(f"a context of {length} tokens is too short to compare caches: {MIN_CONTEXT} at least")
     return length
 
 
@@ -241,10 +277,10 @@ def read_text(path: str | Path) -> str:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
 
 
-def load(path: str | Path, kind: CacheType, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
-    """A model to measure: quiet, and with flash attention for every type, so that the type is the only difference."""
+def load(path: str | Path, policy: CachePolicy, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
+    """A model to measure: quiet, and with flash attention for every cache, so that types are the only difference."""
     threads: dict[str, Any] = {"n_threads": n_threads, "n_threads_batch": n_threads}
-    return Llama(path, cache=kind.name, flash_attn=True, n_ctx=n_ctx, verbose=False, **threads, **options)
+    return Llama(path, cache=policy, flash_attn=True, n_ctx=n_ctx, verbose=False, **threads, **options)
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> Array:
@@ -280,8 +316,12 @@ def own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
     return demo.chat_text(0, n_turns, reach=min(reach, len(demo.NAMES) * len(demo.KINDS)))
 
 
-def _chunks(model: Llama, text: str, n_ctx: int, n_chunks: int | None, special: bool) -> npt.NDArray[np.int32]:
-    """Tokens (n_chunks, n_ctx) of a text, with control tokens parsed if `special`."""
+def text_chunks(model: Llama, text: str, n_ctx: int, n_chunks: int | None, special: bool) -> npt.NDArray[np.int32]:
+    """Tokens (n_chunks, n_ctx) of a text, with control tokens parsed if `special`.
+
+    Raises:
+        TextError: the text has fewer than n_ctx tokens.
+    """
     tokens = np.array(model.tokenize(text.encode(), add_bos=True, special=special), np.int32)
     there = len(tokens) // n_ctx
     if not there:
@@ -311,9 +351,9 @@ def _notes(info: ModelInfo, n_ctx: int, own: bool) -> tuple[str, ...]:
 
 @dataclass
 class Reader:
-    """One cache type's context, and what was measured with it: one array per batch."""
+    """One cache's context, and what was measured with it: one array per batch."""
 
-    kind: CacheType
+    cache: NamedCache
     context: Any
     seconds: float = 0.0
     nll: list[Array] = field(default_factory=list)
@@ -322,6 +362,7 @@ class Reader:
 
     def warm_up(self, token: npt.NDArray[np.int32]) -> None:
         """Reads one token untimed: the first pass over the weights reads them from disk."""
+        self.forget()  # the reference of another pass is still full
         self.decode(token, np.zeros(1, np.int8))
         self.seconds = 0.0
 
@@ -334,21 +375,21 @@ class Reader:
         llama_cpp.llama_synchronize(self.context)
         self.seconds += time.perf_counter() - start
         if status:
-            raise TqggufError(f"llama.cpp could not read a batch with a {self.kind.name} cache (status {status})")
+            raise TqggufError(f"llama.cpp could not read a batch with the cache {self.cache.label} (status {status})")
 
     def logits(self, n: int, n_vocab: int) -> npt.NDArray[np.float32]:
         """The n rows of logits (n, n_vocab) of the last batch, in llama.cpp's own memory: valid until the next one."""
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), (n, n_vocab))
 
     def forget(self) -> None:
-        """Empties the cache."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        """Empties the cache; its bytes stay, for llama.cpp would clear the mean keys of a policy with them."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
 
     def score(self, reference: Array, logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]) -> None:
         """Compares predictions (n, n_vocab) with the reference's log-probabilities and the tokens that came (n)."""
         own = log_softmax(logits)
         if not np.isfinite(own).all():
-            raise TqggufError(f"logits are not finite with a {self.kind.name} cache")
+            raise TqggufError(f"logits are not finite with the cache {self.cache.label}")
         self.nll.append(-own[np.arange(len(targets)), targets])
         self.kld.append(kl_divergence(reference, own))
         self.same_top.append(own.argmax(axis=-1) == reference.argmax(axis=-1))
@@ -359,23 +400,25 @@ class Reader:
         perplexity = math.exp(nll.mean())
         median, p99, p999 = (float(x) for x in np.quantile(kld, (0.5, 0.99, 0.999)))
         return TypeQuality(
-            type=self.kind.name,
-            bits=self.kind.bits,
-            bytes_per_token=info.bytes_per_token(self.kind, self.kind),
+            type=self.cache.label,
+            bits=self.cache.policy.bits(info),
+            bytes_per_token=self.cache.policy.bytes_per_token(info),
             perplexity=perplexity,
-            perplexity_error=perplexity * _standard_error(nll),
-            kld=Divergence(float(kld.mean()), _standard_error(kld), median, p99, p999, float(kld.max())),
+            perplexity_error=perplexity * standard_error(nll),
+            kld=Divergence(float(kld.mean()), standard_error(kld), median, p99, p999, float(kld.max())),
             same_top=float(np.concatenate(self.same_top).mean()),
             tokens_per_second=n_tokens / self.seconds,
         )
 
 
-def _standard_error(values: Array) -> float:
+def standard_error(values: Array) -> float:
     """Standard error of the mean of values (n)."""
     return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
-def _read(model: Llama, readers: Sequence[Reader], chunks: npt.NDArray[np.int32], progress: Progress | None) -> None:
+def read_chunks(
+    model: Llama, readers: Sequence[Reader], chunks: npt.NDArray[np.int32], progress: Progress | None
+) -> None:
     """Has every reader read the chunks (n_chunks, n_ctx) batch by batch, and scores it against the first reader."""
     n_ctx, n_batch, n_vocab = chunks.shape[1], model.n_batch, model.n_vocab()
     wants_bos = llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(model.model))

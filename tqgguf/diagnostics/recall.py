@@ -1,4 +1,4 @@
-"""Exact recall of facts planted in a prompt, by cache type, prompt size and depth.
+"""Exact recall of facts planted in a prompt, by cache, prompt size and depth.
 
 Teacher-forced divergence (`compare`) corrects the model at every token; here it generates, so an error that sends it
 astray counts. The demo model is asked what it was trained for, with its own prompts; any other chat model gets a
@@ -21,8 +21,8 @@ from ..config import MEASURED_TYPES
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..gguf_info import read_model_info
 from ..model import Llama, refuse_impossible
-from ..policy import resolve
-from .compare import compared_types, context_length, load
+from ..policy import PolicySpec
+from .compare import compared_caches, context_length, load
 
 __all__ = ["DEPTHS", "Recall", "RecallScore", "needle_prompt", "recall"]
 
@@ -41,10 +41,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class RecallScore:
-    """Questions of one size and depth, answered with one cache type.
+    """Questions of one size and depth, answered with one cache.
 
     Attributes:
-        type: name of the type.
+        type: label of the cache, as in `compare`.
         size: of the prompt, in the unit of `Recall.unit`.
         depth: of the fact asked for: 0 is the prompt's begin, 1 its end.
         right: answers that name the value asked for and no other value of the prompt.
@@ -60,14 +60,14 @@ class RecallScore:
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall of one model with several cache types, on the same prompts.
+    """Recall of one model with several caches, on the same prompts.
 
     Attributes:
         model: name of the model's file.
         unit: what sizes count: "facts" (the demo model) or "tokens" (needle test).
         n_ctx: context in tokens.
         seed: of the first prompt.
-        scores: by type, size and depth, in this order.
+        scores: by cache, size and depth, in this order.
     """
 
     model: str
@@ -79,7 +79,7 @@ class Recall:
 
 def recall(
     path: str | Path,
-    types: Sequence[str] = MEASURED_TYPES,
+    caches: Sequence[PolicySpec] = MEASURED_TYPES,
     *,
     n_ctx: int | None = None,
     n_prompts: int = 10,
@@ -88,15 +88,15 @@ def recall(
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Recall:
-    """Asks every type the same questions through the model's chat template, greedily.
+    """Asks every cache the same questions through the model's chat template, greedily.
 
     The same arguments give the same questions on every machine; answers can differ between processors, whose kernels
-    round differently. Types are loaded one after another; flash attention is on for every one. The questions about
-    one prompt share its cache, so it is read once for each type.
+    round differently. Caches are loaded one after another; flash attention is on for every one. The questions about
+    one prompt share its cache, so it is read once for each.
 
     Args:
         path: a GGUF file.
-        types: names of at least two cache types.
+        caches: at least two; as in `compare`.
         n_ctx: context in tokens; as in `compare`.
         n_prompts: prompts of each size; each is asked about once at every depth of `DEPTHS`.
         n_predict: tokens of a reply at most. A model that thinks aloud first needs more.
@@ -106,30 +106,30 @@ def recall(
 
     Raises:
         ArgumentError: as in `compare`; n_prompts or n_predict below 1; the context has no room for the shortest prompt.
-        CacheTypeError: the model cannot have one of the types.
+        CacheTypeError: the model cannot have one of the caches.
         UnsupportedError: the model has no chat template.
         TqggufError: llama.cpp failed; otherwise as `Llama`.
     """
-    kinds = compared_types(types)
     for name, value in (("n_prompts", n_prompts), ("n_predict", n_predict)):
         if value < 1:
             raise ArgumentError(f"{name} is {value}, must be at least 1")
     info = read_model_info(path)
-    for kind in kinds:
-        refuse_impossible(info, resolve(kind.name, info.n_layer))
+    named = compared_caches(caches, info.n_layer)
+    for cache in named:
+        refuse_impossible(info, cache.policy)
     n_ctx = context_length(info, n_ctx)
     own = info.name == demo.MODEL_NAME
     scores: list[RecallScore] = []
-    for i, kind in enumerate(kinds):
-        with contextlib.closing(load(path, kind, n_ctx, n_threads)) as model:
+    for i, cache in enumerate(named):
+        with contextlib.closing(load(path, cache.policy, n_ctx, n_threads)) as model:
             asker = Asker(model, n_predict)
             questions = _demo_questions(n_ctx, n_prompts, seed) if own else _needles(asker, n_ctx, n_prompts, seed)
             right: Counter[tuple[int, float]] = Counter()
             for done, (size, depth, case) in enumerate(questions, 1 + i * len(questions)):
                 right[size, depth] += asker.right(case)
                 if progress:
-                    progress(done, len(kinds) * len(questions))
-        scores += [RecallScore(kind.name, size, depth, n, n_prompts) for (size, depth), n in right.items()]
+                    progress(done, len(named) * len(questions))
+        scores += [RecallScore(cache.label, size, depth, n, n_prompts) for (size, depth), n in right.items()]
     return Recall(info.path.name, "facts" if own else "tokens", n_ctx, seed, tuple(scores))
 
 

@@ -1,0 +1,163 @@
+"""`tqgguf.tune` on loaded models: what it makes of a budget beats what others make of it, and of what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tqgguf
+from tqgguf import CachePolicy, Tuning, demo
+from tqgguf.diagnostics.tune import log_line
+from tqgguf.errors import ArgumentError, CacheTypeError, TextError, UnsupportedError
+from tqgguf.policy import model_hash
+
+pytestmark = pytest.mark.model
+
+Model = Callable[..., Path]
+QUICK: dict[str, Any] = {"n_ctx": 512, "n_chunks": 4, "n_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def tuned() -> Tuning:
+    return tqgguf.tune(demo.MODEL_PATH, budget=4.0, types=("q8_0", "pqo3", "pqo4"), **QUICK)
+
+
+def klds(tuning: Tuning) -> dict[str, float]:
+    """Mean divergence on the held-out part, by cache."""
+    return {row.type: row.kld.mean for row in tuning.rows}
+
+
+def test_a_budget_is_spent_where_it_counts(tuned: Tuning) -> None:
+    info = tqgguf.read_model_info(demo.MODEL_PATH)
+    assert tuned.policy.bits(info) == tuned.rows[1].bits == 4.0
+    kld = klds(tuned)
+    assert tuple(kld) == ("f16", "policy", "pqo3", "pqo4", "q8_0") and kld["f16"] == 0
+    # Half-way between pqo3 and pqo4 in bytes, but nearly all the way in divergence.
+    assert kld["policy"] < 0.6 * kld["pqo3"] and kld["policy"] < 1.1 * kld["pqo4"]
+    assert tuned.line == pytest.approx(np.sqrt(kld["pqo3"] * kld["pqo4"]))
+    assert kld["policy"] < 0.8 * tuned.line
+
+
+def test_the_opposite_order_is_far_worse(tuned: Tuning) -> None:
+    def other(types: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple({"pqo3": "pqo4", "pqo4": "pqo3"}[name] for name in types)
+
+    policy = tuned.policy
+    opposite = CachePolicy(other(policy.types_k), other(policy.types_v))
+    info = tqgguf.read_model_info(demo.MODEL_PATH)
+    assert opposite.bits(info) == policy.bits(info)
+    own, turned = tqgguf.compare(demo.MODEL_PATH, ["f16", policy, opposite], **QUICK).rows[1:]
+    assert own.kld.mean < 0.6 * turned.kld.mean
+
+
+def test_what_is_said_of_how_it_was_found(tuned: Tuning) -> None:
+    assert (tuned.n_ctx, tuned.n_tuning, tuned.n_held_out, tuned.types) == (512, 2, 2, ("pqo3", "pqo4", "q8_0"))
+    assert tuned.policy.model_hash == model_hash(demo.MODEL_PATH)
+    assert {(s.layer, s.side, s.type) for s in tuned.sensitivities} == {
+        (layer, side, name) for layer in range(4) for side in "KV" for name in tuned.types
+    }
+    # What parts cost nearly adds up; if they did not, the policy would be one for another model than this.
+    assert tuned.predicted == pytest.approx(tuned.measured, rel=0.3)
+    assert [row.layer for row in tuned.centring if row.type == "pqo3"] == [0, 1, 2, 3]
+
+
+def test_the_figures_are_of_the_part_held_out(tuned: Tuning) -> None:
+    # By `compare`, of all four chunks and of the first two, hence of the last two.
+    four, two = (
+        tqgguf.compare(demo.MODEL_PATH, ["f16", "pqo3"], **{**QUICK, "n_chunks": n}).rows[1].kld.mean for n in (4, 2)
+    )
+    assert klds(tuned)["pqo3"] == pytest.approx(2 * four - two, rel=1e-6) != pytest.approx(two, rel=0.01)
+
+
+def test_the_smallest_policy_for_a_divergence() -> None:
+    seen: list[tuple[str, int, int]] = []
+    options: dict[str, Any] = {**QUICK, "n_ctx": 256, "n_chunks": 2, "types": ("pqo3", "pqo4"), "centre": False}
+    found = tqgguf.tune(demo.MODEL_PATH, max_kld=0.15, progress=lambda *at: seen.append(at), **options)
+    kld = klds(found)
+    assert kld["policy"] <= 0.15 < kld["pqo3"] and kld["pqo4"] < 0.15
+    assert 3.5 < found.rows[1].bits < 4.5
+    # With the bits of one step less, what tune makes of them diverges more than was allowed.
+    less = tqgguf.tune(demo.MODEL_PATH, budget=found.rows[1].bits - 1 / 8, **options)
+    assert less.rows[1].bits == found.rows[1].bits - 1 / 8 and klds(less)["policy"] > 0.15
+    for title in {title for title, _, _ in seen}:
+        last = [at for at in seen if at[0] == title][-1]
+        assert last[1] == last[2]
+
+
+def test_keys_with_a_constant_are_centred(random_model: Model) -> None:
+    path = random_model(arch="qwen2", key_bias=8.0, head_dim=32, n_head=2)
+    text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 1200).tolist()))
+    options: dict[str, Any] = {**QUICK, "n_ctx": 256, "budget": 3.5, "types": ("pqo3", "pqo4")}
+    centred, plain = (tqgguf.tune(path, text, centre=centre, **options) for centre in (True, False))
+    assert sorted(centred.policy.k_means) == [0, 1] and not plain.policy.k_means and not plain.centring
+    assert klds(centred)["policy"] < 0.5 * klds(plain)["policy"] == 0.5 * klds(centred)["pqo3"]
+
+
+def test_models_whose_keys_cannot_be_centred(random_model: Model) -> None:
+    path, text = random_model(arch="gemma2"), "abcd " * 100
+    options: dict[str, Any] = {**QUICK, "n_ctx": 128, "budget": 4.0, "types": ("pqo3", "pqo4")}
+    with pytest.raises(ArgumentError, match=r"cannot be centred: this model caps its attention scores"):
+        tqgguf.tune(path, text, centre=True, **options)
+    found = tqgguf.tune(path, text, **options)
+    assert not found.centring and not found.policy.k_means
+    assert any("caps its attention scores (softcap); tuned without" in note for note in found.notes)
+    assert not any("softcap" in note for note in tqgguf.tune(path, text, centre=False, **options).notes)
+
+
+def test_a_mixture_that_does_not_pay_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqgguf.diagnostics import tune as module
+
+    # A tuner that raises the wrong parts: what it makes of 4.5 bits is worse than pqo4 in all of them.
+    monkeypatch.setattr(module, "allocate", lambda options, _: [part[0] for part in options])
+    found = tqgguf.tune(demo.MODEL_PATH, budget=4.5, types=("pqo3", "pqo4"), centre=False, **{**QUICK, "n_chunks": 2})
+    assert set(found.policy.types_k + found.policy.types_v) == {"pqo4"}
+    assert found.notes == ("no mixture of types measured better than pqo4 in all layers, so that is the policy",)
+    assert klds(found)["policy"] == klds(found)["pqo4"] == found.line
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({}, ArgumentError, "one of the two"),
+        ({"budget": 4, "max_kld": 0.1}, ArgumentError, "not both"),
+        ({"budget": 3.4}, ArgumentError, "no policy has 3.4 bits per value: pqt3, the smallest of pqt3.*has 3.5"),
+        ({"budget": float("nan")}, ArgumentError, "budget is nan, must be a positive number"),
+        ({"max_kld": -1.0}, ArgumentError, "max_kld is -1.0, must be a positive number"),
+        ({"max_kld": 1e-9}, ArgumentError, "no policy of pqt3, pqt4, q8_0 has a mean KLD of 1e-09: q8_0 in all"),
+        ({"budget": 4, "types": ("pqo3",)}, ArgumentError, "at least two cache types"),
+        ({"budget": 4, "types": ("pqo3", "PQO3")}, ArgumentError, "pqo3 is given twice"),
+        ({"budget": 4, "types": ("pqo3", "pqo5")}, ArgumentError, "unknown cache type 'pqo5'"),
+        ({"budget": 4, "n_chunks": 1}, ArgumentError, "n_chunks is 1, must be at least 2"),
+        ({"budget": 4, "n_parallel": 0}, ArgumentError, "n_parallel is 0, must be at least 1"),
+        ({"budget": 4, "n_ctx": 64}, ArgumentError, "a context of 64 tokens is too short"),
+        ({"budget": 4, "text": ""}, TextError, "the text is empty"),
+        ({"budget": 4, "text": "abcd"}, TextError, "but a context of 256 needs as many"),
+        ({"budget": 4, "text": "The code of Anna is falcon. " * 60}, TextError, "less than two chunks of 256 tokens"),
+    ],
+)
+def test_what_cannot_be_tuned(options: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        tqgguf.tune(demo.MODEL_PATH, **{"n_ctx": 256, "n_chunks": 2, "n_threads": 1, **options})
+
+
+def test_models_that_cannot_be_tuned(random_model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="needs a text"):
+        tqgguf.tune(random_model(), budget=4)
+    with pytest.raises(CacheTypeError, match="head_dim of K is 80"):
+        tqgguf.tune(random_model(head_dim=80), "abcd", budget=4)
+    with pytest.raises(FileNotFoundError):
+        tqgguf.tune(tmp_path / "missing.gguf", "abcd", budget=4)
+    whole = demo.MODEL_PATH.read_bytes()
+    recurrent = tmp_path / "recurrent.gguf"
+    recurrent.write_bytes(whole.replace(b"llama", b"rwkv6"))
+    with pytest.raises(UnsupportedError, match="has no KV cache; nothing to tune"):
+        tqgguf.tune(recurrent, "abcd", budget=4)
+
+
+def test_the_line_is_straight_in_the_logarithm() -> None:
+    assert log_line((3.5, 0.4), (4.5, 0.1), 4.0) == pytest.approx(0.2)
+    assert log_line((3.5, 0.4), (4.5, 0.1), 4.5) == pytest.approx(0.1)

@@ -1,0 +1,97 @@
+"""Which type each part of a cache gets: what every type costs a part goes in, types for all parts come out.
+
+A part is K or V of one layer. What parts cost is taken to add up, so the best use of a byte is where it takes most
+divergence away: every part begins at its smallest type, and steps to larger ones are taken in the order of gain per
+byte. Of a part's types only those on the lower convex hull of divergence over bytes are stepped on, hence a part's own
+steps come in order. That is the greedy solution of the multiple-choice knapsack problem; from its optimum it is off by
+less than the gain of one step (Kellerer, Pferschy, Pisinger: Knapsack Problems, 2004, section 11.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ..errors import ArgumentError
+
+__all__ = ["Option", "allocate", "allocations"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One type for one part.
+
+    Attributes:
+        type: name of the type.
+        bytes: that one token takes.
+        kld: mean divergence when this part alone is stored so.
+    """
+
+    type: str
+    bytes: int
+    kld: float
+
+
+def allocate(parts: Sequence[Sequence[Option]], budget: int) -> tuple[Option, ...]:
+    """The types of all parts within a budget.
+
+    A step that no longer fits ends its part; smaller ones of other parts still follow. The sum of the options' kld does
+    not grow with the budget.
+
+    Args:
+        parts: (n_parts), the options of each, at least one.
+        budget: bytes that one token may take in all parts together.
+
+    Returns:
+        (n_parts), one option of each part.
+
+    Raises:
+        ArgumentError: the smallest options exceed the budget.
+    """
+    chosen = [_hull(options)[0] for options in parts]
+    left = budget - sum(option.bytes for option in chosen)
+    if left < 0:
+        raise ArgumentError(
+            f"a budget of {budget} bytes per token is less than the smallest types take: {budget - left}"
+        )
+    ended: set[int] = set()
+    for part, option in _steps(parts):
+        more = option.bytes - chosen[part].bytes
+        if part in ended or more > left:
+            ended.add(part)
+            continue
+        chosen[part] = option
+        left -= more
+    return tuple(chosen)
+
+
+def allocations(parts: Sequence[Sequence[Option]]) -> Iterator[tuple[Option, ...]]:
+    """Every allocation on the way from the smallest types to those of least divergence, one step apart."""
+    chosen = [_hull(options)[0] for options in parts]
+    yield tuple(chosen)
+    for part, option in _steps(parts):
+        chosen[part] = option
+        yield tuple(chosen)
+
+
+def _steps(parts: Sequence[Sequence[Option]]) -> list[tuple[int, Option]]:
+    """All steps of all parts as (part, the option it leads to), the most gain per byte first."""
+    steps = []
+    for part, options in enumerate(parts):
+        hull = _hull(options)
+        steps += [(_gain(a, b), part, b) for a, b in pairwise(hull)]
+    return [(part, option) for _, part, option in sorted(steps, key=lambda step: -step[0])]
+
+
+def _hull(options: Sequence[Option]) -> list[Option]:
+    """Options on the lower convex hull: from the fewest bytes (of those the least kld) to the least kld."""
+    hull = [min(options, key=lambda option: (option.bytes, option.kld))]
+    while better := [option for option in options if option.bytes > hull[-1].bytes and option.kld < hull[-1].kld]:
+        hull.append(max(better, key=lambda option: (_gain(hull[-1], option), option.bytes)))
+    return hull
+
+
+def _gain(a: Option, b: Option) -> float:
+    """What a byte more takes away from the divergence on the step from a to b."""
+    return (a.kld - b.kld) / (b.bytes - a.bytes)
