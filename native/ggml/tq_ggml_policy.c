@@ -56,8 +56,12 @@ struct ggml_tensor * tq_ggml_policy_new_k_mean(struct ggml_context * ctx, uint32
     return ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n);
 }
 
-void tq_ggml_policy_load_k_mean(struct ggml_tensor * mean, uint32_t il) {
+void tq_ggml_k_mean_set(struct ggml_tensor * mean, const float * values) {
     if (mean && mean->data) {
-        ggml_backend_tensor_set(mean, of_layer(il)->k_mean, 0, ggml_nbytes(mean));
+        ggml_backend_tensor_set(mean, values, 0, ggml_nbytes(mean));
     }
+}
+
+const float * tq_ggml_policy_k_mean(uint32_t il) {
+    return of_layer(il)->k_mean;
 }

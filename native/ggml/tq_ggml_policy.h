@@ -30,9 +30,13 @@ enum ggml_type tq_ggml_policy_type_v(enum ggml_type type, uint32_t il);
 bool tq_ggml_policy_rotates_k(enum ggml_type type);
 bool tq_ggml_policy_rotates_v(enum ggml_type type);
 
-/* A tensor in ctx for layer il's mean key of n values, to be filled once it is allocated; NULL if its keys are not centred. */
+/* A tensor in ctx for layer il's mean key of n values; NULL if its keys are not centred. It lies in the cache's buffer, which
+ * llama.cpp clears now and then: once it is allocated, and after every clearing, its values must be set. */
 struct ggml_tensor * tq_ggml_policy_new_k_mean(struct ggml_context * ctx, uint32_t il, int64_t n);
-void                 tq_ggml_policy_load_k_mean(struct ggml_tensor * mean, uint32_t il);
+void                 tq_ggml_k_mean_set(struct ggml_tensor * mean, const float * values);
+
+/* The mean key of a layer whose keys are centred, valid until the policy is cleared. */
+const float * tq_ggml_policy_k_mean(uint32_t il);
 
 /* The part of a mean that belongs to k, a view of the cache with the first k->ne[0] values of each head: (k->ne[0],
  * n_head_kv). NULL if mean is. */

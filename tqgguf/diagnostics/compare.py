@@ -382,7 +382,7 @@ class Reader:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), (n, n_vocab))
 
     def forget(self) -> None:
-        """Empties the cache; its bytes stay, for llama.cpp would clear the mean keys of a policy with them."""
+        """Empties the cache; its bytes stay."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
 
     def score(self, reference: Array, logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]) -> None:
