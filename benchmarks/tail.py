@@ -42,7 +42,9 @@ def read(context: Any, tokens: np.ndarray) -> float:
     return time.perf_counter() - start
 
 
-def measure(path: Path, cache: str, depths: list[int], n_decode: int, rounds: int, n_threads: int) -> list[dict[str, Any]]:
+def measure(
+    path: Path, cache: str, depths: list[int], n_decode: int, rounds: int, n_threads: int
+) -> list[dict[str, Any]]:
     """Seconds of prefill and of one decoded token at each depth, with each tail."""
     options: dict[str, Any] = {"n_batch": max(depths), "n_threads": n_threads, "n_threads_batch": n_threads}
     model = tqgguf.Llama(path, cache=cache, tail=TAILS[0], n_ctx=max(depths) + n_decode, verbose=False, **options)

@@ -332,8 +332,7 @@ class Llama(_Stock):  # type: ignore[misc]
         """Tokens that llama.cpp computes at once."""
         if self._n_ubatch is not None:
             return self._n_ubatch
-        kinds = {kind for layer in range(policy.n_layer) for kind in policy.types(layer)}
-        return tail_ubatch(tail if any(kind.ours for kind in kinds) else 0)
+        return tail_ubatch(tail if policy.ours else 0)
 
     def _refuse_closed(self) -> None:
         if self._closed:

@@ -26,6 +26,7 @@ from .config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
 from .errors import ArgumentError, ModelFileError, PolicyError
 from .gguf_file import read_header
 from .gguf_info import ModelInfo, read_model_info
+from .tail import tail_bytes, tail_ubatch
 
 __all__ = ["POLICY_VERSION", "CachePolicy", "PolicySpec", "model_hash", "policy_from_ranges", "read_policy", "resolve"]
 
@@ -88,6 +89,20 @@ class CachePolicy:
     def bytes_per_token(self, info: ModelInfo) -> int:
         """Bytes that one token takes in all layers of a model together."""
         return sum(layer.bytes_per_token(*self.types(layer.index)) for layer in info.layers)
+
+    @property
+    def ours(self) -> bool:
+        """Whether a layer has a type of tqgguf, so that there can be a tail."""
+        return any(CACHE_TYPES[name].ours for name in (*self.types_k, *self.types_v))
+
+    def bytes(self, info: ModelInfo, n_ctx: int, tail: int) -> int:
+        """Bytes llama.cpp allocates for a context of n_ctx tokens and one sequence, its tail of so many included."""
+        total, n_ubatch = 0, tail_ubatch(tail if self.ours else 0)
+        for layer in info.layers:
+            k, v = self.types(layer.index)
+            cells = layer.cells(n_ctx, n_ubatch)
+            total += cells * layer.bytes_per_token(k, v) + tail_bytes(layer, k, v, tail, cells)
+        return total
 
     def bits(self, info: ModelInfo) -> float:
         """Bits per value of a model's cache, over all its layers."""

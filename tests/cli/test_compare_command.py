@@ -29,9 +29,10 @@ def test_table_and_recall(compare: Command) -> None:
     assert done.stdout.startswith("demo.gguf: 1 x 256 tokens, 127 predictions scored against f16")
     rows = [line.split() for line in done.stdout.splitlines() if line.split()]
     f16, q8_0, pqo3 = (next(row for row in rows if row[0] == name) for name in ("f16", "q8_0", "pqo3"))
-    assert (f16[1:3], len(f16)) == (["16", "2,048"], 5)  # type, bits, bytes, perplexity, speed: it has no divergence
-    assert pqo3[1:3] == ["3.5", "448"] and len(pqo3) == len(q8_0) == 12
-    assert 0 < float(q8_0[4]) < float(pqo3[4])
+    # type, bits, bytes, perplexity, speed: it has no divergence
+    assert (f16[1:4], len(f16)) == (["16", "2,048", "524,288"], 6)
+    assert pqo3[1:4] == ["3.5", "448", f"{256 * 448 + 132 * 4 * 2 * 260:,}"] and len(pqo3) == len(q8_0) == 13
+    assert 0 < float(q8_0[5]) < float(pqo3[5])
     assert [row[1] for row in rows if row[0] == "16"] == ["f16", "q8_0", "pqo3"]
     assert next(row for row in rows if row[:2] == ["16", "f16"])[-1] == "50/50"
     assert done.stderr.startswith("tqgguf: note: the demo model was taught to predict answers")
@@ -64,7 +65,7 @@ def test_plot_labels_and_positions(tmp_path: Path) -> None:
 
     kinds = {"f16": (2048, 0.0), "q4_0": (576, 0.09), "pqo4": (576, 0.06), "pqo3": (448, 0.2)}
     rows = tuple(
-        TypeQuality(name, 0, size, 1, 0, Divergence(kld, kld / 10, kld, kld, kld, kld), 1, 1)
+        TypeQuality(name, 0, 0, 0, 2048 * size, 1, 0, Divergence(kld, kld / 10, kld, kld, kld, kld), 1, 1)
         for name, (size, kld) in kinds.items()
     )
     figure = figure_of(Comparison("m.gguf", 2048, 8, 8184, 1, rows, ()))

@@ -38,7 +38,7 @@ def test_a_policy_is_written_and_used(tune: Command, python: Any, tmp_path: Path
     for layer in range(4):
         assert (rows[str(layer)][1], rows[str(layer)][-2]) == (policy.types_k[layer], policy.types_v[layer])
     assert rows["policy"][1:3] == ["4", "512"] and rows["pqo3"][1:3] == ["3.5", "448"]
-    assert float(rows["policy"][4]) < float(rows["pqo3"][4])
+    assert float(rows["policy"][5]) < float(rows["pqo3"][5])
 
     compared = python("-m", "tqgguf", "compare", MODEL, "--cache", "f16,policy.gguf", *QUICK[:6])
     assert compared.returncode == 0 and "another model" not in compared.stderr

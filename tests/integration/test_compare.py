@@ -27,7 +27,7 @@ TEXT = " ".join(demo.recall_prompt(seed, 60).context for seed in range(3))
 
 @pytest.fixture(scope="module")
 def on_own_text() -> Comparison:
-    return tqgguf.compare(demo.MODEL_PATH, n_ctx=512, n_chunks=3, n_threads=1)
+    return tqgguf.compare(demo.MODEL_PATH, tails=(0,), n_ctx=512, n_chunks=3, n_threads=1)
 
 
 def test_the_reference_does_not_diverge_from_itself(on_own_text: Comparison) -> None:
@@ -43,6 +43,29 @@ def test_types_rank_by_divergence(on_own_text: Comparison) -> None:
     assert kld["q8_0"] < 0.01 and kld["pqo3"] < 0.5
     same_top = {row.type: row.same_top for row in on_own_text.rows}
     assert 1 > same_top["q8_0"] > same_top["pqo4"] > same_top["pqo3"] > 0.8
+
+
+@pytest.fixture(scope="module")
+def with_tails() -> Comparison:
+    """The context is four tails long; of the last half of a chunk a quarter of the keys is precise."""
+    return tqgguf.compare(demo.MODEL_PATH, ["f16", "q4_0", "pqo3", "pqo4"], tails=(0, 32, 128), n_ctx=1024, n_chunks=2)
+
+
+def test_a_tail_takes_divergence_away(with_tails: Comparison) -> None:
+    kld = {row.type: row.kld.mean for row in with_tails.rows}
+    assert tuple(kld) == ("f16", "q4_0", *(f"{name}+{n}" for name in ("pqo3", "pqo4") for n in (0, 32, 128)))
+    for name in ("pqo3", "pqo4"):
+        # The bar is 30 %; measured is two thirds.
+        assert kld[f"{name}+128"] < 0.5 * kld[f"{name}+0"]
+        assert kld[f"{name}+128"] < kld[f"{name}+32"] < kld[f"{name}+0"]
+
+
+def test_a_tail_is_counted(with_tails: Comparison) -> None:
+    row_bytes = 4 * 2 * (2 * 64 * 2 + 4)  # layers, K and V; each row has an owner's number of four bytes
+    for row in with_tails.rows:
+        ours = row.type.startswith("pqo")
+        assert row.tail == (int(row.type.split("+")[1]) if ours else 0)
+        assert row.bytes == 1024 * row.bytes_per_token + ((row.tail + 4) * row_bytes if row.tail else 0)
 
 
 def test_bytes_per_token_are_exact(on_own_text: Comparison) -> None:

@@ -26,7 +26,9 @@ def part(low: float, middle: float, high: float) -> list[Option]:
 
 
 # A part may have options in any order, equal sizes, and larger types that measured worse, as noise makes them.
-OPTION = st.builds(Option, st.sampled_from("abc"), st.integers(1, 40), st.floats(0, 1, width=32))
+OPTION = st.builds(
+    Option, st.sampled_from("abc"), st.integers(1, 40), st.integers(0, 1 << 20).map(lambda n: n / (1 << 20))
+)
 PARTS = st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5)
 
 

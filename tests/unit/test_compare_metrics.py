@@ -70,7 +70,7 @@ def test_figures_of_a_type() -> None:
     reader = Reader(NamedCache("pqo3", resolve("pqo3", 4)), context=None, seconds=4.0)
     for part in (slice(0, 40), slice(40, 150)):
         reader.score(log_softmax(reference[part]), other[part], targets[part])
-    quality = reader.quality(tqgguf.read_model_info(demo.MODEL_PATH), n_tokens=1000)
+    quality = reader.quality(tqgguf.read_model_info(demo.MODEL_PATH), n_ctx=256, n_tokens=1000)
 
     p, q = ([plain_log_softmax(row) for row in rows.tolist()] for rows in (reference, other))
     nll = [-row[target] for row, target in zip(q, targets, strict=True)]
@@ -89,7 +89,7 @@ def test_figures_of_a_type() -> None:
     alike = sum(a.index(max(a)) == b.index(max(b)) for a, b in zip(p, q, strict=True))
     assert 0 < quality.same_top == alike / 150 < 1
     assert quality.tokens_per_second == 250
-    assert (quality.bits, quality.bytes_per_token) == (3.5, 448)
+    assert (quality.bits, quality.bytes_per_token, quality.tail, quality.bytes) == (3.5, 448, 0, 256 * 448)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

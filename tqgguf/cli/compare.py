@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from ..config import CACHE_TYPES, MEASURED_TYPES
 from ..errors import TqggufError
 from ..gguf_info import read_model_info
+from ..tail import DEFAULT_TAIL
 from . import compare_attention
 from .format import to_json
-from .options import cache_or_pair, positive, threads
+from .options import cache_or_pair, positive, tail, threads
 from .plot import check_plot, plot
 
 if TYPE_CHECKING:
@@ -42,6 +43,13 @@ def add_parser(commands: Any) -> None:
         default=",".join(MEASURED_TYPES),
         metavar="CACHE,CACHE",
         help="types, pairs K/V and policy files, reference first (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tail",
+        type=tail_list,
+        default=(DEFAULT_TAIL,),
+        metavar="N,N",
+        help=f"newest tokens that caches of ours keep in f16; each is measured with each N (default: {DEFAULT_TAIL})",
     )
     parser.add_argument(
         "--ctx",
@@ -75,6 +83,14 @@ def cache_list(text: str) -> tuple[PolicySpec, ...]:
     return caches
 
 
+def tail_list(text: str) -> tuple[int, ...]:
+    """argparse type: numbers of tokens with commas between, none twice."""
+    found = tuple(tail(part.strip()) for part in text.split(","))
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"a tail is given twice in {text!r}")
+    return found
+
+
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     from ..diagnostics.compare import compare, own_text, read_text
@@ -97,6 +113,7 @@ def call(args: argparse.Namespace) -> int:
             args.model,
             args.cache,
             text,
+            tails=args.tail,
             n_ctx=args.ctx,
             n_chunks=args.chunks,
             n_batch=args.batch,
@@ -112,7 +129,9 @@ def call(args: argparse.Namespace) -> int:
     recalled = None
     if args.recall:
         with progress_bar("asking") as progress:
-            recalled = recall(args.model, args.cache, n_ctx=args.ctx, n_threads=args.threads, progress=progress)
+            recalled = recall(
+                args.model, args.cache, tails=args.tail, n_ctx=args.ctx, n_threads=args.threads, progress=progress
+            )
     if args.json:
         print(to_json({"comparison": comparison, "recall": recalled}))
     elif recalled:
@@ -156,7 +175,9 @@ def render(comparison: Comparison) -> None:
 
 def render_rows(rows: Sequence[TypeQuality]) -> None:
     """Prints a row for each cache; the first is the reference and has no divergence."""
-    table = table_of("cache", "bits", "bytes/token", "perplexity", "mean KLD", "±", "median", "99 %", "99.9 %", "max")
+    table = table_of(
+        "cache", "bits", "bytes/token", "bytes", "perplexity", "mean KLD", "±", "median", "99 %", "99.9 %", "max"
+    )
     for title in ("same top", "tokens/s"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
@@ -166,6 +187,7 @@ def render_rows(rows: Sequence[TypeQuality]) -> None:
             row.type,
             f"{row.bits:.4g}",
             f"{row.bytes_per_token:,}",
+            f"{row.bytes:,}",
             f"{row.perplexity:,.4f}",
             *("" if row is rows[0] else f"{value:#.3g}" for value in divergence),
             "" if row is rows[0] else f"{row.same_top:.2%}",

@@ -44,6 +44,7 @@ def plot(comparison: Comparison, path: Path) -> None:
 def figure_of(comparison: Comparison) -> Any:
     """The picture: mean divergence (log axis) over bytes per token, a labelled point for each cache but the reference.
 
+    Bytes are those that the cache takes for a chunk, tail included, divided by its tokens.
     Points of the same size are labelled right and left in turn, in order of divergence, so that labels keep apart.
     """
     from matplotlib.figure import Figure
@@ -52,16 +53,17 @@ def figure_of(comparison: Comparison) -> Any:
     figure = Figure(figsize=(8, 5), dpi=160, layout="constrained")
     axes: Any = figure.add_subplot()
     axes.set_yscale("log")
-    sides: dict[int, int] = {}
+    sides: dict[float, int] = {}
+    place = {row.type: row.bytes / comparison.n_ctx for row in comparison.rows}
     for row in sorted((row for row in rows if row.kld.mean > 0), key=lambda row: row.kld.mean):
-        side = sides[row.bytes_per_token] = -sides.get(row.bytes_per_token, -1)
-        _point(axes, row, side)
-    largest = max(row.bytes_per_token for row in comparison.rows)
-    axes.set_xlim(0, 1.08 * largest)
+        x = place[row.type]
+        side = sides[x] = -sides.get(x, -1)
+        _point(axes, row, x, side)
+    axes.set_xlim(0, 1.08 * max(place.values()))
     axes.margins(y=0.12)
-    axes.axvline(reference.bytes_per_token, color=_STOCK, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
+    axes.axvline(place[reference.type], color=_STOCK, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
     axes.text(
-        reference.bytes_per_token,
+        place[reference.type],
         0.97,
         f"{reference.type}, the reference ",
         transform=axes.get_xaxis_transform(),
@@ -87,7 +89,7 @@ def figure_of(comparison: Comparison) -> Any:
         color=_STOCK,
         fontsize=9,
     )
-    axes.set_xlabel("KV cache, bytes per token", color=_INK)
+    axes.set_xlabel(f"KV cache, bytes per token of {comparison.n_ctx:,}", color=_INK)
     axes.set_ylabel(f"mean KL divergence from {reference.type}, nats", color=_INK)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.tick_params(which="both", color=_GRID, labelcolor=_INK)
@@ -99,13 +101,13 @@ def figure_of(comparison: Comparison) -> Any:
     return figure
 
 
-def _point(axes: Any, row: TypeQuality, side: int) -> None:
+def _point(axes: Any, row: TypeQuality, x: float, side: int) -> None:
     """One cache: a point, its error bar, and a label to the right (side 1) or left (-1)."""
     ours = row.type not in CACHE_TYPES or CACHE_TYPES[row.type].ours
     color = _OURS if ours else _STOCK
     error = min(2 * row.kld.mean_error, 0.9 * row.kld.mean)  # a log axis has no room below zero
     axes.errorbar(
-        row.bytes_per_token,
+        x,
         row.kld.mean,
         yerr=[[error], [2 * row.kld.mean_error]],
         fmt="o",
@@ -120,7 +122,7 @@ def _point(axes: Any, row: TypeQuality, side: int) -> None:
     )
     axes.annotate(
         row.type,
-        (row.bytes_per_token, row.kld.mean),
+        (x, row.kld.mean),
         xytext=(11 * side, 0),
         textcoords="offset points",
         horizontalalignment="left" if side > 0 else "right",

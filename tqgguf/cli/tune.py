@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ArgumentError, PolicyError
 from .compare import print_table, progress_bars, render_rows, table_of
 from .format import to_json
-from .options import cache_name, positive, threads
+from .options import add_tail_option, cache_name, positive, threads
 
 if TYPE_CHECKING:
     from ..diagnostics.tune import Tuning
@@ -64,6 +64,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--parallel", type=positive, default=8, metavar="N", help="caches at once; fewer save memory (default: 8)"
     )
+    add_tail_option(parser)
     parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: all processors)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(call=call)
@@ -101,6 +102,7 @@ def call(args: argparse.Namespace) -> int:
             max_kld=args.max_kld,
             types=args.types or TUNED_TYPES,
             centre=args.centre,
+            tail=args.tail,
             n_ctx=args.ctx,
             n_chunks=args.chunks,
             n_batch=args.batch,

@@ -27,6 +27,7 @@ from ..errors import ArgumentError, TextError, TqggufError
 from ..gguf_info import ModelInfo, read_model_info
 from ..model import Llama, refuse_impossible
 from ..policy import CachePolicy, PolicySpec, resolve
+from ..tail import DEFAULT_TAIL, check_tail
 
 __all__ = [
     "DEFAULT_CHUNKS",
@@ -94,7 +95,9 @@ class TypeQuality:
     Attributes:
         type: label of the cache (`NamedCache`): the name of its type, unless K and V or layers differ.
         bits: bits per cached value; of a policy, over all layers.
-        bytes_per_token: K and V of all layers together.
+        bytes_per_token: K and V of all layers together, without the tail.
+        tail: newest tokens kept in f16, where a type is ours.
+        bytes: that the cache takes for a chunk, tail included.
         perplexity: exp of the mean negative log-likelihood of the scored tokens.
         perplexity_error: its standard error, as if tokens were independent.
         kld: divergence from the reference; all zero for the reference itself.
@@ -105,6 +108,8 @@ class TypeQuality:
     type: str
     bits: float
     bytes_per_token: int
+    tail: int
+    bytes: int
     perplexity: float
     perplexity_error: float
     kld: Divergence
@@ -141,12 +146,14 @@ class NamedCache:
 
     Attributes:
         label: name of its type; "pqo4/pqo3" if K and V have different ones; the name of a policy file without its
-            ending; "policy" for any other policy.
+            ending; "policy" for any other policy. Behind it "+N" where tails of several lengths are compared.
         policy: the type of every layer's K and V.
+        tail: newest tokens kept in f16; 0 where no type is ours.
     """
 
     label: str
     policy: CachePolicy
+    tail: int = 0
 
 
 def compare(
@@ -154,6 +161,7 @@ def compare(
     caches: Sequence[PolicySpec] = MEASURED_TYPES,
     text: str | None = None,
     *,
+    tails: Sequence[int] = (DEFAULT_TAIL,),
     n_ctx: int | None = None,
     n_chunks: int | None = None,
     n_batch: int = 512,
@@ -176,6 +184,8 @@ def compare(
             layer, a policy, or a policy file.
         text: what to read, tokenized without control tokens. None takes a conversation about facts that the demo model
             was made for, control tokens included; any other model needs a text.
+        tails: numbers of newest tokens kept in f16; a cache with a type of ours is measured with each of them. A tail
+            also decides how many tokens are computed at once, as in `Llama`.
         n_ctx: tokens in a chunk; None means DEFAULT_CONTEXT, or the trained context if that is less.
         n_chunks: chunks to read at most; None means all of the text (DEFAULT_CHUNKS of the demo model's own).
         n_batch: tokens llama.cpp is given at once; less saves memory where the vocabulary is large.
@@ -183,8 +193,8 @@ def compare(
         progress: called after every batch.
 
     Raises:
-        ArgumentError: fewer than two caches, one given twice, an unknown type; n_ctx below MIN_CONTEXT; n_chunks or
-            n_batch below 1; no text for a model that is not the demo model.
+        ArgumentError: fewer than two caches, one given twice, an unknown type; no tail, or one twice; n_ctx below
+            MIN_CONTEXT; n_chunks or n_batch below 1; no text for a model that is not the demo model.
         PolicyError: a policy or its file is not well formed.
         TextError: the text is empty or has fewer than n_ctx tokens.
         CacheTypeError: the model cannot have one of the caches, or llama.cpp did not use it.
@@ -195,7 +205,7 @@ def compare(
         if value is not None and value < 1:
             raise ArgumentError(f"{name} is {value}, must be at least 1")
     info = read_model_info(path)
-    named = compared_caches(caches, info.n_layer)
+    named = compared_caches(caches, info.n_layer, tails)
     for cache in named:
         refuse_impossible(info, cache.policy)
     n_ctx = context_length(info, n_ctx)
@@ -206,10 +216,10 @@ def compare(
     if not text:
         raise TextError("the text is empty")
     # llama.cpp's tools, too, keep sliding windows no longer than needed: swa_full.
-    with contextlib.closing(load(path, named[0].policy, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
+    with contextlib.closing(load(path, named[0], n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
         chunks = text_chunks(model, text, n_ctx, n_chunks, own)
         readers = [Reader(named[0], model.ctx)]
-        readers += [Reader(cache, model.add_context(cache.policy)) for cache in named[1:]]
+        readers += [Reader(cache, model.add_context(cache.policy, tail=cache.tail)) for cache in named[1:]]
         read_chunks(model, readers, chunks, progress)
         return Comparison(
             model=info.path.name,
@@ -217,20 +227,26 @@ def compare(
             n_chunks=len(chunks),
             n_scored=len(chunks) * (n_ctx - 1 - n_ctx // 2),
             n_threads=model.n_threads_batch,
-            rows=tuple(reader.quality(info, chunks.size) for reader in readers),
+            rows=tuple(reader.quality(info, n_ctx, chunks.size) for reader in readers),
             notes=_notes(info, n_ctx, own),
         )
 
 
-def compared_caches(caches: Sequence[PolicySpec], n_layer: int) -> tuple[NamedCache, ...]:
-    """The caches of a comparison, reference first, in a model of n_layer layers.
+def compared_caches(
+    caches: Sequence[PolicySpec], n_layer: int, tails: Sequence[int] = (DEFAULT_TAIL,)
+) -> tuple[NamedCache, ...]:
+    """The caches of a comparison, reference first, in a model of n_layer layers, each with every tail it can have.
 
     Labels differ: of two policies with the same name the second is "name (2)".
 
     Raises:
-        ArgumentError: an unknown type (the message lists the valid ones), a cache given twice, or fewer than two.
+        ArgumentError: an unknown type (the message lists the valid ones), a cache given twice, or fewer than two; no
+            tail, one given twice, or one that is no number of tokens.
         PolicyError, ModelNotFoundError: as `resolve`.
     """
+    lengths = [check_tail(tail) for tail in tails]
+    if not lengths or len(set(lengths)) < len(lengths):
+        raise ArgumentError(f"tails are {list(tails)}, must be at least one and none twice")
     found: dict[str, CachePolicy] = {}
     for i, cache in enumerate(caches):
         policy = resolve(cache, n_layer)
@@ -239,9 +255,13 @@ def compared_caches(caches: Sequence[PolicySpec], n_layer: int) -> tuple[NamedCa
             raise ArgumentError(f"cache {label} is given twice")
         copies = sum(other == label or other.startswith(f"{label} (") for other in found)
         found[f"{label} ({copies + 1})" if copies else label] = policy
-    if len(found) < 2:
+    named: list[NamedCache] = []
+    for label, policy in found.items():
+        own = lengths if policy.ours else [0]
+        named += [NamedCache(f"{label}+{n}" if len(own) > 1 else label, policy, n) for n in own]
+    if len(named) < 2:
         raise ArgumentError("a comparison needs at least two caches: first the reference, then what to compare")
-    return tuple(NamedCache(*item) for item in found.items())
+    return tuple(named)
 
 
 def _label(cache: PolicySpec, policy: CachePolicy) -> str:
@@ -277,10 +297,11 @@ def read_text(path: str | Path) -> str:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
 
 
-def load(path: str | Path, policy: CachePolicy, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
+def load(path: str | Path, cache: NamedCache, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
     """A model to measure: quiet, and with flash attention for every cache, so that types are the only difference."""
     threads: dict[str, Any] = {"n_threads": n_threads, "n_threads_batch": n_threads}
-    return Llama(path, cache=policy, flash_attn=True, n_ctx=n_ctx, verbose=False, **threads, **options)
+    options = {"cache": cache.policy, "tail": cache.tail, **threads, **options}
+    return Llama(path, flash_attn=True, n_ctx=n_ctx, verbose=False, **options)
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> Array:
@@ -394,8 +415,8 @@ class Reader:
         self.kld.append(kl_divergence(reference, own))
         self.same_top.append(own.argmax(axis=-1) == reference.argmax(axis=-1))
 
-    def quality(self, info: ModelInfo, n_tokens: int) -> TypeQuality:
-        """The figures of everything read: n_tokens in all."""
+    def quality(self, info: ModelInfo, n_ctx: int, n_tokens: int) -> TypeQuality:
+        """The figures of everything read: n_tokens in all, in chunks of n_ctx."""
         nll, kld = np.concatenate(self.nll), np.concatenate(self.kld)
         perplexity = math.exp(nll.mean())
         median, p99, p999 = (float(x) for x in np.quantile(kld, (0.5, 0.99, 0.999)))
@@ -403,6 +424,8 @@ class Reader:
             type=self.cache.label,
             bits=self.cache.policy.bits(info),
             bytes_per_token=self.cache.policy.bytes_per_token(info),
+            tail=self.cache.tail,
+            bytes=self.cache.policy.bytes(info, n_ctx, self.cache.tail),
             perplexity=perplexity,
             perplexity_error=perplexity * standard_error(nll),
             kld=Divergence(float(kld.mean()), standard_error(kld), median, p99, p999, float(kld.max())),

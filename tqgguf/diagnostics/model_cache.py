@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ..config import CacheType, cache_type
+from ..config import cache_type
 from ..errors import ArgumentError
 from ..gguf_info import ModelInfo, read_model_info
-from ..tail import DEFAULT_TAIL, check_tail, tail_bytes, tail_ubatch
+from ..policy import resolve
+from ..tail import DEFAULT_TAIL, check_tail
 
 __all__ = ["COMPARED_TYPES", "CacheRow", "ModelCache", "model_cache"]
 
@@ -82,14 +83,8 @@ def model_cache(
                 type=kind.name,
                 bits=kind.bits,
                 bytes_per_token=info.bytes_per_token(kind, kind) if usable else None,
-                bytes=tuple(_bytes(info, kind, n, tail if kind.ours else 0) for n in lengths) if usable else None,
+                bytes=tuple(resolve(kind.name, info.n_layer).bytes(info, n, tail) for n in lengths) if usable else None,
                 obstacle=obstacle,
             )
         )
     return ModelCache(info, lengths, tuple(rows))
-
-
-def _bytes(info: ModelInfo, kind: CacheType, n_ctx: int, tail: int) -> int:
-    n_ubatch = tail_ubatch(tail)
-    tails = (tail_bytes(layer, kind, kind, tail, layer.cells(n_ctx, n_ubatch)) for layer in info.layers)
-    return info.cache_bytes(n_ctx, kind, kind, n_ubatch) + sum(tails)

@@ -22,6 +22,7 @@ from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..gguf_info import read_model_info
 from ..model import Llama, refuse_impossible
 from ..policy import PolicySpec
+from ..tail import DEFAULT_TAIL
 from .compare import compared_caches, context_length, load
 
 __all__ = ["DEPTHS", "Recall", "RecallScore", "needle_prompt", "recall"]
@@ -81,6 +82,7 @@ def recall(
     path: str | Path,
     caches: Sequence[PolicySpec] = MEASURED_TYPES,
     *,
+    tails: Sequence[int] = (DEFAULT_TAIL,),
     n_ctx: int | None = None,
     n_prompts: int = 10,
     n_predict: int = 32,
@@ -97,6 +99,7 @@ def recall(
     Args:
         path: a GGUF file.
         caches: at least two; as in `compare`.
+        tails: as in `compare`.
         n_ctx: context in tokens; as in `compare`.
         n_prompts: prompts of each size; each is asked about once at every depth of `DEPTHS`.
         n_predict: tokens of a reply at most. A model that thinks aloud first needs more.
@@ -114,14 +117,14 @@ def recall(
         if value < 1:
             raise ArgumentError(f"{name} is {value}, must be at least 1")
     info = read_model_info(path)
-    named = compared_caches(caches, info.n_layer)
+    named = compared_caches(caches, info.n_layer, tails)
     for cache in named:
         refuse_impossible(info, cache.policy)
     n_ctx = context_length(info, n_ctx)
     own = info.name == demo.MODEL_NAME
     scores: list[RecallScore] = []
     for i, cache in enumerate(named):
-        with contextlib.closing(load(path, cache.policy, n_ctx, n_threads)) as model:
+        with contextlib.closing(load(path, cache, n_ctx, n_threads)) as model:
             asker = Asker(model, n_predict)
             questions = _demo_questions(n_ctx, n_prompts, seed) if own else _needles(asker, n_ctx, n_prompts, seed)
             right: Counter[tuple[int, float]] = Counter()

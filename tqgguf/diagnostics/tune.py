@@ -23,6 +23,7 @@ from ..errors import ArgumentError, TextError, UnsupportedError
 from ..gguf_info import ModelInfo, read_model_info
 from ..model import Llama, refuse_impossible
 from ..policy import CachePolicy, model_hash, resolve
+from ..tail import DEFAULT_TAIL, check_tail
 from .allocation import Option, allocate, allocations
 from .capture import mean_keys
 from .compare import (
@@ -157,6 +158,7 @@ def tune(
     max_kld: float | None = None,
     types: Sequence[str] = TUNED_TYPES,
     centre: bool | None = None,
+    tail: int = DEFAULT_TAIL,
     n_ctx: int | None = None,
     n_chunks: int | None = None,
     n_batch: int = 512,
@@ -184,6 +186,7 @@ def tune(
         max_kld: mean KL divergence from f16 on the held-out part, in nats. Give this or a budget.
         types: names of at least two cache types to choose from.
         centre: whether keys may be stored less their mean, where that helps. None: if the model allows it.
+        tail: newest tokens kept in f16, as the policy will be used.
         n_ctx: tokens in a chunk, as for `compare`.
         n_chunks: chunks to read at most, both parts together; None means DEFAULT_CHUNKS.
         n_batch: tokens llama.cpp is given at once.
@@ -220,7 +223,7 @@ def tune(
     if not text:
         raise TextError("the text is empty")
     f16 = NamedCache("f16", resolve("f16", info.n_layer))
-    with contextlib.closing(load(path, f16.policy, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
+    with contextlib.closing(load(path, f16, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
         chunks = text_chunks(model, text, n_ctx, n_chunks, own)
         if len(chunks) < 2:
             raise TextError(
@@ -228,7 +231,7 @@ def tune(
                 f"give a longer text or a shorter context"
             )
         n_tuning = (len(chunks) + 1) // 2
-        bench = _Bench(model, f16, chunks[:n_tuning], chunks[n_tuning:], n_parallel, progress)
+        bench = _Bench(model, f16, chunks[:n_tuning], chunks[n_tuning:], check_tail(tail), n_parallel, progress)
         return _Tuner(bench, kinds, centre).run(budget, max_kld)
 
 
@@ -274,8 +277,13 @@ class _Bench:
     f16: NamedCache
     tuning: Chunks
     held_out: Chunks
+    tail: int
     n_parallel: int
     progress: Progress | None
+
+    def named(self, label: str, policy: CachePolicy) -> NamedCache:
+        """A cache to measure, with the tail that all have."""
+        return NamedCache(label, policy, self.tail if policy.ours else 0)
 
     def read(self, title: str, caches: Sequence[NamedCache], chunks: Chunks) -> list[Reader]:
         """The reference and then every cache, after they have read the chunks."""
@@ -287,7 +295,8 @@ class _Bench:
             with contextlib.ExitStack() as stack:
                 readers = [Reader(self.f16, self.model.ctx)]
                 readers += [
-                    Reader(cache, stack.enter_context(self.model.further_context(cache.policy))) for cache in group
+                    Reader(cache, stack.enter_context(self.model.further_context(cache.policy, tail=cache.tail)))
+                    for cache in group
                 ]
                 read_chunks(self.model, readers, chunks, self._from(title, before, total))
             before += chunks.size * len(readers)
@@ -296,13 +305,13 @@ class _Bench:
 
     def klds(self, title: str, policies: Sequence[CachePolicy]) -> list[Array]:
         """Divergence of every policy at the scored tokens of the tuning part, (n_scored) each."""
-        caches = [NamedCache("policy", policy) for policy in policies]
+        caches = [self.named("policy", policy) for policy in policies]
         return [np.concatenate(reader.kld) for reader in self.read(title, caches, self.tuning)[1:]]
 
     def qualities(self, title: str, caches: Sequence[NamedCache]) -> list[TypeQuality]:
         """The reference's figures and every cache's on the held-out part."""
         readers = self.read(title, caches, self.held_out)
-        return [reader.quality(self.model.model_info, self.held_out.size) for reader in readers]
+        return [reader.quality(self.model.model_info, self.held_out.shape[1], self.held_out.size) for reader in readers]
 
     def _from(self, title: str, before: int, total: int) -> Callable[[int, int], None] | None:
         report = self.progress
@@ -327,7 +336,7 @@ class _Tuner:
         self.names = tuple(kind.name for kind in kinds)
         names = [*self.names, *(name for name in UNIFORM_TYPES if self._fits(name))]
         self.uniform = [
-            NamedCache(name, resolve(name, self.info.n_layer))
+            self.bench.named(name, resolve(name, self.info.n_layer))
             for name in sorted(dict.fromkeys(names), key=lambda name: cache_type(name).bits)
         ]
 
@@ -346,7 +355,7 @@ class _Tuner:
             policy = self._smallest(max_kld, options, single)
             measured = float(self.bench.klds("policy on the tuning part", [policy])[0].mean())
         policy = replace(policy, model_hash=self.hash)
-        own = [NamedCache("policy", policy)]
+        own = [self.bench.named("policy", policy)]
         rows = self.bench.qualities("held-out part", own if single else [*own, *self.uniform])
         rows += single[1:]
         line = self._judge(rows[1], rows[2:])
@@ -450,7 +459,7 @@ class _Tuner:
         low, high = 0, len(way)  # way[high] keeps to it, or is beyond the end
         while low < high:
             middle = (low + high) // 2
-            cache = NamedCache("policy", way[middle])
+            cache = self.bench.named("policy", way[middle])
             good = self.bench.qualities("policies", [cache])[1].kld.mean <= max_kld
             low, high = (low, middle) if good else (middle + 1, high)
         good_types = [row for row in single if row.type in self.names and row.kld.mean <= max_kld]
