@@ -5,8 +5,8 @@
 
 Tasks: every capital in every form of the question; and recall of one fact out of many, by number of facts (140 are
 1,000 tokens of the model, 280 fill its context) and of names (fewer names: more facts that differ in their kind only).
-Every prompt is answered from an empty cache, greedily, with flash attention on for every type, so that the cache type
-is the only difference. Training never drew these prompts.
+Every prompt is answered from an empty cache, greedily, with flash attention on for every type and without a tail, so
+that the cache type is the only difference. Training never drew these prompts.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def measure(types: list[str], n_cases: int, n_threads: int | None) -> list[Quali
         model = tqgguf.Llama(
             demo.MODEL_PATH,
             cache=name,
+            tail=0,
             flash_attn=True,
             n_ctx=2048,
             n_batch=2048,

@@ -1,4 +1,4 @@
-"""What the precise tail does to the demo model's predictions, by its length and by how many tokens are computed at once.
+"""What the precise tail does to the demo model's predictions, by its length and by the tokens computed at once.
 
     python benchmarks/tail_quality.py            # prints the table of docs/quality.md, saves results/tail_quality.json
     python benchmarks/tail_quality.py --chunks 1 --output -
