@@ -12,8 +12,8 @@
 #include <ucontext.h>
 #include <vector>
 
-#define TQ_HD static inline
-#define TQ_D  static inline
+#define TQ_HD inline
+#define TQ_D  inline
 #define TQ_UNROLL
 #define TQ_NO_UNROLL
 #define TQ_SHARED(name) unsigned char * name = tq_host.shared
@@ -60,24 +60,24 @@ struct tq_host_machine {
 
 extern tq_host_machine tq_host; /* runtime.cu */
 
-static inline void tq_host_die(const char * what) {
+inline void tq_host_die(const char * what) {
     fprintf(stderr, "emulated kernel: %s (thread %d of block %d, %d, %d)\n", what, tq_host.thread, tq_host.x, tq_host.y, tq_host.z);
     abort();
 }
 
-static inline void tq_host_yield() {
+inline void tq_host_yield() {
     if (_setjmp(tq_host.fibres[tq_host.thread].at) == 0) {
         _longjmp(tq_host.scheduler, 1);
     }
 }
 
-static inline void tq_host_begin() {
+inline void tq_host_begin() {
     tq_host.kernel();
     tq_host.fibres[tq_host.thread].done = true;
     _longjmp(tq_host.scheduler, 1);
 }
 
-static inline void tq_host_resume(int thread) {
+inline void tq_host_resume(int thread) {
     tq_host_fibre * f = &tq_host.fibres[thread];
     tq_host.thread    = thread;
     if (_setjmp(tq_host.scheduler) != 0) {
@@ -95,7 +95,7 @@ static inline void tq_host_resume(int thread) {
     swapcontext(&tq_host.home, &f->context);
 }
 
-static inline void tq_host_run_block(int n_threads) {
+inline void tq_host_run_block(int n_threads) {
     tq_host.n_threads  = n_threads;
     tq_host.n_arrived  = tq_host.n_barriers = 0;
     tq_host.any[0]     = tq_host.any[1] = 0;
@@ -134,7 +134,7 @@ static inline void tq_host_run_block(int n_threads) {
     }
 }
 
-static inline void tq_host_run(unsigned nx, unsigned ny, unsigned nz, int n_threads, size_t shared, std::function<void()> kernel) {
+inline void tq_host_run(unsigned nx, unsigned ny, unsigned nz, int n_threads, size_t shared, std::function<void()> kernel) {
     if (n_threads > TQ_HOST_THREADS || n_threads % TQ_HOST_LANES != 0) {
         tq_host_die("the block is too large, or no whole number of warps");
     }
@@ -176,7 +176,7 @@ TQ_D int tq_sync_or(int x) {
 TQ_D void tq_sync() { tq_sync_or(0); }
 
 /* Puts x down for the other lanes; returns the slots of all of them. */
-static inline const unsigned char (*tq_host_share(const void * x, size_t size))[TQ_HOST_SLOT] {
+inline const unsigned char (*tq_host_share(const void * x, size_t size))[TQ_HOST_SLOT] {
     const int       thread = tq_host.thread;
     tq_host_fibre * f      = &tq_host.fibres[thread];
     tq_host_warp *  w      = &tq_host.warps[thread / TQ_HOST_LANES];
