@@ -465,7 +465,7 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
         tq_load_tile(p, k, k.begin, w.stages);
     }
     TQ_WITH_TYPE(KT, p.k.type, tq_fill_table<TQ>(p.k.levels, w.k_table));
-    if (p.at_v_table != p.at_k_table) {
+    if (!p.one_table) {
         TQ_WITH_TYPE(VT, p.v.type, tq_fill_table<TQ>(p.v.levels, w.v_table));
     }
     TQ_WITH_TYPE(KT, p.k.type, tq_load_queries<TQ>(p, k, w));

@@ -79,8 +79,9 @@ static void lay_out(tq_attention * a, int tile, int n_stages) {
     a->tile       = tile;
     a->n_stages   = n_stages;
     a->at_k_table = at; at += table_bytes(a->k);
-    a->at_v_table = same_table(a->k, a->v) ? a->at_k_table : at;
-    at += same_table(a->k, a->v) ? 0 : table_bytes(a->v);
+    a->one_table  = same_table(a->k, a->v);
+    a->at_v_table = a->one_table ? a->at_k_table : at;
+    at += a->one_table ? 0 : table_bytes(a->v);
     a->at_q       = at; at += a->n_tiles * a->k.n_blocks * 512;
     a->at_scores  = at; at += n * (tile + 4) * 4;
     a->at_weights = at; at += n * (tile + 16) * 2;

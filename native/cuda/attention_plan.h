@@ -54,6 +54,7 @@ struct tq_attention {
     int             n_tiles;  /* of eight query vectors in a block of threads: 1 or 2 */
     int             tile;     /* keys in shared memory at once: 128, 64 or 32 */
     int             n_stages; /* tiles in flight or in use */
+    int             one_table; /* K and V share their table of levels */
     int             n_splits; /* ranges of keys, each of */
     int             split;    /* keys, whole tiles */
     int             at_k_table, at_v_table, at_q, at_scores, at_weights, at_vectors, at_stages; /* bytes into shared memory */

@@ -21,9 +21,6 @@ FLAGS = ("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fno-s
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 OPTIONS = ("-DTQ_CUDA_SHARED", "-fvisibility=hidden", f"-I{ROOT / 'native/include'}")
 
-I32, I64, BF16 = 26, 27, 30
-
-
 class View(ctypes.Structure):
     _fields_: ClassVar = [
         ("data", ctypes.c_void_p),
@@ -109,6 +106,8 @@ class Memory:
 
 class CudaLibrary:
     """tq_cuda.h by ctypes."""
+
+    View, Index, Operand, Attention = View, Index, Operand, Attention
 
     def __init__(self, path: Path) -> None:
         self.lib = ctypes.CDLL(str(path))

@@ -34,8 +34,7 @@ class Tensor:
         if ours:
             shape[0] = shape[0] // size * 32
         strides[0] = size
-        from_module = type_of(cuda)
-        self.view = from_module["View"](
+        self.view = cuda.View(
             self.memory.pointer + start,
             CACHE_TYPES[type].number if ours else NUMBERS[type],
             reference.MODES.index(mode),
@@ -48,17 +47,11 @@ class Tensor:
         return array
 
 
-def type_of(cuda: Any) -> dict[str, Any]:
-    """The structures that belong to the fixture's library (conftest.py cannot be imported by name)."""
-    globals_: dict[str, Any] = type(cuda).__init__.__globals__
-    return globals_
-
-
 def rows_of(cuda: Any, numbers: npt.NDArray[Any]) -> Any:
     memory = cuda.put(numbers)
     shape = [*numbers.shape[::-1], 1, 1][:3]
     strides = [*numbers.strides[::-1], 0, 0][:3]
-    return type_of(cuda)["Index"](
+    return cuda.Index(
         memory.pointer,
         I64 if numbers.dtype == np.int64 else I32,
         (ctypes.c_int64 * 3)(*shape),
