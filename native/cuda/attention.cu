@@ -21,7 +21,7 @@ TQ_KERNEL(TQ_MERGE_THREADS, 8) tq_merge_kernel(TQ_PARAMETER tq_attention p) {
 typedef void (*tq_attention_kernel)(const tq_attention p);
 
 template <int NT> static tq_attention_kernel kernel_of(const tq_attention & p) {
-    switch (p.k.type == p.v.type && p.k.n_blocks <= TQ_KEPT_BLOCKS ? p.k.type : TQ_ANY) {
+    switch (p.one_table && p.k.n_blocks <= TQ_KEPT_BLOCKS ? p.k.type : TQ_ANY) {
         case TQ_TYPE_PQO3: return tq_attend_kernel<TQ_TYPE_PQO3, NT>;
         case TQ_TYPE_PQO4: return tq_attend_kernel<TQ_TYPE_PQO4, NT>;
         case TQ_TYPE_PQT3: return tq_attend_kernel<TQ_TYPE_PQT3, NT>;

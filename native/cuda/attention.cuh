@@ -58,10 +58,11 @@ struct tq_buffers {
     uint8_t * stages;
 };
 
-TQ_D tq_buffers tq_carve(const tq_attention & p, unsigned char * shared) {
+/* Where the tables lie is a constant if there is but one, which saves an addition per look-up. */
+TQ_D tq_buffers tq_carve(const tq_attention & p, bool one_table, unsigned char * shared) {
     tq_buffers w;
-    w.k_table = (uint32_t *) (void *) (shared + p.at_k_table);
-    w.v_table = (uint32_t *) (void *) (shared + p.at_v_table);
+    w.k_table = (uint32_t *) (void *) shared;
+    w.v_table = (uint32_t *) (void *) (shared + (one_table ? 0 : p.at_v_table));
     w.q       = (tq_quad *) (void *) (shared + p.at_q);
     w.scores  = (float *) (void *) (shared + p.at_scores);
     w.weights = (uint16_t *) (void *) (shared + p.at_weights);
@@ -84,34 +85,35 @@ TQ_D tq_task tq_task_of(const tq_attention & p) {
 
 /* ---- Memory ---- */
 
-template <int BYTES> TQ_D void tq_copy_rows(const uint8_t * from, int64_t stride, int n, int row_bytes, uint8_t * to, int to_stride) {
-    const int units = row_bytes / BYTES;
-    int       row = tq_thread() / units, unit = tq_thread() % units;
-    const int rows = TQ_ATTENTION_THREADS / units, rest = TQ_ATTENTION_THREADS % units;
-    while (row < n) {
-        const uint8_t * source = from + row * stride + unit * BYTES;
-        uint8_t *       target = to + row * to_stride + unit * BYTES;
-        if (BYTES == 2) {
-            *(uint16_t *) (void *) target = *(const uint16_t *) (const void *) source;
-        } else {
-            tq_copy_async<BYTES < 4 ? 4 : BYTES>(target, source);
+/* A thread copies the same unit, a unit being what is copied at once, of every rows_on-th row: up to 256 % units threads have
+ * nothing to do, but where a thread goes on takes two additions rather than a division. */
+template <int BYTES> TQ_D void tq_copy_rows(const tq_operand & x, const uint8_t * from, int n, uint8_t * to) {
+    const int first = (int) tq_multiply_high((uint32_t) tq_thread(), x.units_inverse);
+    const int unit  = tq_thread() - first * x.units;
+    from += first * x.stride_token + unit * BYTES;
+    to += first * x.stride_shared + unit * BYTES;
+    TQ_NO_UNROLL
+    for (int row = first < x.rows_on ? first : n; row < n; row += x.rows_on) {
+        TQ_NO_UNROLL
+        for (int more = unit; more < x.units; more += TQ_ATTENTION_THREADS) { /* once, but for the longest rows */
+            if (BYTES == 2) {
+                *(uint16_t *) (void *) (to + (more - unit) * BYTES) = *(const uint16_t *) (const void *) (from + (more - unit) * BYTES);
+            } else {
+                tq_copy_async<BYTES < 4 ? 4 : BYTES>(to + (more - unit) * BYTES, from + (more - unit) * BYTES);
+            }
         }
-        row += rows;
-        unit += rest;
-        if (unit >= units) {
-            unit -= units;
-            ++row;
-        }
+        from += x.rows_on * x.stride_token;
+        to += x.rows_on * x.stride_shared;
     }
 }
 
 TQ_D void tq_load_operand(const tq_operand & x, const tq_task & k, int t0, int n, uint8_t * to) {
     const uint8_t * from = x.data + k.kv_stream * x.stride_stream + k.kv_head * x.stride_head + t0 * x.stride_token;
     switch (x.grain) {
-        case 16: tq_copy_rows<16>(from, x.stride_token, n, x.row_bytes, to, x.stride_shared); break;
-        case 8:  tq_copy_rows<8>(from, x.stride_token, n, x.row_bytes, to, x.stride_shared); break;
-        case 4:  tq_copy_rows<4>(from, x.stride_token, n, x.row_bytes, to, x.stride_shared); break;
-        default: tq_copy_rows<2>(from, x.stride_token, n, x.row_bytes, to, x.stride_shared); break;
+        case 16: tq_copy_rows<16>(x, from, n, to); break;
+        case 8:  tq_copy_rows<8>(x, from, n, to); break;
+        case 4:  tq_copy_rows<4>(x, from, n, to); break;
+        default: tq_copy_rows<2>(x, from, n, to); break;
     }
 }
 
@@ -196,7 +198,7 @@ template <typename T, int NT, int KEPT>
 TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const tq_quad (*q)[NT], const uint8_t * tile) {
     const int        lane = tq_thread() % 32, warp = tq_thread() / 32, g = lane / 4, t = lane % 4;
     const int        ld   = p.tile + 4;
-    const uint32_t * table = w.k_table + lane;
+    const uint32_t * table = w.k_table;
     if (16 * warp >= p.tile) {
         return;
     }
@@ -351,7 +353,7 @@ TQ_D void tq_drop_unseen(const tq_attention & p, const tq_buffers & w, uint8_t *
 template <typename T, int NT>
 TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_share & share, const uint8_t * tile, float (*o)[4][4]) {
     const int        lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = p.tile + 16;
-    const uint32_t * table = w.v_table + lane;
+    const uint32_t * table = w.v_table;
     if (!share.any) {
         return;
     }
@@ -455,7 +457,7 @@ TQ_D void tq_write_output(const tq_attention & p, const tq_task & k, int vec, in
 /* One range of keys, from beginning to end. */
 template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attention & p, unsigned char * shared) {
     const tq_task    k     = tq_task_of(p);
-    const tq_buffers w     = tq_carve(p, shared);
+    const tq_buffers w     = tq_carve(p, KT != TQ_ANY && KT == VT, shared);
     const tq_share   share = tq_share_of(p);
     const int        lane = tq_thread() % 32, warp = tq_thread() / 32;
     float            o[NT][4][4];
@@ -465,7 +467,7 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
         tq_load_tile(p, k, k.begin, w.stages);
     }
     TQ_WITH_TYPE(KT, p.k.type, tq_fill_table<TQ>(p.k.levels, w.k_table));
-    if (!p.one_table) {
+    if (p.at_v_table != 0) {
         TQ_WITH_TYPE(VT, p.v.type, tq_fill_table<TQ>(p.v.levels, w.v_table));
     }
     TQ_WITH_TYPE(KT, p.k.type, tq_load_queries<TQ>(p, k, w));

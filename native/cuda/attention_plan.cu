@@ -49,6 +49,9 @@ static int check_operand(const char * name, const tq_attn_operand * x, tq_operan
     o->stride_head   = (int64_t) x->stride_head;
     o->stride_stream = (int64_t) x->stride_stream;
     o->grain         = grain_of(all);
+    o->units         = o->row_bytes / o->grain;
+    o->rows_on       = o->units < TQ_ATTENTION_THREADS ? TQ_ATTENTION_THREADS / o->units : 1;
+    o->units_inverse = (uint32_t) (((1ull << 32) + (unsigned) o->units - 1) / (unsigned) o->units); /* a row is 14 bytes or more */
     /* From the strides alone: the work buffer's size depends on it, and may be asked for before there is any data.
      * Eight rows are read side by side: a row of a multiple of eight words would put them into few banks. */
     const int widest = grain_of(x->stride_token | x->stride_head | x->stride_stream | (uintptr_t) o->row_bytes);
@@ -78,9 +81,9 @@ static void lay_out(tq_attention * a, int tile, int n_stages) {
     int       at = 0;
     a->tile       = tile;
     a->n_stages   = n_stages;
-    a->at_k_table = at; at += table_bytes(a->k);
     a->one_table  = same_table(a->k, a->v);
-    a->at_v_table = a->one_table ? a->at_k_table : at;
+    at += table_bytes(a->k);
+    a->at_v_table = a->one_table ? 0 : at;
     at += a->one_table ? 0 : table_bytes(a->v);
     a->at_q       = at; at += a->n_tiles * a->k.n_blocks * 512;
     a->at_scores  = at; at += n * (tile + 4) * 4;

@@ -32,6 +32,9 @@ struct tq_operand {
     int             row_bytes;
     int             grain;         /* bytes copied at once: 16, 8, 4, or 2 if nothing is aligned better */
     int             stride_shared; /* of rows in shared memory */
+    int             units;         /* grains per row */
+    int             rows_on;       /* rows that 256 threads copy at once */
+    uint32_t        units_inverse; /* 2^32 / units, rounded up: a division by multiplication, below 256 */
     float           levels[TQI_MAX_LEVELS];
 };
 
@@ -57,7 +60,7 @@ struct tq_attention {
     int             one_table; /* K and V share their table of levels */
     int             n_splits; /* ranges of keys, each of */
     int             split;    /* keys, whole tiles */
-    int             at_k_table, at_v_table, at_q, at_scores, at_weights, at_vectors, at_stages; /* bytes into shared memory */
+    int             at_v_table, at_q, at_scores, at_weights, at_vectors, at_stages; /* bytes into shared memory; K's table is at 0 */
     int             stage_bytes, v_in_stage;
     int             shared_bytes;
 };

@@ -60,6 +60,7 @@ TQ_D float tq_half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h
 TQ_D uint32_t tq_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 TQ_D uint32_t tq_funnel(uint32_t low, uint32_t high, int shift) { return __funnelshift_r(low, high, (unsigned) shift); }
 TQ_D float tq_exp(float x) { return __expf(x); }
+TQ_D uint32_t tq_multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 /* c += a b; a: 16 x 16, b: 16 x 8 f16, c: 16 x 8 f32. With g = lane / 4, t = lane % 4: a0 = (g, 2t..), a1 = (g + 8, 2t..),
  * a2 = (g, 2t + 8..), a3 = (g + 8, 2t + 8..), b0 = (2t.., g), b1 = (2t + 8.., g), c = (g, 2t), (g, 2t + 1), (g + 8, 2t),

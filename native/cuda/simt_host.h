@@ -258,6 +258,7 @@ TQ_D uint32_t tq_funnel(uint32_t low, uint32_t high, int shift) {
 }
 
 TQ_D float tq_exp(float x) { return expf(x); }
+TQ_D uint32_t tq_multiply_high(uint32_t a, uint32_t b) { return (uint32_t) ((uint64_t) a * b >> 32); }
 
 TQ_D void tq_mma(float * c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t words[6] = { a0, a1, a2, a3, b0, b1 };

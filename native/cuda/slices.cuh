@@ -21,8 +21,22 @@
 
 #define TQ_LANES 32
 
-/* Four bytes at any byte offset of a row in shared memory; rows begin at multiples of four. */
-TQ_D uint32_t tq_load_bytes(const uint32_t * row, int byte) { return tq_funnel(row[byte >> 2], row[(byte >> 2) + 1], 8 * (byte & 3)); }
+/* Word i of the bytes from offset byte on in block b of a row in shared memory; rows begin at multiples of four. Two blocks are
+ * a whole number of words, so that where a lane's bytes lie in a word depends on b's parity alone: written so that the compiler
+ * sees it and computes two shifts, not one for each block. */
+template <int BYTES> TQ_D uint32_t tq_load_word(const uint32_t * row, int b, int byte, int i) {
+    const int        at   = byte + (b & 1 ? BYTES : 0);
+    const uint32_t * from = row + BYTES / 2 * (b >> 1) + (at >> 2) + i;
+    return tq_funnel(from[0], from[1], 8 * (at & 3));
+}
+
+/* Entry (word >> shift) & (ENTRIES - 1) of this lane's copy. Shift and multiplication are one, and the lane is put in by the
+ * instruction that masks. */
+template <int ENTRIES> TQ_D uint32_t tq_look_up(const uint32_t * table, uint32_t word, int shift) {
+    const uint32_t lane = 4u * ((uint32_t) tq_thread() % TQ_LANES), mask = (uint32_t) (ENTRIES - 1) * 4 * TQ_LANES;
+    const uint32_t at   = ((shift >= 7 ? word >> (shift - 7) : word << (7 - shift)) & mask) | lane;
+    return *(const uint32_t *) (const void *) ((const uint8_t *) table + at);
+}
 
 TQ_D uint16_t tq_load_half(const uint32_t * row, int byte) { return ((const uint16_t *) (const void *) row)[byte >> 1]; }
 
@@ -43,12 +57,8 @@ template <int BITS> struct tq_packed {
         return tq_half2(levels[i & mask] * unit(), levels[i >> BITS] * unit());
     }
 
-    static TQ_D uint32_t look_up(const uint32_t * table, uint32_t word, int n) {
-        return table[(word >> (BITS * n) & (ENTRIES - 1)) * TQ_LANES];
-    }
-
-    /* values n, n + 1 of a slice; n even. table: this lane's copy */
-    static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) { return look_up(table, s, n); }
+    /* values n, n + 1 of a slice; n even */
+    static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) { return tq_look_up<ENTRIES>(table, s, BITS * n); }
 
     static TQ_D merged merge(const slice & a, const slice & b) {
         merged m;
@@ -58,29 +68,30 @@ template <int BITS> struct tq_packed {
     }
 
     /* value n of two slices */
-    static TQ_D uint32_t across(const uint32_t * table, const merged & m, int n) { return look_up(table, n & 1 ? m.odd : m.even, n & ~1); }
+    static TQ_D uint32_t across(const uint32_t * table, const merged & m, int n) {
+        return tq_look_up<ENTRIES>(table, n & 1 ? m.odd : m.even, BITS * (n & ~1));
+    }
 };
 
 struct tq_pqo3 : tq_packed<3> {
     static const int BYTES = TQI_PQO3_BYTES;
-    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_bytes(row, BYTES * b + 2 + 3 * part); }
+    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES>(row, b, 2 + 3 * part, 0); }
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
 
 struct tq_pqo4 : tq_packed<4> {
     static const int BYTES = TQI_PQO4_BYTES;
-    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_bytes(row, BYTES * b + 2 + 4 * part); }
+    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES>(row, b, 2 + 4 * part, 0); }
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
 
 /* A trellis block's words, shifted so that values 2 part and 2 part + 1 of each byte are bits 0 and 1: the block's words were
  * laid out for that (format.h). Levels of the even ones and of the odd ones, four bytes each. */
-template <int BITS> TQ_D void tq_trellis_slice(const uint32_t * row, int byte, int part, uint32_t * even, uint32_t * odd) {
-    uint32_t  words[4] = { 0, 0, 0, 0 };
-    const int i = byte >> 2, shift = 8 * (byte & 3);
+template <int BITS> TQ_D void tq_trellis_slice(const uint32_t * row, int b, int part, uint32_t * even, uint32_t * odd) {
+    uint32_t words[4] = { 0, 0, 0, 0 };
     TQ_UNROLL
     for (int j = 0; j < BITS; ++j) {
-        words[j] = tq_funnel(row[i + j], row[i + j + 1], shift);
+        words[j] = tq_load_word<4 * BITS + 2>(row, b, 2, j);
     }
     const uint32_t low = tq_subset_low(words[0]) >> (2 * part), high = tq_subset_high(words[0]) >> (2 * part);
     *even = (words[1] >> (2 * part) << 2 & 0x0c0c0c0cu) | (high << 1 & 0x02020202u) | (low & 0x01010101u);
@@ -96,7 +107,7 @@ struct tq_pqt3 : tq_packed<4> { /* 16 levels: from here on like pqo4 */
     static const int BYTES = TQI_PQT3_BYTES;
     static TQ_D uint32_t load(const uint32_t * row, int b, int part) {
         uint32_t even, odd;
-        tq_trellis_slice<3>(row, BYTES * b + 2, part, &even, &odd);
+        tq_trellis_slice<3>(row, b, part, &even, &odd);
         return even | odd << 4;
     }
     static TQ_D int dim(int part, int n) { return 8 * (n / 2) + 2 * part + n % 2; }
@@ -118,12 +129,12 @@ struct tq_pqt4 {
 
     static TQ_D slice load(const uint32_t * row, int b, int part) {
         slice s;
-        tq_trellis_slice<4>(row, BYTES * b + 2, part, &s.even, &s.odd);
+        tq_trellis_slice<4>(row, b, part, &s.even, &s.odd);
         return s;
     }
 
     static TQ_D uint32_t look_up(const uint32_t * table, const slice & s, int n) {
-        return table[((n & 1 ? s.odd : s.even) >> (8 * (n / 2)) & 31u) * TQ_LANES];
+        return tq_look_up<ENTRIES>(table, n & 1 ? s.odd : s.even, 8 * (n / 2));
     }
 
     static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) {
