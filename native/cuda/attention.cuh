@@ -85,21 +85,29 @@ TQ_D tq_task tq_task_of(const tq_attention & p) {
 
 /* ---- Memory ---- */
 
+/* How far a head's rows in shared memory lie behind a multiple of 16 bytes. */
+TQ_D int tq_lead(const tq_operand & x, const tq_task & k) { return x.grain == 16 ? (int) (k.kv_head * x.stride_head) & 15 : 0; }
+
 /* A thread copies the same unit, a unit being what is copied at once, of every rows_on-th row: up to 256 % units threads have
- * nothing to do, but where a thread goes on takes two additions rather than a division. */
-template <int BYTES> TQ_D void tq_copy_rows(const tq_operand & x, const uint8_t * from, int n, uint8_t * to) {
+ * nothing to do, but where a thread goes on takes two additions rather than a division. units: that this head needs. */
+template <int BYTES> TQ_D void tq_copy_rows(const tq_operand & x, const uint8_t * from, int n, int units, uint8_t * to) {
     const int first = (int) tq_multiply_high((uint32_t) tq_thread(), x.units_inverse);
     const int unit  = tq_thread() - first * x.units;
     from += first * x.stride_token + unit * BYTES;
     to += first * x.stride_shared + unit * BYTES;
     TQ_NO_UNROLL
     for (int row = first < x.rows_on ? first : n; row < n; row += x.rows_on) {
+        if (BYTES >= 16) {
+            if (unit < units) {
+                tq_copy_async<16>(to, from);
+            }
+        }
         TQ_NO_UNROLL
-        for (int more = unit; more < x.units; more += TQ_ATTENTION_THREADS) { /* once, but for the longest rows */
+        for (int i = unit; BYTES < 16 && i < units; i += TQ_ATTENTION_THREADS) { /* once, but for the longest rows */
             if (BYTES == 2) {
-                *(uint16_t *) (void *) (to + (more - unit) * BYTES) = *(const uint16_t *) (const void *) (from + (more - unit) * BYTES);
+                *(uint16_t *) (void *) (to + (i - unit) * BYTES) = *(const uint16_t *) (const void *) (from + (i - unit) * BYTES);
             } else {
-                tq_copy_async<BYTES < 4 ? 4 : BYTES>(to + (more - unit) * BYTES, from + (more - unit) * BYTES);
+                tq_copy_async<BYTES == 8 ? 8 : 4>(to + (i - unit) * BYTES, from + (i - unit) * BYTES);
             }
         }
         from += x.rows_on * x.stride_token;
@@ -109,11 +117,15 @@ template <int BYTES> TQ_D void tq_copy_rows(const tq_operand & x, const uint8_t 
 
 TQ_D void tq_load_operand(const tq_operand & x, const tq_task & k, int t0, int n, uint8_t * to) {
     const uint8_t * from = x.data + k.kv_stream * x.stride_stream + k.kv_head * x.stride_head + t0 * x.stride_token;
-    switch (x.grain) {
-        case 16: tq_copy_rows<16>(x, from, n, to); break;
-        case 8:  tq_copy_rows<8>(x, from, n, to); break;
-        case 4:  tq_copy_rows<4>(x, from, n, to); break;
-        default: tq_copy_rows<2>(x, from, n, to); break;
+    if (x.grain == 16) {
+        const int lead = tq_lead(x, k);
+        tq_copy_rows<16>(x, from - lead, n, (lead + x.row_bytes + 15) / 16, to);
+    } else if (x.grain == 8) {
+        tq_copy_rows<8>(x, from, n, x.units, to);
+    } else if (x.grain == 4) {
+        tq_copy_rows<4>(x, from, n, x.units, to);
+    } else {
+        tq_copy_rows<2>(x, from, n, x.units, to);
     }
 }
 
@@ -216,7 +228,8 @@ TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const tq_quad 
             break;
         }
         const typename T::slice s0 = T::load(row0, b, t), s1 = T::load(row1, b, t);
-        const float             d0 = tq_half_to_float(tq_scale<T>(row0, b)), d1 = tq_half_to_float(tq_scale<T>(row1, b));
+        const uint32_t          d  = tq_scales<T>(row0, row1, b);
+        const float             d0 = tq_half_to_float((uint16_t) d), d1 = tq_half_to_float((uint16_t) (d >> 16));
         uint32_t                a[8];
         TQ_UNROLL
         for (int n = 0; n < 8; n += 2) {
@@ -380,7 +393,7 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
             const uint32_t * row0 = (const uint32_t *) (const void *) (tile + (t0 + 4 * t + 2 * i) * p.v.stride_shared);
             const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + p.v.stride_shared);
             m[i] = T::merge(T::load(row0, b, part), T::load(row1, b, part));
-            d[i] = exists ? tq_scale<T>(row0, b) | (uint32_t) tq_scale<T>(row1, b) << 16 : 0u;
+            d[i] = exists ? tq_scales<T>(row0, row1, b) : 0u;
         }
         uint32_t weights[NT][2];
         TQ_UNROLL
@@ -460,6 +473,7 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
     const tq_buffers w     = tq_carve(p, KT != TQ_ANY && KT == VT, shared);
     const tq_share   share = tq_share_of(p);
     const int        lane = tq_thread() % 32, warp = tq_thread() / 32;
+    const int        k_lead = tq_lead(p.k, k), v_lead = tq_lead(p.v, k);
     float            o[NT][4][4];
     tq_quad          q[KEPT > 0 ? KEPT : 1][NT];
 
@@ -467,7 +481,7 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
         tq_load_tile(p, k, k.begin, w.stages);
     }
     TQ_WITH_TYPE(KT, p.k.type, tq_fill_table<TQ>(p.k.levels, w.k_table));
-    if (p.at_v_table != 0) {
+    if (!p.one_table) {
         TQ_WITH_TYPE(VT, p.v.type, tq_fill_table<TQ>(p.v.levels, w.v_table));
     }
     TQ_WITH_TYPE(KT, p.k.type, tq_load_queries<TQ>(p, k, w));
@@ -492,7 +506,8 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
     int stage = 0;
     TQ_NO_UNROLL
     for (int t0 = k.begin; t0 < k.end; t0 += p.tile) {
-        uint8_t * const tile = w.stages + stage * p.stage_bytes;
+        uint8_t * const k_tile = w.stages + stage * p.stage_bytes + k_lead;
+        uint8_t * const v_tile = w.stages + stage * p.stage_bytes + p.v_in_stage + v_lead;
         const bool      more = t0 + p.tile < k.end;
         uint16_t        mask[4 * NT];
         const int       any = tq_load_mask<NT>(p, k, row, t0, mask);
@@ -503,15 +518,15 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
             tq_load_tile(p, k, t0 + p.tile, w.stages + stage * p.stage_bytes);
         }
         if (seen) {
-            TQ_WITH_TYPE(KT, p.k.type, (tq_scores<TQ, NT, KEPT>(p, w, q, tile)));
+            TQ_WITH_TYPE(KT, p.k.type, (tq_scores<TQ, NT, KEPT>(p, w, q, k_tile)));
             tq_sync();
             tq_softmax<NT>(p, w, mask, &row);
             tq_sync();
             if (VT == TQ_ANY && !p.v.ours) {
-                tq_drop_unseen(p, w, tile + p.v_in_stage);
+                tq_drop_unseen(p, w, v_tile);
                 tq_sync();
             }
-            TQ_WITH_TYPE(VT, p.v.type, (tq_accumulate<TQ, NT>(p, w, share, tile + p.v_in_stage, o)));
+            TQ_WITH_TYPE(VT, p.v.type, (tq_accumulate<TQ, NT>(p, w, share, v_tile, o)));
         }
         if (more && p.n_stages == 1) {
             tq_sync();

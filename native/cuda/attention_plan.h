@@ -32,7 +32,7 @@ struct tq_operand {
     int             row_bytes;
     int             grain;         /* bytes copied at once: 16, 8, 4, or 2 if nothing is aligned better */
     int             stride_shared; /* of rows in shared memory */
-    int             units;         /* grains per row */
+    int             units;         /* grains per row; with 16, which take a row's neighbours along, the most that a head needs */
     int             rows_on;       /* rows that 256 threads copy at once */
     uint32_t        units_inverse; /* 2^32 / units, rounded up: a division by multiplication, below 256 */
     float           levels[TQI_MAX_LEVELS];

@@ -59,7 +59,21 @@ TQ_D uint32_t tq_mul_half2(uint32_t a, uint32_t b) {
 TQ_D float tq_half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 TQ_D uint32_t tq_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 TQ_D uint32_t tq_funnel(uint32_t low, uint32_t high, int shift) { return __funnelshift_r(low, high, (unsigned) shift); }
-TQ_D float tq_exp(float x) { return __expf(x); }
+/* Two f16, each 0 if it is infinite or NaN. */
+TQ_D uint32_t tq_finite_halves(uint32_t a) {
+    __half2        x;
+    const uint32_t abs = a & 0x7fff7fffu, most = 0x7bff7bffu;
+    __half2        y;
+    memcpy(&x, &abs, sizeof x);
+    memcpy(&y, &most, sizeof y);
+    return a & __hle2_mask(x, y);
+}
+
+/* e^x to about 2^-20 of it, for x <= 0; what is below 2^-126 is 0. */
+TQ_D float tq_exp(float x) {
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x * 1.4426950408889634f));
+    return x;
+}
 TQ_D uint32_t tq_multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 /* c += a b; a: 16 x 16, b: 16 x 8 f16, c: 16 x 8 f32. With g = lane / 4, t = lane % 4: a0 = (g, 2t..), a1 = (g + 8, 2t..),

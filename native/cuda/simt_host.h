@@ -257,6 +257,10 @@ TQ_D uint32_t tq_funnel(uint32_t low, uint32_t high, int shift) {
     return (uint32_t) (((uint64_t) high << 32 | low) >> (shift & 31));
 }
 
+TQ_D uint32_t tq_finite_halves(uint32_t a) {
+    return ((a & 0x7c00u) == 0x7c00u ? 0u : a & 0xffffu) | ((a & 0x7c000000u) == 0x7c000000u ? 0u : a & 0xffff0000u);
+}
+
 TQ_D float tq_exp(float x) { return expf(x); }
 TQ_D uint32_t tq_multiply_high(uint32_t a, uint32_t b) { return (uint32_t) ((uint64_t) a * b >> 32); }
 

@@ -227,9 +227,9 @@ template <> struct tq_type_of<TQ_TYPE_PQT4> {
         }                                                                                                                 \
     }
 
-/* f16 bits of a block's scale; 1 for f16 */
-template <typename T> TQ_D uint16_t tq_scale(const uint32_t * row, int b) {
-    return T::SCALED ? tq_finite_scale(tq_load_half(row, T::BYTES * b)) : (uint16_t) 0x3c00;
+/* The scales of two rows' block b, f16 side by side, where not finite 0; 1 for f16 */
+template <typename T> TQ_D uint32_t tq_scales(const uint32_t * row0, const uint32_t * row1, int b) {
+    return T::SCALED ? tq_finite_halves(tq_load_half(row0, T::BYTES * b) | (uint32_t) tq_load_half(row1, T::BYTES * b) << 16) : 0x3c003c00u;
 }
 
 #endif
