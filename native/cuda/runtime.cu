@@ -56,7 +56,7 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
     }
     if (device != NULL) {
         memset(device, 0, sizeof *device);
-        snprintf(device->name, sizeof device->name, "%s", prop.name);
+        snprintf(device->name, sizeof device->name, "%.127s", prop.name);
         device->cc               = 10 * prop.major + prop.minor;
         device->n_sm             = prop.multiProcessorCount;
         device->shared_per_block = prop.sharedMemPerBlockOptin;
