@@ -118,8 +118,9 @@ def compute(cuda: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray
         (args.k, k_bytes, case.k_type, case.head_dim_k),
         (args.v, v_bytes, case.v_type, case.head_dim_v),
     ):
-        tokens = np.full((n_kv_stream, case.n_kv, data[0, 0].size + case.gap), PADDING, np.uint8)
-        tokens[..., : data[0, 0].size] = data.reshape(n_kv_stream, case.n_kv, -1)
+        token_bytes = case.n_head_kv * data.shape[-1]
+        tokens = np.full((n_kv_stream, case.n_kv, token_bytes + case.gap), PADDING, np.uint8)
+        tokens[..., :token_bytes] = data.reshape(n_kv_stream, case.n_kv, token_bytes)
         target.data, target.type = cuda.put(tokens, case.offset).pointer, CACHE_TYPES[type].number
         target.mode = reference.MODES.index(case.mode)
         target.head_dim, target.n_head, target.n_stream = dim, case.n_head_kv, n_kv_stream
