@@ -7,10 +7,10 @@
 
 /* ---- Kernels ---- */
 
-/* One for each of our types on both sides where q fits registers; the last for all other pairs and head sizes. */
-template <int T, int NT> TQ_KERNEL(TQ_ATTENTION_THREADS, NT == 1 ? 3 : 2) tq_attend_kernel(TQ_PARAMETER tq_attention p) {
+/* One for each of our types on both sides and DK = 32 BLOCKS, 64 or 128; the last, TQ_ANY, for all other pairs and head sizes. */
+template <int T, int NT, int BLOCKS> TQ_KERNEL(TQ_ATTENTION_THREADS, TQ_ATTENTION_BLOCKS) tq_attend_kernel(TQ_PARAMETER tq_attention p) {
     TQ_SHARED(shared);
-    tq_attend<T, T, NT, T == TQ_ANY ? 0 : TQ_KEPT_BLOCKS>(p, shared);
+    tq_attend<T, T, NT, BLOCKS>(p, shared);
 }
 
 TQ_KERNEL(TQ_MERGE_THREADS, 8) tq_merge_kernel(TQ_PARAMETER tq_attention p) {
@@ -20,14 +20,23 @@ TQ_KERNEL(TQ_MERGE_THREADS, 8) tq_merge_kernel(TQ_PARAMETER tq_attention p) {
 
 typedef void (*tq_attention_kernel)(const tq_attention p);
 
-template <int NT> static tq_attention_kernel kernel_of(const tq_attention & p) {
-    switch (p.one_table && p.k.n_blocks <= TQ_KEPT_BLOCKS ? p.k.type : TQ_ANY) {
-        case TQ_TYPE_PQO3: return tq_attend_kernel<TQ_TYPE_PQO3, NT>;
-        case TQ_TYPE_PQO4: return tq_attend_kernel<TQ_TYPE_PQO4, NT>;
-        case TQ_TYPE_PQT3: return tq_attend_kernel<TQ_TYPE_PQT3, NT>;
-        case TQ_TYPE_PQT4: return tq_attend_kernel<TQ_TYPE_PQT4, NT>;
-        default:           return tq_attend_kernel<TQ_ANY, NT>;
+template <int NT, int BLOCKS> static tq_attention_kernel kernel_of_type(int type) {
+    switch (type) {
+        case TQ_TYPE_PQO3: return tq_attend_kernel<TQ_TYPE_PQO3, NT, BLOCKS>;
+        case TQ_TYPE_PQO4: return tq_attend_kernel<TQ_TYPE_PQO4, NT, BLOCKS>;
+        case TQ_TYPE_PQT3: return tq_attend_kernel<TQ_TYPE_PQT3, NT, BLOCKS>;
+        default:           return tq_attend_kernel<TQ_TYPE_PQT4, NT, BLOCKS>;
     }
+}
+
+template <int NT> static tq_attention_kernel kernel_of(const tq_attention & p) {
+    if (p.one_table && p.k.n_blocks == 4) {
+        return kernel_of_type<NT, 4>(p.k.type);
+    }
+    if (p.one_table && p.k.n_blocks == 2) {
+        return kernel_of_type<NT, 2>(p.k.type);
+    }
+    return tq_attend_kernel<TQ_ANY, NT, 0>;
 }
 
 /* ---- Devices ---- */

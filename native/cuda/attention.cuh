@@ -205,7 +205,7 @@ TQ_HD float tq_slope(const tq_attention & p, int head) {
     return head < n ? exp2f(-p.max_bias / (float) n * (float) (head + 1)) : exp2f(-p.max_bias / 2.0f / (float) n * (float) (2 * (head - n) + 1));
 }
 
-/* scores <- K q. KEPT: K blocks whose q fragments are in registers, q; 0: they are read from w. */
+/* scores <- K q. KEPT: the number of K blocks, whose q fragments are in registers, q; 0: any number, and q is read from w. */
 template <typename T, int NT, int KEPT>
 TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const tq_quad (*q)[NT], const uint8_t * tile) {
     const int        lane = tq_thread() % 32, warp = tq_thread() / 32, g = lane / 4, t = lane % 4;
@@ -221,12 +221,9 @@ TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const tq_quad 
     for (int i = 0; i < NT; ++i) {
         sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
     }
-    const int n_blocks = p.k.n_blocks;
-    TQ_UNROLL
-    for (int b = 0; b < (KEPT > 0 ? KEPT : n_blocks); ++b) {
-        if (KEPT > 0 && b >= n_blocks) {
-            break;
-        }
+    const int n_blocks = KEPT > 0 ? KEPT : p.k.n_blocks;
+    TQ_UNROLL_BY(KEPT > 0 ? KEPT : 1)
+    for (int b = 0; b < n_blocks; ++b) {
         const typename T::slice s0 = T::load(row0, b, t), s1 = T::load(row1, b, t);
         const uint32_t          d  = tq_scales<T>(row0, row1, b);
         const float             d0 = tq_half_to_float((uint16_t) d), d1 = tq_half_to_float((uint16_t) (d >> 16));
@@ -381,26 +378,28 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
             o[i][j][3] *= f1;
         }
     }
-    const int  column = 2 * share.unit + g / 4, part = g % 4;
-    const bool exists = column < p.v.n_blocks; /* the last unit of an odd number of blocks is half empty */
-    const int  b      = exists ? column : 0;
+    const int        column = 2 * share.unit + g / 4, part = g % 4;
+    const uint32_t   keep   = column < p.v.n_blocks ? 0xffffffffu : 0u; /* the last unit of an odd number of blocks is half empty */
+    const int        b      = keep ? column : 0;
+    const uint8_t *  rows   = tile + (16 * share.part + 4 * t) * p.v.stride_shared;
+    const uint16_t * from   = w.weights + g * ld + 16 * share.part + 4 * t;
     TQ_NO_UNROLL
     for (int t0 = 16 * share.part; t0 < p.tile; t0 += 16 * share.n_parts) {
         typename T::merged m[2];
         uint32_t           d[2];
         TQ_UNROLL
         for (int i = 0; i < 2; ++i) { /* tokens 4 t + 2 i and the next one: any order will do that the weights follow */
-            const uint32_t * row0 = (const uint32_t *) (const void *) (tile + (t0 + 4 * t + 2 * i) * p.v.stride_shared);
+            const uint32_t * row0 = (const uint32_t *) (const void *) (rows + 2 * i * p.v.stride_shared);
             const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + p.v.stride_shared);
-            m[i] = T::merge(T::load(row0, b, part), T::load(row1, b, part));
-            d[i] = exists ? tq_scales<T>(row0, row1, b) : 0u;
+            m[i]                  = T::merge(T::load(row0, b, part), T::load(row1, b, part));
+            d[i]                  = tq_scales<T>(row0, row1, b) & keep;
         }
         uint32_t weights[NT][2];
         TQ_UNROLL
         for (int i = 0; i < NT; ++i) {
-            const uint32_t * from = (const uint32_t *) (const void *) (w.weights + (8 * i + g) * ld + t0 + 4 * t);
-            weights[i][0]         = from[0];
-            weights[i][1]         = from[1];
+            const uint32_t * pairs = (const uint32_t *) (const void *) (from + 8 * i * ld);
+            weights[i][0]          = pairs[0];
+            weights[i][1]          = pairs[1];
         }
         TQ_UNROLL
         for (int j = 0; j < 4; ++j) {
@@ -408,15 +407,15 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
             TQ_UNROLL
             for (int i = 0; i < 4; ++i) {
                 a[i] = T::across(table, m[i / 2], 2 * j + i % 2);
-                if (T::SCALED || !exists) {
-                    a[i] = T::SCALED ? tq_mul_half2(a[i], d[i / 2]) : 0u;
-                }
+                a[i] = T::SCALED ? tq_mul_half2(a[i], d[i / 2]) : a[i] & keep;
             }
             TQ_UNROLL
             for (int i = 0; i < NT; ++i) {
                 tq_mma(o[i][j], a[0], a[1], a[2], a[3], weights[i][0], weights[i][1]);
             }
         }
+        rows += 16 * share.n_parts * p.v.stride_shared;
+        from += 16 * share.n_parts;
     }
 }
 
@@ -492,7 +491,7 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
     for (int b = 0; b < KEPT; ++b) {
         TQ_UNROLL
         for (int i = 0; i < NT; ++i) {
-            q[b][i] = w.q[(i * p.k.n_blocks + (b < p.k.n_blocks ? b : 0)) * 32 + lane];
+            q[b][i] = w.q[(i * KEPT + b) * 32 + lane];
         }
     }
     TQ_UNROLL

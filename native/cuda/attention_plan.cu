@@ -198,9 +198,8 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
 
     /* one wave of blocks, and ranges of whole tiles */
     int64_t       per_sm = (int64_t) (limits.shared_per_sm / ((size_t) a->shared_bytes + 1024));
-    const int64_t room   = a->n_tiles == 1 ? 3 : 2; /* by registers: the launch bounds in attention.cu */
     const int64_t tiles  = a->n_kv > 0 ? (a->n_kv + a->tile - 1) / a->tile : 1;
-    per_sm               = per_sm < 1 ? 1 : per_sm > room ? room : per_sm;
+    per_sm               = per_sm < 1 ? 1 : per_sm > TQ_ATTENTION_BLOCKS ? TQ_ATTENTION_BLOCKS : per_sm;
     int64_t splits       = whole > 0 ? limits.n_sm * per_sm / whole : 1;
     splits               = splits < 1 ? 1 : splits > tiles ? tiles : splits;
     splits               = splits > TQ_MAX_SPLITS ? TQ_MAX_SPLITS : splits;

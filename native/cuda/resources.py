@@ -40,7 +40,8 @@ def readable(mangled: str) -> str:
     name = re.sub(r"^_Z\w*?\d+(tq_\w+?_kernel).*", r"\1", mangled)
     numbers = re.findall(r"Li(\d+)E", mangled)
     if name == "tq_attend_kernel":
-        return f"{name} {TYPES[numbers[0]]}, {8 * int(numbers[1])} vectors"
+        size = f" DK {32 * int(numbers[2])}" if numbers[2] != "0" else ""
+        return f"{name} {TYPES[numbers[0]]}{size}, {8 * int(numbers[1])} vectors"
     return " ".join([name, *(f"{number} bits" for number in numbers)])
 
 

@@ -18,10 +18,13 @@
 #define TQ_HD        __host__ __device__ __forceinline__ /* arithmetic: no thread in it */
 #define TQ_D         __device__ __forceinline__          /* steps of a kernel: threads, warps */
 #if defined(__CUDA_ARCH__)
-#  define TQ_UNROLL    _Pragma("unroll")
-#  define TQ_NO_UNROLL _Pragma("unroll 1")
+#  define TQ_UNROLL        _Pragma("unroll")
+#  define TQ_PRAGMA(text)  _Pragma(#text)
+#  define TQ_UNROLL_BY(n)  TQ_PRAGMA(unroll (n))
+#  define TQ_NO_UNROLL     _Pragma("unroll 1")
 #else
 #  define TQ_UNROLL
+#  define TQ_UNROLL_BY(n)
 #  define TQ_NO_UNROLL
 #endif
 #define TQ_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
