@@ -15,6 +15,7 @@
 #define TQ_HD inline
 #define TQ_D  inline
 #define TQ_UNROLL
+#define TQ_UNROLL_BY(n)
 #define TQ_NO_UNROLL
 #define TQ_SHARED(name) unsigned char * name = tq_host.shared
 #define TQ_KERNEL(threads, blocks) static void
