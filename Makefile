@@ -11,7 +11,7 @@ CMAKE := $(BIN)/cmake
 BACKEND_OPS := $(BIN)/python tests/patches/backend_ops.py $(BUILD)/bin/test-backend-ops
 
 sources := CMakeLists.txt pyproject.toml llama_cpp.py $(wildcard README.md) LICENSE $(shell find native patches tqgguf -type f \
-	! -path '*/__pycache__/*' ! -path 'patches/README.md' 2>/dev/null)
+	! -path '*/__pycache__/*' ! -path 'patches/README.md' ! -path 'native/cuda/*' 2>/dev/null)
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

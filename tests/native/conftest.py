@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +19,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = ("rows.cu", "attention.cu", "attention_plan.cu", "runtime.cu")
 FLAGS = ("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE")
-WARNINGS = ("-Wall", "-Wextra", "-Werror")
+WARNINGS = ("-Wall", "-Wextra")
 OPTIONS = ("-DTQ_CUDA_SHARED", "-fvisibility=hidden", f"-I{ROOT / 'native/include'}")
+
 
 class View(ctypes.Structure):
     _fields_: ClassVar = [
@@ -138,6 +140,8 @@ class CudaLibrary:
 
 def build_emulated() -> Path:
     """Compiles native/cuda for the host, once for each state of the sources."""
+    if sys.platform != "linux":
+        pytest.skip("the emulated CUDA library has been tried on Linux only")
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         pytest.skip(f"the emulated CUDA library needs a C++ compiler; there is no {compiler}")

@@ -17,16 +17,16 @@ from tqgguf import reference
 from tqgguf.config import CACHE_TYPES
 
 TOLERANCE = 2e-3
-"""Relative L2 error of the output: q, levels and weights are f16, sums are f32. Measured are 3e-4 to 1e-3,
-and 2e-3 where scores are as large as 100."""
+"""Relative L2 error of the output: q, levels and weights are f16, sums are f32. Measured are 3e-4 to 1e-3, and 2e-3
+where scores are as large as 100."""
 PADDING = 0xEE
 
 
 @dataclass(frozen=True)
 class Case:
     """One call. Shapes follow tqgguf.h; n_kv_stream divides n_stream. offset: bytes that K and V are off their alignment;
-    gap: bytes between tokens. Poison: where NaN (q) or infinities (k, v: their last token, as it is stored) are put after
-    the oracle has been asked; sinks: all are -infinity."""
+    gap: bytes between tokens. Poison: where NaN (q) or infinities (k, v: their last token, as it is stored) are put
+    after the oracle has been asked; sinks: all are -infinity."""
 
     k_type: str = "pqo3"
     v_type: str = "pqo3"
@@ -54,9 +54,7 @@ class Case:
     seed: int = 0
 
 
-def store(
-    x: npt.NDArray[np.float32], type: str, mode: str
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+def store(x: npt.NDArray[np.float32], type: str, mode: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     """Bytes of x, (.., n_head_kv, row bytes), and the values these bytes stand for."""
     if type == "f16":
         half = x.astype(np.float16)
@@ -180,12 +178,15 @@ def test_pairs_of_types(cuda: Any, k_type: str, v_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim_k", "head_dim_v"), [(32 * i, 32 * i) for i in range(1, 9)] + [(512, 512), (576, 512), (192, 128), (64, 320)]
+    ("head_dim_k", "head_dim_v"),
+    [(32 * i, 32 * i) for i in range(1, 9)] + [(512, 512), (576, 512), (192, 128), (64, 320)],
 )
 def test_head_sizes(cuda: Any, head_dim_k: int, head_dim_v: int) -> None:
     for type in reference.TYPES:
         n_q = 7 if type in ("pqo3", "pqt4") else 1
-        check_case(cuda, Case(type, type, head_dim_k, head_dim_v, n_head=2, n_head_kv=1, n_q=n_q, n_kv=70, mask="holes"))
+        check_case(
+            cuda, Case(type, type, head_dim_k, head_dim_v, n_head=2, n_head_kv=1, n_q=n_q, n_kv=70, mask="holes")
+        )
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8, 9, 12, 16, 20])
@@ -242,7 +243,15 @@ def test_streams(cuda: Any) -> None:
 @pytest.mark.parametrize("type", [*reference.TYPES, "f16"])
 def test_alignments(cuda: Any, type: str) -> None:
     other = "pqo3" if type == "f16" else type
-    for offset, gap, head_dim in ((0, 0, 256), (2, 0, 128), (4, 0, 128), (0, 2, 128), (8, 8, 256), (0, 0, 32), (6, 14, 96)):
+    for offset, gap, head_dim in (
+        (0, 0, 256),
+        (2, 0, 128),
+        (4, 0, 128),
+        (0, 2, 128),
+        (8, 8, 256),
+        (0, 0, 32),
+        (6, 14, 96),
+    ):
         check_case(cuda, Case(type, other, head_dim, head_dim, offset=offset, gap=gap, n_kv=90))
         check_case(cuda, Case(other, type, head_dim, head_dim, offset=offset, gap=gap, n_kv=90))
 
@@ -254,7 +263,7 @@ def test_other_codebooks(cuda: Any, type: str, mode: str) -> None:
 
 @pytest.mark.parametrize(("q_scale", "v_scale"), [(1e-6, 1e-3), (30.0, 1e-2), (1e6, 3e4), (1.0, 2e4)])
 def test_magnitudes(cuda: Any, q_scale: float, v_scale: float) -> None:
-    """f16 in between must neither overflow nor lose what is small. Scores of a million are what their signs are, in part."""
+    """f16 in between must neither overflow nor lose what is small. Scores of a million flip a sign now and then."""
     for type in ("pqo3", "pqt4"):
         softcap = 5.0 if q_scale > 100 else 0.0
         case = Case(type, type, 128, 128, q_scale=q_scale, v_scale=v_scale, softcap=softcap, n_kv=200)

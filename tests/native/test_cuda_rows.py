@@ -165,7 +165,9 @@ def test_set_rows_and_get_rows(cuda: Any, type: str, number: Any) -> None:
     rng = np.random.default_rng(4)
     size = reference.BLOCK_BYTES[type]
     x = rng.standard_normal((2, 3, 9, 64)).astype(np.float32)  # of which rows 1, 3, 5, 7 are stored
-    numbers = np.array([[[5, 0, 11, 3]], [[2, 7, 1, 12]]], number)  # one set per stream, for all planes; 12 is out of range
+    numbers = np.array(
+        [[[5, 0, 11, 3]], [[2, 7, 1, 12]]], number
+    )  # one set per stream, for all planes; 12 is out of range
     target = np.full((2, 3, 12, 3 * size), 0x55, np.uint8)
     source = Tensor(cuda, x, "f32", view=lambda a: a[:, :, 1:8:2])
     out = Tensor(cuda, target, type, view=lambda a: a[..., size:])
