@@ -24,7 +24,7 @@ PADDING = 0xEE
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Shapes follow tqgguf.h; n_kv_stream divides n_stream. offset: bytes that K and V are off their alignment;
+    """One call. Shapes follow tqgguf.h; n_kv_stream divides n_stream. offset: bytes that K and V are off;
     gap: bytes between tokens. Poison: where NaN (q) or infinities (k, v: their last token, as it is stored) are put
     after the oracle has been asked; sinks: all are -infinity."""
 
