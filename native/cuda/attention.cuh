@@ -53,7 +53,7 @@ struct tq_buffers {
     uint32_t *k_table, *v_table;
     tq_quad * q;       /* (n_tiles, n_blocks of K, 32 lanes): fragments */
     float *   scores;  /* (vectors, tile + 4) */
-    uint16_t *weights; /* (vectors, tile + 16), f16 */
+    uint16_t *weights; /* (vectors, tile + 8), f16 */
     float *   factors; /* (vectors): what earlier results are multiplied by; four such arrays */
     uint8_t * stages;
 };
@@ -318,7 +318,7 @@ template <int NT> TQ_D void tq_softmax(const tq_attention & p, const tq_buffers 
         const int j = r->first + i * r->step;
         if (j < p.tile) {
             const uint16_t h                           = (uint16_t) tq_half2(tq_exp(x[i] - base) * TQ_WEIGHT, 0.0f);
-            w.weights[r->vec * (p.tile + 16) + j] = h;
+            w.weights[r->vec * (p.tile + 8) + j] = h;
             r->sum += tq_half_to_float(h);
         }
     }
@@ -351,7 +351,7 @@ TQ_D void tq_drop_unseen(const tq_attention & p, const tq_buffers & w, uint8_t *
     for (int j = tq_thread(); j < p.tile; j += TQ_ATTENTION_THREADS) {
         uint32_t any = 0;
         for (int i = 0; i < 8 * p.n_tiles; ++i) {
-            any |= w.weights[i * (p.tile + 16) + j];
+            any |= w.weights[i * (p.tile + 8) + j];
         }
         for (int i = 0; i < p.v.row_bytes / 4 && any == 0; ++i) {
             ((uint32_t *) (void *) (tile + j * p.v.stride_shared))[i] = 0;
@@ -362,7 +362,7 @@ TQ_D void tq_drop_unseen(const tq_attention & p, const tq_buffers & w, uint8_t *
 /* o <- factors o + V^T weights; o[i][j]: the lane's part of dimensions n = 2 j, 2 j + 1 of its slice */
 template <typename T, int NT>
 TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_share & share, const uint8_t * tile, float (*o)[4][4]) {
-    const int        lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = p.tile + 16;
+    const int        lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = p.tile + 8;
     const uint32_t * table = w.v_table;
     if (!share.any) {
         return;
@@ -381,15 +381,15 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
     const int        column = 2 * share.unit + g / 4, part = g % 4;
     const uint32_t   keep   = column < p.v.n_blocks ? 0xffffffffu : 0u; /* the last unit of an odd number of blocks is half empty */
     const int        b      = keep ? column : 0;
-    const uint8_t *  rows   = tile + (16 * share.part + 4 * t) * p.v.stride_shared;
-    const uint16_t * from   = w.weights + g * ld + 16 * share.part + 4 * t;
+    const uint8_t *  rows   = tile + (16 * share.part + 2 * t) * p.v.stride_shared;
+    const uint16_t * from   = w.weights + g * ld + 16 * share.part + 2 * t;
     TQ_NO_UNROLL
     for (int t0 = 16 * share.part; t0 < p.tile; t0 += 16 * share.n_parts) {
         typename T::merged m[2];
         uint32_t           d[2];
         TQ_UNROLL
-        for (int i = 0; i < 2; ++i) { /* tokens 4 t + 2 i and the next one: any order will do that the weights follow */
-            const uint32_t * row0 = (const uint32_t *) (const void *) (rows + 2 * i * p.v.stride_shared);
+        for (int i = 0; i < 2; ++i) { /* tokens 2 t + 8 i and the next one */
+            const uint32_t * row0 = (const uint32_t *) (const void *) (rows + 8 * i * p.v.stride_shared);
             const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + p.v.stride_shared);
             m[i]                  = T::merge(T::load(row0, b, part), T::load(row1, b, part));
             d[i]                  = tq_scales<T>(row0, row1, b) & keep;
@@ -399,7 +399,7 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
         for (int i = 0; i < NT; ++i) {
             const uint32_t * pairs = (const uint32_t *) (const void *) (from + 8 * i * ld);
             weights[i][0]          = pairs[0];
-            weights[i][1]          = pairs[1];
+            weights[i][1]          = pairs[4];
         }
         TQ_UNROLL
         for (int j = 0; j < 4; ++j) {

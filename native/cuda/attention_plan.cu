@@ -51,7 +51,8 @@ static int check_operand(const char * name, const tq_attn_operand * x, tq_operan
     /* Copies of 16 bytes if tokens begin at multiples of 16: then a head's row, whose 56 bytes, say, do not, is copied together
      * with its neighbours' bytes up to the next multiples. They lie in the same sectors anyway, and it takes 4 copies, not 7.
      * The space for it is reckoned from the strides alone: the work buffer's size depends on it, and may be asked for before
-     * there is any data. Eight rows are read side by side: a row of a multiple of eight words would put them into few banks. */
+     * there is any data. Where a row is an odd multiple of four words, the eight rows that a warp reads side by side for K, and
+     * the four pairs of rows for V, lie in different banks. */
     const bool wide  = (x->stride_token | x->stride_stream) % 16 == 0 && x->stride_head % 4 == 0 && o->row_bytes % 4 == 0;
     int64_t    bytes = o->row_bytes;
     for (int64_t h = 0; wide && h < 16 && h < x->n_head; ++h) {
@@ -95,7 +96,7 @@ static void lay_out(tq_attention * a, int tile, int n_stages) {
     at += a->one_table ? 0 : table_bytes(a->v);
     a->at_q       = at; at += a->n_tiles * a->k.n_blocks * 512;
     a->at_scores  = at; at += n * (tile + 4) * 4;
-    a->at_weights = at; at += n * (tile + 16) * 2;
+    a->at_weights = at; at += n * (tile + 8) * 2;
     a->at_vectors = at; at += (int) round_up(4 * n * 4, 16);
     a->at_stages  = at;
     a->v_in_stage = (int) round_up(tile * a->k.stride_shared + 16, 16); /* unaligned reads go up to 8 bytes beyond a row */
