@@ -53,8 +53,10 @@ static int check_operand(const char * name, const tq_attn_operand * x, tq_operan
      * The space for it is reckoned from the strides alone: the work buffer's size depends on it, and may be asked for before
      * there is any data. Where a row is an odd multiple of four words, the eight rows that a warp reads side by side for K, and
      * the four pairs of rows for V, lie in different banks. */
-    const bool wide  = (x->stride_token | x->stride_stream) % 16 == 0 && x->stride_head % 4 == 0 && o->row_bytes % 4 == 0;
-    int64_t    bytes = o->row_bytes;
+    const bool inside = (size_t) x->n_head * x->stride_head <= x->stride_token; /* a head's neighbours are in the tensor, too */
+    const bool wide   = (x->stride_token | x->stride_stream) % 16 == 0 && (inside ? x->stride_head % 4 : x->stride_head % 16) == 0 &&
+                      o->row_bytes % 4 == 0;
+    int64_t    bytes  = o->row_bytes;
     for (int64_t h = 0; wide && h < 16 && h < x->n_head; ++h) {
         const int64_t needed = round_up(h * o->stride_head % 16 + o->row_bytes, 16);
         bytes                = needed > bytes ? needed : bytes;

@@ -4,6 +4,13 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+#if !defined(__CUDACC__)
+#  include <map>
+#  include <sys/mman.h>
+#  include <unistd.h>
+#  include <utility>
+#endif
+
 static thread_local char message[512];
 
 extern "C" int tqi_cuda_fail(int status, const char * format, ...) {
@@ -110,13 +117,30 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
     return TQ_OK;
 }
 
+/* Memory that ends, but for less than 16 bytes, where a page begins that cannot be touched: kernels that read beyond an array
+ * end the process, as they may or may not on a GPU. */
+static std::map<void *, std::pair<void *, size_t>> allocations;
+
 extern "C" int tq_cuda_alloc(size_t bytes, void ** data) {
-    *data = malloc(bytes > 0 ? bytes : 1);
-    return *data != NULL ? TQ_OK : tqi_cuda_fail(TQ_E_MEMORY, "allocating %zu bytes failed", bytes);
+    const size_t page = (size_t) sysconf(_SC_PAGESIZE), used = (bytes + 15) / 16 * 16, pages = (used + page - 1) / page * page;
+    void * const base = mmap(NULL, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED || mprotect((uint8_t *) base + pages, page, PROT_NONE) != 0) {
+        return tqi_cuda_fail(TQ_E_MEMORY, "allocating %zu bytes failed", bytes);
+    }
+    *data              = (uint8_t *) base + pages - used;
+    allocations[*data] = { base, pages + page };
+    return TQ_OK;
 }
 
 extern "C" int tq_cuda_free(void * data) {
-    free(data);
+    const auto found = allocations.find(data);
+    if (data != NULL && found == allocations.end()) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "%p given to free; it was not allocated", data);
+    }
+    if (data != NULL) {
+        munmap(found->second.first, found->second.second);
+        allocations.erase(found);
+    }
     return TQ_OK;
 }
 

@@ -46,6 +46,7 @@ class Case:
     max_bias: float = 0.0
     offset: int = 0
     gap: int = 0
+    head_major: bool = False
     spread: float = 0.0
     q_scale: float = 1.0
     v_scale: float = 1.0
@@ -116,13 +117,18 @@ def compute(cuda: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray
         (args.k, k_bytes, case.k_type, case.head_dim_k),
         (args.v, v_bytes, case.v_type, case.head_dim_v),
     ):
-        token_bytes = case.n_head_kv * data.shape[-1]
-        tokens = np.full((n_kv_stream, case.n_kv, token_bytes + case.gap), PADDING, np.uint8)
-        tokens[..., :token_bytes] = data.reshape(n_kv_stream, case.n_kv, token_bytes)
-        target.data, target.type = cuda.put(tokens, case.offset).pointer, CACHE_TYPES[type].number
-        target.mode = reference.MODES.index(case.mode)
+        n_bytes = data.shape[-1]
+        target.type, target.mode = CACHE_TYPES[type].number, reference.MODES.index(case.mode)
         target.head_dim, target.n_head, target.n_stream = dim, case.n_head_kv, n_kv_stream
-        target.stride_stream, target.stride_token, target.stride_head = *tokens.strides[:2], data.shape[-1]
+        if case.head_major:
+            stored = np.full((n_kv_stream, case.n_head_kv, case.n_kv, n_bytes + case.gap), PADDING, np.uint8)
+            stored[..., :n_bytes] = data.swapaxes(1, 2)
+            target.stride_stream, target.stride_head, target.stride_token = stored.strides[:3]
+        else:
+            stored = np.full((n_kv_stream, case.n_kv, case.n_head_kv * n_bytes + case.gap), PADDING, np.uint8)
+            stored[..., : case.n_head_kv * n_bytes] = data.reshape(n_kv_stream, case.n_kv, case.n_head_kv * n_bytes)
+            target.stride_stream, target.stride_token, target.stride_head = *stored.strides[:2], n_bytes
+        target.data = cuda.put(stored, case.offset).pointer
     args.n_q, args.n_kv = case.n_q, case.n_kv
     if case.mask != "none":
         args.mask = cuda.put(mask).pointer
@@ -135,9 +141,9 @@ def compute(cuda: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray
     result = cuda.put(out)
     args.out = result.pointer
     args.out_stride_stream, args.out_stride_row, args.out_stride_head = out.strides[:3]
-    n_bytes = cuda.lib.tq_cuda_attn_work_bytes(ctypes.byref(args))
-    assert n_bytes < 1 << 40, cuda.error()
-    work = cuda.put(np.full(n_bytes + 16, 0xFF, np.uint8))
+    work_bytes = cuda.lib.tq_cuda_attn_work_bytes(ctypes.byref(args))
+    assert work_bytes < 1 << 40, cuda.error()
+    work = cuda.put(np.full(work_bytes + 16, 0xFF, np.uint8))
     cuda.check(cuda.lib.tq_cuda_attn(ctypes.byref(args), ctypes.c_void_p(-(-work.pointer // 16) * 16), None))
     options: dict[str, Any] = {
         "sinks": sinks if case.sinks else None,
@@ -253,7 +259,7 @@ def test_alignments(cuda: Any, type: str) -> None:
         (6, 14, 96),
     ):
         check_case(cuda, Case(type, other, head_dim, head_dim, offset=offset, gap=gap, n_kv=90))
-        check_case(cuda, Case(other, type, head_dim, head_dim, offset=offset, gap=gap, n_kv=90))
+        check_case(cuda, Case(other, type, head_dim, head_dim, offset=offset, gap=gap, n_kv=90, head_major=True))
 
 
 @pytest.mark.parametrize(("type", "mode"), [codec for codec in reference.CODECS if codec[1] != "search"])
