@@ -112,11 +112,13 @@ inline void tq_host_run_block(int n_threads) {
     for (int n_done = 0; n_done < n_threads;) {
         const unsigned barriers = tq_host.n_barriers;
         bool           moved    = false;
-        for (int w = 0; w < n_threads / TQ_HOST_LANES; ++w) {
+        for (int v = 0; v < n_threads / TQ_HOST_LANES; ++v) { /* odd blocks run backwards: nothing may depend on the order */
+            const int w = tq_host.x & 1 ? n_threads / TQ_HOST_LANES - 1 - v : v;
             for (bool again = true; again;) { /* a warp runs until each of its lanes is done or waits at the block's barrier */
                 const unsigned exchanges = tq_host.warps[w].n_exchanges;
                 again                    = false;
-                for (int i = w * TQ_HOST_LANES; i < (w + 1) * TQ_HOST_LANES; ++i) {
+                for (int j = 0; j < TQ_HOST_LANES; ++j) {
+                    const int       i = w * TQ_HOST_LANES + (tq_host.x & 1 ? TQ_HOST_LANES - 1 - j : j);
                     tq_host_fibre * f = &tq_host.fibres[i];
                     const bool      at_barrier = f->n_barriers > tq_host.n_barriers;
                     const bool      at_exchange = f->n_exchanges > tq_host.warps[w].n_exchanges;
