@@ -11,7 +11,7 @@ CMAKE := $(BIN)/cmake
 BACKEND_OPS := $(BIN)/python tests/patches/backend_ops.py $(BUILD)/bin/test-backend-ops
 
 sources := CMakeLists.txt pyproject.toml llama_cpp.py $(wildcard README.md) LICENSE $(shell find native patches tqgguf -type f \
-	! -path '*/__pycache__/*' ! -path 'patches/README.md' 2>/dev/null)
+	! -path '*/__pycache__/*' ! -path 'patches/README.md' ! -path 'native/cuda/*' 2>/dev/null)
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -49,6 +49,20 @@ conformance-neon: $(VENV)/ready ## the NEON kernels, cross-compiled and run by q
 			-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc >/dev/null && \
 		$(CMAKE) --build build/neon && qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/conformance; \
 	else echo "skipped neon: it needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)"; fi
+
+CUDA_ARCHITECTURES ?= native
+
+cuda: $(VENV)/ready ## the CUDA kernels for this machine's cards (CUDA_ARCHITECTURES=...), as a library that the tests load
+	$(CMAKE) -G Ninja -S native -B build/cuda -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTQGGUF_VERSION=cuda -DTQGGUF_CUDA=ON \
+		"-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/cuda >/dev/null
+	$(CMAKE) --build build/cuda --target tqgguf_cuda
+
+cuda-test: cuda ## the tests of the CUDA kernels, on the GPU
+	$(BIN)/python -m pytest -m cuda tests/native
+
+cuda-compile: $(VENV)/ready ## native/cuda for every supported architecture, where nvcc is present
+	@if command -v nvcc >/dev/null; then $(BIN)/python native/cuda/resources.py --compile build/cuda-compile; \
+	else echo "skipped cuda: there is no nvcc (CUDA toolkit 12 or newer)"; fi
 
 conformance-programs: build/installed
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_CONFORMANCE=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
@@ -100,4 +114,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean
+.PHONY: help demo test lint install cuda cuda-test cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean

@@ -1,0 +1,609 @@
+/* attention.cuh: fused attention over compressed K and V for few query vectors, on tensor cores.
+ *
+ * As on the CPU (attention.c) everything happens in the transformed domain: q is transformed once, V is accumulated
+ * transformed, the inverse transform runs once on the output. A block of 256 threads takes a range of keys of one KV head,
+ * and up to 16 query vectors of it, so that each K and V block is decoded once for the whole group. Ranges are merged by a
+ * second kernel (as in Flash-Decoding).
+ *
+ * Per tile of up to 128 keys:
+ *   scores      Warp w takes 16 keys: S = K q, m16n8k16, keys down, query vectors across. Products of one K block are summed
+ *               by the tensor core and multiplied by its scale afterwards, in f32: K's scale never meets f16.
+ *   softmax     online, by row of scores; weights become f16, and the sum adds up what they were rounded to
+ *   accumulate  Warp w takes 64 dimensions and a part of the keys: O = V^T P, dimensions down, query vectors across
+ * The query vectors fill eight columns of a tensor-core tile even if there is one of them only: multiplying costs less than
+ * decoding either way, about 1 of 8 us at 32k tokens of 8 heads of 128 (docs/cuda.md).
+ *
+ * Largest score and weights are per query vector, relative to which f16 has enough range: q is brought to 64..128 by a power of
+ * two, weights are multiplied by WEIGHT, levels by UNIT (slices.cuh); the output divides by the sum, in the same units.
+ *
+ * All functions are called by every thread of the block unless they say otherwise. g = lane / 4 and t = lane % 4 are the row
+ * and column of a lane in a tensor-core fragment (tq_mma). */
+#ifndef TQ_ATTENTION_CUH
+#define TQ_ATTENTION_CUH
+
+#include "attention_plan.h"
+#include "slices.cuh"
+#include "transform.cuh"
+
+#define TQ_WEIGHT 1024.0f
+#define TQ_F16_NEGATIVE_INFINITY 0xfc00u
+
+struct alignas(16) tq_quad {
+    uint32_t word[4];
+};
+
+/* Where a block of threads works. */
+struct tq_task {
+    int stream, kv_stream, kv_head, vec0, split;
+    int begin, end; /* keys */
+};
+
+/* What a thread knows of the query vector whose softmax it helps with. */
+struct tq_row {
+    int             vec;    /* of the block's 8 or 16 */
+    int             first;  /* of its tokens in a tile; the others are step further on each */
+    int             step;
+    bool            valid;
+    const uint8_t * mask;
+    float           slope, factor; /* factor: score = factor * what scores() finds */
+    float           max, sum;      /* sum: of this thread's tokens alone, in units of WEIGHT */
+};
+
+struct tq_buffers {
+    uint32_t *k_table, *v_table;
+    tq_quad * q;       /* (n_tiles, n_blocks of K, 32 lanes): fragments */
+    float *   scores;  /* (vectors, tile + 4) */
+    uint16_t *weights; /* (vectors, tile + 8), f16 */
+    float *   factors; /* (vectors): what earlier results are multiplied by; four such arrays */
+    uint8_t * stages;
+};
+
+/* Where the tables lie is a constant if there is but one, which saves an addition per look-up. */
+TQ_D tq_buffers tq_carve(const tq_attention & p, bool one_table, unsigned char * shared) {
+    tq_buffers w;
+    w.k_table = (uint32_t *) (void *) shared;
+    w.v_table = (uint32_t *) (void *) (shared + (one_table ? 0 : p.at_v_table));
+    w.q       = (tq_quad *) (void *) (shared + p.at_q);
+    w.scores  = (float *) (void *) (shared + p.at_scores);
+    w.weights = (uint16_t *) (void *) (shared + p.at_weights);
+    w.factors = (float *) (void *) (shared + p.at_vectors);
+    w.stages  = shared + p.at_stages;
+    return w;
+}
+
+TQ_D tq_task tq_task_of(const tq_attention & p) {
+    tq_task k;
+    k.kv_head   = tq_block_x() % p.n_head_kv; /* fastest: the heads of a token share sectors */
+    k.split     = tq_block_x() / p.n_head_kv;
+    k.vec0      = tq_block_y() * 8 * p.n_tiles;
+    k.stream    = tq_block_z();
+    k.kv_stream = k.stream / p.streams_per_kv;
+    k.begin     = k.split * p.split;
+    k.end       = p.n_kv - k.begin < p.split ? p.n_kv : k.begin + p.split;
+    return k;
+}
+
+/* ---- Memory ---- */
+
+/* How far a head's rows in shared memory lie behind a multiple of 16 bytes. */
+TQ_D int tq_lead(const tq_operand & x, const tq_task & k) { return x.grain == 16 ? (int) (k.kv_head * x.stride_head) & 15 : 0; }
+
+/* A thread copies the same unit, a unit being what is copied at once, of every rows_on-th row: up to 256 % units threads have
+ * nothing to do, but where a thread goes on takes two additions rather than a division. units: that this head needs. */
+template <int BYTES> TQ_D void tq_copy_rows(const tq_operand & x, const uint8_t * from, int n, int units, uint8_t * to) {
+    const int first = (int) tq_multiply_high((uint32_t) tq_thread(), x.units_inverse);
+    const int unit  = tq_thread() - first * x.units;
+    from += first * x.stride_token + unit * BYTES;
+    to += first * x.stride_shared + unit * BYTES;
+    TQ_NO_UNROLL
+    for (int row = first < x.rows_on ? first : n; row < n; row += x.rows_on) {
+        if (BYTES >= 16) {
+            if (unit < units) {
+                tq_copy_async<16>(to, from);
+            }
+        }
+        TQ_NO_UNROLL
+        for (int i = unit; BYTES < 16 && i < units; i += TQ_ATTENTION_THREADS) { /* once, but for the longest rows */
+            if (BYTES == 2) {
+                *(uint16_t *) (void *) (to + (i - unit) * BYTES) = *(const uint16_t *) (const void *) (from + (i - unit) * BYTES);
+            } else {
+                tq_copy_async<BYTES == 8 ? 8 : 4>(to + (i - unit) * BYTES, from + (i - unit) * BYTES);
+            }
+        }
+        from += x.rows_on * x.stride_token;
+        to += x.rows_on * x.stride_shared;
+    }
+}
+
+TQ_D void tq_load_operand(const tq_operand & x, const tq_task & k, int t0, int n, uint8_t * to) {
+    const uint8_t * from = x.data + k.kv_stream * x.stride_stream + k.kv_head * x.stride_head + t0 * x.stride_token;
+    if (x.grain == 16) {
+        const int lead = tq_lead(x, k);
+        tq_copy_rows<16>(x, from - lead, n, (lead + x.row_bytes + 15) / 16, to);
+    } else if (x.grain == 8) {
+        tq_copy_rows<8>(x, from, n, x.units, to);
+    } else if (x.grain == 4) {
+        tq_copy_rows<4>(x, from, n, x.units, to);
+    } else {
+        tq_copy_rows<2>(x, from, n, x.units, to);
+    }
+}
+
+/* Starts to load the tile at t0, K and V. */
+TQ_D void tq_load_tile(const tq_attention & p, const tq_task & k, int t0, uint8_t * stage) {
+    const int n = k.end - t0 < p.tile ? k.end - t0 : p.tile;
+    tq_load_operand(p.k, k, t0, n, stage);
+    tq_load_operand(p.v, k, t0, n, stage + p.v_in_stage);
+    tq_copy_commit();
+}
+
+template <typename T> TQ_D void tq_fill_table(const float * levels, uint32_t * table) {
+    TQ_NO_UNROLL
+    for (int i = tq_thread(); i < T::ENTRIES * TQ_LANES; i += TQ_ATTENTION_THREADS) {
+        table[i] = T::entry(levels, i / TQ_LANES);
+    }
+}
+
+/* ---- Queries ---- */
+
+/* A power of two that brings |x| = amax to 64..128, and its inverse. */
+TQ_HD float tq_power_for(float amax, float * inverse) {
+    int e = (int) (tq_float_bits(amax) >> 23 & 255u) - 127;
+    e     = e < -100 ? -100 : e;
+    *inverse = tq_bits_float((uint32_t) (127 + e - 6) << 23);
+    return tq_bits_float((uint32_t) (127 + 6 - e) << 23);
+}
+
+/* Writes the q fragments and, for each query vector, what its scores must be multiplied by: factors. A warp takes a vector. */
+template <typename T> TQ_D void tq_load_queries(const tq_attention & p, const tq_task & k, const tq_buffers & w) {
+    const int  lane   = tq_thread() % 32;
+    uint16_t * halves = (uint16_t *) (void *) w.q;
+    for (int i = tq_thread() / 32; i < 8 * p.n_tiles; i += TQ_WARPS) {
+        const int     vec   = k.vec0 + i;
+        const bool    valid = vec < p.n_vec;
+        const float * q     = (const float *) (const void *) (p.q + k.stream * p.q_stride_stream +
+                                                          (int64_t) (valid ? k.kv_head * p.group + vec % p.group : 0) * p.q_stride_head +
+                                                          (int64_t) (valid ? vec / p.group : 0) * p.q_stride_row);
+        float         amax  = 0.0f, inverse;
+        for (int b = 0; b < p.k.n_blocks; ++b) {
+            amax = fmaxf(amax, fabsf(q[b * TQ_BLOCK + lane]));
+        }
+        TQ_UNROLL
+        for (int h = 1; h < 32; h *= 2) {
+            amax = fmaxf(amax, tq_exchange(amax, h));
+        }
+        const float power = tq_power_for(amax, &inverse);
+        for (int b = 0; b < p.k.n_blocks; ++b) {
+            float x = q[b * TQ_BLOCK + lane] * power;
+            if (p.k.ours) {
+                x = tq_transform_warp(p.k.signs_first, x, lane);
+            }
+            /* which part of the block's four holds this value, and as its which */
+            const bool trellis = T::dim(0, 2) != 2;
+            const int  part    = trellis ? lane % 8 / 2 : lane / 8;
+            const int  n       = trellis ? 2 * (lane / 8) + lane % 2 : lane % 8;
+            const int  at      = (((i / 8) * p.k.n_blocks + b) * 32 + 4 * (i % 8) + part) * 8 + n;
+            halves[at]         = (uint16_t) (valid ? tq_half2(x, 0.0f) : 0u);
+        }
+        if (lane == 0) {
+            w.factors[i] = inverse * (p.softcap > 0.0f ? p.scale / p.softcap : p.scale) / T::unit();
+        }
+    }
+}
+
+/* ---- Scores ---- */
+
+/* ALiBi: Press et al., arXiv:2108.12409, extended to head counts that are no power of two as llama.cpp does. */
+TQ_HD float tq_slope(const tq_attention & p, int head) {
+    if (p.max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    int n = 1;
+    while (2 * n <= p.n_head) {
+        n *= 2;
+    }
+    return head < n ? exp2f(-p.max_bias / (float) n * (float) (head + 1)) : exp2f(-p.max_bias / 2.0f / (float) n * (float) (2 * (head - n) + 1));
+}
+
+/* scores <- K q. KEPT: the number of K blocks, whose q fragments are in registers, q; 0: any number, and q is read from w. */
+template <typename T, int NT, int KEPT>
+TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const tq_quad (*q)[NT], const uint8_t * tile) {
+    const int        lane = tq_thread() % 32, warp = tq_thread() / 32, g = lane / 4, t = lane % 4;
+    const int        ld   = p.tile + 4;
+    const uint32_t * table = w.k_table;
+    if (16 * warp >= p.tile) {
+        return;
+    }
+    const uint32_t * row0 = (const uint32_t *) (const void *) (tile + (16 * warp + g) * p.k.stride_shared);
+    const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + 8 * p.k.stride_shared);
+    float            sum[NT][4];
+    TQ_UNROLL
+    for (int i = 0; i < NT; ++i) {
+        sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
+    }
+    const int n_blocks = KEPT > 0 ? KEPT : p.k.n_blocks;
+    TQ_UNROLL_BY(KEPT > 0 ? KEPT : 1)
+    for (int b = 0; b < n_blocks; ++b) {
+        const typename T::slice s0 = T::load(row0, b, t), s1 = T::load(row1, b, t);
+        const uint32_t          d  = tq_scales<T>(row0, row1, b);
+        const float             d0 = tq_half_to_float((uint16_t) d), d1 = tq_half_to_float((uint16_t) (d >> 16));
+        uint32_t                a[8];
+        TQ_UNROLL
+        for (int n = 0; n < 8; n += 2) {
+            a[n]     = T::along(table, s0, n);
+            a[n + 1] = T::along(table, s1, n);
+        }
+        TQ_UNROLL
+        for (int i = 0; i < NT; ++i) {
+            const tq_quad x    = KEPT > 0 ? q[KEPT > 0 ? b : 0][i] : w.q[(i * n_blocks + b) * 32 + lane];
+            float         c[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            tq_mma(c, a[0], a[1], a[2], a[3], x.word[0], x.word[1]);
+            tq_mma(c, a[4], a[5], a[6], a[7], x.word[2], x.word[3]);
+            sum[i][0] += d0 * c[0];
+            sum[i][1] += d0 * c[1];
+            sum[i][2] += d1 * c[2];
+            sum[i][3] += d1 * c[3];
+        }
+    }
+    TQ_UNROLL
+    for (int i = 0; i < NT; ++i) {
+        float * s     = w.scores + (8 * i + 2 * t) * ld + 16 * warp + g;
+        s[0]          = sum[i][0];
+        s[ld]         = sum[i][1];
+        s[8]          = sum[i][2];
+        s[ld + 8]     = sum[i][3];
+    }
+}
+
+/* ---- Softmax ---- */
+
+TQ_D tq_row tq_row_of(const tq_attention & p, const tq_task & k, int n_tiles) {
+    tq_row r;
+    r.step  = 32 / n_tiles;
+    r.vec   = tq_thread() / r.step;
+    r.first = tq_thread() % r.step;
+    r.valid = k.vec0 + r.vec < p.n_vec;
+    const int vec = r.valid ? k.vec0 + r.vec : 0, head = k.kv_head * p.group + vec % p.group;
+    r.slope  = tq_slope(p, head);
+    r.mask   = p.mask == NULL ? NULL
+                              : p.mask + (int64_t) (vec / p.group) * p.mask_stride_row + (int64_t) (head % p.n_mask_head) * p.mask_stride_head +
+                                    (int64_t) (k.stream % p.n_mask_stream) * p.mask_stride_stream;
+    r.factor = 0.0f;
+    r.max    = -INFINITY;
+    r.sum    = 0.0f;
+    return r;
+}
+
+/* The mask of this thread's tokens of the tile at t0; returns whether it lets any be seen. Keys that do not exist are hidden,
+ * too, and what is hidden does not count, whatever it is. */
+template <int NT> TQ_D int tq_load_mask(const tq_attention & p, const tq_task & k, const tq_row & r, int t0, uint16_t * mask) {
+    int seen = 0;
+    TQ_UNROLL
+    for (int i = 0; i < 4 * NT; ++i) {
+        const int j = r.first + i * r.step;
+        mask[i]     = TQ_F16_NEGATIVE_INFINITY;
+        if (j < p.tile && r.valid && t0 + j < k.end) {
+            mask[i] = r.mask == NULL ? (uint16_t) 0 : ((const uint16_t *) (const void *) r.mask)[t0 + j];
+        }
+        seen |= mask[i] != TQ_F16_NEGATIVE_INFINITY;
+    }
+    return seen;
+}
+
+/* Online softmax (Milakov and Gimelshein, arXiv:1805.02867): weights <- exp(score - largest), factors <- what earlier results
+ * must be multiplied by. A vector that has seen no key yet gives zeros. */
+template <int NT> TQ_D void tq_softmax(const tq_attention & p, const tq_buffers & w, const uint16_t * mask, tq_row * r) {
+    const float * s = w.scores + r->vec * (p.tile + 4);
+    float         x[4 * NT], top = r->max;
+    TQ_UNROLL
+    for (int i = 0; i < 4 * NT; ++i) {
+        const int j = r->first + i * r->step;
+        x[i]        = -INFINITY;
+        if (mask[i] != TQ_F16_NEGATIVE_INFINITY) {
+            x[i] = s[j] * r->factor;
+            x[i] = p.softcap > 0.0f ? p.softcap * tanhf(x[i]) : x[i];
+            x[i] += r->slope * tq_half_to_float(mask[i]);
+        }
+        top = fmaxf(top, x[i]);
+    }
+    TQ_UNROLL
+    for (int h = 1; h < 32 / NT; h *= 2) {
+        top = fmaxf(top, tq_exchange(top, h));
+    }
+    const float factor = top == r->max ? 1.0f : tq_exp(r->max - top);
+    const float base   = top == -INFINITY ? 0.0f : top; /* zeros, but NaN stays NaN */
+    r->sum *= factor;
+    TQ_UNROLL
+    for (int i = 0; i < 4 * NT; ++i) {
+        const int j = r->first + i * r->step;
+        if (j < p.tile) {
+            const uint16_t h                           = (uint16_t) tq_half2(tq_exp(x[i] - base) * TQ_WEIGHT, 0.0f);
+            w.weights[r->vec * (p.tile + 8) + j] = h;
+            r->sum += tq_half_to_float(h);
+        }
+    }
+    r->max = top;
+    if (r->first == 0) {
+        w.factors[r->vec] = factor;
+    }
+}
+
+/* ---- Values ---- */
+
+/* A warp's share of the output: 64 dimensions, and each n_parts-th 16 keys of a tile. */
+struct tq_share {
+    int  unit, part, n_parts;
+    bool any;
+};
+
+TQ_D tq_share tq_share_of(const tq_attention & p) {
+    const int n_units = (p.v.n_blocks + 1) / 2, warp = tq_thread() / 32;
+    tq_share  s;
+    s.n_parts = n_units == 1 ? 8 : n_units == 2 ? 4 : n_units <= 4 ? 2 : 1;
+    s.unit    = warp % n_units;
+    s.part    = warp / n_units;
+    s.any     = s.part < s.n_parts;
+    return s;
+}
+
+/* Zeroes rows of f16 V that have no weight: they may hold infinities, which a weight of 0 does not cancel. */
+TQ_D void tq_drop_unseen(const tq_attention & p, const tq_buffers & w, uint8_t * tile) {
+    for (int j = tq_thread(); j < p.tile; j += TQ_ATTENTION_THREADS) {
+        uint32_t any = 0;
+        for (int i = 0; i < 8 * p.n_tiles; ++i) {
+            any |= w.weights[i * (p.tile + 8) + j];
+        }
+        for (int i = 0; i < p.v.row_bytes / 4 && any == 0; ++i) {
+            ((uint32_t *) (void *) (tile + j * p.v.stride_shared))[i] = 0;
+        }
+    }
+}
+
+/* o <- factors o + V^T weights; o[i][j]: the lane's part of dimensions n = 2 j, 2 j + 1 of its slice */
+template <typename T, int NT>
+TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_share & share, const uint8_t * tile, float (*o)[4][4]) {
+    const int        lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = p.tile + 8;
+    const uint32_t * table = w.v_table;
+    if (!share.any) {
+        return;
+    }
+    TQ_UNROLL
+    for (int i = 0; i < NT; ++i) {
+        const float f0 = w.factors[8 * i + 2 * t], f1 = w.factors[8 * i + 2 * t + 1];
+        TQ_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            o[i][j][0] *= f0;
+            o[i][j][1] *= f1;
+            o[i][j][2] *= f0;
+            o[i][j][3] *= f1;
+        }
+    }
+    const int        column = 2 * share.unit + g / 4, part = g % 4;
+    const uint32_t   keep   = column < p.v.n_blocks ? 0xffffffffu : 0u; /* the last unit of an odd number of blocks is half empty */
+    const int        b      = keep ? column : 0;
+    const uint8_t *  rows   = tile + (16 * share.part + 2 * t) * p.v.stride_shared;
+    const uint16_t * from   = w.weights + g * ld + 16 * share.part + 2 * t;
+    TQ_NO_UNROLL
+    for (int t0 = 16 * share.part; t0 < p.tile; t0 += 16 * share.n_parts) {
+        typename T::merged m[2];
+        uint32_t           d[2];
+        TQ_UNROLL
+        for (int i = 0; i < 2; ++i) { /* tokens 2 t + 8 i and the next one */
+            const uint32_t * row0 = (const uint32_t *) (const void *) (rows + 8 * i * p.v.stride_shared);
+            const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + p.v.stride_shared);
+            m[i]                  = T::merge(T::load(row0, b, part), T::load(row1, b, part));
+            d[i]                  = tq_scales<T>(row0, row1, b) & keep;
+        }
+        uint32_t weights[NT][2];
+        TQ_UNROLL
+        for (int i = 0; i < NT; ++i) {
+            const uint32_t * pairs = (const uint32_t *) (const void *) (from + 8 * i * ld);
+            weights[i][0]          = pairs[0];
+            weights[i][1]          = pairs[4];
+        }
+        TQ_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            uint32_t a[4];
+            TQ_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                a[i] = T::across(table, m[i / 2], 2 * j + i % 2);
+                a[i] = T::SCALED ? tq_mul_half2(a[i], d[i / 2]) : a[i] & keep;
+            }
+            TQ_UNROLL
+            for (int i = 0; i < NT; ++i) {
+                tq_mma(o[i][j], a[0], a[1], a[2], a[3], weights[i][0], weights[i][1]);
+            }
+        }
+        rows += 16 * share.n_parts * p.v.stride_shared;
+        from += 16 * share.n_parts;
+    }
+}
+
+/* ---- Results ---- */
+
+/* Adds the parts of the warps: out: (vectors, DV), in the memory that the tiles were in. */
+template <typename T, int NT>
+TQ_D void tq_add_parts(const tq_attention & p, const tq_share & share, const float (*o)[4][4], float * out) {
+    const int lane = tq_thread() % 32, g = lane / 4, t = lane % 4, dv = p.v.n_blocks * TQ_BLOCK;
+    const int column = 2 * share.unit + g / 4;
+    for (int part = 0; part < share.n_parts; ++part) {
+        if (share.any && share.part == part && column < p.v.n_blocks) {
+            TQ_UNROLL
+            for (int i = 0; i < NT; ++i) {
+                TQ_UNROLL
+                for (int j = 0; j < 4; ++j) {
+                    TQ_UNROLL
+                    for (int r = 0; r < 4; ++r) {
+                        float * to = out + (8 * i + 2 * t + r % 2) * dv + column * TQ_BLOCK + T::dim(g % 4, 2 * j + r / 2);
+                        *to        = part == 0 ? o[i][j][r] : *to + o[i][j][r];
+                    }
+                }
+            }
+        }
+        tq_sync();
+    }
+}
+
+/* Adds the sink; returns what the sum of weighted values must be multiplied by. */
+TQ_HD float tq_normalizer(const tq_attention & p, int head, float max, float sum) {
+    float factor = 1.0f;
+    if (p.sinks != NULL) {
+        const float sink = p.sinks[head], top = fmaxf(max, sink);
+        factor           = max == -INFINITY ? 0.0f : expf(max - top);
+        sum              = sum * factor + (sink == -INFINITY ? 0.0f : expf(sink - top) * TQ_WEIGHT);
+    }
+    return (sum == 0.0f ? 0.0f : factor / sum) * (p.v.ours ? 1.0f / tq_pqo3::unit() : 1.0f);
+}
+
+/* Writes block b of a vector, of which this lane has value o; all lanes of the warp. */
+TQ_D void tq_write_output(const tq_attention & p, const tq_task & k, int vec, int b, float o) {
+    const int lane = tq_thread() % 32, head = k.kv_head * p.group + vec % p.group;
+    if (p.v.ours) {
+        o = tq_transform_warp(!p.v.signs_first, o, lane);
+    }
+    float * out = (float *) (void *) (p.out + k.stream * p.out_stride_stream + (int64_t) (vec / p.group) * p.out_stride_row +
+                                      (int64_t) head * p.out_stride_head);
+    out[b * TQ_BLOCK + lane] = o;
+}
+
+/* One range of keys, from beginning to end. */
+template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attention & p, unsigned char * shared) {
+    const tq_task    k     = tq_task_of(p);
+    const tq_buffers w     = tq_carve(p, KT != TQ_ANY && KT == VT, shared);
+    const tq_share   share = tq_share_of(p);
+    const int        lane = tq_thread() % 32, warp = tq_thread() / 32;
+    const int        k_lead = tq_lead(p.k, k), v_lead = tq_lead(p.v, k);
+    float            o[NT][4][4];
+    tq_quad          q[KEPT > 0 ? KEPT : 1][NT];
+
+    if (k.begin < k.end) {
+        tq_load_tile(p, k, k.begin, w.stages);
+    }
+    TQ_WITH_TYPE(KT, p.k.type, tq_fill_table<TQ>(p.k.levels, w.k_table));
+    if (!p.one_table) {
+        TQ_WITH_TYPE(VT, p.v.type, tq_fill_table<TQ>(p.v.levels, w.v_table));
+    }
+    TQ_WITH_TYPE(KT, p.k.type, tq_load_queries<TQ>(p, k, w));
+    tq_sync();
+    tq_row row = tq_row_of(p, k, NT);
+    row.factor = w.factors[row.vec];
+    TQ_UNROLL
+    for (int b = 0; b < KEPT; ++b) {
+        TQ_UNROLL
+        for (int i = 0; i < NT; ++i) {
+            q[b][i] = w.q[(i * KEPT + b) * 32 + lane];
+        }
+    }
+    TQ_UNROLL
+    for (int i = 0; i < NT; ++i) {
+        TQ_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            o[i][j][0] = o[i][j][1] = o[i][j][2] = o[i][j][3] = 0.0f;
+        }
+    }
+
+    int stage = 0;
+    TQ_NO_UNROLL
+    for (int t0 = k.begin; t0 < k.end; t0 += p.tile) {
+        uint8_t * const k_tile = w.stages + stage * p.stage_bytes + k_lead;
+        uint8_t * const v_tile = w.stages + stage * p.stage_bytes + p.v_in_stage + v_lead;
+        const bool      more = t0 + p.tile < k.end;
+        uint16_t        mask[4 * NT];
+        const int       any = tq_load_mask<NT>(p, k, row, t0, mask);
+        tq_copy_wait<0>();
+        const int seen = tq_sync_or(any); /* the tile is there, and the one before it is done with */
+        if (more && p.n_stages == 2) {
+            stage ^= 1;
+            tq_load_tile(p, k, t0 + p.tile, w.stages + stage * p.stage_bytes);
+        }
+        if (seen) {
+            TQ_WITH_TYPE(KT, p.k.type, (tq_scores<TQ, NT, KEPT>(p, w, q, k_tile)));
+            tq_sync();
+            tq_softmax<NT>(p, w, mask, &row);
+            tq_sync();
+            if (VT == TQ_ANY && !p.v.ours) {
+                tq_drop_unseen(p, w, v_tile);
+                tq_sync();
+            }
+            TQ_WITH_TYPE(VT, p.v.type, (tq_accumulate<TQ, NT>(p, w, share, v_tile, o)));
+        }
+        if (more && p.n_stages == 1) {
+            tq_sync();
+            tq_load_tile(p, k, t0 + p.tile, w.stages);
+        }
+    }
+
+    TQ_UNROLL
+    for (int h = 1; h < 32 / NT; h *= 2) {
+        row.sum += tq_exchange(row.sum, h);
+    }
+    const int n = 8 * NT, dv = p.v.n_blocks * TQ_BLOCK;
+    float *   out = (float *) (void *) w.stages, *max = w.factors + n, *sum = max + n;
+    tq_sync();
+    if (row.first == 0) {
+        max[row.vec] = row.max;
+        sum[row.vec] = row.sum;
+    }
+    TQ_WITH_TYPE(VT, p.v.type, (tq_add_parts<TQ, NT>(p, share, o, out)));
+    const int64_t vec0 = ((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + k.vec0;
+    for (int i = warp; i < n * p.v.n_blocks; i += TQ_WARPS) {
+        const int vec = i / p.v.n_blocks, b = i % p.v.n_blocks;
+        if (k.vec0 + vec >= p.n_vec) {
+            break;
+        }
+        const float x = out[vec * dv + b * TQ_BLOCK + lane];
+        if (p.n_splits == 1) {
+            const int head = k.kv_head * p.group + (k.vec0 + vec) % p.group;
+            tq_write_output(p, k, k.vec0 + vec, b, x * tq_normalizer(p, head, max[vec], sum[vec]));
+        } else {
+            const int64_t at                              = (vec0 + vec) * p.n_splits + k.split;
+            p.partials[at * dv + b * TQ_BLOCK + lane] = x;
+            if (b == 0 && lane < 2) {
+                p.stats[2 * at + lane] = lane == 0 ? max[vec] : sum[vec];
+            }
+        }
+    }
+}
+
+/* Merges the ranges of one query vector: block (vector, KV head, stream). shared: (n_splits) floats. */
+TQ_D void tq_merge_splits(const tq_attention & p, unsigned char * shared) {
+    float *       factors = (float *) (void *) shared;
+    const int     lane = tq_thread() % 32, warp = tq_thread() / 32, vec = tq_block_x(), dv = p.v.n_blocks * TQ_BLOCK;
+    tq_task       k;
+    float         max = -INFINITY, sum = 0.0f;
+    k.stream  = tq_block_z();
+    k.kv_head = tq_block_y();
+    const int64_t first = (((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + vec) * p.n_splits;
+    const float * stats = p.stats + 2 * first;
+    for (int s = lane; s < p.n_splits; s += 32) {
+        max = fmaxf(max, stats[2 * s]);
+    }
+    TQ_UNROLL
+    for (int h = 1; h < 32; h *= 2) {
+        max = fmaxf(max, tq_exchange(max, h));
+    }
+    for (int s = lane; s < p.n_splits; s += 32) {
+        const bool  empty  = stats[2 * s] == -INFINITY && stats[2 * s + 1] == 0.0f; /* no key seen */
+        const float factor = empty ? 0.0f : tq_exp(stats[2 * s] - max);
+        sum += empty ? 0.0f : factor * stats[2 * s + 1];
+        if (warp == 0) {
+            factors[s] = factor;
+        }
+    }
+    TQ_UNROLL
+    for (int h = 1; h < 32; h *= 2) {
+        sum += tq_exchange(sum, h);
+    }
+    tq_sync();
+    const float scale = tq_normalizer(p, k.kv_head * p.group + vec % p.group, max, sum);
+    for (int b = warp; b < p.v.n_blocks; b += TQ_MERGE_THREADS / 32) {
+        const float * from = p.partials + first * dv + b * TQ_BLOCK + lane;
+        float         x    = 0.0f;
+        for (int s = 0; s < p.n_splits; ++s) {
+            x += factors[s] * from[(int64_t) s * dv];
+        }
+        tq_write_output(p, k, vec, b, x * scale);
+    }
+}
+
+#endif

@@ -1,0 +1,80 @@
+/* attention_plan.h: how one call of attention is cut into blocks of threads, and what a block keeps in shared memory. */
+#ifndef TQ_ATTENTION_PLAN_H
+#define TQ_ATTENTION_PLAN_H
+
+#include "tq_cuda.h"
+
+#include "simt.cuh"
+
+#if !defined(_Static_assert)
+#  define _Static_assert static_assert
+#endif
+extern "C" {
+#include "../src/codebook.h"
+}
+
+#define TQ_ATTENTION_THREADS 256
+/* Blocks of threads that registers leave room for on a multiprocessor. With three, 80 registers each, the compiler computes
+ * addresses again and again: 287 instructions instead of 206 in scores, 147 instead of 126 in accumulate's loop (pqo3, sm_90). */
+#define TQ_ATTENTION_BLOCKS  2
+#define TQ_WARPS             (TQ_ATTENTION_THREADS / 32)
+#define TQ_MAX_TILE          128  /* keys */
+#define TQ_MAX_SPLITS        1024
+#define TQ_MERGE_THREADS     128
+#define TQ_MAX_TILES         2    /* tensor-core tiles of eight query vectors per block of threads */
+
+/* K or V. */
+struct tq_operand {
+    const uint8_t * data;
+    int64_t         stride_token, stride_head, stride_stream;
+    int             type;          /* a tq_type */
+    int             ours;
+    int             signs_first;
+    int             n_blocks;      /* of 32 values per row */
+    int             row_bytes;
+    int             grain;         /* bytes copied at once: 16, 8, 4, or 2 if nothing is aligned better */
+    int             stride_shared; /* of rows in shared memory */
+    int             units;         /* grains per row; with 16, which take a row's neighbours along, the most that a head needs */
+    int             rows_on;       /* rows that 256 threads copy at once */
+    uint32_t        units_inverse; /* 2^32 / units, rounded up: a division by multiplication, below 256 */
+    float           levels[TQI_MAX_LEVELS];
+};
+
+/* What a kernel is launched with. A query vector of a KV head is head i % group of row i / group. */
+struct tq_attention {
+    const uint8_t * q;
+    int64_t         q_stride_row, q_stride_head, q_stride_stream;
+    tq_operand      k, v;
+    const uint8_t * mask;
+    int64_t         mask_stride_row, mask_stride_head, mask_stride_stream;
+    const float *   sinks;
+    uint8_t *       out;
+    int64_t         out_stride_row, out_stride_head, out_stride_stream;
+    float *         stats;    /* (n_stream, n_head_kv, n_vec, n_splits, 2): largest score, sum */
+    float *         partials; /* (n_stream, n_head_kv, n_vec, n_splits, DV), transformed */
+    float           scale, softcap, max_bias;
+    int             n_mask_head, n_mask_stream;
+    int             n_kv, n_head, n_head_kv, n_stream, group, n_vec;
+    int             streams_per_kv;
+    int             n_tiles;  /* of eight query vectors in a block of threads: 1 or 2 */
+    int             tile;     /* keys in shared memory at once: 128, 64 or 32 */
+    int             n_stages; /* tiles in flight or in use */
+    int             one_table; /* K and V share their table of levels */
+    int             n_splits; /* ranges of keys, each of */
+    int             split;    /* keys, whole tiles */
+    int             at_v_table, at_q, at_scores, at_weights, at_vectors, at_stages; /* bytes into shared memory; K's table is at 0 */
+    int             stage_bytes, v_in_stage;
+    int             shared_bytes;
+};
+
+/* What of the device matters. */
+struct tqi_cuda_limits {
+    int    n_sm;
+    size_t shared_per_block, shared_per_sm;
+};
+
+/* Fills *a but for stats and partials. */
+int    tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_attention * a);
+size_t tqi_cuda_plan_work_bytes(const tq_attention & a);
+
+#endif

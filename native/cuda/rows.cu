@@ -1,0 +1,199 @@
+/* rows.cu: launches of encode, decode and transform. Compiled with -fmad=false: see encode.cuh. */
+#include "rows.cuh"
+
+/* ---- Kernels ---- */
+
+#if defined(__CUDACC__)
+#  define TQ_STATIC_SHARED __shared__
+#else
+#  define TQ_STATIC_SHARED static /* blocks run one after the other */
+#endif
+
+template <int BITS> TQ_KERNEL(TQ_ROW_THREADS, 4) tq_encode_kernel(TQ_PARAMETER tq_rows r) {
+    TQ_STATIC_SHARED tq_tables tables[2];
+    tq_encode_rows<BITS, 0>(r, &tables[0], &tables[1], NULL, TQ_ROW_THREADS);
+}
+
+template <int BITS> TQ_KERNEL(TQ_TRELLIS_THREADS, 6) tq_encode_trellis_kernel(TQ_PARAMETER tq_rows r) {
+    TQ_STATIC_SHARED tq_tables          tables[2];
+    TQ_STATIC_SHARED tq_trellis_scratch scratch;
+    tq_encode_rows<BITS, 1>(r, &tables[0], &tables[1], &scratch, TQ_TRELLIS_THREADS);
+}
+
+TQ_KERNEL(TQ_ROW_THREADS, 4) tq_decode_kernel(TQ_PARAMETER tq_rows r) {
+    TQ_STATIC_SHARED tq_tables tables;
+    tq_decode_rows(r, &tables);
+}
+
+TQ_KERNEL(TQ_ROW_THREADS, 4) tq_transform_kernel(TQ_PARAMETER tq_vectors p) {
+    tq_transform_rows(p);
+}
+
+/* ---- Arguments ---- */
+
+static int is_float(int type) {
+    return type == TQ_TYPE_F32 || type == TQ_TYPE_F16 || type == TQ_CUDA_TYPE_BF16;
+}
+
+/* Checks one tensor; *codec is left NULL if it is of floats. */
+static int check_view(const char * name, const tq_cuda_view * x, const tqi_codec ** codec, int64_t * n) {
+    *codec = NULL;
+    *n     = 1;
+    if (x == NULL) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "null pointer given for %s", name);
+    }
+    for (int i = 0; i < 4; ++i) {
+        if (x->ne[i] < 0 || x->ne[i] > INT64_MAX / 64 || (x->ne[i] > 0 && *n > INT64_MAX / 64 / x->ne[i])) {
+            return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: ne[%d] = %lld given; allowed are counts from 0 on", name, i, (long long) x->ne[i]);
+        }
+        *n *= x->ne[i];
+    }
+    size_t unit = x->type == TQ_TYPE_F32 ? 4 : 2;
+    if (!is_float(x->type)) {
+        *codec = tqi_codec_get(x->type, x->mode);
+        if (*codec == NULL) {
+            return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: type %d in mode %d given; allowed are f32, f16, bf16 and tqgguf's types", name,
+                                 x->type, x->mode);
+        }
+        if (x->ne[0] % TQ_BLOCK != 0 || x->nb[0] != (size_t) (*codec)->block_bytes) {
+            return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: ne[0] = %lld, nb[0] = %zu given; blocks need a multiple of %d and %d bytes", name,
+                                 (long long) x->ne[0], x->nb[0], TQ_BLOCK, (*codec)->block_bytes);
+        }
+    }
+    if (*n > 0 && x->data == NULL) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: null pointer given for its data", name);
+    }
+    if (((uintptr_t) x->data | x->nb[0] | x->nb[1] | x->nb[2] | x->nb[3]) % unit != 0) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: data at %p, strides %zu, %zu, %zu, %zu; all must be multiples of %zu", name, x->data,
+                             x->nb[0], x->nb[1], x->nb[2], x->nb[3], unit);
+    }
+    return TQ_OK;
+}
+
+/* plain: the side whose rows are taken in turn; other: the side whose rows are numbered. */
+static int check_rows(const tq_cuda_index * rows, const tq_cuda_view * plain, const tq_cuda_view * other) {
+    if (rows->type != TQ_CUDA_TYPE_I32 && rows->type != TQ_CUDA_TYPE_I64) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "rows: type %d given; allowed are i32 and i64", rows->type);
+    }
+    const size_t unit = rows->type == TQ_CUDA_TYPE_I64 ? 8 : 4;
+    if (rows->data == NULL || ((uintptr_t) rows->data | rows->nb[0] | rows->nb[1] | rows->nb[2]) % unit != 0) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "rows: data at %p, strides %zu, %zu, %zu; all must be multiples of %zu", rows->data,
+                             rows->nb[0], rows->nb[1], rows->nb[2], unit);
+    }
+    if (rows->ne[0] < plain->ne[1] || rows->ne[1] <= 0 || rows->ne[2] <= 0 || plain->ne[0] != other->ne[0] ||
+        plain->ne[2] > other->ne[2] || plain->ne[3] > other->ne[3]) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "rows: (%lld, %lld, %lld) of them for rows (%lld, %lld, %lld, %lld) and (%lld, %lld, %lld, "
+                             "%lld); there must be one for each row, and the other dimensions must agree", (long long) rows->ne[0],
+                             (long long) rows->ne[1], (long long) rows->ne[2], (long long) plain->ne[0], (long long) plain->ne[1],
+                             (long long) plain->ne[2], (long long) plain->ne[3], (long long) other->ne[0], (long long) other->ne[1],
+                             (long long) other->ne[2], (long long) other->ne[3]);
+    }
+    return TQ_OK;
+}
+
+static int grid_of(int64_t n_blocks, int per_block, tq_grid * grid) {
+    const int64_t n = (n_blocks + per_block - 1) / per_block;
+    if (n > INT32_MAX) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "%lld blocks given; one launch takes %lld", (long long) n_blocks,
+                             (long long) INT32_MAX * per_block);
+    }
+    grid->x = (unsigned) n;
+    grid->y = grid->z = 1;
+    return TQ_OK;
+}
+
+/* ---- Launches ---- */
+
+extern "C" int tq_cuda_encode(const tq_cuda_view * src, const tq_cuda_index * rows, const tq_cuda_view * dst, void * stream) {
+    const tqi_codec *from, *to;
+    int64_t          n_src, n_dst;
+    tq_grid          grid = { 1, 1, 1 };
+    if (check_view("source", src, &from, &n_src) != TQ_OK || check_view("target", dst, &to, &n_dst) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    if (to == NULL) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "target: type %d given; allowed are tqgguf's types", dst->type);
+    }
+    if (rows != NULL ? check_rows(rows, src, dst) != TQ_OK : n_src != n_dst) {
+        return rows != NULL ? TQ_E_ARGUMENT
+                            : tqi_cuda_fail(TQ_E_ARGUMENT, "%lld values given for %lld", (long long) n_src, (long long) n_dst);
+    }
+    if (n_src == 0) {
+        return TQ_OK;
+    }
+    tq_rows r;
+    memset(&r, 0, sizeof r);
+    r.src         = *src;
+    r.dst         = *dst;
+    r.codec       = *to;
+    r.source_ours = from != NULL;
+    r.n_blocks    = n_src / TQ_BLOCK;
+    r.indexed     = rows != NULL;
+    if (from != NULL) {
+        r.source = *from;
+    }
+    if (rows != NULL) {
+        r.rows = *rows;
+    }
+    const int threads = to->trellis ? TQ_TRELLIS_THREADS : TQ_ROW_THREADS;
+    if (grid_of(r.n_blocks, threads / TQ_TEAM, &grid) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    void (*kernel)(const tq_rows) = to->trellis ? (to->bits == 3 ? tq_encode_trellis_kernel<3> : tq_encode_trellis_kernel<4>)
+                                                : (to->bits == 3 ? tq_encode_kernel<3> : tq_encode_kernel<4>);
+    return tq_launch(kernel, "encode", grid, threads, 0, stream, r);
+}
+
+extern "C" int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * rows, int transformed, const tq_cuda_view * dst,
+                              void * stream) {
+    const tqi_codec *from, *to;
+    int64_t          n_src, n_dst;
+    tq_grid          grid = { 1, 1, 1 };
+    if (check_view("source", src, &from, &n_src) != TQ_OK || check_view("target", dst, &to, &n_dst) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    if (from == NULL || to != NULL) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "types %d to %d given; decode goes from tqgguf's types to f32, f16 or bf16", src->type,
+                             dst->type);
+    }
+    if (rows != NULL ? check_rows(rows, dst, src) != TQ_OK : n_src != n_dst) {
+        return rows != NULL ? TQ_E_ARGUMENT
+                            : tqi_cuda_fail(TQ_E_ARGUMENT, "%lld values given for %lld", (long long) n_src, (long long) n_dst);
+    }
+    if (n_dst == 0) {
+        return TQ_OK;
+    }
+    tq_rows r;
+    memset(&r, 0, sizeof r);
+    r.src         = *src;
+    r.dst         = *dst;
+    r.codec       = *from;
+    r.transformed = transformed;
+    r.n_blocks    = n_dst / TQ_BLOCK;
+    r.indexed     = rows != NULL;
+    if (rows != NULL) {
+        r.rows = *rows;
+    }
+    if (grid_of(r.n_blocks, TQ_ROW_THREADS / TQ_TEAM, &grid) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    return tq_launch(tq_decode_kernel, "decode", grid, TQ_ROW_THREADS, 0, stream, r);
+}
+
+extern "C" int tq_cuda_transform(const float * x, int64_t n, int mode, int inverse, float * y, void * stream) {
+    const tqi_codec * codec = tqi_codec_get(TQ_TYPE_PQO3, mode);
+    tq_grid           grid = { 1, 1, 1 };
+    if (codec == NULL || n < 0 || n % TQ_BLOCK != 0 || (n > 0 && (x == NULL || y == NULL))) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "%lld values at %p, mode %d given; needed are a multiple of %d, a pointer, a mode of tq_mode",
+                             (long long) n, (const void *) x, mode, TQ_BLOCK);
+    }
+    if (n == 0) {
+        return TQ_OK;
+    }
+    const int        signs_first = codec->signs == TQI_SIGNS_FIRST;
+    const tq_vectors p           = { x, y, n / TQ_BLOCK, inverse ? !signs_first : signs_first };
+    if (grid_of(p.n_blocks, TQ_ROW_THREADS / TQ_TEAM, &grid) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    return tq_launch(tq_transform_kernel, "transform", grid, TQ_ROW_THREADS, 0, stream, p);
+}

@@ -1,0 +1,235 @@
+/* slices.cuh: how the attention kernel reads a block: in slices of eight values, which come out as f16 pairs for the tensor
+ * cores, by table rather than by arithmetic.
+ *
+ * A table in shared memory holds, for every pair of indices, both levels as two f16. Lane i of a warp looks up in its own
+ * copy, which lies in bank i: whatever the indices, a warp's look-up takes one cycle. 3 bits: 64 pairs * 32 copies * 4 bytes
+ * = 8 KiB; 4 bits: 32 KiB. So two values take a shift, an and, and one load. pqt4 has 32 levels; a table of pairs would need
+ * 128 KiB, so it looks up values singly, 4 KiB. Byte permutation on a table in registers needs indices spread to 4 bits
+ * first: about 2.5 instructions per value instead of 1.5.
+ *
+ * A score's sum may run over a row in any order, so each of the four lanes that share a row takes the eight values that are
+ * cheapest for it to find, "part" 0 to 3 of the block: q is laid out to match (dim). For V the pairs must be of two tokens in
+ * one dimension, tensor cores sum along pairs: across() merges the slices of two tokens first, so the table serves again.
+ *
+ * Each type: BYTES per block; ENTRIES of its table; UNIT what a level is multiplied by in the table (so that scale * level
+ * cannot overflow f16: 65504 * 2.51 / 4; the results are multiplied by 1 / UNIT at the end); slice, load, along, merge, across,
+ * dim. n is a constant from 0 to 7 everywhere. */
+#ifndef TQ_SLICES_CUH
+#define TQ_SLICES_CUH
+
+#include "format.cuh"
+
+#define TQ_LANES 32
+
+/* Word i of the bytes from offset byte on in block b of a row in shared memory; rows begin at multiples of four. Two blocks are
+ * a whole number of words, so that where a lane's bytes lie in a word depends on b's parity alone: written so that the compiler
+ * sees it and computes two shifts, not one for each block. */
+template <int BYTES> TQ_D uint32_t tq_load_word(const uint32_t * row, int b, int byte, int i) {
+    const int        at   = byte + (b & 1 ? BYTES : 0);
+    const uint32_t * from = row + BYTES / 2 * (b >> 1) + (at >> 2) + i;
+    return tq_funnel(from[0], from[1], 8 * (at & 3));
+}
+
+/* Entry (word >> shift) & (ENTRIES - 1) of this lane's copy. Shift and multiplication are one, and the lane is put in by the
+ * instruction that masks. */
+template <int ENTRIES> TQ_D uint32_t tq_look_up(const uint32_t * table, uint32_t word, int shift) {
+    const uint32_t lane = 4u * ((uint32_t) tq_thread() % TQ_LANES), mask = (uint32_t) (ENTRIES - 1) * 4 * TQ_LANES;
+    const uint32_t at   = ((shift >= 7 ? word >> (shift - 7) : word << (7 - shift)) & mask) | lane;
+    return *(const uint32_t *) (const void *) ((const uint8_t *) table + at);
+}
+
+TQ_D uint16_t tq_load_half(const uint32_t * row, int byte) { return ((const uint16_t *) (const void *) row)[byte >> 1]; }
+
+/* Types of ours whose slice is one word of eight indices of BITS bits. */
+template <int BITS> struct tq_packed {
+    static const int SCALED = 1;
+    static const int ENTRIES = 1 << (2 * BITS);
+    static const uint32_t EVEN = BITS == 3 ? 0x1c71c7u : 0x0f0f0f0fu; /* indices 0, 2, 4, 6 */
+    typedef uint32_t slice;
+    struct merged {
+        uint32_t even, odd; /* index n of two tokens side by side */
+    };
+
+    static TQ_HD float unit() { return 0.25f; }
+
+    static TQ_D uint32_t entry(const float * levels, int i) {
+        const int mask = (1 << BITS) - 1;
+        return tq_half2(levels[i & mask] * unit(), levels[i >> BITS] * unit());
+    }
+
+    /* values n, n + 1 of a slice; n even */
+    static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) { return tq_look_up<ENTRIES>(table, s, BITS * n); }
+
+    static TQ_D merged merge(const slice & a, const slice & b) {
+        merged m;
+        m.even = (a & EVEN) | (b & EVEN) << BITS;
+        m.odd  = (a >> BITS & EVEN) | (b & EVEN << BITS);
+        return m;
+    }
+
+    /* value n of two slices */
+    static TQ_D uint32_t across(const uint32_t * table, const merged & m, int n) {
+        return tq_look_up<ENTRIES>(table, n & 1 ? m.odd : m.even, BITS * (n & ~1));
+    }
+};
+
+struct tq_pqo3 : tq_packed<3> {
+    static const int BYTES = TQI_PQO3_BYTES;
+    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES>(row, b, 2 + 3 * part, 0); }
+    static TQ_D int dim(int part, int n) { return 8 * part + n; }
+};
+
+struct tq_pqo4 : tq_packed<4> {
+    static const int BYTES = TQI_PQO4_BYTES;
+    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES>(row, b, 2 + 4 * part, 0); }
+    static TQ_D int dim(int part, int n) { return 8 * part + n; }
+};
+
+/* A trellis block's words, shifted so that values 2 part and 2 part + 1 of each byte are bits 0 and 1: the block's words were
+ * laid out for that (format.h). Levels of the even ones and of the odd ones, four bytes each. */
+template <int BITS> TQ_D void tq_trellis_slice(const uint32_t * row, int b, int part, uint32_t * even, uint32_t * odd) {
+    uint32_t words[4] = { 0, 0, 0, 0 };
+    TQ_UNROLL
+    for (int j = 0; j < BITS; ++j) {
+        words[j] = tq_load_word<4 * BITS + 2>(row, b, 2, j);
+    }
+    const uint32_t low = tq_subset_low(words[0]) >> (2 * part), high = tq_subset_high(words[0]) >> (2 * part);
+    *even = (words[1] >> (2 * part) << 2 & 0x0c0c0c0cu) | (high << 1 & 0x02020202u) | (low & 0x01010101u);
+    *odd  = (words[2] >> (2 * part) << 2 & 0x0c0c0c0cu) | (high & 0x02020202u) | (low >> 1 & 0x01010101u);
+    if (BITS == 4) {
+        const uint32_t top = words[3] >> (2 * part);
+        *even |= top << 4 & 0x10101010u;
+        *odd  |= top << 3 & 0x10101010u;
+    }
+}
+
+struct tq_pqt3 : tq_packed<4> { /* 16 levels: from here on like pqo4 */
+    static const int BYTES = TQI_PQT3_BYTES;
+    static TQ_D uint32_t load(const uint32_t * row, int b, int part) {
+        uint32_t even, odd;
+        tq_trellis_slice<3>(row, b, part, &even, &odd);
+        return even | odd << 4;
+    }
+    static TQ_D int dim(int part, int n) { return 8 * (n / 2) + 2 * part + n % 2; }
+};
+
+struct tq_pqt4 {
+    static const int BYTES = TQI_PQT4_BYTES;
+    static const int SCALED = 1;
+    static const int ENTRIES = 32;
+    struct slice {
+        uint32_t even, odd;
+    };
+    struct merged {
+        slice a, b;
+    };
+
+    static TQ_HD float unit() { return 0.25f; }
+    static TQ_D uint32_t entry(const float * levels, int i) { return tq_half2(levels[i] * unit(), levels[i] * unit()); }
+
+    static TQ_D slice load(const uint32_t * row, int b, int part) {
+        slice s;
+        tq_trellis_slice<4>(row, b, part, &s.even, &s.odd);
+        return s;
+    }
+
+    static TQ_D uint32_t look_up(const uint32_t * table, const slice & s, int n) {
+        return tq_look_up<ENTRIES>(table, n & 1 ? s.odd : s.even, 8 * (n / 2));
+    }
+
+    static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) {
+        return tq_permute(look_up(table, s, n), look_up(table, s, n + 1), 0x7610);
+    }
+
+    static TQ_D merged merge(const slice & a, const slice & b) {
+        merged m;
+        m.a = a;
+        m.b = b;
+        return m;
+    }
+
+    static TQ_D uint32_t across(const uint32_t * table, const merged & m, int n) {
+        return tq_permute(look_up(table, m.a, n), look_up(table, m.b, n), 0x7610);
+    }
+
+    static TQ_D int dim(int part, int n) { return tq_pqt3::dim(part, n); }
+};
+
+/* f16 as it is, for the one side of a mixed pair. Its "block" is 32 values. */
+struct tq_f16 {
+    static const int BYTES = 2 * TQ_BLOCK;
+    static const int SCALED = 0;
+    static const int ENTRIES = 0;
+    struct slice {
+        uint32_t pair[4];
+    };
+    struct merged {
+        slice a, b;
+    };
+
+    static TQ_HD float unit() { return 1.0f; }
+    static TQ_D uint32_t entry(const float *, int) { return 0; }
+
+    static TQ_D slice load(const uint32_t * row, int b, int part) {
+        slice s;
+        TQ_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            s.pair[i] = row[BYTES / 4 * b + 4 * part + i];
+        }
+        return s;
+    }
+
+    static TQ_D uint32_t along(const uint32_t *, const slice & s, int n) { return s.pair[n / 2]; }
+
+    static TQ_D merged merge(const slice & a, const slice & b) {
+        merged m;
+        m.a = a;
+        m.b = b;
+        return m;
+    }
+
+    static TQ_D uint32_t across(const uint32_t *, const merged & m, int n) {
+        return tq_permute(m.a.pair[n / 2], m.b.pair[n / 2], n & 1 ? 0x7632 : 0x5410);
+    }
+
+    static TQ_D int dim(int part, int n) { return 8 * part + n; }
+};
+
+template <int TYPE> struct tq_type_of {
+    typedef tq_f16 type;
+};
+template <> struct tq_type_of<TQ_TYPE_PQO3> {
+    typedef tq_pqo3 type;
+};
+template <> struct tq_type_of<TQ_TYPE_PQO4> {
+    typedef tq_pqo4 type;
+};
+template <> struct tq_type_of<TQ_TYPE_PQT3> {
+    typedef tq_pqt3 type;
+};
+template <> struct tq_type_of<TQ_TYPE_PQT4> {
+    typedef tq_pqt4 type;
+};
+
+/* call, with TQ standing for a type that is a constant of the template, or TQ_ANY and read from the launch */
+#define TQ_ANY 0
+#define TQ_WITH_TYPE(constant, type_number, call)                                                                         \
+    if constexpr ((constant) != TQ_ANY) {                                                                                 \
+        typedef typename tq_type_of<(constant)>::type TQ;                                                                 \
+        call;                                                                                                             \
+    } else {                                                                                                              \
+        switch (type_number) {                                                                                            \
+            case TQ_TYPE_PQO3: { typedef tq_pqo3 TQ; call; break; }                                                       \
+            case TQ_TYPE_PQO4: { typedef tq_pqo4 TQ; call; break; }                                                       \
+            case TQ_TYPE_PQT3: { typedef tq_pqt3 TQ; call; break; }                                                       \
+            case TQ_TYPE_PQT4: { typedef tq_pqt4 TQ; call; break; }                                                       \
+            default:           { typedef tq_f16 TQ; call; break; }                                                        \
+        }                                                                                                                 \
+    }
+
+/* The scales of two rows' block b, f16 side by side, where not finite 0; 1 for f16 */
+template <typename T> TQ_D uint32_t tq_scales(const uint32_t * row0, const uint32_t * row1, int b) {
+    return T::SCALED ? tq_finite_halves(tq_load_half(row0, T::BYTES * b) | (uint32_t) tq_load_half(row1, T::BYTES * b) << 16) : 0x3c003c00u;
+}
+
+#endif

@@ -1,0 +1,110 @@
+/* tq_cuda.h: launches of the CUDA kernels: raw device pointers, a stream, no ggml. Encode and decode of rows by strides, the
+ * block transform, and decode attention over a compressed cache.
+ *
+ * Conventions are tqgguf.h's: 0 or a negative tq_status, and tq_cuda_last_error() then holds a sentence for the calling
+ * thread. stream is a cudaStream_t; everything is asynchronous on it, on the calling thread's current device. Nothing is
+ * allocated and no pointer is kept. Blocks of our types lie at even addresses, f32 values at multiples of four.
+ *
+ * tests/native build the same sources with a host compiler: the kernels then run on the CPU, thread by thread, on host
+ * pointers (simt_host.h). tq_cuda_emulated() tells which library one has. */
+#ifndef TQ_CUDA_H
+#define TQ_CUDA_H
+
+#include "tqgguf.h"
+
+#if defined(TQ_CUDA_SHARED) && !defined(_WIN32)
+#  define TQ_CUDA_API __attribute__((visibility("default")))
+#else
+#  define TQ_CUDA_API
+#endif
+
+/* ggml's numbers of what is none of tq_type's; as sources and targets of rows. */
+#define TQ_CUDA_TYPE_BF16 30
+#define TQ_CUDA_TYPE_I32  26
+#define TQ_CUDA_TYPE_I64  27
+
+/* The largest DV, and what K may take in shared memory: attention refuses what does not fit, and says so. */
+#define TQ_CUDA_MAX_HEAD_DIM_V 512
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+TQ_CUDA_API const char * tq_cuda_last_error(void);
+TQ_CUDA_API int          tq_cuda_emulated(void);
+
+/* ---- Devices ---- */
+
+typedef struct tq_cuda_device {
+    char   name[128];
+    int    cc;                /* compute capability, 90 for 9.0 */
+    int    n_sm;
+    size_t shared_per_block;  /* the most that a block can ask for */
+    size_t shared_per_sm;
+    size_t total_bytes;
+} tq_cuda_device;
+
+/* Number of devices, or TQ_E_UNSUPPORTED with the driver's reason. */
+TQ_CUDA_API int tq_cuda_device_count(void);
+/* Describes device i; an error if no kernel of this build can run on it. Makes it current if that is not so. */
+TQ_CUDA_API int tq_cuda_device_use(int i, tq_cuda_device * device);
+
+/* Device memory for callers without a runtime of their own. kind: 1 host to device, 2 device to host, 3 device to device;
+ * copies wait for the stream unless kind is 3. */
+TQ_CUDA_API int tq_cuda_alloc(size_t bytes, void ** data);
+TQ_CUDA_API int tq_cuda_free(void * data);
+TQ_CUDA_API int tq_cuda_copy(const void * from, size_t bytes, int kind, void * stream, void * to);
+TQ_CUDA_API int tq_cuda_synchronize(void * stream);
+
+/* ---- Rows ---- */
+
+/* A tensor: ne[0] is innermost. Of our types ne[0] is a multiple of 32 and nb[0] the bytes of a block. Values may have any
+ * strides. mode is read for our types only. */
+typedef struct tq_cuda_view {
+    void *  data;
+    int     type;
+    int     mode;
+    int64_t ne[4];
+    size_t  nb[4];
+} tq_cuda_view;
+
+/* Row numbers: type i32 or i64; (ne[0], ne[1], ne[2]) of them, the last two repeated as often as needed. */
+typedef struct tq_cuda_index {
+    const void * data;
+    int          type;
+    int64_t      ne[3];
+    size_t       nb[3];
+} tq_cuda_index;
+
+/* Encodes src: f32, f16, bf16, or another type of ours, into dst, of our types: bytes equal to tq_encode's.
+ * Without rows the two are the same sequence of values, whatever their shapes (ggml's CPY). With rows, row (i1, i2, i3) of
+ * src goes to row rows[i1, i2 % ne[1], i3 % ne[2]] of (.., i2, i3) in dst (SET_ROWS); a number out of range writes nothing. */
+TQ_CUDA_API int tq_cuda_encode(const tq_cuda_view * src, const tq_cuda_index * rows, const tq_cuda_view * dst, void * stream);
+/* Decodes src, of our types, into dst: f32, f16 or bf16; f32 equals tq_decode's. With rows, row (i1, i2, i3) of dst comes from
+ * row rows[..] of (.., i2, i3) in src (GET_ROWS); a number out of range gives zeros. transformed: leave out the inverse
+ * transform, as attention does. */
+TQ_CUDA_API int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * rows, int transformed, const tq_cuda_view * dst,
+                               void * stream);
+/* y <- the block transform of x, or its inverse, in the sign order of mode; f32, n a multiple of 32; x may be y. */
+TQ_CUDA_API int tq_cuda_transform(const float * x, int64_t n, int mode, int inverse, float * y, void * stream);
+
+/* ---- Attention ---- */
+
+/* tq_attn as in tqgguf.h, with device pointers. K and V are of our types, or one of them f16; decoder is NULL. Both head
+ * sizes are multiples of 32, DV at most 512. Made for few query rows: n_q * n_head / n_head_kv up to 16 vectors per KV head
+ * decode each block once, more of them every 16 once again.
+ * Relative L2 error of the output against exact arithmetic on the decoded values, for normal q, K, V: 2e-3 at most. */
+
+/* TQ_OK, or TQ_E_UNSUPPORTED or TQ_E_ARGUMENT and the reason. Does not look at the pointers. */
+TQ_CUDA_API int    tq_cuda_attn_supported(const tq_attn * args);
+/* Bytes of device scratch, 0 if none is needed; (size_t) -1 and a message if the arguments are not usable. The same for the
+ * same shapes on the same device. */
+TQ_CUDA_API size_t tq_cuda_attn_work_bytes(const tq_attn * args);
+/* One or two launches. work: 16-byte aligned. Safe to capture in a graph. */
+TQ_CUDA_API int    tq_cuda_attn(const tq_attn * args, void * work, void * stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

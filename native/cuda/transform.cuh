@@ -1,0 +1,91 @@
+/* transform.cuh: the block transform on values that are spread over threads. Every element sees the same additions in the same
+ * order as in native/src/transform.h, so the results are the same to the bit where nothing is contracted. */
+#ifndef TQ_TRANSFORM_CUH
+#define TQ_TRANSFORM_CUH
+
+#include "format.cuh"
+
+/* One butterfly of which this thread has one side. */
+TQ_D float tq_butterfly(float x, int lane, int h) {
+    const float other = tq_exchange(x, h);
+    return lane & h ? other - x : x + other;
+}
+
+/* A team's block; l: the thread in its team. */
+TQ_D void tq_hadamard32(float * v, int l) {
+    TQ_UNROLL
+    for (int h = 1; h < TQ_TEAM; h *= 2) {
+        TQ_UNROLL
+        for (int m = 0; m < TQ_VALUES; ++m) {
+            v[m] = tq_butterfly(v[m], l, h);
+        }
+    }
+    const float a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
+    v[0] = (a + c) * TQI_RSQRT_BLOCK;
+    v[1] = (b + d) * TQI_RSQRT_BLOCK;
+    v[2] = (a - c) * TQI_RSQRT_BLOCK;
+    v[3] = (b - d) * TQI_RSQRT_BLOCK;
+}
+
+TQ_D void tq_apply_signs(float * v, int l) {
+    TQ_UNROLL
+    for (int m = 0; m < TQ_VALUES; ++m) {
+        v[m] = tq_apply_sign(v[m], l + TQ_TEAM * m);
+    }
+}
+
+TQ_D void tq_transform(int signs_first, float * v, int l) {
+    if (signs_first) {
+        tq_apply_signs(v, l);
+    }
+    tq_hadamard32(v, l);
+    if (!signs_first) {
+        tq_apply_signs(v, l);
+    }
+}
+
+/* The inverse of one order is the other one. */
+TQ_D void tq_inverse_transform(int signs_first, float * v, int l) { tq_transform(!signs_first, v, l); }
+
+/* The same where lane i of a warp has value i. */
+TQ_D float tq_transform_warp(int signs_first, float x, int lane) {
+    x = signs_first ? tq_apply_sign(x, lane) : x;
+    TQ_UNROLL
+    for (int h = 1; h < TQ_BLOCK; h *= 2) {
+        x = tq_butterfly(x, lane, h);
+    }
+    x *= TQI_RSQRT_BLOCK;
+    return signs_first ? x : tq_apply_sign(x, lane);
+}
+
+/* The halving tree of tqi_sum32 over a team's 32 numbers. Sums are exchanged both ways and a + b = b + a, so that every thread
+ * ends with the one result. */
+TQ_D float tq_sum32(const float * p) {
+    float sum = (p[0] + p[2]) + (p[1] + p[3]);
+    TQ_UNROLL
+    for (int h = TQ_TEAM / 2; h > 0; h /= 2) {
+        sum = sum + tq_exchange(sum, h);
+    }
+    return sum;
+}
+
+TQ_D void tq_bounds32(const float * v, float * max, float * min) {
+    *max = fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3]));
+    *min = fminf(fminf(v[0], v[1]), fminf(v[2], v[3]));
+    TQ_UNROLL
+    for (int h = TQ_TEAM / 2; h > 0; h /= 2) {
+        *max = fmaxf(*max, tq_exchange(*max, h));
+        *min = fminf(*min, tq_exchange(*min, h));
+    }
+}
+
+/* All bits that any thread of the team has. */
+TQ_D uint32_t tq_gather(uint32_t bits) {
+    TQ_UNROLL
+    for (int h = TQ_TEAM / 2; h > 0; h /= 2) {
+        bits |= tq_exchange(bits, h);
+    }
+    return bits;
+}
+
+#endif

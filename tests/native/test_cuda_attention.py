@@ -1,0 +1,406 @@
+"""Fused attention of the CUDA kernels against the float64 oracle on the decoded values."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tqgguf
+from tqgguf import reference
+from tqgguf.config import CACHE_TYPES
+
+TOLERANCE = 2e-3
+"""Relative L2 error of the output: q, levels and weights are f16, sums are f32. Measured are 3e-4 to 1e-3, and 2e-3
+where scores are as large as 100."""
+PADDING = 0xEE
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Shapes follow tqgguf.h; n_kv_stream divides n_stream. offset: bytes that K and V are off;
+    gap: bytes between tokens. Poison: where NaN (q) or infinities (k, v: their last token, as it is stored) are put
+    after the oracle has been asked; sinks: all are -infinity."""
+
+    k_type: str = "pqo3"
+    v_type: str = "pqo3"
+    head_dim_k: int = 64
+    head_dim_v: int = 64
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_q: int = 1
+    n_kv: int = 100
+    n_stream: int = 1
+    n_kv_stream: int = 0
+    mask: str = "none"
+    n_mask_head: int = 1
+    n_mask_stream: int = 1
+    sinks: bool = False
+    softcap: float = 0.0
+    max_bias: float = 0.0
+    offset: int = 0
+    gap: int = 0
+    head_major: bool = False
+    spread: float = 0.0
+    q_scale: float = 1.0
+    v_scale: float = 1.0
+    mode: str = "search"
+    poison: str = ""
+    seed: int = 0
+
+
+def store(x: npt.NDArray[np.float32], type: str, mode: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Bytes of x, (.., n_head_kv, row bytes), and the values these bytes stand for."""
+    if type == "f16":
+        half = x.astype(np.float16)
+        return half.view(np.uint8), half.astype(np.float32)
+    data = tqgguf.quantize(x, type, mode)  # the oracle's bytes: test_codec_bytes.py
+    row_bytes = x.shape[-1] // 32 * reference.BLOCK_BYTES[type]
+    return data.reshape(*x.shape[:-1], row_bytes), tqgguf.dequantize(data, type, mode).reshape(x.shape)
+
+
+def make_mask(case: Case, rng: np.random.Generator) -> npt.NDArray[np.float16]:
+    mask = np.zeros((case.n_mask_stream, case.n_mask_head, case.n_q, case.n_kv), dtype=np.float16)
+    if case.mask == "causal":
+        rows, columns = np.arange(case.n_q)[:, None], np.arange(case.n_kv)[None]
+        mask[..., columns > rows + case.n_kv - case.n_q] = -np.inf
+    elif case.mask == "window":
+        mask[..., : case.n_kv // 2] = -np.inf
+    elif case.mask == "holes":
+        mask[rng.random(mask.shape) < 0.4] = -np.inf
+    elif case.mask == "values":
+        mask[:] = -np.abs(rng.standard_normal(mask.shape)) * 3
+    elif case.mask == "all":
+        mask[..., : (case.n_q + 1) // 2, :] = -np.inf
+    elif case.mask == "last":
+        mask[..., -1] = -np.inf
+    return mask
+
+
+def compute(cuda: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The library's output and the oracle's, both (n_stream, n_q, n_head, head_dim_v)."""
+    rng = np.random.default_rng(case.seed)
+    n_kv_stream = case.n_kv_stream or case.n_stream
+
+    def normal(*shape: int) -> npt.NDArray[np.float32]:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    q = normal(case.n_stream, case.n_head, case.n_q, case.head_dim_k) * np.float32(case.q_scale)
+    q[..., 0] *= 1 + 5 * case.spread
+    sizes = np.exp(case.spread * normal(n_kv_stream, case.n_kv, 1, 1)) * np.float32(case.v_scale)
+    shape = (n_kv_stream, case.n_kv, case.n_head_kv)
+    k_bytes, k = store(normal(*shape, case.head_dim_k), case.k_type, case.mode)
+    v_bytes, v = store(sizes * normal(*shape, case.head_dim_v), case.v_type, case.mode)
+    sinks, mask = normal(case.n_head), make_mask(case, rng)
+    for name, data, type in (("k", k_bytes, case.k_type), ("v", v_bytes, case.v_type)):
+        if case.poison == name:  # f16: every value, otherwise the scale of the first block
+            data[:, -1, :, : None if type == "f16" else 2] = np.tile(
+                np.array([0, 0x7C], np.uint8), data.shape[-1] // 2 if type == "f16" else 1
+            )
+    if case.poison == "sinks":
+        sinks[:] = -np.inf
+    poisoned = q.copy()
+    if case.poison == "q":
+        poisoned[..., 3] = np.nan
+
+    args = cuda.Attention()
+    args.q.data, args.q.type = cuda.put(poisoned).pointer, 0
+    args.q.head_dim, args.q.n_head, args.q.n_stream = case.head_dim_k, case.n_head, case.n_stream
+    args.q.stride_stream, args.q.stride_head, args.q.stride_token = q.strides[:3]
+    for target, data, type, dim in (
+        (args.k, k_bytes, case.k_type, case.head_dim_k),
+        (args.v, v_bytes, case.v_type, case.head_dim_v),
+    ):
+        n_bytes = data.shape[-1]
+        target.type, target.mode = CACHE_TYPES[type].number, reference.MODES.index(case.mode)
+        target.head_dim, target.n_head, target.n_stream = dim, case.n_head_kv, n_kv_stream
+        if case.head_major:
+            stored = np.full((n_kv_stream, case.n_head_kv, case.n_kv, n_bytes + case.gap), PADDING, np.uint8)
+            stored[..., :n_bytes] = data.swapaxes(1, 2)
+            target.stride_stream, target.stride_head, target.stride_token = stored.strides[:3]
+        else:
+            stored = np.full((n_kv_stream, case.n_kv, case.n_head_kv * n_bytes + case.gap), PADDING, np.uint8)
+            stored[..., : case.n_head_kv * n_bytes] = data.reshape(n_kv_stream, case.n_kv, case.n_head_kv * n_bytes)
+            target.stride_stream, target.stride_token, target.stride_head = *stored.strides[:2], n_bytes
+        target.data = cuda.put(stored, case.offset).pointer
+    args.n_q, args.n_kv = case.n_q, case.n_kv
+    if case.mask != "none":
+        args.mask = cuda.put(mask).pointer
+        args.n_mask_head, args.n_mask_stream = case.n_mask_head, case.n_mask_stream
+        args.mask_stride_stream, args.mask_stride_head, args.mask_stride_row = mask.strides[:3]
+    if case.sinks:
+        args.sinks = cuda.put(sinks).pointer
+    args.scale, args.max_bias, args.softcap = case.head_dim_k**-0.5, case.max_bias, case.softcap
+    out = np.full((case.n_stream, case.n_q, case.n_head, case.head_dim_v), np.nan, dtype=np.float32)
+    result = cuda.put(out)
+    args.out = result.pointer
+    args.out_stride_stream, args.out_stride_row, args.out_stride_head = out.strides[:3]
+    work_bytes = cuda.lib.tq_cuda_attn_work_bytes(ctypes.byref(args))
+    assert work_bytes < 1 << 40, cuda.error()
+    work = cuda.put(np.full(work_bytes + 16, 0xFF, np.uint8))
+    cuda.check(cuda.lib.tq_cuda_attn(ctypes.byref(args), ctypes.c_void_p(-(-work.pointer // 16) * 16), None))
+    options: dict[str, Any] = {
+        "sinks": sinks if case.sinks else None,
+        "softcap": case.softcap,
+        "max_bias": case.max_bias,
+    }
+    want = [
+        reference.attention(
+            q[s].swapaxes(0, 1),
+            k[s * n_kv_stream // case.n_stream],
+            v[s * n_kv_stream // case.n_stream],
+            case.head_dim_k**-0.5,
+            mask=None if case.mask == "none" else mask[s % case.n_mask_stream],
+            **options,
+        )
+        for s in range(case.n_stream)
+    ]
+    return result.read().astype(np.float64), np.array(want)
+
+
+def check_case(cuda: Any, case: Case, tolerance: float = TOLERANCE) -> None:
+    """Computes a case and asserts that it agrees with the oracle, every query vector for itself."""
+    got, want = compute(cuda, case)
+    assert np.isfinite(got).all(), case
+    norms = np.linalg.norm(want, axis=-1)
+    errors = np.linalg.norm(got - want, axis=-1)
+    assert np.linalg.norm(errors) <= tolerance * np.linalg.norm(norms), case
+    assert (errors <= 4 * tolerance * np.maximum(norms, 0.1 * norms.mean())).all(), case
+
+
+PAIRS = [(k, v) for k in (*reference.TYPES, "f16") for v in (*reference.TYPES, "f16") if (k, v) != ("f16", "f16")]
+
+
+@pytest.mark.parametrize(("k_type", "v_type"), PAIRS)
+def test_pairs_of_types(cuda: Any, k_type: str, v_type: str) -> None:
+    check_case(cuda, Case(k_type, v_type, 128, 128, n_kv=150, mask="holes"))
+    check_case(cuda, Case(k_type, v_type, 96, 160, n_kv=70, n_q=5, mask="causal"))
+
+
+@pytest.mark.parametrize(
+    ("head_dim_k", "head_dim_v"),
+    [(32 * i, 32 * i) for i in range(1, 9)] + [(512, 512), (576, 512), (192, 128), (64, 320)],
+)
+def test_head_sizes(cuda: Any, head_dim_k: int, head_dim_v: int) -> None:
+    for type in reference.TYPES:
+        n_q = 7 if type in ("pqo3", "pqt4") else 1
+        check_case(
+            cuda, Case(type, type, head_dim_k, head_dim_v, n_head=2, n_head_kv=1, n_q=n_q, n_kv=70, mask="holes")
+        )
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8, 9, 12, 16, 20])
+def test_grouped_queries(cuda: Any, group: int) -> None:
+    check_case(cuda, Case(n_head=group * 3, n_head_kv=3, n_kv=130))
+    check_case(cuda, Case("pqo4", "pqo4", n_head=group, n_head_kv=1, n_kv=33, n_q=3, mask="causal"))
+    check_case(cuda, Case("pqt3", "pqt4", n_head=group, n_head_kv=1, n_kv=130))
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "window", "holes", "values", "all"])
+@pytest.mark.parametrize("n_q", [1, 2, 17])
+def test_masks(cuda: Any, mask: str, n_q: int) -> None:
+    for n_mask_head in (1, 4):
+        bias = 8.0 if mask == "values" else 0.0
+        check_case(cuda, Case(mask=mask, n_q=n_q, n_kv=300, n_mask_head=n_mask_head, max_bias=bias))
+
+
+def test_a_row_with_every_key_masked_gives_zeros(cuda: Any) -> None:
+    for sinks in (False, True):
+        for n_kv in (40, 1000):
+            got, _ = compute(cuda, Case(mask="all", n_q=9, n_kv=n_kv, sinks=sinks))
+            assert not got[:, :5].any()
+            assert (np.abs(got[:, 5:]).sum(axis=-1) > 0).all()
+
+
+def test_no_keys_give_zeros(cuda: Any) -> None:
+    for sinks in (False, True):
+        got, _ = compute(cuda, Case(n_kv=0, sinks=sinks))
+        assert not got.any()
+
+
+@pytest.mark.parametrize("n_q", [1, 6])
+def test_sinks_softcap_alibi(cuda: Any, n_q: int) -> None:
+    for sinks in (False, True):
+        for softcap in (0.0, 2.5):
+            for max_bias in (0.0, 8.0):
+                mask = "values" if max_bias else "none"
+                case = Case(n_q=n_q, n_head=6, sinks=sinks, softcap=softcap, max_bias=max_bias, mask=mask, n_kv=150)
+                check_case(cuda, case)
+
+
+@pytest.mark.parametrize("n_kv", [1, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 255, 257, 700])
+def test_lengths(cuda: Any, n_kv: int) -> None:
+    check_case(cuda, Case(n_kv=n_kv, n_head_kv=1, n_head=2))
+    check_case(cuda, Case("pqo4", "pqo4", 128, 128, n_kv=n_kv, n_head_kv=1, n_head=2, n_q=5, sinks=True))
+
+
+def test_streams(cuda: Any) -> None:
+    check_case(cuda, Case(n_stream=3, mask="holes", n_mask_stream=3, n_q=2))
+    check_case(cuda, Case(n_stream=4, n_kv_stream=2, mask="holes", n_mask_stream=2, n_q=2))
+    check_case(cuda, Case(n_stream=2, n_kv_stream=1, mask="holes", n_mask_head=2))
+
+
+@pytest.mark.parametrize("type", [*reference.TYPES, "f16"])
+def test_alignments(cuda: Any, type: str) -> None:
+    other = "pqo3" if type == "f16" else type
+    for offset, gap, head_dim in (
+        (0, 0, 256),
+        (2, 0, 128),
+        (4, 0, 128),
+        (0, 2, 128),
+        (8, 8, 256),
+        (0, 0, 32),
+        (6, 14, 96),
+    ):
+        check_case(cuda, Case(type, other, head_dim, head_dim, offset=offset, gap=gap, n_kv=90))
+        check_case(cuda, Case(other, type, head_dim, head_dim, offset=offset, gap=gap, n_kv=90, head_major=True))
+
+
+@pytest.mark.parametrize(("type", "mode"), [codec for codec in reference.CODECS if codec[1] != "search"])
+def test_other_codebooks(cuda: Any, type: str, mode: str) -> None:
+    check_case(cuda, Case(type, type, 128, 128, mode=mode))
+
+
+@pytest.mark.parametrize(("q_scale", "v_scale"), [(1e-6, 1e-3), (30.0, 1e-2), (1e6, 3e4), (1.0, 2e4)])
+def test_magnitudes(cuda: Any, q_scale: float, v_scale: float) -> None:
+    """f16 in between must neither overflow nor lose what is small. Scores of a million flip a sign now and then."""
+    for type in ("pqo3", "pqt4"):
+        softcap = 5.0 if q_scale > 100 else 0.0
+        case = Case(type, type, 128, 128, q_scale=q_scale, v_scale=v_scale, softcap=softcap, n_kv=200)
+        check_case(cuda, case, 0.1 if q_scale > 100 else TOLERANCE)
+
+
+def test_unequal_tokens(cuda: Any) -> None:
+    for type in reference.TYPES:
+        check_case(cuda, Case(type, type, 128, 128, n_kv=600, spread=1.5, sinks=True))
+
+
+@pytest.mark.parametrize("type", ["pqo3", "pqt4", "f16"])
+def test_hidden_tokens_may_hold_anything(cuda: Any, type: str) -> None:
+    other = "pqo4" if type == "f16" else type
+    for poison, k_type, v_type in (("k", type, other), ("v", other, type)):
+        check_case(cuda, Case(k_type, v_type, mask="last", poison=poison, n_kv=77, n_q=2))
+
+
+def test_nan_in_q_gives_nan(cuda: Any) -> None:
+    for n_kv in (50, 900):
+        got, _ = compute(cuda, Case(poison="q", n_kv=n_kv))
+        assert np.isnan(got).all()
+
+
+def test_sinks_of_minus_infinity_change_nothing(cuda: Any) -> None:
+    got, _ = compute(cuda, Case(sinks=True, poison="sinks"))
+    want, _ = compute(cuda, Case())
+    np.testing.assert_array_equal(got, want)
+
+
+def test_less_shared_memory(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turing has 64 KiB, Ampere and Ada for consumers 99: other tiles, or a refusal that says why."""
+    if not cuda.emulated:
+        pytest.skip("a device has what it has")
+    monkeypatch.setenv("TQ_HOST_SHARED_KIB", "99")
+    for type in reference.TYPES:
+        check_case(cuda, Case(type, type, 576, 512, n_head=16, n_head_kv=1, n_kv=100))
+    monkeypatch.setenv("TQ_HOST_SHARED_KIB", "64")
+    for type in reference.TYPES:
+        check_case(cuda, Case(type, type, 256, 256, n_q=8, n_kv=100))
+    args = usable(cuda)
+    args.q.head_dim = args.k.head_dim = 2048
+    assert cuda.lib.tq_cuda_attn_supported(ctypes.byref(args)) == -3
+    assert "shared memory" in cuda.error()
+
+
+@pytest.mark.parametrize("n_sm", [1, 5, 40])
+def test_any_number_of_splits(cuda: Any, monkeypatch: pytest.MonkeyPatch, n_sm: int) -> None:
+    if not cuda.emulated:
+        pytest.skip("a device has what it has")
+    monkeypatch.setenv("TQ_HOST_SM", str(n_sm))
+    for n_kv in (129, 1000):
+        check_case(cuda, Case(n_kv=n_kv, sinks=True, mask="window", n_head=6, n_head_kv=2))
+
+
+def usable(cuda: Any) -> Any:
+    args = cuda.Attention()
+    for operand, type, n_head in ((args.q, 0, 4), (args.k, 300, 2), (args.v, 300, 2)):
+        operand.type, operand.head_dim, operand.n_head, operand.n_stream = type, 64, n_head, 1
+        operand.stride_token, operand.stride_head = 512, 256
+    args.n_q, args.n_kv, args.scale = 1, 10, 1.0
+    args.out_stride_row, args.out_stride_head = 1024, 256
+    assert cuda.lib.tq_cuda_attn_supported(ctypes.byref(args)) == 0, cuda.error()
+    return args
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "status", "text"),
+    [
+        ("k.type", 8, -3, "type 8"),
+        ("k.head_dim", 80, -3, "head_dim = 80"),
+        ("v.head_dim", 544, -3, "up to 512"),
+        ("k.decoder", 1, -3, "decoder"),
+        ("q.type", 1, -1, "f32"),
+        ("q.n_head", 5, -1, "multiple"),
+        ("k.stride_token", 27, -1, "even"),
+        ("n_kv", -1, -1, "n_kv = -1"),
+        ("out_stride_head", 6, -1, "multiples of four"),
+    ],
+)
+def test_what_is_refused_is_named(cuda: Any, field: str, value: int, status: int, text: str) -> None:
+    args = usable(cuda)
+    *path, name = field.split(".")
+    setattr(getattr(args, path[0]) if path else args, name, value)
+    if field == "k.head_dim":
+        args.q.head_dim = value
+    assert cuda.lib.tq_cuda_attn_supported(ctypes.byref(args)) == status
+    assert text in cuda.error()
+    assert cuda.lib.tq_cuda_attn_work_bytes(ctypes.byref(args)) == ctypes.c_size_t(-1).value
+    assert cuda.lib.tq_cuda_attn(ctypes.byref(args), None, None) == status
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(
+    pair=st.sampled_from(PAIRS),
+    blocks=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    group=st.integers(1, 9),
+    n_head_kv=st.integers(1, 2),
+    n_q=st.integers(1, 4),
+    n_kv=st.integers(1, 300),
+    mask=st.sampled_from(["none", "holes", "values", "window"]),
+    softcap=st.sampled_from([0.0, 3.0]),
+    sinks=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(
+    cuda: Any,
+    pair: tuple[str, str],
+    blocks: tuple[int, int],
+    group: int,
+    n_head_kv: int,
+    n_q: int,
+    n_kv: int,
+    mask: str,
+    softcap: float,
+    sinks: bool,
+    seed: int,
+) -> None:
+    if n_kv == 1 and mask == "holes":
+        mask = "none"
+    dims = (32 * blocks[0], 32 * blocks[1])
+    case = Case(
+        *pair,
+        *dims,
+        n_head=group * n_head_kv,
+        n_head_kv=n_head_kv,
+        n_q=n_q,
+        n_kv=n_kv,
+        mask=mask,
+        softcap=softcap,
+        sinks=sinks,
+        seed=seed,
+    )
+    check_case(cuda, case)
