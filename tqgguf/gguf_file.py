@@ -44,6 +44,7 @@ class GgufHeader:
         metadata: every key; arrays of more than `LONGEST_ARRAY` entries appear as their length, in a `range`.
         n_tensors: tensors in this file (a model may be split over several files).
         tensors: their names.
+        tensor_bytes: their sizes; 0 for a type that is not known here.
         header_bytes: length of what precedes the tensors' data.
     """
 
@@ -52,6 +53,7 @@ class GgufHeader:
     metadata: dict[str, Any]
     n_tensors: int
     tensors: tuple[str, ...]
+    tensor_bytes: tuple[int, ...]
     header_bytes: int
 
 
@@ -99,7 +101,7 @@ class _Reader:
             key = self.string()
             metadata[key] = self.value(self.number("I"), key)
         end = 0
-        names = []
+        names, sizes = [], []
         for _ in range(n_tensors):
             name = self.string()
             names.append(name)
@@ -110,14 +112,15 @@ class _Reader:
             for _ in range(n_dims):
                 count *= self.number("Q")
             block, size = _TENSOR_BLOCKS.get(self.number("I"), (1, 0))
-            end = max(end, self.number("Q") + count // block * size)
+            sizes.append(count // block * size)
+            end = max(end, self.number("Q") + sizes[-1])
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ModelFileError(f"{self.path}: general.alignment is {alignment!r}, must be a positive integer")
         needed = (self.at + alignment - 1) // alignment * alignment + end if n_tensors else self.at
         if needed > self.size:
             raise self.truncated(f"its tensors need {needed} bytes")
-        return GgufHeader(self.path, self.size, metadata, n_tensors, tuple(names), self.at)
+        return GgufHeader(self.path, self.size, metadata, n_tensors, tuple(names), tuple(sizes), self.at)
 
     def truncated(self, why: str) -> ModelFileError:
         return ModelFileError(f"{self.path} is truncated or damaged: {why}, the file has {self.size} bytes")

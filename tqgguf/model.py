@@ -164,32 +164,32 @@ class Llama(_Stock):  # type: ignore[misc]
             parse_cache(cache)  # a wrong name is told before the file is opened
         self._info = read_model_info(model_path)
         self._policy = policy = resolve(cache, self._info.n_layer)
-        needs_flash = _needs_flash(policy)
-        if flash_attn is False and needs_flash:
+        with_flash = needs_flash(policy)
+        if flash_attn is False and with_flash:
             raise ArgumentError(
                 f"flash_attn=False cannot be combined with {_words(policy)}: "
                 f"a quantized V, and every type of tqgguf, needs flash attention"
             )
         if not kwargs.get("vocab_only"):
             refuse_impossible(self._info, policy)
-        k, v = _base(policy, self._info)
+        k, v = base_types(policy, self._info)
         self._n_ubatch: int | None = kwargs.pop("n_ubatch", None)
-        with _load_lock, _captured_log() as log, applied(policy), kept(self._tail):
+        with load_lock, captured_log() as log, applied(policy), kept(self._tail):
             try:
                 super().__init__(
                     str(model_path),
                     type_k=k.number,
                     type_v=v.number,
-                    flash_attn=needs_flash if flash_attn is None else flash_attn,
+                    flash_attn=with_flash if flash_attn is None else flash_attn,
                     n_ubatch=self._ubatch(policy, self._tail),
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
-                raise _load_error(str(error), log, self._info) from error
+                raise load_error(str(error), log, self._info) from error
         self._buffers: list[_KVBuffer] = []
         if not kwargs.get("vocab_only"):
             try:
-                self._buffers = _verify(log, self._info, policy, self._tail)
+                self._buffers = verify_buffers(log, self._info, policy, self._tail)
             except CacheTypeError:
                 self.close()
                 raise
@@ -242,16 +242,16 @@ class Llama(_Stock):  # type: ignore[misc]
         n_tail = self._tail if tail is None else check_tail(tail)
         refuse_impossible(self._info, policy)
         params = type(self.context_params).from_buffer_copy(self.context_params)
-        params.type_k, params.type_v = (kind.number for kind in _base(policy, self._info))
+        params.type_k, params.type_v = (kind.number for kind in base_types(policy, self._info))
         params.n_ubatch = min(params.n_batch, self._ubatch(policy, n_tail))
-        if _needs_flash(policy):
+        if needs_flash(policy):
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        with _load_lock, _captured_log() as log, applied(policy), kept(n_tail):
+        with load_lock, captured_log() as log, applied(policy), kept(n_tail):
             context = llama_cpp.llama_init_from_model(self.model, params)
         if not context:
-            raise _load_error("no context", log, self._info)
+            raise load_error("no context", log, self._info)
         try:
-            _verify(log, self._info, policy, n_tail)
+            verify_buffers(log, self._info, policy, n_tail)
             yield context
         finally:
             llama_cpp.llama_free(context)
@@ -377,7 +377,10 @@ def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
 
 # ---- What llama.cpp reports while it allocates its cache ----
 
-_load_lock = threading.Lock()
+LoadLog = list[tuple[int, str]]
+"""llama.cpp's log as (level, text)."""
+
+load_lock = threading.Lock()
 """The log callback is one per process, so only one model is loaded at a time."""
 
 _LOG_WARN: Final = 3
@@ -410,9 +413,9 @@ class _KVBuffer:
 
 
 @contextlib.contextmanager
-def _captured_log() -> Iterator[list[tuple[int, str]]]:
-    """Collects llama.cpp's log as (level, text), and still hands it on to whoever listened before."""
-    lines: list[tuple[int, str]] = []
+def captured_log(quiet: bool = False) -> Iterator[LoadLog]:
+    """Collects llama.cpp's log and, unless quiet, still hands it on to whoever listened before."""
+    lines: LoadLog = []
     before, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user_data))
 
@@ -422,7 +425,7 @@ def _captured_log() -> Iterator[list[tuple[int, str]]]:
             lines[-1] = (lines[-1][0], lines[-1][1] + text.decode("utf-8", "replace"))
         else:
             lines.append((level, text.decode("utf-8", "replace")))
-        if before:
+        if before and not quiet:
             before(level, text, user_data)
 
     llama_cpp.llama_log_set(callback, None)
@@ -432,9 +435,9 @@ def _captured_log() -> Iterator[list[tuple[int, str]]]:
         llama_cpp.llama_log_set(before, user_data)
 
 
-def _verify(log: list[tuple[int, str]], info: ModelInfo, policy: CachePolicy, tail: int) -> list[_KVBuffer]:
+def verify_buffers(log: LoadLog, info: ModelInfo, policy: CachePolicy, tail: int) -> list[_KVBuffer]:
     """The KV buffers llama.cpp reported; raises CacheTypeError unless they are what was asked for."""
-    k, v = _base(policy, info)
+    k, v = base_types(policy, info)
     buffers = [
         _KVBuffer(int(m["cells"]), int(m["layers"]), int(m["streams"]), m["k"], m["v"], m["k_mib"], m["v_mib"])
         for _, text in log
@@ -490,7 +493,8 @@ def _buffer_of(layer: KVLayer, info: ModelInfo, buffers: list[_KVBuffer]) -> _KV
     return None
 
 
-def _load_error(error: str, log: list[tuple[int, str]], info: ModelInfo) -> TqggufError:
+def load_error(error: str, log: LoadLog, info: ModelInfo) -> TqggufError:
+    """What llama.cpp said when it gave up, as an exception; an OutOfMemoryError if it was memory."""
     causes = [text.strip() for level, text in log if level in (_LOG_WARN, _LOG_ERROR) and text.strip()]
     errors = [text.strip() for level, text in log if level == _LOG_ERROR and text.strip()]
     said = "; ".join(errors[-3:]) or error
@@ -500,12 +504,13 @@ def _load_error(error: str, log: list[tuple[int, str]], info: ModelInfo) -> Tqgg
     return TqggufError(message)
 
 
-def _needs_flash(policy: CachePolicy) -> bool:
+def needs_flash(policy: CachePolicy) -> bool:
+    """Whether a cache can be used with flash attention alone: one with a type of ours, or a quantized V."""
     types = (policy.types(layer) for layer in range(policy.n_layer))
     return any(k.ours or v.quantized for k, v in types)
 
 
-def _base(policy: CachePolicy, info: ModelInfo) -> tuple[CacheType, CacheType]:
+def base_types(policy: CachePolicy, info: ModelInfo) -> tuple[CacheType, CacheType]:
     """The types llama.cpp is asked for, and prints: those of the first layer that has a cache."""
     return policy.types(info.layers[0].index if info.layers else 0)
 

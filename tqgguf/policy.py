@@ -95,13 +95,17 @@ class CachePolicy:
         """Whether a layer has a type of tqgguf, so that there can be a tail."""
         return any(CACHE_TYPES[name].ours for name in (*self.types_k, *self.types_v))
 
-    def bytes(self, info: ModelInfo, n_ctx: int, tail: int) -> int:
-        """Bytes llama.cpp allocates for a context of n_ctx tokens and one sequence, its tail of so many included."""
+    def bytes(self, info: ModelInfo, n_ctx: int, tail: int, n_seq: int = 1, unified: bool = False) -> int:
+        """Bytes llama.cpp allocates for a context of n_ctx tokens, its tail of so many included.
+
+        n_seq sequences share the context: each has a part of it to itself, or, unified, all share one cache.
+        """
         total, n_ubatch = 0, tail_ubatch(tail if self.ours else 0)
+        n_stream = 1 if unified else n_seq
         for layer in info.layers:
             k, v = self.types(layer.index)
-            cells = layer.cells(n_ctx, n_ubatch)
-            total += cells * layer.bytes_per_token(k, v) + tail_bytes(layer, k, v, tail, cells)
+            cells = layer.cells(n_ctx, n_ubatch, n_seq, unified)
+            total += n_stream * (cells * layer.bytes_per_token(k, v) + tail_bytes(layer, k, v, tail, cells))
         return total
 
     def bits(self, info: ModelInfo) -> float:

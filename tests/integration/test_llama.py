@@ -248,11 +248,11 @@ def test_bytes_that_do_not_fit_raise() -> None:
     policy = resolve("pqo3", info.n_layer)
     line = "llama_kv_cache: size =    {} MiB (  2048 cells,   4 layers,  1/1 seqs), "
     line += "K (pqo3):    {} MiB, V (pqo3):    {} MiB\n"
-    assert module._verify([(2, line.format("0.88", "0.44", "0.44"))], info, policy, 0)[0].cells == 2048
+    assert module.verify_buffers([(2, line.format("0.88", "0.44", "0.44"))], info, policy, 0)[0].cells == 2048
     with pytest.raises(CacheTypeError, match=r"V cache of 2048 cells takes 0\.56 MiB"):
-        module._verify([(2, line.format("1.00", "0.44", "0.56"))], info, policy, 0)
+        module.verify_buffers([(2, line.format("1.00", "0.44", "0.56"))], info, policy, 0)
     with pytest.raises(CacheTypeError, match="no KV buffer"):
-        module._verify([(2, "something else\n")], info, policy, 0)
+        module.verify_buffers([(2, "something else\n")], info, policy, 0)
 
 
 def test_too_large_a_context_is_a_memory_error(python: Callable[..., Any], random_model: Model) -> None:

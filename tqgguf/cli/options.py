@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING, Final
 
 from ..config import cache_type
@@ -50,6 +51,21 @@ def _between(low: int, high: int, text: str) -> int:
 def positive(text: str) -> int:
     """argparse type: a positive integer of 31 bits."""
     return _between(1, 2**31 - 1, text)
+
+
+_UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def memory_size(text: str) -> int:
+    """argparse type: bytes, such as 8G, 8GiB (both 2^30 each), 8GB (10^9 each), 512M, 1.5G."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([KMGT]?)(IB|B|)", text.strip().upper())
+    unit = _UNITS[match[2]] if match else 0
+    if match and match[2] and match[3] == "B":
+        unit = 10 ** (3 * list(_UNITS).index(match[2]))
+    value = round(float(match[1]) * unit) if match and not (match[3] == "IB" and not match[2]) else 0
+    if not 0 < value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a size such as 8G, 8GiB, 512M or 1.5G, not {text!r}")
+    return value
 
 
 def context(text: str) -> int:

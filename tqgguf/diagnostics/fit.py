@@ -1,0 +1,289 @@
+"""Will it fit: weights, KV cache, recurrent states and compute buffers of a model, and the longest context for a memory.
+
+Nothing is loaded. The KV cache is counted from the header as llama.cpp allocates it, compute buffers come from
+llama.cpp's own plan (`plan`), and both are checked against each other with every context looked at.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from .._native import library_path
+from ..config import CACHE_TYPES
+from ..errors import ArgumentError, TqggufError
+from ..gguf_file import read_header
+from ..gguf_info import CELL_PADDING, ModelInfo
+from ..policy import CachePolicy, PolicySpec, resolve
+from ..tail import DEFAULT_TAIL, check_tail
+from .plan import ContextPlan, PlannedModel, planned_model
+
+__all__ = ["FITTED_TYPES", "Fit", "FitRow", "fit"]
+
+FITTED_TYPES: Final = ("f16", "q8_0", "pqt4", "pqo4", "q4_0", "pqt3", "pqo3")
+"""What `fit` looks at unless told otherwise, by mean KL divergence from f16 (README), the least first."""
+
+MAX_SEQUENCES: Final = 256
+"""As LLAMA_MAX_SEQ."""
+
+
+@dataclass(frozen=True)
+class FitRow:
+    """One cache and its longest context. Sizes in bytes, at that context.
+
+    Attributes:
+        cache: name of the type, "K/V" for a pair, or the policy file.
+        obstacle: why the model cannot have this cache, or None.
+        n_ctx: tokens of the longest context, over all sequences; 0 if none fits.
+        limit: what ends it: "memory", "training", or "" if it is as long as wanted.
+        plan: KV cache, recurrent states and compute buffers; of the shortest context if none fits, None if there is an
+            obstacle.
+        n_gpu_layers: layers in video memory, the output layer counted as one; 0 without --vram.
+        memory: bytes of main memory taken, weights included.
+        vram: bytes of video memory taken.
+    """
+
+    cache: str
+    obstacle: str | None
+    n_ctx: int
+    limit: str
+    plan: ContextPlan | None
+    n_gpu_layers: int
+    memory: int
+    vram: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits into a memory.
+
+    Attributes:
+        info: what the GGUF says.
+        weights: bytes of all weights.
+        memory: bytes of main memory that may be taken.
+        vram: bytes of video memory that may be taken; 0 for none.
+        n_ctx: tokens wanted; the context the model was trained for, times the sequences, unless told otherwise.
+        n_seq: sequences.
+        unified: whether they share one cache.
+        tail: newest tokens kept in f16 where a type is ours.
+        rows: one for each cache, in the order of preference.
+        recommended: the first row whose context is as long as wanted; if there is none, the row with the longest
+            context; None if nothing fits.
+        reason: the same in words.
+    """
+
+    info: ModelInfo
+    weights: int
+    memory: int
+    vram: int
+    n_ctx: int
+    n_seq: int
+    unified: bool
+    tail: int
+    rows: tuple[FitRow, ...]
+    recommended: FitRow | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Where everything would lie: bytes of main and of video memory."""
+
+    n_gpu_layers: int
+    memory: int
+    vram: int
+
+
+def fit(
+    path: str | Path,
+    memory: int,
+    *,
+    vram: int = 0,
+    n_ctx: int | None = None,
+    n_seq: int = 1,
+    unified: bool = False,
+    caches: Sequence[PolicySpec] = FITTED_TYPES,
+    tail: int = DEFAULT_TAIL,
+) -> Fit:
+    """Finds the longest context that fits for each cache, as `tqgguf.Llama` would set it up.
+
+    A context is never longer than the model was trained for, or than n_ctx. The program itself (some 100 MB) is not
+    counted, nor are copies that llama.cpp makes of weights it rearranges for a CPU while the file stays mapped.
+
+    Args:
+        path: a GGUF file.
+        memory: bytes of main memory.
+        vram: bytes of video memory. As many layers as fit go there, weights and KV cache, the last ones first, as
+            `n_gpu_layers` has it; a KV cache of ours only where this build has a CUDA backend. Compute buffers are
+            counted on both sides. No GPU is asked: these figures are an estimate.
+        n_ctx: tokens wanted, over all sequences; None for what the model was trained for, for each.
+        n_seq: sequences.
+        unified: whether they share one cache, instead of a part for each.
+        caches: as for `Llama`, in the order of preference.
+        tail: as for `Llama`.
+
+    Raises:
+        ArgumentError: memory that the weights alone exceed, or another number out of range.
+        CacheTypeError: none of the caches can be used with this model.
+        ModelFileError, TqggufError: see `planned_model`.
+    """
+    check_tail(tail)
+    for name, value, low, high in (
+        ("memory", memory, 1, 2**63 - 1),
+        ("vram", vram, 0, 2**63 - 1),
+        ("n_seq", n_seq, 1, MAX_SEQUENCES),
+        ("n_ctx", n_seq if n_ctx is None else n_ctx, n_seq, 2**31 - CELL_PADDING),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ArgumentError(f"{name} is {value!r}, must be an integer between {low} and {high}")
+    with planned_model(path) as model:
+        info = model.info
+        if model.weights > memory + vram:
+            raise ArgumentError(
+                f"the weights of {info.path.name} alone take {model.weights:,} bytes, more than the {memory + vram:,} "
+                f"bytes given: give more memory, or take a smaller quantization of this model"
+            )
+        trained = min(info.n_ctx_train * n_seq, 2**31 - CELL_PADDING)
+        wanted = trained if n_ctx is None else n_ctx
+        layers = _layer_weights(info, model.weights) if vram else []
+        rows = []
+        for cache in caches:
+            policy = resolve(cache, info.n_layer)
+            obstacle = info.obstacle(*policy.uniform) if policy.uniform else policy.obstacle(info)
+            if obstacle:
+                rows.append(FitRow(_name(cache, policy), obstacle, 0, "", None, 0, 0, 0))
+                continue
+
+            def plan(n: int, policy: CachePolicy = policy) -> tuple[ContextPlan, _Split]:
+                context = model.context(policy, n, tail=tail, n_seq=n_seq, unified=unified)
+                return context, _split(model, policy, context, n, vram, layers, (tail, n_seq, unified))
+
+            def cache_bytes(n: int, policy: CachePolicy = policy) -> int:
+                return policy.bytes(info, n, tail, n_seq, unified)
+
+            n = _longest(
+                min(wanted, trained),
+                lambda n: model.weights + cache_bytes(n) - memory - vram,  # noqa: B023
+                lambda n: plan(n)[1].memory - memory,  # noqa: B023
+            )
+            context, split = plan(n or max(CELL_PADDING, n_seq))
+            limit = "training" if n >= trained else "" if n >= wanted else "memory"
+            rows.append(
+                FitRow(
+                    cache=_name(cache, policy),
+                    obstacle=None,
+                    n_ctx=n,
+                    limit=limit,
+                    plan=context,
+                    n_gpu_layers=split.n_gpu_layers,
+                    memory=split.memory,
+                    vram=split.vram,
+                )
+            )
+        recommended, reason = _recommend(rows, wanted)
+        return Fit(
+            info, model.weights, memory, vram, wanted, n_seq, unified, tail, tuple(rows), recommended, reason
+        )
+
+
+def _name(cache: PolicySpec, policy: CachePolicy) -> str:
+    return policy.words or str(cache)
+
+
+def _recommend(rows: Sequence[FitRow], wanted: int) -> tuple[FitRow | None, str]:
+    usable = [row for row in rows if row.n_ctx]
+    if not usable:
+        return None, "no cache fits, not even with the shortest context"
+    for row in usable:
+        if row.n_ctx >= wanted:
+            return row, f"the first in order of precision with which {wanted:,} tokens fit"
+    longest = max(usable, key=lambda row: row.n_ctx)
+    return longest, f"{wanted:,} tokens fit with none; this one has the longest context"
+
+
+def _longest(most: int, at_least: Callable[[int], int], over: Callable[[int], int]) -> int:
+    """The longest context, `most` or a multiple of CELL_PADDING, that is not over the budget; 0 if there is none.
+
+    Args:
+        most: tokens beyond which nothing is wanted.
+        at_least: bytes over the budget, or fewer: cheap, to begin with.
+        over: bytes over the budget; it grows with the tokens, nearly in proportion.
+    """
+    units = range(1, -(-most // CELL_PADDING) + 1)
+    high = bisect_right(units, 0, key=lambda n: at_least(min(n * CELL_PADDING, most)))
+    if high == 0:
+        return 0
+    above = over(min(high * CELL_PADDING, most))
+    if above <= 0:
+        return min(high * CELL_PADDING, most)
+    below = over(CELL_PADDING) if high > 1 else above
+    if below > 0:
+        return 0
+    low = 1
+    turn = 0
+    while high - low > 1:
+        # Where a straight line crosses the budget; every third time the middle, in case it is not straight.
+        turn += 1
+        guess = (low + high) // 2 if turn % 3 == 0 else low - below * (high - low) // (above - below)
+        guess = min(max(guess, low + 1), high - 1)
+        at = over(guess * CELL_PADDING)
+        low, below, high, above = (guess, at, high, above) if at <= 0 else (low, below, guess, at)
+    return low * CELL_PADDING
+
+
+# ---- Video memory ----
+
+
+def _layer_weights(info: ModelInfo, total: int) -> list[int]:
+    """Bytes of weights by layer, and last those of the output; the embedding of tokens stays in main memory."""
+    header = read_header(info.path)
+    if sum(header.tensor_bytes) < 0.9 * total:
+        raise TqggufError(f"{info.path.name} is split over several files, or of types unknown here: leave --vram out")
+    sizes = [0] * (info.n_layer + 1)
+    tied = "output.weight" not in header.tensors
+    for name, size in zip(header.tensors, header.tensor_bytes, strict=True):
+        kind, _, rest = name.partition(".")
+        number = rest.partition(".")[0]
+        if kind == "blk" and number.isdecimal() and int(number) < info.n_layer:
+            sizes[int(number)] += size
+        elif name.startswith("output") or (tied and name == "token_embd.weight"):
+            sizes[-1] += size
+    return sizes
+
+
+def _split(
+    model: PlannedModel,
+    policy: CachePolicy,
+    context: ContextPlan,
+    n_ctx: int,
+    vram: int,
+    layers: Sequence[int],
+    how: tuple[int, int, bool],
+) -> _Split:
+    """As many of the last layers in video memory as fit."""
+    if not vram:
+        return _Split(0, model.weights + context.bytes, 0)
+    on_device = not policy.ours or library_path("ggml-cuda").is_file()
+    caches = dict.fromkeys(range(len(layers)), 0)
+    if on_device:
+        for layer in model.info.layers:
+            one = _only(model.info, layer.index)
+            caches[layer.index] = policy.bytes(one, n_ctx, *how)
+    taken, moved, count = context.compute, 0, 0
+    for index in reversed(range(len(layers))):
+        size = layers[index] + caches[index]
+        if taken + size > vram:
+            break
+        taken, moved, count = taken + size, moved + size, count + 1
+    if not count:
+        taken = 0
+    return _Split(count, model.weights + context.bytes - moved, taken)
+
+
+def _only(info: ModelInfo, index: int) -> ModelInfo:
+    from dataclasses import replace
+
+    return replace(info, layers=tuple(layer for layer in info.layers if layer.index == index))

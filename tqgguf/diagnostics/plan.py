@@ -1,0 +1,153 @@
+"""What llama.cpp would allocate for a model and a context, from llama.cpp itself, without allocating it.
+
+llama.cpp can open a model without its weights (`llama_model_params.no_alloc`): it reads the header, makes every tensor
+without memory, and plans contexts down to the compute buffers, whose size comes out of the very graphs that it would run.
+It tells the sizes in its log, in MiB with two digits. That takes milliseconds, and is exact where a formula over layers
+and widths would have to follow every architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import CacheTypeError
+from ..gguf_info import ModelInfo, read_model_info
+from ..model import (
+    LoadLog,
+    base_types,
+    captured_log,
+    llama_cpp,
+    load_error,
+    load_lock,
+    needs_flash,
+    refuse_impossible,
+    verify_buffers,
+)
+from ..policy import CachePolicy, applied
+from ..tail import kept, tail_ubatch
+
+__all__ = ["ContextPlan", "PlannedModel", "planned_model"]
+
+N_BATCH: Final = 512
+"""As `llama_cpp.Llama` has it."""
+
+# sched_reserve:        CPU compute buffer size =     2.13 MiB
+_COMPUTE: Final = re.compile(r"compute buffer size = +([\d.]+) MiB")
+# llama_memory_recurrent: size =    0.03 MiB (     1 cells, ...
+_STATE: Final = re.compile(r"llama_memory_recurrent: size = +([\d.]+) MiB")
+# llama_kv_cache: size =    8.00 MiB (  4096 cells, ...; caches of not modelled architectures have names of their own
+_CACHE: Final = re.compile(r"llama_kv_cache\w*: size = +([\d.]+) MiB")
+_TAIL: Final = re.compile(r"llama_kv_cache: tail = (\d+) bytes")
+_OUTPUT: Final = re.compile(r"output buffer size = +([\d.]+) MiB")
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """What one context would take beside the weights, in bytes.
+
+    Attributes:
+        cache: K and V of all layers and sequences, tails included; exact, or to 0.01 MiB for an architecture whose cache
+            `gguf_info` does not model.
+        state: recurrent states, which have a fixed size.
+        compute: the buffers that a graph of n_ubatch tokens needs, its inputs, masks and logits among them; and the
+            logits handed out.
+    """
+
+    cache: int
+    state: int
+    compute: int
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return self.cache + self.state + self.compute
+
+
+class PlannedModel:
+    """A model opened without its weights.
+
+    Attributes:
+        info: what the GGUF says.
+        weights: bytes of all weights, over all files of a split model.
+    """
+
+    def __init__(self, info: ModelInfo, model: Any) -> None:
+        self.info = info
+        self.weights = int(llama_cpp.llama_model_size(model))
+        self._model = model
+
+    def context(
+        self, policy: CachePolicy, n_ctx: int, *, tail: int = 0, n_seq: int = 1, unified: bool = False
+    ) -> ContextPlan:
+        """What a context would take, with everything set as `tqgguf.Llama` sets it.
+
+        Args:
+            policy: types of the KV cache.
+            n_ctx: tokens of all sequences together.
+            tail: newest tokens kept in f16 where a type is ours.
+            n_seq: sequences.
+            unified: whether they share one cache, instead of a part for each.
+
+        Raises:
+            CacheTypeError: the model cannot have these types, or llama.cpp's cache is not what `policy.bytes` counts.
+            TqggufError: llama.cpp could not plan the context; the message carries its own errors.
+        """
+        refuse_impossible(self.info, policy)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx, n_seq, unified
+        params.n_batch = min(n_ctx, N_BATCH)
+        params.n_ubatch = min(params.n_batch, tail_ubatch(tail if policy.ours else 0))
+        params.type_k, params.type_v = (kind.number for kind in base_types(policy, self.info))
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if needs_flash(policy)
+            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        with load_lock, captured_log(quiet=True) as log, applied(policy), kept(tail):
+            context = llama_cpp.llama_init_from_model(self._model, params)
+            if context:
+                llama_cpp.llama_free(context)
+        if not context:
+            raise load_error("no context", log, self.info)
+        verify_buffers(log, self.info, policy, tail)
+        cache = policy.bytes(self.info, n_ctx, tail, n_seq, unified)
+        reported = _mib(log, _CACHE) + sum(int(m[1]) for _, text in log if (m := _TAIL.search(text)))
+        if not self.info.exact:
+            cache = reported
+        elif abs(cache - reported) > 2**20 * 0.0051 * 2:  # two caches at most, with two digits of a MiB each
+            raise CacheTypeError(
+                f"llama.cpp would allocate {reported:,} bytes of KV cache for {n_ctx} tokens of {self.info.path.name}, "
+                f"counted were {cache:,}: please report this"
+            )
+        return ContextPlan(cache, _mib(log, _STATE), _mib(log, _COMPUTE) + _mib(log, _OUTPUT))
+
+
+@contextlib.contextmanager
+def planned_model(path: str | Path) -> Iterator[PlannedModel]:
+    """Opens a model without its weights; it is closed when the `with` statement ends.
+
+    Raises:
+        ModelFileError: see `read_model_info`.
+        TqggufError: llama.cpp cannot load the model; the message carries its own errors.
+    """
+    info = read_model_info(path)
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
+    params.n_gpu_layers = 0
+    with load_lock, captured_log(quiet=True) as log:
+        model = llama_cpp.llama_model_load_from_file(str(info.path).encode(), params)
+    if not model:
+        raise load_error("no model", log, info)
+    try:
+        yield PlannedModel(info, model)
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def _mib(log: LoadLog, pattern: re.Pattern[str]) -> int:
+    return round(sum(float(m[1]) for _, text in log if (m := pattern.search(text))) * 2**20)
