@@ -93,7 +93,9 @@ class KVLayer:
         """Bytes that one token takes; raises ArgumentError where a type's block does not divide."""
         return k.row_bytes(self.n_head_kv * self.head_dim_k) + v.row_bytes(self.n_head_kv * self.head_dim_v)
 
-    def cells(self, n_ctx: int, n_ubatch: int = 512, n_seq: int = 1, unified: bool = False) -> int:
+    def cells(
+        self, n_ctx: int, n_ubatch: int = 512, n_seq: int = 1, unified: bool = False, swa_full: bool = False
+    ) -> int:
         """Cells llama.cpp allocates in each stream for a context of n_ctx tokens.
 
         Args:
@@ -101,9 +103,10 @@ class KVLayer:
             n_ubatch: tokens computed at once; a window has room for as many beside its own.
             n_seq: sequences (`n_seq_max`), each with a stream of its own.
             unified: whether all sequences share one stream instead (`kv_unified`).
+            swa_full: whether a layer with a window keeps all tokens nevertheless, so that any prefix can be used again.
         """
         total = _padded(_padded(n_ctx) // (1 if unified else n_seq))
-        if not self.window:
+        if swa_full or not self.window:
             return total
         return min(total, _padded(min(total, self.window * (n_seq if unified else 1) + n_ubatch)))
 

@@ -95,16 +95,26 @@ class CachePolicy:
         """Whether a layer has a type of tqgguf, so that there can be a tail."""
         return any(CACHE_TYPES[name].ours for name in (*self.types_k, *self.types_v))
 
-    def bytes(self, info: ModelInfo, n_ctx: int, tail: int, n_seq: int = 1, unified: bool = False) -> int:
+    def bytes(
+        self,
+        info: ModelInfo,
+        n_ctx: int,
+        tail: int,
+        *,
+        n_seq: int = 1,
+        unified: bool = False,
+        swa_full: bool = True,
+    ) -> int:
         """Bytes llama.cpp allocates for a context of n_ctx tokens, its tail of so many included.
 
-        n_seq sequences share the context: each has a part of it to itself, or, unified, all share one cache.
+        n_seq sequences share the context: each has a part of it to itself, or, unified, all share one cache. Layers
+        with a sliding window keep all tokens (swa_full), as `Llama` has it unless told otherwise, or their window.
         """
         total, n_ubatch = 0, tail_ubatch(tail if self.ours else 0)
         n_stream = 1 if unified else n_seq
         for layer in info.layers:
             k, v = self.types(layer.index)
-            cells = layer.cells(n_ctx, n_ubatch, n_seq, unified)
+            cells = layer.cells(n_ctx, n_ubatch, n_seq, unified, swa_full)
             total += n_stream * (cells * layer.bytes_per_token(k, v) + tail_bytes(layer, k, v, tail, cells))
         return total
 

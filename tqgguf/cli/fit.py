@@ -19,9 +19,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "fit",
         help="the longest context that fits into a memory",
-        description="Says before anything is loaded what weights, KV cache and compute buffers take, the longest context "
-        "for each cache type, and which type to take: the first in order of precision with which the context wanted "
-        "fits. llama.cpp itself plans the memory, without allocating it. Exit status 1 if nothing fits.",
+        description="Says before anything is loaded what weights, KV cache and compute buffers take, the longest "
+        "context for each cache type, and which to take: the first in order of precision with which the context "
+        "wanted fits. llama.cpp itself plans the memory, without allocating it. Exit status 1 if nothing fits.",
         epilog="example: tqgguf fit model.gguf --memory 8G --ctx 32768",
     )
     parser.add_argument("model", help="a GGUF file")
@@ -40,6 +40,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--parallel", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
     parser.add_argument(
         "--unified", action="store_true", help="sequences share one cache (llama.cpp's kv_unified), not a part for each"
+    )
+    parser.add_argument(
+        "--window-only",
+        action="store_true",
+        help="layers with a sliding window keep no more than that (Llama(swa_full=False), llama-server's default)",
     )
     parser.add_argument(
         "--cache",
@@ -68,6 +73,7 @@ def call(args: argparse.Namespace) -> int:
         n_ctx=args.ctx,
         n_seq=args.parallel,
         unified=args.unified,
+        swa_full=not args.window_only,
         caches=args.cache or FITTED_TYPES,
         tail=args.tail,
     )
@@ -91,7 +97,8 @@ def render(result: Fit) -> None:
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
-    sequences = "" if result.n_seq == 1 else f", for {result.n_seq} sequences {'shared' if result.unified else 'apart'}"
+    setup = result.setup
+    sequences = f", for {setup.n_seq} sequences {'together' if setup.unified else 'apart'}" if setup.n_seq > 1 else ""
     memory = size(result.memory) + (f", and {size(result.vram)} of video memory" if result.vram else "")
     for name, value in (
         ("model", f"{info.name} ({info.architecture}), weights {size(result.weights)}"),
@@ -104,7 +111,7 @@ def render(result: Fit) -> None:
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     states = any(row.plan and row.plan.state for row in result.rows)
-    titles = ["cache", "context", "KV cache", *(["states"] if states else []), "compute", "total"]
+    titles = ["cache", "context", "KV cache", *(["states"] if states else []), "compute", "main memory"]
     titles += ["layers on GPU", "video memory"] if result.vram else []
     for title in titles:
         table.add_column(title, justify="left" if title == "cache" else "right", no_wrap=True)
@@ -120,7 +127,7 @@ def render(result: Fit) -> None:
         console.print(Text(f"Nothing to recommend: {result.reason}. Give more memory, or take a smaller model."))
         return
     console.print(Text(f"Recommended: {best.cache}, {best.n_ctx:,} tokens: {result.reason}."))
-    if result.n_seq == 1 and "/" not in best.cache:
+    if result.setup.n_seq == 1 and "/" not in best.cache:
         command = ["tqgguf", "chat", str(info.path), "--cache", best.cache, "--ctx", str(best.n_ctx)]
         console.print(Text("  " + shlex.join(command)), soft_wrap=True)
 

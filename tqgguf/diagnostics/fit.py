@@ -1,4 +1,4 @@
-"""Will it fit: weights, KV cache, recurrent states and compute buffers of a model, and the longest context for a memory.
+"""Will it fit: weights, KV cache, recurrent states and compute buffers of a model, and the longest context.
 
 Nothing is loaded. The KV cache is counted from the header as llama.cpp allocates it, compute buffers come from
 llama.cpp's own plan (`plan`), and both are checked against each other with every context looked at.
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from .._native import library_path
-from ..config import CACHE_TYPES
 from ..errors import ArgumentError, TqggufError
 from ..gguf_file import read_header
 from ..gguf_info import CELL_PADDING, ModelInfo
 from ..policy import CachePolicy, PolicySpec, resolve
 from ..tail import DEFAULT_TAIL, check_tail
-from .plan import ContextPlan, PlannedModel, planned_model
+from .plan import ContextPlan, PlannedModel, Setup, planned_model
 
 __all__ = ["FITTED_TYPES", "Fit", "FitRow", "fit"]
 
@@ -38,7 +37,6 @@ class FitRow:
         cache: name of the type, "K/V" for a pair, or the policy file.
         obstacle: why the model cannot have this cache, or None.
         n_ctx: tokens of the longest context, over all sequences; 0 if none fits.
-        limit: what ends it: "memory", "training", or "" if it is as long as wanted.
         plan: KV cache, recurrent states and compute buffers; of the shortest context if none fits, None if there is an
             obstacle.
         n_gpu_layers: layers in video memory, the output layer counted as one; 0 without --vram.
@@ -49,7 +47,6 @@ class FitRow:
     cache: str
     obstacle: str | None
     n_ctx: int
-    limit: str
     plan: ContextPlan | None
     n_gpu_layers: int
     memory: int
@@ -66,9 +63,7 @@ class Fit:
         memory: bytes of main memory that may be taken.
         vram: bytes of video memory that may be taken; 0 for none.
         n_ctx: tokens wanted; the context the model was trained for, times the sequences, unless told otherwise.
-        n_seq: sequences.
-        unified: whether they share one cache.
-        tail: newest tokens kept in f16 where a type is ours.
+        setup: how the cache is laid out.
         rows: one for each cache, in the order of preference.
         recommended: the first row whose context is as long as wanted; if there is none, the row with the longest
             context; None if nothing fits.
@@ -80,21 +75,10 @@ class Fit:
     memory: int
     vram: int
     n_ctx: int
-    n_seq: int
-    unified: bool
-    tail: int
+    setup: Setup
     rows: tuple[FitRow, ...]
     recommended: FitRow | None
     reason: str
-
-
-@dataclass(frozen=True)
-class _Split:
-    """Where everything would lie: bytes of main and of video memory."""
-
-    n_gpu_layers: int
-    memory: int
-    vram: int
 
 
 def fit(
@@ -105,6 +89,7 @@ def fit(
     n_ctx: int | None = None,
     n_seq: int = 1,
     unified: bool = False,
+    swa_full: bool = True,
     caches: Sequence[PolicySpec] = FITTED_TYPES,
     tail: int = DEFAULT_TAIL,
 ) -> Fit:
@@ -122,6 +107,7 @@ def fit(
         n_ctx: tokens wanted, over all sequences; None for what the model was trained for, for each.
         n_seq: sequences.
         unified: whether they share one cache, instead of a part for each.
+        swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
         caches: as for `Llama`, in the order of preference.
         tail: as for `Llama`.
 
@@ -139,6 +125,7 @@ def fit(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ArgumentError(f"{name} is {value!r}, must be an integer between {low} and {high}")
+    setup = Setup(tail, n_seq, unified, swa_full)
     with planned_model(path) as model:
         info = model.info
         if model.weights > memory + vram:
@@ -148,49 +135,10 @@ def fit(
             )
         trained = min(info.n_ctx_train * n_seq, 2**31 - CELL_PADDING)
         wanted = trained if n_ctx is None else n_ctx
-        layers = _layer_weights(info, model.weights) if vram else []
-        rows = []
-        for cache in caches:
-            policy = resolve(cache, info.n_layer)
-            obstacle = info.obstacle(*policy.uniform) if policy.uniform else policy.obstacle(info)
-            if obstacle:
-                rows.append(FitRow(_name(cache, policy), obstacle, 0, "", None, 0, 0, 0))
-                continue
-
-            def plan(n: int, policy: CachePolicy = policy) -> tuple[ContextPlan, _Split]:
-                context = model.context(policy, n, tail=tail, n_seq=n_seq, unified=unified)
-                return context, _split(model, policy, context, n, vram, layers, (tail, n_seq, unified))
-
-            def cache_bytes(n: int, policy: CachePolicy = policy) -> int:
-                return policy.bytes(info, n, tail, n_seq, unified)
-
-            n = _longest(
-                min(wanted, trained),
-                lambda n: model.weights + cache_bytes(n) - memory - vram,  # noqa: B023
-                lambda n: plan(n)[1].memory - memory,  # noqa: B023
-            )
-            context, split = plan(n or max(CELL_PADDING, n_seq))
-            limit = "training" if n >= trained else "" if n >= wanted else "memory"
-            rows.append(
-                FitRow(
-                    cache=_name(cache, policy),
-                    obstacle=None,
-                    n_ctx=n,
-                    limit=limit,
-                    plan=context,
-                    n_gpu_layers=split.n_gpu_layers,
-                    memory=split.memory,
-                    vram=split.vram,
-                )
-            )
+        fitter = _Fitter(model, setup, memory, vram, min(wanted, trained))
+        rows = tuple(fitter.row(cache) for cache in caches)
         recommended, reason = _recommend(rows, wanted)
-        return Fit(
-            info, model.weights, memory, vram, wanted, n_seq, unified, tail, tuple(rows), recommended, reason
-        )
-
-
-def _name(cache: PolicySpec, policy: CachePolicy) -> str:
-    return policy.words or str(cache)
+        return Fit(info, model.weights, memory, vram, wanted, setup, rows, recommended, reason)
 
 
 def _recommend(rows: Sequence[FitRow], wanted: int) -> tuple[FitRow | None, str]:
@@ -200,8 +148,57 @@ def _recommend(rows: Sequence[FitRow], wanted: int) -> tuple[FitRow | None, str]
     for row in usable:
         if row.n_ctx >= wanted:
             return row, f"the first in order of precision with which {wanted:,} tokens fit"
-    longest = max(usable, key=lambda row: row.n_ctx)
-    return longest, f"{wanted:,} tokens fit with none; this one has the longest context"
+    return max(usable, key=lambda row: row.n_ctx), f"{wanted:,} tokens fit with none; this one has the longest context"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A context and where everything would lie: bytes of main and of video memory."""
+
+    plan: ContextPlan
+    n_gpu_layers: int
+    memory: int
+    vram: int
+
+
+class _Fitter:
+    def __init__(self, model: PlannedModel, setup: Setup, memory: int, vram: int, most: int) -> None:
+        self.model, self.info, self.setup = model, model.info, setup
+        self.memory, self.vram, self.most = memory, vram, most
+        self.layers = _layer_weights(model.info, model.weights) if vram else []
+
+    def row(self, cache: PolicySpec) -> FitRow:
+        policy = resolve(cache, self.info.n_layer)
+        name = policy.words or str(cache)
+        obstacle = self.info.obstacle(*policy.uniform) if policy.uniform else policy.obstacle(self.info)
+        if obstacle:
+            return FitRow(name, obstacle, 0, None, 0, 0, 0)
+        room = self.memory + self.vram - self.model.weights
+        n_ctx = _longest(
+            self.most,
+            lambda n: self.setup.cache_bytes(self.info, policy, n) - room,
+            lambda n: self.place(policy, n).memory - self.memory,
+        )
+        place = self.place(policy, n_ctx or max(CELL_PADDING, self.setup.n_seq))
+        return FitRow(name, None, n_ctx, place.plan, place.n_gpu_layers, place.memory, place.vram)
+
+    def place(self, policy: CachePolicy, n_ctx: int) -> _Place:
+        """As many of the last layers in video memory as fit, and the output before them."""
+        plan = self.model.context(policy, n_ctx, self.setup)
+        everything = self.model.weights + plan.bytes
+        if not self.vram:
+            return _Place(plan, 0, everything, 0)
+        caches = dict.fromkeys(range(len(self.layers)), 0)
+        if not policy.ours or library_path("ggml-cuda").is_file():
+            for layer in self.info.layers:
+                one = replace(self.info, layers=(layer,))
+                caches[layer.index] = self.setup.cache_bytes(one, policy, n_ctx)
+        moved, count = 0, 0
+        for index in reversed(caches):
+            if plan.compute + moved + self.layers[index] + caches[index] > self.vram:
+                break
+            moved, count = moved + self.layers[index] + caches[index], count + 1
+        return _Place(plan, count, everything - moved, plan.compute + moved if count else 0)
 
 
 def _longest(most: int, at_least: Callable[[int], int], over: Callable[[int], int]) -> int:
@@ -252,38 +249,3 @@ def _layer_weights(info: ModelInfo, total: int) -> list[int]:
         elif name.startswith("output") or (tied and name == "token_embd.weight"):
             sizes[-1] += size
     return sizes
-
-
-def _split(
-    model: PlannedModel,
-    policy: CachePolicy,
-    context: ContextPlan,
-    n_ctx: int,
-    vram: int,
-    layers: Sequence[int],
-    how: tuple[int, int, bool],
-) -> _Split:
-    """As many of the last layers in video memory as fit."""
-    if not vram:
-        return _Split(0, model.weights + context.bytes, 0)
-    on_device = not policy.ours or library_path("ggml-cuda").is_file()
-    caches = dict.fromkeys(range(len(layers)), 0)
-    if on_device:
-        for layer in model.info.layers:
-            one = _only(model.info, layer.index)
-            caches[layer.index] = policy.bytes(one, n_ctx, *how)
-    taken, moved, count = context.compute, 0, 0
-    for index in reversed(range(len(layers))):
-        size = layers[index] + caches[index]
-        if taken + size > vram:
-            break
-        taken, moved, count = taken + size, moved + size, count + 1
-    if not count:
-        taken = 0
-    return _Split(count, model.weights + context.bytes - moved, taken)
-
-
-def _only(info: ModelInfo, index: int) -> ModelInfo:
-    from dataclasses import replace
-
-    return replace(info, layers=tuple(layer for layer in info.layers if layer.index == index))

@@ -1,9 +1,9 @@
 """What llama.cpp would allocate for a model and a context, from llama.cpp itself, without allocating it.
 
 llama.cpp can open a model without its weights (`llama_model_params.no_alloc`): it reads the header, makes every tensor
-without memory, and plans contexts down to the compute buffers, whose size comes out of the very graphs that it would run.
-It tells the sizes in its log, in MiB with two digits. That takes milliseconds, and is exact where a formula over layers
-and widths would have to follow every architecture.
+without memory, and plans contexts down to the compute buffers, whose size comes out of the very graphs that it would
+run. It tells the sizes in its log, in MiB with two digits. That takes milliseconds, and is exact where a formula over
+layers and widths would have to follow every architecture.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..model import (
 from ..policy import CachePolicy, applied
 from ..tail import kept, tail_ubatch
 
-__all__ = ["ContextPlan", "PlannedModel", "planned_model"]
+__all__ = ["ContextPlan", "PlannedModel", "Setup", "planned_model"]
 
 N_BATCH: Final = 512
 """As `llama_cpp.Llama` has it."""
@@ -47,12 +47,33 @@ _OUTPUT: Final = re.compile(r"output buffer size = +([\d.]+) MiB")
 
 
 @dataclass(frozen=True)
+class Setup:
+    """How a context lays out its KV cache.
+
+    Attributes:
+        tail: newest tokens kept in f16 where a type is ours.
+        n_seq: sequences.
+        unified: whether they share one cache, instead of a part for each.
+        swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
+    """
+
+    tail: int = 0
+    n_seq: int = 1
+    unified: bool = False
+    swa_full: bool = True
+
+    def cache_bytes(self, info: ModelInfo, policy: CachePolicy, n_ctx: int) -> int:
+        """Bytes of K and V, tails included, for a context of n_ctx tokens."""
+        return policy.bytes(info, n_ctx, self.tail, n_seq=self.n_seq, unified=self.unified, swa_full=self.swa_full)
+
+
+@dataclass(frozen=True)
 class ContextPlan:
     """What one context would take beside the weights, in bytes.
 
     Attributes:
-        cache: K and V of all layers and sequences, tails included; exact, or to 0.01 MiB for an architecture whose cache
-            `gguf_info` does not model.
+        cache: K and V of all layers and sequences, tails included; exact, or to 0.01 MiB for an architecture whose
+            cache `gguf_info` does not model.
         state: recurrent states, which have a fixed size.
         compute: the buffers that a graph of n_ubatch tokens needs, its inputs, masks and logits among them; and the
             logits handed out.
@@ -81,41 +102,37 @@ class PlannedModel:
         self.weights = int(llama_cpp.llama_model_size(model))
         self._model = model
 
-    def context(
-        self, policy: CachePolicy, n_ctx: int, *, tail: int = 0, n_seq: int = 1, unified: bool = False
-    ) -> ContextPlan:
-        """What a context would take, with everything set as `tqgguf.Llama` sets it.
+    def context(self, policy: CachePolicy, n_ctx: int, setup: Setup) -> ContextPlan:
+        """What a context would take, with everything else set as `tqgguf.Llama` sets it.
 
         Args:
             policy: types of the KV cache.
-            n_ctx: tokens of all sequences together.
-            tail: newest tokens kept in f16 where a type is ours.
-            n_seq: sequences.
-            unified: whether they share one cache, instead of a part for each.
+            n_ctx: tokens of all sequences together, at least one for each.
+            setup: how the cache is laid out.
 
         Raises:
-            CacheTypeError: the model cannot have these types, or llama.cpp's cache is not what `policy.bytes` counts.
+            CacheTypeError: the model cannot have these types, or llama.cpp would allocate another cache than
+                `Setup.cache_bytes` counts.
             TqggufError: llama.cpp could not plan the context; the message carries its own errors.
         """
         refuse_impossible(self.info, policy)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx, n_seq, unified
+        params.n_ctx, params.n_seq_max = n_ctx, setup.n_seq
+        params.kv_unified, params.swa_full = setup.unified, setup.swa_full
         params.n_batch = min(n_ctx, N_BATCH)
-        params.n_ubatch = min(params.n_batch, tail_ubatch(tail if policy.ours else 0))
+        params.n_ubatch = min(params.n_batch, tail_ubatch(setup.tail if policy.ours else 0))
         params.type_k, params.type_v = (kind.number for kind in base_types(policy, self.info))
         params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            if needs_flash(policy)
-            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if needs_flash(policy) else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        with load_lock, captured_log(quiet=True) as log, applied(policy), kept(tail):
+        with load_lock, captured_log(quiet=True) as log, applied(policy), kept(setup.tail):
             context = llama_cpp.llama_init_from_model(self._model, params)
             if context:
                 llama_cpp.llama_free(context)
         if not context:
             raise load_error("no context", log, self.info)
-        verify_buffers(log, self.info, policy, tail)
-        cache = policy.bytes(self.info, n_ctx, tail, n_seq, unified)
+        verify_buffers(log, self.info, policy, setup.tail)
+        cache = setup.cache_bytes(self.info, policy, n_ctx)
         reported = _mib(log, _CACHE) + sum(int(m[1]) for _, text in log if (m := _TAIL.search(text)))
         if not self.info.exact:
             cache = reported
