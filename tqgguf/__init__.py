@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .cache import PqoCache
     from .codec import dequantize, quantize
     from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
+    from .diagnostics.cache_contents import CacheContents, inspect_cache, inspect_session
     from .diagnostics.compare import Comparison, Divergence, TypeQuality, compare
+    from .diagnostics.fit import Fit, fit
     from .diagnostics.recall import Recall, RecallScore, recall
     from .diagnostics.tune import Tuning, tune
     from .errors import (
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         ModelNotFoundError,
         OutOfMemoryError,
         PolicyError,
+        StateFileError,
         TextError,
         TqggufError,
         UnsupportedError,
@@ -60,6 +63,11 @@ _HOME = {
     "Recall": "diagnostics.recall",
     "RecallScore": "diagnostics.recall",
     "recall": "diagnostics.recall",
+    "CacheContents": "diagnostics.cache_contents",
+    "inspect_cache": "diagnostics.cache_contents",
+    "inspect_session": "diagnostics.cache_contents",
+    "Fit": "diagnostics.fit",
+    "fit": "diagnostics.fit",
     "Tuning": "diagnostics.tune",
     "tune": "diagnostics.tune",
     "ArgumentError": "errors",
@@ -70,6 +78,7 @@ _HOME = {
     "ModelNotFoundError": "errors",
     "OutOfMemoryError": "errors",
     "PolicyError": "errors",
+    "StateFileError": "errors",
     "TextError": "errors",
     "TqggufError": "errors",
     "UnsupportedError": "errors",
@@ -80,12 +89,14 @@ __all__ = [
     "ArgumentError",
     "CacheClosedError",
     "CacheConfig",
+    "CacheContents",
     "CacheInfo",
     "CachePolicy",
     "CacheType",
     "CacheTypeError",
     "Comparison",
     "Divergence",
+    "Fit",
     "LayerCacheInfo",
     "LibraryError",
     "Llama",
@@ -97,6 +108,7 @@ __all__ = [
     "PqoCache",
     "Recall",
     "RecallScore",
+    "StateFileError",
     "TextError",
     "TqggufError",
     "Tuning",
@@ -105,6 +117,9 @@ __all__ = [
     "__version__",
     "compare",
     "dequantize",
+    "fit",
+    "inspect_cache",
+    "inspect_session",
     "parse_cache",
     "quantize",
     "read_model_info",

@@ -11,6 +11,7 @@ __all__ = [
     "ModelNotFoundError",
     "OutOfMemoryError",
     "PolicyError",
+    "StateFileError",
     "TextError",
     "TqggufError",
     "UnsupportedError",
@@ -43,6 +44,10 @@ class CacheTypeError(TqggufError, ValueError):
 
 class PolicyError(TqggufError, ValueError):
     """A cache policy is not well formed, is damaged, or cannot be applied to a model."""
+
+
+class StateFileError(TqggufError, ValueError):
+    """A saved state of llama.cpp is damaged, of another version, or does not belong to the model."""
 
 
 class CacheClosedError(TqggufError, ValueError):

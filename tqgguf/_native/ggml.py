@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import CacheType
-from ..errors import UnsupportedError
+from ..errors import ArgumentError, UnsupportedError
 from .bindings import import_llama_cpp
 from .library import library_path
 
@@ -132,6 +132,18 @@ def round_trip(x: F32, kind: CacheType) -> F32:
     rows = np.empty((*values.shape[:-1], row_bytes), dtype=np.uint8)
     encode(values.ctypes.data, rows.ctypes.data, values.size)
     return _to_float(kind.number, rows, values.shape[-1])
+
+
+def decode_rows(kind: CacheType, rows: npt.NDArray[np.uint8]) -> F32:
+    """The values of cache rows, (..., bytes of a row) uint8: (..., values of a row) float32.
+
+    Raises:
+        ArgumentError: a row does not hold whole blocks.
+    """
+    n, odd = divmod(rows.shape[-1], kind.bytes)
+    if odd:
+        raise ArgumentError(f"rows of {rows.shape[-1]} bytes do not hold whole {kind.name} blocks of {kind.bytes}")
+    return _to_float(kind.number, rows, n * kind.block)
 
 
 def _to_float(number: int, rows: npt.NDArray[np.uint8], n: int) -> F32:

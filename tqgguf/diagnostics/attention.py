@@ -28,7 +28,9 @@ __all__ = [
     "LayerAttention",
     "attention_error",
     "attention_quality",
+    "hadamard",
     "head_facts",
+    "rotation_sizes",
 ]
 
 F32 = npt.NDArray[np.float32]
@@ -250,7 +252,7 @@ def attention_error(
     base = np.float32(0.0) if offset is None else offset.astype(np.float32)
     stored = {}
     for kind in kinds:
-        size_k, size_v = _rotation_sizes(kind, head_dim_k, head_dim_v) if rotate else (0, 0)
+        size_k, size_v = rotation_sizes(kind, head_dim_k, head_dim_v) if rotate else (0, 0)
         near_k = _stored(k.astype(np.float32) - base, kind, size_k) + base
         stored[kind.name] = near_k, _stored(v.astype(np.float32), kind, size_v)
     slopes = reference.alibi_slopes(n_head, max_bias)
@@ -382,7 +384,7 @@ def _causal(n_q: int, n_kv: int) -> F64:
     return np.where(np.arange(n_kv) <= position, 0.0, -np.inf)
 
 
-def _rotation_sizes(kind: CacheType, head_dim_k: int, head_dim_v: int) -> tuple[int, int]:
+def rotation_sizes(kind: CacheType, head_dim_k: int, head_dim_v: int) -> tuple[int, int]:
     """Sizes of the Hadamard matrices that llama.cpp's graph applies to K and to V for a type; 0 for none."""
     if not kind.quantized or kind.ours:
         return 0, 0
@@ -394,13 +396,13 @@ def _stored(x: F32, kind: CacheType, rotation_size: int) -> F32:
     """What a cache gives back for x (n, n_head_kv, head_dim), behind a rotation of that size and its inverse."""
     if not rotation_size:
         return round_trip(x, kind)
-    matrix = _hadamard(rotation_size)
+    matrix = hadamard(rotation_size)
     rotated = x.reshape(-1, rotation_size) @ matrix
     back: F32 = round_trip(rotated.reshape(x.shape), kind).reshape(-1, rotation_size) @ matrix
     return back.reshape(x.shape)
 
 
-def _hadamard(n: int) -> F32:
+def hadamard(n: int) -> F32:
     """The orthonormal Walsh-Hadamard matrix of size n, a power of two; its own inverse (Sylvester's construction)."""
     matrix: F32 = np.full((1, 1), 1 / np.sqrt(n), dtype=np.float32)
     while len(matrix) < n:
