@@ -98,13 +98,15 @@ def _file(file: Path, data: memoryview, info: ModelInfo) -> CacheState:
     with data:
         reader = _Reader(data, str(file))
         magic, version = reader.number("I"), reader.number("I")
-        known = {magic: (version_, name) for (magic, version_), name in ((_SESSION, "session"), (_SEQUENCE, "sequence"))}
+        known = {
+            magic: (version_, name) for (magic, version_), name in ((_SESSION, "session"), (_SEQUENCE, "sequence"))
+        }
         if magic not in known:
             raise StateFileError(f"{file} is no state of llama.cpp: it begins with neither ggsn nor ggsq")
         if version != known[magic][0]:
             raise StateFileError(
-                f"{file} is a {known[magic][1]} file of version {version}, this tqgguf reads version {known[magic][0]}: "
-                f"save it anew"
+                f"{file} is a {known[magic][1]} file of version {version}, this tqgguf reads version "
+                f"{known[magic][0]}: save it anew"
             )
         reader.take(4 * reader.number("I"), "tokens")
         return _parse(reader, info, has_architecture=magic == _SESSION[0])
@@ -204,7 +206,9 @@ def _rows(reader: _Reader, layer: KVLayer, side: str, n_cells: int, transposed: 
     if transposed:
         size, n = reader.number("I"), reader.number("I")
         if (size, n) != (kind.bytes, width) or kind.quantized:
-            raise reader.error(f"layer {layer.index} has {n} rows of V of {size} bytes, {width} of {kind.bytes} expected")
+            raise reader.error(
+                f"layer {layer.index} has {n} rows of V of {size} bytes, {width} of {kind.bytes} expected"
+            )
         columns = np.frombuffer(reader.take(n_cells * row_bytes, "V"), np.uint8).reshape(width, n_cells, size)
         return kind, columns.transpose(1, 0, 2).reshape(n_cells, row_bytes)
     given = reader.number("Q")

@@ -1,30 +1,47 @@
-"""`tqgguf inspect`: what a model's KV cache takes, before anything is loaded."""
+"""`tqgguf inspect`: what a model's KV cache would take, and what lies in one."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..config import CACHE_TYPES
 from ..diagnostics.model_cache import ModelCache, model_cache
 from .format import size, to_json
-from .options import add_tail_option, positive
+from .options import DEFAULT_CONTEXT, add_cache_options, chosen_cache, positive, threads
+
+if TYPE_CHECKING:
+    from ..diagnostics.cache_contents import CacheContents
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "inspect",
-        help="what a model's KV cache takes",
-        description="Shows what a GGUF says about its KV cache, and its size in each cache type. Loads no weights.",
-        epilog="example: tqgguf inspect model.gguf --ctx 8192,131072",
+        help="what a model's KV cache takes, and what lies in one",
+        description="Shows what a GGUF says about its KV cache, and its size in each cache type; loads no weights. "
+        "With --session it looks into a cache that llama.cpp saved, with --file into one that has read a text: norms, "
+        "scales, code use, outlier channels and offsets of each head, and what a further bit would buy.",
+        epilog="example: tqgguf inspect model.gguf --session chat.session --html report.html",
     )
     parser.add_argument("model", help="a GGUF file")
     parser.add_argument(
         "--ctx", type=contexts, default=(), metavar="N,N", help="context lengths (default: the model's own)"
     )
-    add_tail_option(parser)
+    look = parser.add_argument_group("what lies in a cache")
+    look.add_argument(
+        "--session", metavar="FILE", help="a session or sequence file that llama.cpp saved with this model"
+    )
+    look.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text for the model to read")
+    look.add_argument("--sample", type=positive, metavar="N", help="cells to look at (default: 1024)")
+    look.add_argument("--html", type=Path, metavar="FILE", help="also write a page with heat maps")
+    add_cache_options(parser)
+    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: half of the processors)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.set_defaults(call=call)
+    parser.set_defaults(call=call, usage_error=parser.error)
 
 
 def contexts(text: str) -> tuple[int, ...]:
@@ -34,12 +51,110 @@ def contexts(text: str) -> tuple[int, ...]:
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
+    if args.session and args.file:
+        args.usage_error("--session and --file are two sources, give one")
+    if args.session or args.file:
+        return _call_contents(args)
+    if args.html or args.sample:
+        args.usage_error("--html and --sample need something to look into: --session or --file")
     result = model_cache(args.model, args.ctx, tail=args.tail)
     if args.json:
         print(to_json(result))
     else:
         render(result)
     return 0
+
+
+def _call_contents(args: argparse.Namespace) -> int:
+    from ..diagnostics import cache_contents
+    from .report import check_report, page
+
+    if args.html:
+        check_report(args.html)
+    sample = args.sample or cache_contents.DEFAULT_SAMPLE
+    if args.session:
+        result = cache_contents.inspect_session(args.session, args.model, sample=sample)
+    else:
+        result = _read_text(args, sample)
+    if args.html:
+        args.html.write_text(page(result), encoding="utf-8")
+        print(f"written: {args.html}", file=sys.stderr)
+    if args.json:
+        print(to_json(result))
+    else:
+        render_contents(result)
+    return 0
+
+
+def _read_text(args: argparse.Namespace, sample: int) -> CacheContents:
+    """Lets the model read a text, and looks at its cache."""
+    from ..diagnostics.cache_contents import inspect_cache
+    from ..diagnostics.compare import read_text
+    from ..gguf_info import read_model_info
+    from ..model import Llama
+
+    text = read_text(args.file)
+    n_ctx = args.ctx[0] if args.ctx else min(DEFAULT_CONTEXT, read_model_info(args.model).n_ctx_train)
+    with contextlib.closing(
+        Llama(
+            args.model,
+            cache=chosen_cache(args),
+            tail=args.tail,
+            n_ctx=n_ctx,
+            n_threads=args.threads,
+            n_threads_batch=args.threads,
+            verbose=False,
+        )
+    ) as model:
+        model.eval(model.tokenize(text.encode())[:n_ctx])
+        return inspect_cache(model, sample=sample)
+
+
+def render_contents(result: CacheContents) -> None:
+    """Prints a line for K and for V of each layer: means over its heads, or the most of them."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(
+        Text(
+            f"{result.info.name} ({result.info.architecture}): {result.n_cells:,} cells with tokens, "
+            f"{size(result.bytes)}; {result.n_sampled:,} looked at"
+        )
+    )
+    for note in result.notes:
+        console.print(Text(note))
+    console.print()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    titles = ("layer", "", "type", "norm", "scale", "entropy", "outliers", "offset", "3 bits", "4 bits", "gain")
+    for title in titles:
+        table.add_column(title, justify="left" if title in ("", "type") else "right", no_wrap=True)
+    for tensor in result.tensors:
+        heads, n = tensor.heads, len(tensor.heads)
+        ours = CACHE_TYPES[tensor.type].ours
+        table.add_row(
+            str(tensor.layer),
+            tensor.side,
+            tensor.type,
+            f"{sum(head.norm for head in heads) / n:.3g}",
+            f"{sum(head.scale or 0 for head in heads) / n:.3g}" if ours else "",
+            f"{sum(head.entropy or 0 for head in heads) / n:.2f}" if ours else "",
+            str(sum(len(head.outliers) for head in heads)),
+            f"{max(head.offset for head in heads):.2f}",
+            f"{sum(head.nmse_3 for head in heads) / n:.4f}",
+            f"{sum(head.nmse_4 for head in heads) / n:.4f}",
+            f"{sum(head.bit_gain for head in heads) / n:.1f}",
+        )
+    console.print(table)
+    console.print()
+    console.print(
+        Text(
+            "Means over a layer's heads; of outlier channels the sum, of offsets the largest. Entropy in bits per index. "
+            "Errors are squared, relative to the squared values, and estimated, for a compressed value is known only "
+            "decoded. Gain: how many times smaller a fourth bit makes them."
+        )
+    )
 
 
 def render(result: ModelCache) -> None:

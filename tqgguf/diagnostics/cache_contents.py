@@ -1,8 +1,8 @@
-"""What lies in a KV cache: norms, scales, code use, outlier channels and offsets of each head, and what a bit would buy.
+"""What lies in a KV cache: norms, scales, code use, outliers and offsets of each head, and what a bit would buy.
 
 Values of a compressed cache are known only as it gives them back. What 3 and 4 bits cost them is therefore an estimate:
 for a code of mean squared error D a block of the original is near its decoded self plus independent Gaussian noise of
-variance D (the backward test channel of rate distortion theory; Cover and Thomas, Elements of Information Theory, 10.3).
+variance D (the test channel of rate distortion theory; Cover and Thomas, Elements of Information Theory, 10.3).
 Such originals are drawn, encoded with 3 and with 4 bits and decoded, and the errors relative to them are what is shown.
 The channels of a block change places first: as they are, decoded values lie on the very grid that would encode them
 again, and noise around the grid's points would look cheaper than it is (0.017 for 0.023 with pqo3 on the demo model).
@@ -221,9 +221,7 @@ def _tensor(stored: StoredRows, sample: int, rotated: bool) -> TensorContents:
                 nmse_4=float(nmse[1, h]),
             )
         )
-    return TensorContents(
-        stored.layer.index, stored.side, kind.name, stored.head_dim, stored.rows.size, tuple(heads)
-    )
+    return TensorContents(stored.layer.index, stored.side, kind.name, stored.head_dim, stored.rows.size, tuple(heads))
 
 
 def _unrotated(values: F32, kind: CacheType, stored: StoredRows) -> F32:
