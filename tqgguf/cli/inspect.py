@@ -150,7 +150,8 @@ def render_contents(result: CacheContents) -> None:
     console.print()
     console.print(
         Text(
-            "Means over a layer's heads; of outlier channels the sum, of offsets the largest. Entropy in bits per index. "
+            "Means over a layer's heads; of outlier channels the sum, of offsets the largest. Entropy in bits per "
+            "index. "
             "Errors are squared, relative to the squared values, and estimated, for a compressed value is known only "
             "decoded. Gain: how many times smaller a fourth bit makes them."
         )

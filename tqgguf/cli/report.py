@@ -46,7 +46,7 @@ figcaption b { flex: 1; }
 .map { display: grid; grid-template-columns: 1.6rem 1fr; font-size: .75rem; color: var(--soft); }
 .map svg { width: 100%; height: HEIGHT; display: block; border-radius: .25rem; background: var(--card); }
 .heads { display: flex; flex-direction: column; justify-content: space-between; line-height: 1.2; padding: .1rem 0; }
-.heads.all { justify-content: space-around; }
+.heads.all, .layers.all { justify-content: space-around; }
 .layers { grid-column: 2; display: flex; justify-content: space-between; padding-top: .15rem; }
 .bars svg { width: 100%; height: 7rem; display: block; border-bottom: 1px solid var(--line); }
 .bars rect { fill: var(--bar); }
@@ -92,8 +92,8 @@ _MAPS: Final[tuple[tuple[str, str, str, Value], ...]] = (
     ),
     (
         "Outlier channels",
-        "Channels whose RMS is more than 4 times the median channel's, where a head has any. The block transform spreads "
-        "them.",
+        "Channels whose RMS is more than 4 times the median channel's, where a head has any. The block "
+        "transform spreads them.",
         "{:.0f}",
         lambda head: float(len(head.outliers)) or None,
     ),
@@ -224,7 +224,7 @@ def _map(side: str, tensors: Sequence[TensorContents], form: str, value: Value) 
     return (
         f"<figure><figcaption><b>{side}</b>{legend}</figcaption><div class=map>"
         f"<div class='heads{few}'>{_ends(range(n_head))}</div>{picture}"
-        f"<div class=layers>{_ends([tensor.layer for tensor in tensors])}</div></div></figure>"
+        f"<div class='layers{' all' if len(tensors) <= 4 else ''}'>{_ends([t.layer for t in tensors])}</div></div></figure>"
     )
 
 
@@ -282,8 +282,10 @@ def _table(contents: CacheContents) -> str:
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{title}</th>" for title in titles)
     return (
-        "<section class=long><h2>All layers</h2><p>Means over the heads; of outliers the sum, of offsets the largest.</p>"
-        f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div></section>'
+        "<section class=long><h2>All layers</h2>"
+        "<p>Means over the heads; of outliers the sum, of offsets the largest.</p>"
+        f"<div class=table><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 
