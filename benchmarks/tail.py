@@ -3,9 +3,10 @@
     python benchmarks/tail.py            # saves results/tail.json
     python benchmarks/tail.py --output - # prints only
 
-Each round reads a prompt of every depth from an empty cache, then decodes tokens behind it, with one cache after the
-other, so that slow and fast moments of the machine meet all of them; prompts in batches as `tqgguf.Llama` cuts them. Figures are medians over rounds, ratios are those
-of a round's neighbours. What the tail does to predictions: `tqgguf compare --tail 0,128`.
+Each round reads a prompt of every depth from an empty cache, in batches as `tqgguf.Llama` cuts it, then decodes tokens
+behind it, with one cache after the other, so that slow and fast moments of the machine meet all of them. Figures are
+medians over rounds, ratios are those of a round's neighbours. What the tail does to predictions: `tqgguf compare --tail
+0,128`.
 """
 
 from __future__ import annotations
