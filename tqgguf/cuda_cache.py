@@ -247,9 +247,7 @@ class CudaPqoCache(PqoCache):
                 native.check(native.lib.tq_cuda_decode(source, native.ffi.NULL, 0, target, self._queue.handle))
 
     def _array_view(self, array: DeviceArray) -> Any:
-        shape, size = array.shape, array.kind.n_bytes
-        strides = tuple(size * math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        return self._view(array.memory.pointer, array.kind.number, shape, strides)
+        return self._view(array.memory.pointer, array.kind.number, array.shape, array.strides)
 
     def _attention(self, layer: _Layer, n_kv: int, n_head: int, scale: float) -> Any:
         """A tq_attn but for the pointers to q and out."""

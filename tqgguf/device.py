@@ -105,6 +105,11 @@ class DeviceArray:
         """Bytes of all values."""
         return self.size * self.kind.n_bytes
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Bytes from one index to the next."""
+        return tuple(_contiguous(self.shape, self.kind))
+
     def numpy(self) -> npt.NDArray[Any]:
         """A copy in host memory, once the values are there.
 
@@ -142,7 +147,7 @@ class DeviceArray:
         if stream == 0 and not self.queue.native.emulated:
             raise BufferError("stream = 0 is ambiguous in DLPack; 1 is the legacy and 2 the per-thread default stream")
         native, versioned = self.queue.native, max_version is not None and max_version[0] >= 1
-        self._share(LEGACY_STREAM if stream is None else stream)
+        self.share(LEGACY_STREAM if stream is None else stream)
         shape = native.ffi.new("int64_t[]", self.shape)
         managed = native.lib.tq_cuda_memory_export(self.memory.handle, self.kind.number, self.ndim, shape, versioned)
         if managed == native.ffi.NULL:
@@ -153,7 +158,7 @@ class DeviceArray:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.kind.typestr is None:
             raise AttributeError(f"the CUDA array interface has no {self.dtype}; use DLPack")
-        self._share(None)
+        self.share(None)
         return {
             "shape": self.shape,
             "typestr": self.kind.typestr,
@@ -171,8 +176,8 @@ class DeviceArray:
     def __repr__(self) -> str:
         return f"<DeviceArray {self.shape} {self.dtype} on {self.device}>"
 
-    def _share(self, stream: int | None) -> None:
-        """Lets a stream use the memory; None: one that is not known, and waits itself."""
+    def share(self, stream: int | None) -> None:
+        """Lets a stream use the memory, after what the cache's has to do; None: one that is not known, and waits itself."""
         if stream == self.queue.stream:
             return
         native = self.queue.native
@@ -225,6 +230,9 @@ def borrow(x: Tensor, name: str, queue: Queue) -> Borrowed:
     """
     if isinstance(x, np.ndarray):
         return _upload(x, name, queue)
+    if isinstance(x, DeviceArray) and (x.queue.native, x.queue.index) == (queue.native, queue.index):
+        x.share(queue.stream)
+        return Borrowed(name, x.memory.pointer, x.shape, x.strides, x.kind).keep(x.memory)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return _from_dlpack(x, name, queue)
     try:

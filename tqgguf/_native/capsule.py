@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, Final
 
 from ..errors import ArgumentError
@@ -24,17 +25,23 @@ _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 _set_name = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_SetName", ctypes.pythonapi))
 
 
+@functools.cache
+def _parts(native: CudaLibrary) -> tuple[dict[bool, int], int]:
+    """Addresses of the capsules' names and of their destructor, which is C: it may run at any time."""
+    ffi, lib = native.ffi, native.lib
+    address = [
+        ffi.cast("void *", ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value)
+        for name in ("PyCapsule_IsValid", "PyCapsule_GetPointer")
+    ]
+    lib.tq_cuda_capsule_api(*address)
+    names = {versioned: int(ffi.cast("uintptr_t", lib.tq_cuda_capsule_name(versioned))) for versioned in _NAMES}
+    return names, int(ffi.cast("uintptr_t", ffi.addressof(lib, "tq_cuda_capsule_free")))
+
+
 def new_capsule(native: CudaLibrary, managed: Any, versioned: bool) -> Any:
     """A capsule around a managed tensor that tq_cuda_memory_export made; it deletes the tensor if nobody takes it."""
-    ffi, lib = native.ffi, native.lib
-    address = {
-        name: ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value
-        for name in ("PyCapsule_IsValid", "PyCapsule_GetPointer")
-    }
-    lib.tq_cuda_capsule_api(*(ffi.cast("void *", address[name]) for name in address))
-    destructor = ffi.addressof(lib, "tq_cuda_capsule_free")
-    parts = (managed, lib.tq_cuda_capsule_name(versioned), destructor)
-    return _new(*(int(ffi.cast("uintptr_t", part)) for part in parts))
+    names, destructor = _parts(native)
+    return _new(int(native.ffi.cast("uintptr_t", managed)), names[versioned], destructor)
 
 
 class Managed:

@@ -35,8 +35,9 @@ def cuda_library_path() -> Path:
 
 
 def _header() -> str:
-    installed = PACKAGE_DIR / "include" / "tq_cuda.h"
-    return read_header(installed if installed.is_file() else PACKAGE_DIR.parent / "native" / "cuda" / "tq_cuda.h")
+    # In a checkout the library is built apart (`make cuda`), so that the installed header may be older than it.
+    source = PACKAGE_DIR.parent / "native" / "cuda" / "tq_cuda.h"
+    return read_header(source if source.is_file() else PACKAGE_DIR / "include" / "tq_cuda.h")
 
 
 def _version(header: str, name: str) -> int:
