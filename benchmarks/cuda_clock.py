@@ -98,7 +98,7 @@ class EmulatedClock(Clock):
         self.graphs = []
 
     def l2_bytes(self) -> int:
-        return 1
+        return 1 << 15
 
     def stream(self) -> int:
         return 1
