@@ -66,6 +66,8 @@ class PqoCache:
         self._create(str(device), stream)
 
     def _create(self, device: str, stream: int | None) -> None:
+        if device != "cpu":
+            raise ArgumentError(f"device = {device!r} given; for that derive {type(self).__name__} from CudaPqoCache")
         if stream is not None:
             raise ArgumentError(f"stream = {stream} given; a cache in host memory has none")
         config = self.config

@@ -177,7 +177,7 @@ class DeviceArray:
         return f"<DeviceArray {self.shape} {self.dtype} on {self.device}>"
 
     def share(self, stream: int | None) -> None:
-        """Lets a stream use the memory, after what the cache's has to do; None: one that is not known, and waits itself."""
+        """Lets a stream use the memory, after the cache's own; None: one that is not known, and waits itself."""
         if stream == self.queue.stream:
             return
         native = self.queue.native

@@ -544,6 +544,40 @@ def test_a_stream_goes_with_a_device(device: Any) -> None:
         assert cache._queue.stream == 1  # type: ignore[attr-defined]
 
 
+def test_a_subclass_does_not_fall_back_to_the_cpu(device: Any) -> None:
+    class Host(PqoCache):
+        pass
+
+    class Device(CudaPqoCache):
+        pass
+
+    with pytest.raises(ArgumentError, match="derive Host from CudaPqoCache"):
+        Host(CONFIG, device="cuda")
+    with Device(CONFIG, device="cuda") as cache:
+        cache.append(0, *tokens(2))
+        assert isinstance(cache.dequantize(0)[0], DeviceArray)
+
+
+AT_EXIT = """
+import numpy as np
+from tqgguf import CacheConfig, PqoCache
+k = np.ones((5, 2, 64), np.float32)
+cache = PqoCache(CacheConfig(head_dim=64, n_head_kv=2), device="cuda")
+cache.append(0, k, k)
+array, spare = cache.dequantize(0)
+shared = np.from_dlpack(array) if cache._queue.native.emulated else array
+capsules = [spare.__dlpack__(), spare.__dlpack__(max_version=(1, 0))]
+cycle = [cache, shared, capsules]
+cycle.append(cycle)
+print("good")
+"""
+
+
+def test_what_is_left_at_exit_does_no_harm(device: Any, python: Callable[..., Any]) -> None:
+    done = python("-c", AT_EXIT, env={"TQGGUF_CUDA_LIB": str(device.native.path)})
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "good", "")
+
+
 def test_a_device_that_does_not_exist(device: Any) -> None:
     with pytest.raises(ArgumentError, match="CUDA device 99 given; there"):
         PqoCache(CONFIG, device="cuda:99")
