@@ -215,6 +215,17 @@ def test_any_chunking_equals_one_append(device: Any, chunks: list[int]) -> None:
             np.testing.assert_array_equal(a.numpy(), b)
 
 
+def test_scratch_grows_with_the_work(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQ_HOST_SM", "40")  # of the emulation: many splits, whose results lie in the scratch
+    k, v = tokens(1500)
+    with PqoCache(CONFIG, device="cuda") as cache, PqoCache(CONFIG) as cpu:
+        for first, last, n_head in ((0, 200, 2), (200, 1500, 10)):
+            for one in (cache, cpu):
+                one.append(0, k[first : last - 1], v[first : last - 1])
+            out, want = (one.decode(0, k[last - 1], v[last - 1], queries(n_head), 0.125) for one in (cache, cpu))
+            assert np.linalg.norm(out - want) < 2 * TOLERANCE * np.linalg.norm(want)
+
+
 def test_growth_holds_the_old_and_the_new_blocks_of_one_layer_at_most(emulated: Any, monkeypatch: Any) -> None:
     config = CacheConfig(bits=3, head_dim=64, n_head_kv=16, n_layer=1)
     k, v = tokens(129, config=config)
@@ -283,13 +294,15 @@ def test_tensors_by_the_cuda_array_interface(device: Any) -> None:
         swapped = ByInterface(put(device, k.swapaxes(1, 2)), shape=(4, 2, 64), strides=(1024, 4, 8), stream=None)
         cache.append(0, swapped, ByInterface(put(device, v), shape=(4, 2, 64), strides=(1024, 256, 4)))
         cpu.append(0, k[::2], v[::2])
-        # q, too: two of every row's values, every other head
-        q = np.zeros((8, 128), np.float16)
-        q[::2, ::2] = queries(4)
-        view = ByInterface(put(device, q), shape=(4, 64), strides=(512, 4))
-        out = cache.decode(0, ByInterface(put(device, k[0])), ByInterface(put(device, v[0])), view, 0.125)
-        want = cpu.decode(0, k[0], v[0], q[::2, ::2], 0.125).astype("f4")
-        assert np.linalg.norm(get(out).astype("f4") - want) < TOLERANCE * np.linalg.norm(want)
+        # q, too: every other head, of all values or of every other one
+        for dtype, step in (("f2", 1), ("f2", 2), ("f4", 1), ("f4", 2)):
+            q = np.zeros((8, 64 * step), dtype)
+            q[::2, ::step] = queries(4)
+            strides = (2 * q.strides[0], step * q.itemsize)
+            view = ByInterface(put(device, q), shape=(4, 64), strides=strides)
+            out = cache.decode(0, ByInterface(put(device, k[0])), ByInterface(put(device, v[0])), view, 0.125)
+            want = cpu.decode(0, k[0], v[0], q[::2, ::step], 0.125).astype("f4")
+            assert np.linalg.norm(get(out).astype("f4") - want) < 2 * TOLERANCE * np.linalg.norm(want)
         assert_same(cache, cpu)
 
 
