@@ -161,9 +161,9 @@ class Kernels:
 
     def put(self, x: np.ndarray, n_bytes: int | None = None) -> Memory:
         """x on the device, repeated until there are n_bytes of it."""
-        memory = Memory(self.queue, n_bytes or x.nbytes)
+        memory, x = Memory(self.queue, n_bytes or x.nbytes), np.ascontiguousarray(x)
         done = min(x.nbytes, memory.n_bytes)
-        self.queue.copy(np.ascontiguousarray(x).ctypes.data, memory.pointer, done, 1)
+        self.queue.copy(x.ctypes.data, memory.pointer, done, 1)
         while done < memory.n_bytes:
             more = min(done, memory.n_bytes - done)
             self.queue.copy(memory.pointer, memory.pointer + done, more, 3)

@@ -14,6 +14,9 @@
 
 static thread_local char message[512];
 
+#define NO_CODE "%s has compute capability %d.%d, for which this build has no code: build with CMAKE_CUDA_ARCHITECTURES=%d%d " \
+                "(make cuda CUDA_ARCHITECTURES=...)"
+
 extern "C" int tqi_cuda_fail(int status, const char * format, ...) {
     va_list args;
     va_start(args, format);
@@ -63,8 +66,7 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
     }
     if (cudaFuncGetAttributes(&attributes, tq_probe_kernel) != cudaSuccess) {
         (void) cudaGetLastError();
-        return tqi_cuda_fail(TQ_E_UNSUPPORTED, "%s has compute capability %d.%d, for which this build has no code (TQGGUF_CUDA_ARCHITECTURES)",
-                             prop.name, prop.major, prop.minor);
+        return tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, prop.name, prop.major, prop.minor, prop.major, prop.minor);
     }
     if (device != NULL) {
         memset(device, 0, sizeof *device);
@@ -118,7 +120,7 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there is 1", i);
     }
     if (getenv("TQ_HOST_NO_CODE") != NULL) {
-        return tqi_cuda_fail(TQ_E_UNSUPPORTED, "emulated has compute capability 9.0, for which this build has no code");
+        return tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, "emulated", 9, 0, 9, 0);
     }
     if (device != NULL) {
         memset(device, 0, sizeof *device);

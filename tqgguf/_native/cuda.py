@@ -114,16 +114,15 @@ class CudaLibrary:
             UnsupportedError: no device, no driver, a driver too old, or a device that this build has no code for.
         """
         ffi, lib = self.ffi, self.lib
-        before = lib.tq_cuda_device_swap(0) if lib.tq_cuda_device_count() > 0 else -1
+        count = lib.tq_cuda_device_count()
+        if count < 0:
+            raise UnsupportedError(f"{self.error(count)}; {HINT}")
+        before = self.check(lib.tq_cuda_device_swap(0))
         info = ffi.new("tq_cuda_device *")
         try:
-            status = lib.tq_cuda_device_use(index, info)
-            if status < 0:
-                error = self.error(status)
-                raise type(error)(f"{error}; {HINT}" if status == lib.TQ_E_UNSUPPORTED else str(error))
+            self.check(lib.tq_cuda_device_use(index, info))
         finally:
-            if before >= 0:
-                lib.tq_cuda_device_swap(before)
+            lib.tq_cuda_device_swap(before)
         return Queue(self, index, stream, ffi.string(info.name).decode("utf-8", "replace"))
 
 
