@@ -60,6 +60,9 @@ cuda: $(VENV)/ready ## the CUDA kernels for this machine's cards (CUDA_ARCHITECT
 cuda-test: cuda ## the tests of the CUDA kernels, on the GPU
 	$(BIN)/python -m pytest -m cuda tests/native
 
+cuda-bench: build/installed cuda ## tests and speed of the CUDA kernels on the GPU, saved in benchmarks/results
+	$(BIN)/python benchmarks/cuda.py
+
 cuda-compile: $(VENV)/ready ## native/cuda for every supported architecture, where nvcc is present
 	@if command -v nvcc >/dev/null; then $(BIN)/python native/cuda/resources.py --compile build/cuda-compile; \
 	else echo "skipped cuda: there is no nvcc (CUDA toolkit 12 or newer)"; fi
@@ -114,4 +117,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install cuda cuda-test cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean
+.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .cache import PqoCache
     from .codec import dequantize, quantize
     from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
+    from .device import DeviceArray
     from .diagnostics.cache_contents import CacheContents, inspect_cache, inspect_session
     from .diagnostics.compare import Comparison, Divergence, TypeQuality, compare
     from .diagnostics.fit import Fit, fit
@@ -46,6 +47,7 @@ _HOME = {
     "CacheInfo": "model",
     "LayerCacheInfo": "model",
     "PqoCache": "cache",
+    "DeviceArray": "device",
     "CACHE_TYPES": "config",
     "CacheConfig": "config",
     "CacheType": "config",
@@ -95,6 +97,7 @@ __all__ = [
     "CacheType",
     "CacheTypeError",
     "Comparison",
+    "DeviceArray",
     "Divergence",
     "Fit",
     "LayerCacheInfo",

@@ -224,7 +224,8 @@ def _map(side: str, tensors: Sequence[TensorContents], form: str, value: Value) 
     return (
         f"<figure><figcaption><b>{side}</b>{legend}</figcaption><div class=map>"
         f"<div class='heads{few}'>{_ends(range(n_head))}</div>{picture}"
-        f"<div class='layers{' all' if len(tensors) <= 4 else ''}'>{_ends([t.layer for t in tensors])}</div></div></figure>"
+        f"<div class='layers{' all' if len(tensors) <= 4 else ''}'>{_ends([t.layer for t in tensors])}</div>"
+        "</div></figure>"
     )
 
 

@@ -29,12 +29,12 @@ from ..model import (
     verify_buffers,
 )
 from ..policy import CachePolicy, applied
-from ..tail import kept, tail_ubatch
+from ..tail import kept
 
 __all__ = ["ContextPlan", "PlannedModel", "Setup", "planned_model"]
 
 N_BATCH: Final = 512
-"""As `llama_cpp.Llama` has it."""
+"""Tokens computed at once, as `llama_cpp.Llama` has it."""
 
 # sched_reserve:        CPU compute buffer size =     2.13 MiB
 _COMPUTE: Final = re.compile(r"compute buffer size = +([\d.]+) MiB")
@@ -120,7 +120,7 @@ class PlannedModel:
         params.n_ctx, params.n_seq_max = n_ctx, setup.n_seq
         params.kv_unified, params.swa_full = setup.unified, setup.swa_full
         params.n_batch = min(n_ctx, N_BATCH)
-        params.n_ubatch = min(params.n_batch, tail_ubatch(setup.tail if policy.ours else 0))
+        params.n_ubatch = params.n_batch
         params.type_k, params.type_v = (kind.number for kind in base_types(policy, self.info))
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if needs_flash(policy) else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
