@@ -97,7 +97,7 @@ def capture_attention(
     known = [layer.index for layer in info.layers]
     for layer in layers:
         if layer not in known:
-            raise ArgumentError(f"layer {layer} has no KV cache of its own; those that have are {_ranges(known)}")
+            raise ArgumentError(f"layer {layer} has no KV cache of its own; those that have are {ranges(known)}")
     if n_ctx < 2:
         raise ArgumentError(f"n_ctx is {n_ctx}, must be at least 2 tokens")
     # The model brings a context of its own, which cannot take a callback: the smallest one.
@@ -146,7 +146,7 @@ def _capture(
     if missing:
         raise UnsupportedError(
             f"{info.path.name}: the graph of architecture {info.architecture} runs no flash attention "
-            f"on the KV cache of layer {_ranges(missing)}; Q, K and V cannot be captured"
+            f"on the KV cache of layer {ranges(missing)}; Q, K and V cannot be captured"
         )
     return dict(sorted(hook.found.items()))
 
@@ -236,7 +236,7 @@ def _context(model: Llama, params: Any) -> Iterator[Any]:
         llama_cpp.llama_free(context)
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """Ascending numbers for a reader: "0-5, 7"."""
     runs: list[list[int]] = []
     for n in numbers:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from .. import __version__, _native
+from .._native.cuda import cuda_library, cuda_library_path
 from ..errors import TqggufError
 
 __all__ = ["UPSTREAM_VERSION", "Check", "Installation", "installation"]
 
 UPSTREAM_VERSION: Final = "0.3.36"
 """The release of llama-cpp-python that llama.cpp and the bindings come from, as pinned in patches/upstream.toml."""
+
+
+_MARKS: Final = {
+    "ggml-base": b"tq_ggml_policy_set\0",
+    "ggml-cpu": b"tq_ggml_flash_attn_ext\0",
+    "llama": b"tq_ggml_policy_type_k\0",
+}
+"""Names that the patched libraries define or call, and stock ones do not have."""
+
+_BUILD_ID: Final = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0"
+"""What precedes the 20 bytes of an ELF file's build id (readelf -n)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,15 @@ def installation() -> Installation:
         files = sorted(path for paths in mapped.values() for path in paths)
         if not files:
             raise TqggufError("none are loaded")
-        return ", ".join(path.name for path in files) + f" in {files[0].parent}"
+        foreign = [path for path in files if path.parent.resolve() != _native.LIB_DIR.resolve()]
+        if foreign:
+            raise TqggufError(f"not of this package: {', '.join(map(str, foreign))}; unset LD_LIBRARY_PATH, LD_PRELOAD")
+        return f"{len(files)}, all from {files[0].parent}"
+
+    def cpu() -> str:
+        told = _native.import_llama_cpp().llama_print_system_info().decode("utf-8", "replace")
+        features = re.findall(r"(\w+) = 1", told)
+        return f"{os.cpu_count()} processors; ggml uses {', '.join(features) or 'no extensions'}"
 
     for name, look in (
         ("libtqgguf", libtqgguf),
@@ -101,7 +125,49 @@ def installation() -> Installation:
         ("libraries", libraries),
     ):
         checks.append(_look(name, look))
+    for name in _MARKS:
+        checks.append(_look(f"lib{name}", lambda name=name: _library(name)))  # type: ignore[misc]
+    checks.append(_look("cpu", cpu))
+    checks.append(_look("cuda", _cuda))
     return Installation(tuple(checks), kernels, active)
+
+
+def _library(name: str) -> str:
+    """Which build a library is, and that it is patched and loaded; raises TqggufError if it is not as it should be."""
+    path = _native.library_path(name)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TqggufError(f"cannot read {path}: {error.strerror}; reinstall tqgguf") from None
+    if _MARKS[name] not in data:
+        raise TqggufError(f"{path} was built without the patches of tqgguf: reinstall tqgguf")
+    mapped = _native.loaded_libraries()
+    loaded = mapped is None or any(
+        file.exists() and file.samefile(path) for files in mapped.values() for file in files if file.name == path.name
+    )
+    if not loaded:
+        raise TqggufError(f"{path} is there, but not loaded: llama_cpp was not loaded, or from elsewhere")
+    at = data.find(_BUILD_ID)
+    build = data[at + len(_BUILD_ID) : at + len(_BUILD_ID) + 20].hex()[:12] if at >= 0 else "none"
+    return f"ours; build id {build}, sha256 {hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def _cuda() -> str:
+    """Which CUDA libraries there are, or why there are none; raises if one is there that cannot be used."""
+    driver = Path("/proc/driver/nvidia/version").exists()
+    seen = "an NVIDIA driver is running" if driver else "no NVIDIA driver is running"
+    found = []
+    backend = _native.library_path("ggml-cuda")
+    if backend.is_file():
+        ctypes.CDLL(str(backend))
+        found.append(f"{backend.name} (llama.cpp's backend)")
+    kernels = cuda_library_path()
+    if kernels.is_file():
+        library = cuda_library()
+        found.append(f"{library.path} ({'emulated on the CPU' if library.emulated else 'PqoCache on a GPU'})")
+    if not found:
+        return f"not in this build (docs/cuda.md says how to build it); {seen}"
+    return f"{', '.join(found)}; {seen}"
 
 
 def _look(name: str, look: Callable[[], str]) -> Check:

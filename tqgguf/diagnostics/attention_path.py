@@ -1,0 +1,151 @@
+"""Which code computes attention for a model and a cache: libtqgguf's two ways, or upstream's three, layer by layer.
+
+The rules are those of `llm_graph_context::build_attn_mha` (flash attention or not), of
+`ggml_compute_forward_flash_attn_ext_f16` of the CPU backend, whose first lines hand nodes with a type of ours to
+native/ggml, and of `make_plan` in native/src/attention.c (fused or tiled). llama.cpp is asked to plan such a context,
+so that what it refuses is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Final
+
+from ..config import CacheType
+from ..errors import TqggufError
+from ..gguf_file import read_header
+from ..gguf_info import ModelInfo, read_model_info
+from ..model import needs_flash
+from ..policy import CachePolicy, PolicySpec, resolve
+from ..tail import DEFAULT_TAIL
+from .plan import Setup, planned_model
+
+__all__ = ["MAX_FUSED", "AttentionPath", "LayerPath", "attention_path"]
+
+MAX_FUSED: Final = 8
+"""As TQI_MAX_FUSED of native/src/kernels.h: query vectors that the fused kernels take at once."""
+
+_NO_FLASH: Final = {"grok"}
+"""Architectures that llama.cpp excludes from flash attention."""
+
+
+@dataclass(frozen=True)
+class LayerPath:
+    """Layers that are computed alike.
+
+    Attributes:
+        layers: their numbers.
+        type_k: type of K.
+        type_v: type of V.
+        decode: the code that computes one token: "fused", "tiled", "upstream split", "upstream rows" or "upstream
+            matrix products".
+        prefill: the same for many tokens: "tiled", "upstream tiled", "upstream rows" or "upstream matrix products".
+        reason: why, in words.
+    """
+
+    layers: tuple[int, ...]
+    type_k: str
+    type_v: str
+    decode: str
+    prefill: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class AttentionPath:
+    """How attention runs with one cache.
+
+    Attributes:
+        info: what the GGUF says.
+        cache: the cache, in words.
+        obstacle: why the model cannot have it, or None.
+        flash: whether flash attention is switched on.
+        paths: layers that are computed alike, by layer; empty if there is an obstacle.
+        notes: what else takes part: softcap, sinks, windows, the tail, centred keys.
+    """
+
+    info: ModelInfo
+    cache: str
+    obstacle: str | None
+    flash: bool
+    paths: tuple[LayerPath, ...]
+    notes: tuple[str, ...]
+
+
+def attention_path(path: str | Path, cache: PolicySpec = "pqo3", *, tail: int = DEFAULT_TAIL) -> AttentionPath:
+    """Says which code would compute attention on the CPU, with everything as `Llama` sets it. Loads no weights.
+
+    Args:
+        path: a GGUF file.
+        cache: as for `Llama`.
+        tail: as for `Llama`.
+
+    Raises:
+        ArgumentError: unknown cache type.
+        ModelFileError: see `read_model_info`.
+    """
+    info = read_model_info(path)
+    policy = resolve(cache, info.n_layer)
+    flash = needs_flash(policy)
+    obstacle = _obstacle(info, policy, flash, tail)
+    paths = () if obstacle else tuple(_paths(info, policy, flash))
+    return AttentionPath(info, policy.words or str(cache), obstacle, flash, paths, tuple(_notes(info, policy, tail)))
+
+
+def _obstacle(info: ModelInfo, policy: CachePolicy, flash: bool, tail: int) -> str | None:
+    if flash and info.architecture in _NO_FLASH:
+        return f"llama.cpp excludes architecture {info.architecture} from flash attention, which this cache needs"
+    try:
+        with planned_model(info.path) as model:
+            model.context(policy, 512, Setup(tail))
+    except TqggufError as error:
+        return str(error)
+    return None
+
+
+def _paths(info: ModelInfo, policy: CachePolicy, flash: bool) -> Iterator[LayerPath]:
+    keyed = [
+        (_way(info, layer.n_head_kv, *policy.types(layer.index), flash), policy.types(layer.index), layer.index)
+        for layer in info.layers
+    ]
+    for (way, (k, v)), group in groupby(keyed, key=lambda item: item[:2]):
+        yield LayerPath(tuple(index for *_, index in group), k.name, v.name, *way)
+
+
+def _way(info: ModelInfo, n_head_kv: int, k: CacheType, v: CacheType, flash: bool) -> tuple[str, str, str]:
+    """Code for one token, code for many, and why."""
+    if not flash:
+        products = "upstream matrix products"
+        return products, products, "no type needs flash attention, and Llama leaves it off where it is not needed"
+    group = info.n_head // n_head_kv
+    both = "K and V are" if k.ours and v.ours else "K is" if k.ours else "V is"
+    if k.ours or v.ours:
+        if not (k.ours and v.ours):
+            return "tiled", "tiled", f"only {both} of a type of tqgguf: the other is decoded a tile at a time"
+        if group > MAX_FUSED:
+            return "tiled", "tiled", f"{group} query heads share a KV head, the fused kernels take {MAX_FUSED}"
+        why = f"{both} of types of tqgguf, and {group} query heads share a KV head (fused takes {MAX_FUSED})"
+        return "fused", "tiled", why
+    if k.name == v.name and k.name in ("f16", "f32"):
+        return "upstream split", "upstream tiled", "K and V are of one float type"
+    return "upstream rows", "upstream rows", "stock types: quantized, or not the same for K and V, go row by row"
+
+
+def _notes(info: ModelInfo, policy: CachePolicy, tail: int) -> Iterator[str]:
+    header = read_header(info.path)
+    softcap = header.metadata.get(f"{info.architecture}.attn_logit_softcapping")
+    if softcap:
+        yield f"scores are capped at {softcap:g} (softcap); every path applies it"
+    if any(".attn_sinks" in name for name in header.tensors):
+        yield "attention sinks take part in the softmax; every path applies them"
+    if info.mla:
+        yield "MLA: all query heads share one latent, and V is read from K"
+    if any(layer.window for layer in info.layers):
+        yield "layers with a sliding window skip what it hides"
+    if tail and policy.ours:
+        yield f"the newest {tail} tokens and the first four are read in f16 (precise tail)"
+    if policy.k_means:
+        yield f"keys of {len(policy.k_means)} layers are stored less a mean"
