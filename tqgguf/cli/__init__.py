@@ -6,6 +6,8 @@ Data goes to stdout, progress and errors to stderr. Exit status: 0 good, 1 a fai
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import warnings
@@ -15,6 +17,7 @@ from typing import Any
 from .. import __version__
 from ..errors import TqggufError
 from . import chat, compare, demo, doctor, fit, inspect, run, tune
+from .interrupt import prompt_interrupt
 
 __all__ = ["main"]
 
@@ -30,25 +33,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (run, chat, fit, inspect, compare, tune, demo, doctor):
         command.add_parser(commands)
-    args = parser.parse_args(argv)
-    warnings.showwarning = _note  # type: ignore[assignment]
+    _accept_any_terminal()
     try:
-        status: int = args.call(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        args = parser.parse_args(argv)
+        warnings.showwarning = _note  # type: ignore[assignment]
+        # Where Ctrl-C stops an answer and not the program, a slow batch must not end it.
+        with contextlib.nullcontext() if getattr(args, "interactive", False) else prompt_interrupt():
+            status: int = args.call(args)
+        _flush()
         return status
     except BrokenPipeError:
         # Whoever read our output has gone; say nothing more, not even at interpreter exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         return 1
     except KeyboardInterrupt:
-        print("\ntqgguf: interrupted", file=sys.stderr)
+        _say("\ntqgguf: interrupted")
         return 130
     except (TqggufError, OSError, MemoryError) as error:
-        print(f"tqgguf: error: {error}", file=sys.stderr)
+        _say(f"tqgguf: error: {error}")
         return 1
+    except SystemExit:  # argparse, after a help text or a usage error
+        try:
+            _flush()
+        except BrokenPipeError:
+            _silence()
+        raise
+
+
+def _accept_any_terminal() -> None:
+    """Characters that the terminal's encoding lacks become question marks, and not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _silence() -> None:
+    """Sends what is still to be written nowhere."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text: str) -> None:
+    """A line to stderr, if anybody still reads it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
 
 
 def _note(message: Warning | str, *_where: Any) -> None:
     """A warning as the user should see it: what is wrong, not which line of ours says so."""
-    print(f"tqgguf: note: {message}", file=sys.stderr)
+    _say(f"tqgguf: note: {message}")

@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-n", "--n-predict", type=positive, metavar="N", help="most tokens in an answer")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_model_options(parser)
-    parser.set_defaults(call=call)
+    parser.set_defaults(call=call, interactive=True)
 
 
 def call(args: argparse.Namespace) -> int:

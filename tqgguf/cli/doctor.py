@@ -19,7 +19,8 @@ def add_parser(commands: Any) -> None:
         "doctor",
         help="check this installation",
         description="Shows versions, the libraries loaded, from where and whether they are ours, kernels, CPU "
-        "features, CUDA, and the upstream pin; with a model also which code computes attention for it with a cache, and why. "
+        "features, CUDA, and the upstream pin; with a model also which code computes attention for it with a cache, "
+        "and why. "
         "Exit status 1 if anything is not as it should be.",
         epilog="example: tqgguf doctor model.gguf --cache pqo4",
     )

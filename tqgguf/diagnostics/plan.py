@@ -9,6 +9,7 @@ layers and widths would have to follow every architecture.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def planned_model(path: str | Path) -> Iterator[PlannedModel]:
     params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0
     with load_lock, captured_log(quiet=True) as log:
-        model = llama_cpp.llama_model_load_from_file(str(info.path).encode(), params)
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(info.path), params)
     if not model:
         raise load_error("no model", log, info)
     try:

@@ -1,0 +1,129 @@
+"""Ctrl-C, closed pipes, and terminals without colour or Unicode: for every command, no traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tqgguf import demo
+
+pytestmark = pytest.mark.model
+
+MODEL = str(demo.MODEL_PATH)
+POOR = {"TERM": "dumb", "PYTHONIOENCODING": "ascii", "NO_COLOR": "1", "LC_ALL": "C", "COLUMNS": "50", "PYTHONUTF8": "0"}
+
+COMMANDS = [
+    ["--help"],
+    ["fit", "--help"],
+    ["fit", MODEL, "--memory", "1G"],
+    ["inspect", MODEL],
+    ["inspect", MODEL, "--json"],
+    ["doctor", MODEL],
+    ["demo"],
+]
+
+
+@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
+def test_a_closed_pipe_is_quiet(tmp_path: Path, args: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "tqgguf", *args],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
+def test_a_terminal_without_colour_or_unicode(python: Callable[..., Any], args: list[str]) -> None:
+    done = python("-m", "tqgguf", *args, env=POOR)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_model_whose_name_the_terminal_cannot_write(python: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "modèle.gguf"
+    path.symlink_to(MODEL)
+    done = python("-m", "tqgguf", "fit", str(path), "--memory", "1M", env=POOR)
+    assert done.returncode == 1 and "alone take" in done.stderr and "Traceback" not in done.stderr
+
+
+NATIVE = """
+import sys
+import numpy as np
+from tqgguf.cli.interrupt import prompt_interrupt
+a = np.ones((3000, 3000), np.int64)  # no BLAS: one call of half a minute that no signal ends
+with prompt_interrupt(float(sys.argv[1])):
+    print("ready", flush=True)
+    a @ a
+"""
+
+PYTHON = """
+import time
+from tqgguf.cli.interrupt import prompt_interrupt
+try:
+    with prompt_interrupt(0.3):
+        print("ready", flush=True)
+        time.sleep(30)
+except KeyboardInterrupt:
+    time.sleep(0.6)  # cleaning up takes as long as it takes
+    print("cleaned")
+    raise SystemExit(130)
+"""
+
+
+@pytest.mark.parametrize(("code", "said"), [(NATIVE, "tqgguf: interrupted"), (PYTHON, "cleaned")])
+def test_ctrl_c_ends_native_code_and_lets_python_clean_up(code: str, said: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "0.3"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=20)
+        assert process.returncode == 130 and said in out
+        assert time.monotonic() - begin < 2
+
+
+def test_ctrl_c_in_a_command(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. " * 3000)
+    args = [sys.executable, "-m", "tqgguf", "compare", MODEL, "-f", str(text), "--cache", "f16,pqo3", "--threads", "1"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(2.5)
+        assert process.poll() is None
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 130 and "tqgguf: interrupted" in err and "Traceback" not in err
+        assert time.monotonic() - begin < 2  # one second, and what a busy machine adds
+
+
+def test_an_ignored_ctrl_c_stays_ignored(python: Callable[..., Any]) -> None:
+    code = """
+import signal
+from tqgguf.cli.interrupt import prompt_interrupt
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+with prompt_interrupt():
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with prompt_interrupt():
+    assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    assert python("-c", code).returncode == 0
