@@ -268,8 +268,9 @@ def write_architecture(path: Path, name: str) -> Path:
     writer.add_token_types([int(kind) for kind in kinds + [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL]])
     rng = np.random.default_rng(0)
     for tensor, shape in _tensors(arch, len(tokens)):
-        noise = rng.standard_normal(shape, dtype=np.float32) / np.sqrt(shape[-1])
-        writer.add_tensor(tensor, (np.ones(shape) if "norm" in tensor else noise).astype(np.float32))
+        noise = (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+        fixed = 1.0 if "norm" in tensor else -1.0 if tensor.endswith("ssm_a") else None  # a state must decay
+        writer.add_tensor(tensor, noise if fixed is None else np.full(shape, fixed, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

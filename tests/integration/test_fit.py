@@ -130,7 +130,7 @@ def test_the_first_in_order_that_is_long_enough_is_recommended() -> None:
     assert plenty.recommended == plenty.rows[0] and plenty.rows[0].cache == "f16"
     assert [row.cache for row in plenty.rows] == list(FITTED_TYPES)
     assert all(row.n_ctx == plenty.n_ctx == 2048 for row in plenty.rows)
-    # Without flash attention f16 needs large compute buffers; so for all of it to fit with pqt4, f16 gets less than half.
+    # Without flash attention f16 needs large compute buffers; where pqt4 just fits, f16 gets less than half.
     enough = next(row.memory for row in plenty.rows if row.cache == "pqt4")
     some = fit(demo.MODEL_PATH, enough)
     assert some.recommended and some.recommended.cache == "pqt4" and some.recommended.n_ctx == 2048

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from .. import reference
 from .._native.ggml import decode_rows, round_trip
 from ..config import CACHE_TYPES, CacheType
-from ..errors import ArgumentError, StateFileError
+from ..errors import ArgumentError
 from ..gguf_info import ModelInfo, read_model_info
 from ..model import Llama, llama_cpp
 from ..state import CacheState, StoredRows, parse_state, read_state
@@ -173,12 +173,13 @@ def _contents(info: ModelInfo, source: str, state: CacheState, sample: int, note
     if not state.n_cells:
         raise ArgumentError(f"the cache of {source} is empty: nothing has been read into it yet")
     sizes = {(layer.head_dim_k, layer.head_dim_v) for layer in info.layers}
-    tensors = [_tensor(stored, sample, rotated=len(sizes) == 1) for stored in state.tensors]
+    notes = list(notes)
+    tensors = [_tensor(stored, sample, len(sizes) == 1, notes) for stored in state.tensors]
     tensors.sort(key=lambda tensor: (tensor.layer, tensor.side))
     if any(not CACHE_TYPES[tensor.type].ours for tensor in tensors):
-        notes = [*notes, "scales and code use are shown for types of tqgguf"]
+        notes.append("scales and code use are shown for types of tqgguf")
     if any(layer.window for layer in info.layers):
-        notes = [*notes, "layers with a sliding window may hold fewer cells"]
+        notes.append("layers with a sliding window may hold fewer cells")
     return CacheContents(
         info=info,
         source=source,
@@ -191,13 +192,17 @@ def _contents(info: ModelInfo, source: str, state: CacheState, sample: int, note
     )
 
 
-def _tensor(stored: StoredRows, sample: int, rotated: bool) -> TensorContents:
+def _tensor(stored: StoredRows, sample: int, rotated: bool, notes: list[str]) -> TensorContents:
     n_cells = len(stored.rows)
     chosen = np.unique(np.linspace(0, n_cells - 1, min(sample, n_cells)).round().astype(np.intp))
     rows, kind, n_head = stored.rows[chosen], stored.type, stored.layer.n_head_kv
     values = decode_rows(kind, rows).reshape(len(rows), n_head, stored.head_dim)
-    if not np.isfinite(values).all():
-        raise StateFileError(f"layer {stored.layer.index}: {stored.side} holds values that are not finite")
+    if n_bad := int((~np.isfinite(values)).sum()):
+        notes.append(
+            f"layer {stored.layer.index}: {n_bad} of the sampled values of {stored.side} are not finite, "
+            f"they are taken for 0"
+        )
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     if rotated:
         values = _unrotated(values, kind, stored)
     scales, codes = _codes(rows, kind, n_head) if kind.ours else (None, None)
