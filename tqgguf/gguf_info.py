@@ -174,9 +174,15 @@ class ModelInfo:
         """Bytes that one token takes in all layers together (while it is in every layer's window)."""
         return sum(layer.bytes_per_token(k, v) for layer in self.layers)
 
-    def cache_bytes(self, n_ctx: int, k: CacheType, v: CacheType, n_ubatch: int = 512) -> int:
-        """Bytes of K and V that llama.cpp allocates for a context of n_ctx tokens and one sequence."""
-        return sum(layer.cells(n_ctx, n_ubatch) * layer.bytes_per_token(k, v) for layer in self.layers)
+    def cache_bytes(self, n_ctx: int, k: CacheType, v: CacheType, n_ubatch: int = 512, *, swa_full: bool = True) -> int:
+        """Bytes of K and V that llama.cpp allocates for a context of n_ctx tokens and one sequence, without a tail.
+
+        Layers with a sliding window keep all tokens (swa_full), as `Llama` has it unless told otherwise, or their
+        window.
+        """
+        return sum(
+            layer.cells(n_ctx, n_ubatch, swa_full=swa_full) * layer.bytes_per_token(k, v) for layer in self.layers
+        )
 
 
 def read_model_info(path: str | Path) -> ModelInfo:
