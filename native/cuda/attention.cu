@@ -114,6 +114,10 @@ extern "C" int tq_cuda_attn(const tq_attn * args, void * work, void * stream) {
     if (a.q == NULL || a.out == NULL || (a.n_kv > 0 && (a.k.data == NULL || a.v.data == NULL))) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "null pointer given for q, k, v or out");
     }
+    if ((args->k.tail.n_recent > 0 && (a.k.tail.data == NULL || a.k.tail.owner == NULL)) ||
+        (args->v.tail.n_recent > 0 && (a.v.tail.data == NULL || a.v.tail.owner == NULL))) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "null pointer given for the rows or owners of a tail");
+    }
     if (bytes > 0 && (work == NULL || (uintptr_t) work % 16 != 0)) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "%zu bytes of scratch needed at a multiple of 16; %p given", bytes, work);
     }

@@ -72,12 +72,17 @@ static int check_operand(const char * name, const tq_attn_operand * x, tq_operan
     return TQ_OK;
 }
 
+/* Rows count, not pointers: support is asked for before there is memory. */
+static bool has_tail(const tq_attn_operand & x) {
+    return x.tail.data != NULL || x.tail.n_recent != 0;
+}
+
 static int check_tail(const char * name, const tq_attn_operand * x, tq_operand * o) {
     const tq_attn_tail & tail = x->tail;
-    if (tail.data == NULL) {
+    if (!has_tail(*x)) {
         return TQ_OK;
     }
-    if (!o->ours || tail.owner == NULL || tail.n_recent < 1 || tail.n_first < 0 || tail.n_recent > INT32_MAX / 2 || tail.n_first > INT32_MAX / 2 ||
+    if (!o->ours || tail.n_recent < 1 || tail.n_first < 0 || tail.n_recent > INT32_MAX / 2 || tail.n_first > INT32_MAX / 2 ||
         ((uintptr_t) tail.data | tail.stride_row | tail.stride_head | tail.stride_stream) % 2 != 0 ||
         ((uintptr_t) tail.owner | tail.owner_stride_stream) % 4 != 0) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: a tail of %lld and %lld rows at %p, owners at %p, given beside type %d; it needs a type of "
@@ -95,14 +100,14 @@ static int check_tail(const char * name, const tq_attn_operand * x, tq_operand *
 
 /* Both operands' tails, whose rows hold the same tokens unless one of them was disowned. */
 static int plan_tails(const tq_attn_operand & k, const tq_attn_operand & v, tq_attention * a) {
-    const tq_attn_tail & tail = k.tail.data != NULL ? k.tail : v.tail;
+    const tq_attn_tail & tail = has_tail(k) ? k.tail : v.tail;
     a->n_parts = a->n_splits;
-    if (tail.data == NULL) {
+    if (!has_tail(k) && !has_tail(v)) {
         return TQ_OK;
     }
     const int64_t n = (tail.n_recent + tail.n_first + TQ_TAIL_SLOTS - 1) / TQ_TAIL_SLOTS + a->n_splits;
     a->tail_shared_bytes = (8 * a->k.n_blocks * TQ_BLOCK + 8 * 2 * TQ_TAIL_SLOTS + 2 * 2 * TQ_TAIL_SLOTS) * 4;
-    if ((k.tail.data != NULL && v.tail.data != NULL && (k.tail.n_recent != v.tail.n_recent || k.tail.n_first != v.tail.n_first)) || n > 8192 ||
+    if ((has_tail(k) && has_tail(v) && (k.tail.n_recent != v.tail.n_recent || k.tail.n_first != v.tail.n_first)) || n > 8192 ||
         a->tail_shared_bytes > 48 * 1024) {
         return tqi_cuda_fail(TQ_E_UNSUPPORTED, "tails of %lld and %lld rows (k), %lld and %lld (v), given for head_dim = %lld; on CUDA they "
                              "are of one size, at most 200000, and head_dim at most 1024", (long long) k.tail.n_recent,

@@ -112,7 +112,8 @@ TQ_CUDA_API int tq_cuda_transform(const float * x, int64_t n, int mode, int inve
 /* ---- Attention ---- */
 
 /* tq_attn as in tqgguf.h, with device pointers. K and V are of our types, or one of them f16; decoder is NULL. Both head
- * sizes are multiples of 32, DV at most 512. Tails of K and V have the same numbers of rows. Made for few query rows: n_q * n_head / n_head_kv up to 16 vectors per KV head
+ * sizes are multiples of 32, DV at most 512. Tails of K and V have the same numbers of rows; there is one if
+ * n_recent is not 0. Made for few query rows: n_q * n_head / n_head_kv up to 16 vectors per KV head
  * decode each block once, more of them every 16 once again.
  * Relative L2 error of the output against exact arithmetic on the decoded values, for normal q, K, V: 2e-3 at most. */
 

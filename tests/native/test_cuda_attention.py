@@ -320,7 +320,9 @@ def test_a_precise_tail(cuda: Any, k_type: str, v_type: str) -> None:
 def test_tails_of_any_length(cuda: Any, tail: int) -> None:
     """Shorter and longer than the cache, a tile, and a block's rows; some tokens own a row of K alone, or of V."""
     for n_kv, first, n_q in ((1, 4, 1), (65, 0, 3), (200, 4, 1), (200, 33, 9)):
-        case = Case(n_kv=n_kv, tail=tail, first=first, n_q=n_q, n_head=6, n_stream=2, mask="values", max_bias=8.0, seed=n_kv)
+        case = Case(
+            n_kv=n_kv, tail=tail, first=first, n_q=n_q, n_head=6, n_stream=2, mask="values", max_bias=8.0, seed=n_kv
+        )
         check_case(cuda, case)
     check_case(cuda, Case("pqt4", "pqo3", n_kv=130, tail=tail, first=2, softcap=2.5, n_stream=4, n_kv_stream=2))
 
