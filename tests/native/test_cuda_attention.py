@@ -88,8 +88,7 @@ def make_mask(case: Case, rng: np.random.Generator) -> npt.NDArray[np.float16]:
 def add_tail(
     rng: Any, x: npt.NDArray[np.float32], values: npt.NDArray[np.float32], case: Case
 ) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int32]]:
-    """Rows and owners of tokens x (n_stream, n_kv, n_head, head_dim), some of them disowned; what its rows stand for takes
-    their place in values."""
+    """Rows and owners of tokens x (n_stream, n_kv, n_head, head_dim), some disowned; values get what rows hold."""
     n_stream, n_kv, *shape = x.shape
     rows = np.full((n_stream, case.tail + case.first, *shape), np.nan, dtype=np.float16)
     owner = np.zeros(rows.shape[:2], dtype=np.int32)

@@ -1,4 +1,4 @@
-"""ggml's CUDA nodes with our types (native/ggml/tq_ggml_cuda.c), kernels emulated, against the CPU backend on the same tensors."""
+"""ggml's CUDA nodes with our types (native/ggml/tq_ggml_cuda.c), kernels emulated, against the CPU backend."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def ggml(adapter: Path) -> Any:
 
 
 def normal(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 @pytest.mark.parametrize("type", reference.TYPES)
@@ -254,7 +254,7 @@ def attention_node(
     ggml: Ggml,
     k: Any,
     v: Any,
-    types: tuple[str, str],
+    types: tuple[str, ...],
     dims: tuple[int, int],
     n_head: int,
     n_head_kv: int,
@@ -298,7 +298,7 @@ def check_attention(ggml: Ggml, node: Any) -> None:
 @pytest.mark.parametrize("n_q", [1, 4, 9, 40])
 @pytest.mark.parametrize("dense", [True, False])
 def test_attention(ggml: Ggml, types: tuple[str, str], n_q: int, dense: bool) -> None:
-    """Few query vectors: the fused kernel. Many: upstream's on decoded K and V, the fused one where upstream has none."""
+    """Few query vectors: the fused kernel. Many: upstream's on decoded K and V, the fused one where it has none."""
     ggml.dense_takes = dense
     k = cache_of(ggml, types[0], 2, 64, 100, 2, 1)
     v = cache_of(ggml, types[1], 2, 96, 100, 2, 2)
@@ -346,13 +346,13 @@ def test_a_precise_tail(ggml: Ggml, types: tuple[str, str], n_tokens: int) -> No
                 np.testing.assert_array_equal(got, want)
     for n_q in (1, 20):
         for first_stream in (0, 1):
-            node = attention_node(ggml, *caches, types, (64, 64), 4, 2, n_q, 40, first_stream)
+            node = attention_node(ggml, caches[0], caches[1], types, (64, 64), 4, 2, n_q, 40, first_stream)
             for i in range(2):
                 if types[i] != "f16":
                     node.contents.src[5 + 2 * i] = caches[i].contents.src[0]
                     node.contents.src[6 + 2 * i] = caches[i].contents.src[1]
             check_attention(ggml, node)
-            plain = attention_node(ggml, *caches, types, (64, 64), 4, 2, n_q, 40, first_stream)
+            plain = attention_node(ggml, caches[0], caches[1], types, (64, 64), 4, 2, n_q, 40, first_stream)
             ggml.compute(node)
             ggml.compute(plain)
             a, b = (ggml.bytes_of(x).copy().view(np.float32) for x in (node, plain))
