@@ -274,7 +274,7 @@ def attention_node(
     q = ggml.floats("f32", normal(n_stream, n_q, n_head, dims[0], seed=7))
     mask = np.zeros((n_stream, 1, n_q, n_kv), np.float16)
     mask[np.random.default_rng(8).random(mask.shape) < 0.3] = -np.inf
-    mask -= np.float16(0.5) * np.random.default_rng(9).random(mask.shape).astype(np.float16)
+    mask[:] -= np.random.default_rng(9).uniform(0, 0.5, mask.shape)
     return ggml.call(
         "flash_attn_ext",
         ggml.permute(q),
