@@ -199,7 +199,7 @@ static void make_dense(const struct ggml_tensor * node, void * work, struct dens
     const struct ggml_tensor * v = node->src[2];
 
     *d     = (struct dense_attention) { .node = *node, .k = *k, .v = *v };
-    d->one = k->type == v->type && k->data == v->data && k->nb[1] == v->nb[1] && k->nb[2] == v->nb[2] && k->nb[3] == v->nb[3]
+    d->one = k->type == v->type && v->view_src && v->view_src == k->view_src && v->view_offs == k->view_offs && k->nb[1] == v->nb[1] && k->nb[2] == v->nb[2] && k->nb[3] == v->nb[3]
         && v->ne[0] <= k->ne[0] && v->ne[1] == k->ne[1] && v->ne[2] == k->ne[2] && v->ne[3] == k->ne[3];
     if (tq_ggml_is_ours(k->type)) {
         d->k          = dense_like(k, work);
@@ -231,7 +231,7 @@ static bool is_dense(const struct ggml_tensor * node, const struct tq_ggml_cuda_
         return false;
     }
     make_dense(node, work, d);
-    return dense->supported(dense->context, &d->node);
+    return dense->supported(dense->device, &d->node);
 }
 
 /* x: the operand that t stands for. */
@@ -263,10 +263,7 @@ static void attend(const struct ggml_tensor * node, const struct tq_ggml_cuda_de
 
 /* ---- Nodes ---- */
 
-size_t tq_ggml_cuda_work_bytes(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense) {
-    if (node->op != GGML_OP_FLASH_ATTN_EXT) {
-        return 0;
-    }
+static size_t work_bytes(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense) {
     struct dense_attention d;
     if (is_dense(node, dense, NULL, &d)) {
         return d.work_bytes;
@@ -277,7 +274,20 @@ size_t tq_ggml_cuda_work_bytes(const struct ggml_tensor * node, const struct tq_
     return bytes;
 }
 
-void tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * work, void * stream) {
+/* Where a node's result ends, and work begins. */
+static size_t result_bytes(const struct ggml_tensor * node) {
+    return GGML_PAD(ggml_nbytes(node), 128);
+}
+
+size_t tq_ggml_cuda_alloc_bytes(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense) {
+    /* a node that is not supported is laid out, too: its memory is on another device, or the caller tells the user */
+    if (node->op != GGML_OP_FLASH_ATTN_EXT || !tq_ggml_cuda_supported(node)) {
+        return ggml_nbytes(node);
+    }
+    return result_bytes(node) + work_bytes(node, dense);
+}
+
+void tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * stream) {
     const tq_cuda_view src = view(node->src[0]);
     const tq_cuda_view dst = view(node);
     switch (node->op) {
@@ -289,7 +299,7 @@ void tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_d
             check(tq_cuda_decode(&src, &ids, 0, &dst, stream), node);
         } break;
         case GGML_OP_FLASH_ATTN_EXT:
-            attend(node, dense, work, stream);
+            attend(node, dense, (char *) node->data + result_bytes(node), stream);
             break;
         default:
             GGML_ASSERT(is_copy(node));

@@ -19,11 +19,13 @@ extern "C" {
  * fused one at 32k tokens by the reckoning in docs/cuda.md. No GPU has measured it. */
 #define TQ_GGML_CUDA_FUSED_VECTORS 32
 
-/* Upstream's attention, for nodes whose K and V are f16; context is its backend context. */
+/* Upstream's attention, for nodes whose K and V are f16: whether a device has a kernel for a node, and the call of it with
+ * upstream's backend context. */
 struct tq_ggml_cuda_dense {
-    void * context;
-    bool (*supported)(void * context, const struct ggml_tensor * node);
+    int device;
+    bool (*supported)(int device, const struct ggml_tensor * node);
     void (*compute)(void * context, struct ggml_tensor * node);
+    void * context;
 };
 
 /* Whether the node is one of the above, or of their kind with a type that is not: no kernel of upstream's may have it. */
@@ -32,9 +34,10 @@ bool         tq_ggml_cuda_used(const struct ggml_tensor * node);
 bool         tq_ggml_cuda_supported(const struct ggml_tensor * node);
 /* Why it could not the last node that the calling thread asked about. */
 const char * tq_ggml_cuda_reason(void);
-/* Bytes of device memory that compute needs as work, at a multiple of 128; it may be 0. */
-size_t       tq_ggml_cuda_work_bytes(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense);
-void         tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * work, void * stream);
+/* Bytes of device memory for the node's result and, behind it, for what compute needs besides: as upstream does it for K and V
+ * that it converts, so that ggml plans this memory when a context is made. dense->compute is not used. */
+size_t       tq_ggml_cuda_alloc_bytes(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense);
+void         tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * stream);
 
 #ifdef __cplusplus
 }

@@ -49,7 +49,7 @@ Tensor._fields_ = [
     ("padding", ctypes.c_char * 8),
 ]
 Pointer = ctypes.POINTER(Tensor)
-SUPPORTED = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, Pointer)
+SUPPORTED = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_int, Pointer)
 COMPUTE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, Pointer)
 
 
@@ -62,7 +62,12 @@ class Params(ctypes.Structure):
 class Dense(ctypes.Structure):
     """struct tq_ggml_cuda_dense."""
 
-    _fields_: ClassVar = [("context", ctypes.c_void_p), ("supported", SUPPORTED), ("compute", COMPUTE)]
+    _fields_: ClassVar = [
+        ("device", ctypes.c_int),
+        ("supported", SUPPORTED),
+        ("compute", COMPUTE),
+        ("context", ctypes.c_void_p),
+    ]
 
 
 def build_adapter(cuda: Any, folder: Path) -> Path:
@@ -97,16 +102,17 @@ class Ggml:
         self.base.ggml_new_graph.restype = ctypes.c_void_p
         self.adapter.tq_ggml_cuda_reason.restype = ctypes.c_char_p
         self.adapter.tq_ggml_cuda_supported.restype = self.adapter.tq_ggml_cuda_used.restype = ctypes.c_bool
-        self.adapter.tq_ggml_cuda_work_bytes.restype = ctypes.c_size_t
+        self.adapter.tq_ggml_cuda_alloc_bytes.restype = ctypes.c_size_t
         self.context = ctypes.c_void_p(self.base.ggml_init(Params(64 << 20, None, False)))
         self.n_dense = 0
         self.dense_takes = True
-        self.dense = Dense(None, SUPPORTED(self._dense_supported), COMPUTE(self._dense_compute))
+        self.dense = Dense(5, SUPPORTED(self._dense_supported), COMPUTE(self._dense_compute), None)
 
     def free(self) -> None:
         self.base.ggml_free(self.context)
 
-    def _dense_supported(self, _: int | None, node: Any) -> bool:
+    def _dense_supported(self, device: int, node: Any) -> bool:
+        assert device == 5
         assert {node.contents.src[i].contents.type for i in (1, 2)} == {NUMBERS["f16"]}
         assert not any(node.contents.src[i] for i in range(5, 10))
         return self.dense_takes
@@ -176,10 +182,17 @@ class Ggml:
         """The node by the adapter, as the hook in ggml-cuda.cu does it."""
         assert self.adapter.tq_ggml_cuda_used(node)
         assert self.adapter.tq_ggml_cuda_supported(node), self.adapter.tq_ggml_cuda_reason()
-        n = self.adapter.tq_ggml_cuda_work_bytes(node, ctypes.byref(self.dense))
-        work = np.full(n + 128, 0xFF, np.uint8)
-        start = -(-work.ctypes.data // 128) * 128
-        self.adapter.tq_ggml_cuda_compute(node, ctypes.byref(self.dense), ctypes.c_void_p(start), None)
+        n = self.adapter.tq_ggml_cuda_alloc_bytes(node, ctypes.byref(self.dense))
+        data, size = node.contents.data, int(self.base.ggml_nbytes(node))
+        if n == size:
+            self.adapter.tq_ggml_cuda_compute(node, ctypes.byref(self.dense), None)
+            return
+        memory = np.full(n + 128, 0xFF, np.uint8)
+        node.contents.data = -(-memory.ctypes.data // 128) * 128
+        self.adapter.tq_ggml_cuda_compute(node, ctypes.byref(self.dense), None)
+        ctypes.memmove(data, node.contents.data, size)
+        assert (memory[node.contents.data - memory.ctypes.data + n :] == 0xFF).all()
+        node.contents.data = data
 
     def refusal(self, node: Any) -> str:
         assert self.adapter.tq_ggml_cuda_used(node)
@@ -312,7 +325,7 @@ def test_values_that_are_a_part_of_the_keys(ggml: Ggml, n_q: int) -> None:
     k = cache_of(ggml, "pqo4", 1, 192, 64, 1, 1)
     node = attention_node(ggml, k, k, ("pqo4", "pqo4"), (192, 128), 4, 1, n_q, 64)
     check_attention(ggml, node)
-    n = ggml.adapter.tq_ggml_cuda_work_bytes(node, ctypes.byref(ggml.dense))
+    n = ggml.adapter.tq_ggml_cuda_alloc_bytes(node, ctypes.byref(ggml.dense)) - int(ggml.base.ggml_nbytes(node))
     assert ggml.n_dense == (n_q == 20)
     assert n_q == 1 or n == 64 * 192 * 2  # V is not decoded for itself
 
