@@ -49,6 +49,19 @@ static int make_nodes(struct ggml_context * ctx, struct ggml_tensor * k, struct 
     return n;
 }
 
+/* What the device's backend says of the node it has just refused. */
+static const char * reason_of(ggml_backend_dev_t dev, const struct ggml_tensor * node) {
+    const char * (*reason)(void) = NULL;
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
+    if (node->op == GGML_OP_MUL_MAT) {
+        return "its attention needs flash_attn"; /* without it, K is a matrix to be multiplied with */
+    }
+    if (reg) {
+        *(void **) &reason = ggml_backend_reg_get_proc_address(reg, "tq_ggml_reason");
+    }
+    return reason ? reason() : "its backend has no kernel for it";
+}
+
 const char * tq_ggml_device_obstacle(ggml_backend_dev_t dev, struct ggml_tensor * k, struct ggml_tensor * v, int64_t head_dim_k,
                                      int64_t head_dim_v, int64_t n_head, bool flash_attn) {
     if (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU || !(tq_ggml_is_ours(k->type) || (v && tq_ggml_is_ours(v->type)))) {
@@ -65,13 +78,9 @@ const char * tq_ggml_device_obstacle(ggml_backend_dev_t dev, struct ggml_tensor 
     const int n = make_nodes(ctx, k, v, head_dim_k, head_dim_v, n_head, flash_attn, nodes);
     for (int i = 0; i < n && !result; i++) {
         if (nodes[i] && !ggml_backend_dev_supports_op(dev, nodes[i])) {
-            ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
-            const char * (*reason)(void);
-            *(void **) &reason = reg ? ggml_backend_reg_get_proc_address(reg, "tq_ggml_reason") : NULL;
-            snprintf(message, sizeof(message), "%s cannot do %s on %s, a KV cache of %s (K) and %s (V)%s%s; keep it on the CPU (offload_kqv = "
+            snprintf(message, sizeof(message), "%s cannot do %s on %s, a KV cache of %s (K) and %s (V): %s; keep it on the CPU (offload_kqv = "
                      "False, --no-kv-offload) or choose other types", ggml_backend_dev_name(dev), ggml_op_desc(nodes[i]), ggml_get_name(k),
-                     ggml_type_name(k->type), ggml_type_name(v ? v->type : k->type), reason ? ": " : "", 
-                     !reason ? "" : nodes[i]->op == GGML_OP_MUL_MAT ? "it needs flash attention" : reason());
+                     ggml_type_name(k->type), ggml_type_name(v ? v->type : k->type), reason_of(dev, nodes[i]));
             result = message;
         }
     }

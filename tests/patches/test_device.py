@@ -6,13 +6,19 @@ The devices are made up: they support what a test lets them.
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from tqgguf._native import library_path
 from tqgguf.config import CACHE_TYPES
+from tqgguf.demo import MODEL_PATH
 
 pytestmark = pytest.mark.skipif(not library_path("ggml-base").exists(), reason="the native libraries are not built")
 
@@ -149,4 +155,31 @@ def test_without_flash_attention_the_product_is_asked_for(base: Any) -> None:
     said, names = obstacle(base, ("pqo3", "f16"), lambda name: name != "MUL_MAT", flash=False, reason=b"nothing")
     assert names[-1] == "MUL_MAT"
     assert said is not None
-    assert "needs flash attention" in said
+    assert "needs flash_attn" in said
+
+
+PROGRAM = """
+import sys, tqgguf
+try:
+    tqgguf.Llama(sys.argv[1], cache=sys.argv[2], n_ctx=256, verbose=False)
+except tqgguf.TqggufError as error:
+    print(error)
+else:
+    print("loaded")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="it preloads a library made by cc")
+def test_a_cache_that_its_device_cannot_hold_is_an_error_of_loading(tmp_path: Path) -> None:
+    """Every device is made one that refuses, the CPU too: the library that is preloaded answers in ggml's stead."""
+    source, library = tmp_path / "refuse.c", tmp_path / "refuse.so"
+    source.write_text('const char * tq_ggml_device_obstacle(void) { return "Made0 holds no such cache"; }')
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+
+    def load(**environment: str) -> str:
+        command = [sys.executable, "-c", PROGRAM, str(MODEL_PATH), "pqo3"]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert load() == "loaded\n"
+    assert "Made0 holds no such cache" in load(LD_PRELOAD=str(library))
