@@ -60,7 +60,7 @@ cuda: $(VENV)/ready ## the CUDA kernels for this machine's cards (CUDA_ARCHITECT
 		"-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/cuda >/dev/null
 	$(CMAKE) --build build/cuda --target tqgguf_cuda
 
-cuda-test: cuda ## on the GPU: the tests of the kernels; upstream's own with our types, for which make install CUDA=1 comes first
+cuda-test: cuda ## the tests on the GPU; upstream's own with our types, too, after make conformance-programs CUDA=1
 	$(BIN)/python -m pytest -m cuda tests/native tests/patches
 
 cuda-compile: $(VENV)/ready ## native/cuda for every supported architecture and the patched ggml-cuda.cu, where nvcc is present

@@ -201,7 +201,8 @@ TQ_D void tq_encode_tail(const tq_tail_writes & w) {
         return;
     }
     const int  n_row  = (int) (w.tail.n_recent + w.tail.n_first), stream = target / n_row, row = target % n_row;
-    uint16_t * to     = (uint16_t *) (void *) ((uint8_t *) w.tail.data + stream * (int64_t) w.tail.stride_stream + row * (int64_t) w.tail.stride_row);
+    uint16_t * to     = (uint16_t *) (void *) ((uint8_t *) w.tail.data + stream * (int64_t) w.tail.stride_stream +
+                                           row * (int64_t) w.tail.stride_row);
     TQ_NO_UNROLL
     for (int first = 0; first < n_blocks; first += TQ_TAIL_THREADS / TQ_TEAM) {
         const int      b = first + tq_thread() / TQ_TEAM < n_blocks ? first + tq_thread() / TQ_TEAM : n_blocks - 1;

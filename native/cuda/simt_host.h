@@ -1,7 +1,7 @@
-/* simt_host.h: simt.cuh for a host compiler: runs a kernel's threads as fibres, one block after the other, last first, so that the tests
- * execute the kernels' source on any machine. Every thread runs until it needs what another one has not done yet. Barriers
- * that not all threads reach, and exchanges that not all lanes of a warp reach, end the process with a message: on a GPU they
- * would be undefined. Shared memory is filled with NaN first. Not for use outside tests, and not thread-safe. */
+/* simt_host.h: simt.cuh for a host compiler: runs a kernel's threads as fibres, one block after the other, last first, so that
+ * the tests execute the kernels' source on any machine. Every thread runs until it needs what another one has not done yet.
+ * Barriers that not all threads reach, and exchanges that not all lanes of a warp reach, end the process with a message: on a GPU
+ * they would be undefined. Shared memory is filled with NaN first. Not for use outside tests, and not thread-safe. */
 #ifndef TQ_SIMT_HOST_H
 #define TQ_SIMT_HOST_H
 

@@ -118,10 +118,12 @@ TQ_D void tq_attend_tail(const tq_attention & p, unsigned char * shared) {
         float           x[2], top = -INFINITY, sum = 0.0f;
         TQ_UNROLL
         for (int j = 0; j < 2; ++j) {
-            const int      e    = lane + 32 * j;
-            const uint16_t bias = tokens[e] < 0 ? (uint16_t) TQ_F16_NEGATIVE_INFINITY : mask == NULL ? (uint16_t) 0
-                                                                                                 : ((const uint16_t *) (const void *) mask)[tokens[e]];
-            x[j]                = -INFINITY;
+            const int e    = lane + 32 * j;
+            uint16_t  bias = tokens[e] < 0 ? TQ_F16_NEGATIVE_INFINITY : 0;
+            if (tokens[e] >= 0 && mask != NULL) {
+                bias = ((const uint16_t *) (const void *) mask)[tokens[e]];
+            }
+            x[j] = -INFINITY;
             if (bias != TQ_F16_NEGATIVE_INFINITY) {
                 x[j] = w[i * TQ_TAIL_ENTRIES + e] * factor;
                 x[j] = (p.softcap > 0.0f ? p.softcap * tanhf(x[j]) : x[j]) + slope * tq_half_to_float(bias);

@@ -199,8 +199,10 @@ static void make_dense(const struct ggml_tensor * node, void * work, struct dens
     const struct ggml_tensor * v = node->src[2];
 
     *d     = (struct dense_attention) { .node = *node, .k = *k, .v = *v };
-    d->one = k->type == v->type && v->view_src && v->view_src == k->view_src && v->view_offs == k->view_offs && k->nb[1] == v->nb[1] && k->nb[2] == v->nb[2] && k->nb[3] == v->nb[3]
-        && v->ne[0] <= k->ne[0] && v->ne[1] == k->ne[1] && v->ne[2] == k->ne[2] && v->ne[3] == k->ne[3];
+    d->one = k->type == v->type && v->view_src && v->view_src == k->view_src && v->view_offs == k->view_offs && v->ne[0] <= k->ne[0];
+    for (int i = 1; i < 4; i++) {
+        d->one = d->one && k->nb[i] == v->nb[i] && k->ne[i] == v->ne[i];
+    }
     if (tq_ggml_is_ours(k->type)) {
         d->k          = dense_like(k, work);
         d->work_bytes = GGML_PAD((size_t) d->k.ne[3] * d->k.nb[3], 128);

@@ -33,7 +33,7 @@ struct tq_ggml_cuda_dense {
 static inline bool         tq_ggml_cuda_used(const struct ggml_tensor *) { return false; }
 static inline bool         tq_ggml_cuda_supported(const struct ggml_tensor *) { return false; }
 static inline const char * tq_ggml_cuda_reason(void) { return "the kernels for this type are written for CUDA"; }
-static inline size_t       tq_ggml_cuda_alloc_bytes(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense *) { return ggml_nbytes(node); }
+static inline size_t       tq_ggml_cuda_alloc_bytes(const struct ggml_tensor *, const struct tq_ggml_cuda_dense *) { return 0; }
 static inline void         tq_ggml_cuda_compute(struct ggml_tensor *, const struct tq_ggml_cuda_dense *, void *) {}
 #else
 /* Whether the node is one of the above, or of their kind with a type that is not: no kernel of upstream's may have it. */
