@@ -1,4 +1,4 @@
-"""Whether a device is asked for all that llama.cpp will want of it, before there is a cache (tq_ggml_device.c).
+"""Whether devices are asked for all that a graph wants of a cache that lies on them (native/ggml/tq_ggml_device.c).
 
 The devices are made up: they support what a test lets them.
 """
@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +22,11 @@ from tqgguf.demo import MODEL_PATH
 
 pytestmark = pytest.mark.skipif(not library_path("ggml-base").exists(), reason="the native libraries are not built")
 
-CPU, GPU = 0, 1
 N_CELLS = 256
-
+NUMBERS = {"f32": 0, "i64": 27} | {name: kind.number for name, kind in CACHE_TYPES.items()}
 
 NAME = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-KIND = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+HOST = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
 SUPPORTS = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p)
 PROC_ADDRESS = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
 REASON = ctypes.CFUNCTYPE(ctypes.c_void_p)
@@ -38,14 +37,11 @@ class InitParams(ctypes.Structure):
 
 
 class Device(ctypes.Structure):
-    """struct ggml_backend_device of ggml-backend-impl.h; three of its fifteen functions matter."""
+    """struct ggml_backend_device of ggml-backend-impl.h; two of its fifteen functions matter."""
 
     _fields_: ClassVar = [
         ("get_name", NAME),
-        ("get_description", ctypes.c_void_p),
-        ("get_memory", ctypes.c_void_p),
-        ("get_type", KIND),
-        ("unused", ctypes.c_void_p * 5),
+        ("unused", ctypes.c_void_p * 8),
         ("supports_op", SUPPORTS),
         ("more", ctypes.c_void_p * 5),
         ("reg", ctypes.c_void_p),
@@ -64,10 +60,33 @@ class Registry(ctypes.Structure):
     ]
 
 
-class Asked:
-    """A device that supports the operations for which allowed says so, and what it was asked."""
+class BufferType(ctypes.Structure):
+    """struct ggml_backend_buffer_type."""
 
-    def __init__(self, base: Any, allowed: Callable[[str], bool], kind: int, reason: bytes | None) -> None:
+    _fields_: ClassVar = [
+        ("unused", ctypes.c_void_p * 5),
+        ("is_host", HOST),
+        ("device", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+    ]
+
+
+class Buffer(ctypes.Structure):
+    """struct ggml_backend_buffer."""
+
+    _fields_: ClassVar = [
+        ("functions", ctypes.c_void_p * 11),
+        ("buft", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("usage", ctypes.c_int),
+    ]
+
+
+class Made:
+    """A device that supports the operations for which allowed says so, what it was asked, and a buffer on it."""
+
+    def __init__(self, base: Any, allowed: Callable[[str], bool], *, host: bool, reason: bytes | None) -> None:
         self.names: list[str] = []
 
         def supports(_: int, node: int) -> bool:
@@ -81,81 +100,97 @@ class Asked:
         self.registry = Registry(0, (ctypes.c_void_p * 3)(), proc, None)
         self.device = Device(
             get_name=NAME(lambda _: ctypes.addressof(self.texts[0])),
-            get_type=KIND(lambda _: kind),
             supports_op=SUPPORTS(supports),
             reg=ctypes.addressof(self.registry),
         )
+        self.type = BufferType(is_host=HOST(lambda _: host), device=ctypes.addressof(self.device))
+        self.buffer = Buffer(buft=ctypes.addressof(self.type))
 
 
-@pytest.fixture
-def base() -> Iterator[Any]:
-    lib: Any = ctypes.CDLL(str(library_path("ggml-base")))
-    lib.ggml_init.restype = lib.ggml_new_tensor_3d.restype = ctypes.c_void_p
-    lib.ggml_op_desc.restype = lib.tq_ggml_device_obstacle.restype = ctypes.c_char_p
-    lib.context = ctypes.c_void_p(lib.ggml_init(InitParams(1 << 16, None, True)))
-    yield lib
-    lib.ggml_free(lib.context)
+class Ggml:
+    """A context of tensors without memory."""
+
+    def __init__(self) -> None:
+        self.base: Any = ctypes.CDLL(str(library_path("ggml-base")))
+        for name in ("init", "new_graph"):
+            getattr(self.base, f"ggml_{name}").restype = ctypes.c_void_p
+        self.base.ggml_op_desc.restype = self.base.tq_ggml_graph_obstacle.restype = ctypes.c_char_p
+        self.context = ctypes.c_void_p(self.base.ggml_init(InitParams(1 << 20, None, True)))
+
+    def call(self, name: str, *args: Any) -> Any:
+        function = getattr(self.base, f"ggml_{name}")
+        function.restype = ctypes.c_void_p
+        convert = {int: ctypes.c_int64, float: ctypes.c_float}
+        return ctypes.c_void_p(function(self.context, *(convert.get(type(a), lambda a: a)(a) for a in args)))
+
+    def new(self, type: str, *ne: int) -> Any:
+        return self.call("new_tensor_4d", ctypes.c_int(NUMBERS[type]), *[*ne, 1, 1, 1][:4])
+
+    def layer(self, types: tuple[str, str], buffer: Any, *, flash: bool) -> Any:
+        """A graph that writes a cache in buffer, of 8 heads of 64, and reads it, as one of libllama does."""
+        graph = ctypes.c_void_p(self.base.ggml_new_graph(self.context))
+        heads = []
+        for type, name in zip(types, (b"cache_k_l0", b"cache_v_l0"), strict=True):
+            cache = self.new(type, 512, N_CELLS)
+            self.base.ggml_set_name(cache, name)
+            assert cache.value
+            ctypes.c_void_p.from_address(cache.value + 8).value = ctypes.addressof(buffer)  # behind ggml_tensor's type
+            written = self.call("set_rows", cache, self.new("f32", 512, 3), self.new("i64", 3))
+            self.base.ggml_build_forward_expand(graph, written)
+            split = self.call("reshape_4d", cache, 64, 8, N_CELLS, 1)
+            heads.append(self.call("permute", split, *(ctypes.c_int(i) for i in (0, 2, 1, 3))))
+        q = self.new("f32", 64, 3, 32)
+        if flash:
+            attended = self.call("flash_attn_ext", q, *heads, None, 0.125, 0.0, 0.0)
+        else:
+            attended = self.call("mul_mat", heads[0], q)
+        self.base.ggml_build_forward_expand(graph, attended)
+        return graph
 
 
 def obstacle(
-    base: Any,
-    types: tuple[str, str | None],
+    types: tuple[str, str],
     allowed: Callable[[str], bool],
     *,
-    kind: int = GPU,
+    host: bool = False,
     reason: bytes | None = None,
     flash: bool = True,
-    tail: int = 0,
 ) -> tuple[str | None, list[str]]:
-    """What is said of a cache of two streams, 8 heads of 64, and what the device was asked."""
-    base.tq_ggml_tail_set(tail)
-    tensors = []
-    for type in types:
-        tensor = None
-        if type is not None:
-            number = CACHE_TYPES[type].number
-            ne = [ctypes.c_int64(n) for n in (512, N_CELLS, 2)]
-            tensor = ctypes.c_void_p(base.ggml_new_tensor_3d(base.context, ctypes.c_int(number), *ne))
-            base.tq_ggml_tail_new(base.context, tensor)
-        tensors.append(tensor)
-    base.tq_ggml_tail_set(0)
-    asked = Asked(base, allowed, kind, reason)
-    heads = [ctypes.c_int64(n) for n in (64, 64, 32)]
-    said = base.tq_ggml_device_obstacle(ctypes.byref(asked.device), *tensors, *heads, ctypes.c_bool(flash))
-    return (said.decode() if said else None), asked.names
+    """What is said of a graph, and what the device was asked."""
+    ggml = Ggml()
+    made = Made(ggml.base, allowed, host=host, reason=reason)
+    said = ggml.base.tq_ggml_graph_obstacle(ggml.layer(types, made.buffer, flash=flash))
+    ggml.base.ggml_free(ggml.context)
+    return (said.decode() if said else None), made.names
 
 
-def test_all_that_a_cache_needs_is_asked_for(base: Any) -> None:
-    said, names = obstacle(base, ("pqo3", "pqt4"), lambda _: True, tail=128)
+def test_all_that_works_on_a_cache_of_ours_is_asked_for() -> None:
+    said, names = obstacle(("pqo3", "pqt4"), lambda _: True)
     assert said is None
-    assert names == ["SET_ROWS", "SET_ROWS", "FLASH_ATTN_EXT"] * 2 + ["CPY", "CPY"]
-    _, names = obstacle(base, ("f16", "pqo4"), lambda _: True)
-    assert names == ["SET_ROWS", "FLASH_ATTN_EXT"] * 2
-    _, names = obstacle(base, ("pqo4", None), lambda _: True)  # MLA
-    assert names == ["SET_ROWS", "FLASH_ATTN_EXT"] * 2 + ["CPY", "CPY"]
+    assert set(names) == {"SET_ROWS", "FLASH_ATTN_EXT"}
+    assert names.count("SET_ROWS") == 2
 
 
-def test_stock_caches_and_the_cpu_are_not_asked(base: Any) -> None:
-    assert obstacle(base, ("f16", "q8_0"), lambda _: False) == (None, [])
-    assert obstacle(base, ("pqo3", "pqo3"), lambda _: False, kind=CPU) == (None, [])
+def test_stock_caches_and_those_in_memory_of_the_cpu_are_not_asked_for() -> None:
+    assert obstacle(("f16", "q8_0"), lambda _: False) == (None, [])
+    assert obstacle(("pqo3", "pqo3"), lambda _: False, host=True) == (None, [])
 
 
-@pytest.mark.parametrize("op", ["SET_ROWS", "FLASH_ATTN_EXT", "CPY"])
-def test_what_is_missing_is_named(base: Any, op: str) -> None:
-    said, _ = obstacle(base, ("pqo3", "pqo4"), lambda name: name != op)
+@pytest.mark.parametrize("op", ["SET_ROWS", "FLASH_ATTN_EXT"])
+def test_what_is_missing_is_named(op: str) -> None:
+    said, _ = obstacle(("f16", "pqo4"), lambda name: name != op)
     assert said is not None
-    for text in ("Made0", op, "pqo3 (K) and pqo4 (V)", "--no-kv-offload"):
+    for text in (f"Made0 cannot do {op} with cache_v_l0", "type pqo4", "no kernel for this type", "--no-kv-offload"):
         assert text in said
-    said, _ = obstacle(base, ("pqo3", "pqo4"), lambda name: name != op, reason=b"because of the moon")
+    said, _ = obstacle(("pqo3", "pqo4"), lambda name: name != op, reason=b"because of the moon")
     assert said is not None
     assert "because of the moon" in said
 
 
-def test_without_flash_attention_the_product_is_asked_for(base: Any) -> None:
-    said, names = obstacle(base, ("pqo3", "f16"), lambda name: name != "MUL_MAT", flash=False, reason=b"nothing")
-    assert names[-1] == "MUL_MAT"
+def test_without_flash_attention_the_product_is_asked_for() -> None:
+    said, _ = obstacle(("pqo3", "f16"), lambda name: name != "MUL_MAT", flash=False, reason=b"nothing")
     assert said is not None
-    assert "needs flash_attn" in said
+    assert "flash attention" in said
 
 
 PROGRAM = """
@@ -171,9 +206,9 @@ else:
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="it preloads a library made by cc")
 def test_a_cache_that_its_device_cannot_hold_is_an_error_of_loading(tmp_path: Path) -> None:
-    """Every device is made one that refuses, the CPU too: the library that is preloaded answers in ggml's stead."""
+    """The library that is preloaded answers in ggml's stead, and refuses every graph."""
     source, library = tmp_path / "refuse.c", tmp_path / "refuse.so"
-    source.write_text('const char * tq_ggml_device_obstacle(void) { return "Made0 holds no such cache"; }')
+    source.write_text('const char * tq_ggml_graph_obstacle(void) { return "Made0 holds no such cache"; }')
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
 
     def load(**environment: str) -> str:
