@@ -85,7 +85,8 @@ static int limits_of(tqi_cuda_limits * limits) {
 
 static int plan(const tq_attn * args, tq_attention * a) {
     tqi_cuda_limits limits;
-    const int       status = limits_of(&limits);
+    int             status = tq_cuda_device_ready();
+    status                 = status == TQ_OK ? limits_of(&limits) : status;
     return status == TQ_OK ? tqi_cuda_plan(args, limits, a) : status;
 }
 

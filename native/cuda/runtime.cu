@@ -4,7 +4,9 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+#  include <atomic>
+#else
 #  include <map>
 #  include <sys/mman.h>
 #  include <unistd.h>
@@ -33,6 +35,29 @@ extern "C" int tq_cuda_emulated(void) {
 
 static __global__ void tq_probe_kernel() {}
 
+extern "C" int tq_cuda_device_ready(void) {
+    enum { KNOWN = 64 };
+    static std::atomic<bool> ready[KNOWN];
+    cudaFuncAttributes       attributes;
+    cudaDeviceProp           prop;
+    int                      device = 0;
+    int                      status = tqi_cuda_check(cudaGetDevice(&device), "asking for the current CUDA device");
+    if (status != TQ_OK || (device < KNOWN && ready[device].load(std::memory_order_relaxed))) {
+        return status;
+    }
+    if (cudaFuncGetAttributes(&attributes, tq_probe_kernel) != cudaSuccess) {
+        (void) cudaGetLastError();
+        status = tqi_cuda_check(cudaGetDeviceProperties(&prop, device), "reading the CUDA device's properties");
+        return status != TQ_OK ? status
+                               : tqi_cuda_fail(TQ_E_UNSUPPORTED, "%s has compute capability %d.%d, for which this build has no code "
+                                               "(CMAKE_CUDA_ARCHITECTURES)", prop.name, prop.major, prop.minor);
+    }
+    if (device < KNOWN) {
+        ready[device].store(true, std::memory_order_relaxed);
+    }
+    return TQ_OK;
+}
+
 extern "C" int tq_cuda_device_count(void) {
     int       n      = 0;
     const int status = tqi_cuda_check(cudaGetDeviceCount(&n), "looking for CUDA devices");
@@ -40,9 +65,8 @@ extern "C" int tq_cuda_device_count(void) {
 }
 
 extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
-    cudaDeviceProp     prop;
-    cudaFuncAttributes attributes;
-    const int          n = tq_cuda_device_count();
+    cudaDeviceProp prop;
+    const int      n = tq_cuda_device_count();
     if (n < 0) {
         return n;
     }
@@ -53,13 +77,11 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
     if (status == TQ_OK) {
         status = tqi_cuda_check(cudaGetDeviceProperties(&prop, i), "reading the CUDA device's properties");
     }
+    if (status == TQ_OK) {
+        status = tq_cuda_device_ready();
+    }
     if (status != TQ_OK) {
         return status;
-    }
-    if (cudaFuncGetAttributes(&attributes, tq_probe_kernel) != cudaSuccess) {
-        (void) cudaGetLastError();
-        return tqi_cuda_fail(TQ_E_UNSUPPORTED, "%s has compute capability %d.%d, for which this build has no code (TQGGUF_CUDA_ARCHITECTURES)",
-                             prop.name, prop.major, prop.minor);
     }
     if (device != NULL) {
         memset(device, 0, sizeof *device);
@@ -96,6 +118,10 @@ tq_host_machine tq_host;
 
 extern "C" int tq_cuda_emulated(void) {
     return 1;
+}
+
+extern "C" int tq_cuda_device_ready(void) {
+    return TQ_OK;
 }
 
 extern "C" int tq_cuda_device_count(void) {

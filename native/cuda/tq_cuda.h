@@ -49,6 +49,9 @@ TQ_CUDA_API int tq_cuda_device_count(void);
 /* Describes device i; an error if no kernel of this build can run on it. Makes it current if that is not so. */
 TQ_CUDA_API int tq_cuda_device_use(int i, tq_cuda_device * device);
 
+/* TQ_OK if the current device can run the kernels of this build. */
+TQ_CUDA_API int tq_cuda_device_ready(void);
+
 /* Device memory for callers without a runtime of their own. kind: 1 host to device, 2 device to host, 3 device to device;
  * copies wait for the stream unless kind is 3. */
 TQ_CUDA_API int tq_cuda_alloc(size_t bytes, void ** data);

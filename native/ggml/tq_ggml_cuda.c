@@ -2,6 +2,7 @@
  * ggml-cuda: the tests compile it for the host and run it with emulated kernels. */
 #include "tq_ggml_cuda.h"
 
+#include "ggml-backend.h"
 #include "tq_cuda.h"
 #include "tq_ggml_attention.h"
 
@@ -134,7 +135,11 @@ static bool attention_supported(const struct ggml_tensor * node) {
     const struct ggml_tensor * v    = node->src[2];
     const struct ggml_tensor * mask = node->src[3];
     for (int i = 1; i < 3; i++) {
-        const struct ggml_tensor * t = node->src[i];
+        const struct ggml_tensor * t     = node->src[i];
+        const struct ggml_tensor * cache = t->view_src ? t->view_src : t;
+        if (cache->buffer && ggml_backend_buffer_is_host(cache->buffer)) {
+            return refuse("a KV cache in the CPU's memory is read there, not copied to the device for every token");
+        }
         if ((!tq_ggml_is_ours(t->type) && t->type != GGML_TYPE_F16) || t->nb[0] != ggml_type_size(t->type)) {
             return refuse("K of %s with V of %s is not done on CUDA; beside a type of ours the other is one of ours or f16",
                           ggml_type_name(k->type), ggml_type_name(v->type));
@@ -149,6 +154,9 @@ static bool attention_supported(const struct ggml_tensor * node) {
 }
 
 bool tq_ggml_cuda_supported(const struct ggml_tensor * node) {
+    if (tq_cuda_device_ready() != TQ_OK) {
+        return refuse("%s", tq_cuda_last_error());
+    }
     switch (node->op) {
         case GGML_OP_SET_ROWS:       return rows_supported(node, node->src[0]->type);
         case GGML_OP_GET_ROWS:       return rows_supported(node, node->type);

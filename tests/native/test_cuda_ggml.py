@@ -385,6 +385,18 @@ def test_what_is_refused_is_named(ggml: Ggml) -> None:
     assert "other strides" in ggml.refusal(ggml.call("cpy", part, ggml.new("pqo3", 64, 64)))
 
 
+def test_a_cache_in_host_memory_is_left_to_the_cpu(ggml: Ggml) -> None:
+    """Else the scheduler would copy the view, and a tail be looked for beside the copy."""
+    k = cache_of(ggml, "pqo3", 2, 64, 64, 1, 1)
+    node = attention_node(ggml, k, k, ("pqo3", "pqo3"), (64, 64), 4, 2, 1, 64)
+    ggml.base.ggml_backend_cpu_buffer_from_ptr.restype = ctypes.c_void_p
+    size = ctypes.c_size_t(int(ggml.base.ggml_nbytes(k)))
+    start = ctypes.c_void_p(k.contents.data)
+    k.contents.buffer = ggml.base.ggml_backend_cpu_buffer_from_ptr(start, size)
+    assert "in the CPU's memory" in ggml.refusal(node)
+    ggml.base.ggml_backend_buffer_free(ctypes.c_void_p(k.contents.buffer))
+
+
 def test_other_nodes_are_upstreams(ggml: Ggml) -> None:
     f16 = cache_of(ggml, "f16", 2, 64, 64, 1, 1)
     k = cache_of(ggml, "pqo3", 2, 64, 64, 1, 1)
