@@ -389,10 +389,9 @@ def test_a_cache_in_host_memory_is_left_to_the_cpu(ggml: Ggml) -> None:
     """Else the scheduler would copy the view, and a tail be looked for beside the copy."""
     k = cache_of(ggml, "pqo3", 2, 64, 64, 1, 1)
     node = attention_node(ggml, k, k, ("pqo3", "pqo3"), (64, 64), 4, 2, 1, 64)
-    ggml.base.ggml_backend_cpu_buffer_from_ptr.restype = ctypes.c_void_p
-    size = ctypes.c_size_t(int(ggml.base.ggml_nbytes(k)))
-    start = ctypes.c_void_p(k.contents.data)
-    k.contents.buffer = ggml.base.ggml_backend_cpu_buffer_from_ptr(start, size)
+    ggml.base.ggml_backend_cpu_buffer_type.restype = ggml.base.ggml_backend_buft_alloc_buffer.restype = ctypes.c_void_p
+    kind = ctypes.c_void_p(ggml.base.ggml_backend_cpu_buffer_type())
+    k.contents.buffer = ggml.base.ggml_backend_buft_alloc_buffer(kind, ctypes.c_size_t(64))
     assert "in the CPU's memory" in ggml.refusal(node)
     ggml.base.ggml_backend_buffer_free(ctypes.c_void_p(k.contents.buffer))
 
