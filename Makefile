@@ -63,6 +63,9 @@ cuda: $(VENV)/ready ## the CUDA kernels for this machine's cards (CUDA_ARCHITECT
 cuda-test: cuda ## the tests on the GPU; upstream's own with our types, too, after make conformance-programs CUDA=1
 	$(BIN)/python -m pytest -m cuda tests/native tests/patches
 
+cuda-bench: build/installed cuda ## tests and speed of the CUDA kernels on the GPU, saved in benchmarks/results
+	$(BIN)/python benchmarks/cuda.py
+
 cuda-compile: $(VENV)/ready ## native/cuda for every supported architecture and the patched ggml-cuda.cu, where nvcc is present
 	@if command -v nvcc >/dev/null; then $(BIN)/python patches/tool.py apply >/dev/null && \
 		$(BIN)/python native/cuda/resources.py --compile build/cuda-compile --upstream build/upstream/llama.cpp; \
@@ -123,4 +126,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install cuda cuda-test cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean FORCE
+.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean FORCE

@@ -79,20 +79,24 @@ def main() -> int:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="bits (default: %(default)s)")
     parser.add_argument("--chunks", type=int, default=8, help="both halves together (default: %(default)s)")
     parser.add_argument("--ctx", type=int, default=2048, help="tokens in a chunk (default: %(default)s)")
+    parser.add_argument("--tail", type=int, default=0, help="newest tokens kept in f16 (default: none)")
+    parser.add_argument("--threads", type=int, help="threads (default: all processors)")
     parser.add_argument("--output", default=str(RESULTS), help="file, - for none (default: %(default)s)")
     args = parser.parse_args()
     text = args.file.read_text(encoding="utf-8") if args.file else None
     rows: list[dict[str, Any]] = []
     for types in CHOICES:
         for budget in args.budgets:
-            tuning = tqgguf.tune(args.model, text, budget=budget, types=types, n_ctx=args.ctx, n_chunks=args.chunks)
+            goal: dict[str, Any] = {"budget": budget, "types": types, "tail": args.tail}
+            size = {"n_ctx": args.ctx, "n_chunks": args.chunks, "n_threads": args.threads}
+            tuning = tqgguf.tune(args.model, text, **goal, **size)
             rows.append(tuned_row(tuning, budget))
             known = {found["cache"] for found in rows}
             rows += [row(quality) for quality in tuning.rows[2:] if quality.type not in known]
             print(f"{types} {budget}: {tuning.policy.types_k} {tuning.policy.types_v}", file=sys.stderr, flush=True)
     print(table(rows))
     if args.output != "-":
-        text_of = {"model": args.model.name, "n_ctx": args.ctx, "n_chunks": args.chunks}
+        text_of = {"model": args.model.name, "n_ctx": args.ctx, "n_chunks": args.chunks, "tail": args.tail}
         Path(args.output).write_text(
             json.dumps({"machine": machine.facts(), **text_of, "caches": rows}, indent=1) + "\n"
         )

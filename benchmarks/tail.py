@@ -3,9 +3,10 @@
     python benchmarks/tail.py            # saves results/tail.json
     python benchmarks/tail.py --output - # prints only
 
-Each round reads a prompt of every depth from an empty cache, then decodes tokens behind it, with one cache after the
-other, so that slow and fast moments of the machine meet all of them. Figures are medians over rounds, ratios are those
-of a round's neighbours. What the tail does to predictions: `tqgguf compare --tail 0,128`.
+Each round reads a prompt of every depth from an empty cache, in batches as `tqgguf.Llama` cuts it, then decodes tokens
+behind it, with one cache after the other, so that slow and fast moments of the machine meet all of them. Figures are
+medians over rounds, ratios are those of a round's neighbours. What the tail does to predictions: `tqgguf compare --tail
+0,128`.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ import random_model
 
 import tqgguf
 from tqgguf.model import llama_cpp
+from tqgguf.tail import tail_batch
 
 RESULTS = Path(__file__).parent / "results" / "tail.json"
 SHAPE = random_model.Shape()
 TAILS = (0, 128)
 
 
-def read(context: Any, tokens: np.ndarray) -> float:
+def read(context: Any, tokens: np.ndarray, n_batch: int) -> float:
     """Reads tokens behind those in the cache; seconds."""
     start = time.perf_counter()
-    batch = llama_cpp.llama_batch_get_one(tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(tokens))
-    if llama_cpp.llama_decode(context, batch):
-        raise RuntimeError("llama.cpp could not read the tokens")
+    for first in range(0, len(tokens), n_batch):
+        part = tokens[first : first + n_batch]
+        batch = llama_cpp.llama_batch_get_one(part.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(part))
+        if llama_cpp.llama_decode(context, batch):
+            raise RuntimeError("llama.cpp could not read the tokens")
     llama_cpp.llama_synchronize(context)
     return time.perf_counter() - start
 
@@ -46,7 +50,7 @@ def measure(
     path: Path, cache: str, depths: list[int], n_decode: int, rounds: int, n_threads: int
 ) -> list[dict[str, Any]]:
     """Seconds of prefill and of one decoded token at each depth, with each tail."""
-    options: dict[str, Any] = {"n_batch": max(depths), "n_threads": n_threads, "n_threads_batch": n_threads}
+    options: dict[str, Any] = {"n_batch": 512, "n_threads": n_threads, "n_threads_batch": n_threads}
     model = tqgguf.Llama(path, cache=cache, tail=TAILS[0], n_ctx=max(depths) + n_decode, verbose=False, **options)
     contexts = {TAILS[0]: model.ctx, **{tail: model.add_context(cache, tail=tail) for tail in TAILS[1:]}}
     tokens = np.random.default_rng(0).integers(0, SHAPE.n_vocab, max(depths) + n_decode).astype(np.int32)
@@ -57,8 +61,8 @@ def measure(
         for i in range(rounds):
             for tail in TAILS if i % 2 else TAILS[::-1]:
                 llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(contexts[tail]), True)
-                prefill[tail].append(read(contexts[tail], tokens[:depth]))
-                steps = [read(contexts[tail], tokens[depth + j : depth + j + 1]) for j in range(n_decode)]
+                prefill[tail].append(read(contexts[tail], tokens[:depth], tail_batch(tail, 512)))
+                steps = [read(contexts[tail], tokens[depth + j : depth + j + 1], 1) for j in range(n_decode)]
                 decode[tail].append(median(steps))
         for tail in TAILS:
             rows.append(

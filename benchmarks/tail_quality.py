@@ -59,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", nargs="+", default=["pqo3", "pqo4"])
     parser.add_argument("--chunks", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default=str(RESULTS), help="result file, or - for none")
     args = parser.parse_args()
     rows = []

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .cache import PqoCache
     from .codec import dequantize, quantize
     from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
+    from .device import DeviceArray
     from .diagnostics.compare import Comparison, Divergence, TypeQuality, compare
     from .diagnostics.recall import Recall, RecallScore, recall
     from .diagnostics.tune import Tuning, tune
@@ -43,6 +44,7 @@ _HOME = {
     "CacheInfo": "model",
     "LayerCacheInfo": "model",
     "PqoCache": "cache",
+    "DeviceArray": "device",
     "CACHE_TYPES": "config",
     "CacheConfig": "config",
     "CacheType": "config",
@@ -85,6 +87,7 @@ __all__ = [
     "CacheType",
     "CacheTypeError",
     "Comparison",
+    "DeviceArray",
     "Divergence",
     "LayerCacheInfo",
     "LibraryError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from .errors import ArgumentError, CacheClosedError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from .device import Tensor
 
 __all__ = ["PqoCache"]
 
@@ -32,27 +34,57 @@ class PqoCache:
 
     A cache may be shared between threads: calls on one cache wait for each other, different caches run in parallel.
 
+    With `device="cuda"` or `"cuda:1"` the blocks lie in that GPU's memory, and tensors that are there can be given: see
+    `tqgguf.cuda_cache.CudaPqoCache`, which is what such a call makes.
+
     Args:
         config: shape and codec.
+        device: "cpu", "cuda" (which is cuda:0) or "cuda:N".
+        stream: the CUDA stream to work on, as a number: `torch.cuda.current_stream().cuda_stream` or CuPy's
+            `stream.ptr`. None: the legacy default stream, which PyTorch and CuPy use unless told otherwise.
 
     Raises:
+        ArgumentError: unknown device, or a stream for a cache in host memory.
         OutOfMemoryError: no memory for the layers' records.
-        LibraryError: libtqgguf is missing or of another version.
+        LibraryError: libtqgguf, or for CUDA libtqgguf_cuda, is missing or of another version.
+        UnsupportedError: no driver, no device that this build has code for, or a head that its kernels do not take.
     """
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __new__(cls, config: CacheConfig, device: str = "cpu", *, stream: int | None = None) -> Self:
+        if cls is PqoCache and str(device) != "cpu":
+            from .cuda_cache import CudaPqoCache
+
+            return object.__new__(CudaPqoCache)  # type: ignore[return-value]  # of class PqoCache, no Self narrower
+        return object.__new__(cls)
+
+    def __init__(self, config: CacheConfig, device: str = "cpu", *, stream: int | None = None) -> None:
         if not isinstance(config, CacheConfig):
             raise ArgumentError(f"config must be a CacheConfig, not {config.__class__.__name__}")
-        self._native = library()
         self._lock = threading.RLock()
+        self._cache: Any = None
         self.config = config
+        self._create(str(device), stream)
+
+    def _create(self, device: str, stream: int | None) -> None:
+        if device != "cpu":
+            raise ArgumentError(f"device = {device!r} given; for that derive {type(self).__name__} from CudaPqoCache")
+        if stream is not None:
+            raise ArgumentError(f"stream = {stream} given; a cache in host memory has none")
+        config = self.config
+        self._native = library()
         ffi, lib = self._native.ffi, self._native.lib
         fields = (config.bits, config.head_dim, config.n_head_kv, config.n_layer, MODES.index(config.mode))
         handle = ffi.new("tq_cache **")
         self._native.check(lib.tq_cache_new(ffi.new("tq_cache_config *", fields), handle))
-        self._cache: Any = ffi.gc(handle[0], lib.tq_cache_free)
+        self._cache = ffi.gc(handle[0], lib.tq_cache_free)
 
-    def prefill(self, layer: int, k: Floats, v: Floats) -> tuple[Floats, Floats]:
+    @overload
+    def prefill(self, layer: int, k: Floats, v: Floats) -> tuple[Floats, Floats]: ...
+
+    @overload
+    def prefill(self, layer: int, k: Tensor, v: Tensor) -> tuple[Any, Any]: ...
+
+    def prefill(self, layer: int, k: Any, v: Any) -> tuple[Any, Any]:
         """Appends tokens to a layer and returns the keys and values that attention over the whole layer needs.
 
         Args:
@@ -85,7 +117,7 @@ class PqoCache:
             self._append(handle, index, k32, v32, k_out, v_out)
             return k_out.astype(k.dtype, copy=False), v_out.astype(v.dtype, copy=False)
 
-    def append(self, layer: int, k: Floats, v: Floats) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Appends tokens to a layer, as `prefill` does, and returns nothing."""
         with self._lock:
             handle, index = self._open(), self._layer(layer)
@@ -96,7 +128,13 @@ class PqoCache:
                 )
             self._append(handle, index, k32, v32, None, None)
 
-    def decode(self, layer: int, k: Floats, v: Floats, q: Floats, scale: float) -> Floats:
+    @overload
+    def decode(self, layer: int, k: Tensor, v: Tensor, q: Floats, scale: float) -> Floats: ...
+
+    @overload
+    def decode(self, layer: int, k: Tensor, v: Tensor, q: Tensor, scale: float) -> Any: ...
+
+    def decode(self, layer: int, k: Any, v: Any, q: Any, scale: float) -> Any:
         """Appends one token to a layer and attends to the whole layer, on the compressed blocks.
 
         Args:
@@ -128,11 +166,11 @@ class PqoCache:
             native = self._native
             pointers = [native.ffi.from_buffer("float[]", a) for a in (k32, v32, q32)]
             target = native.ffi.from_buffer("float[]", out, require_writable=True)
-            native.check(native.lib.tq_cache_decode(handle, index, *pointers, len(q32), _scale(scale), target))
+            native.check(native.lib.tq_cache_decode(handle, index, *pointers, len(q32), as_scale(scale), target))
             return out.astype(q.dtype, copy=False)
 
-    def dequantize(self, layer: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """The whole layer decoded: K and V, each (seq_len, n_head_kv, head_dim) float32."""
+    def dequantize(self, layer: int) -> tuple[Any, Any]:
+        """The whole layer decoded: K and V, each (seq_len, n_head_kv, head_dim) float32, in NumPy arrays."""
         with self._lock:
             handle, index = self._open(), self._layer(layer)
             k_out = np.empty((self.seq_len(index), self.config.n_head_kv, self.config.head_dim), dtype=np.float32)
@@ -145,7 +183,7 @@ class PqoCache:
     def seq_len(self, layer: int = 0) -> int:
         """Tokens in a layer."""
         with self._lock:
-            return self._native.check(self._native.lib.tq_cache_seq_len(self._open(), self._layer(layer)))
+            return self._count(self._open(), self._layer(layer))
 
     def truncate(self, layer: int, n_tokens: int) -> None:
         """Keeps the first n_tokens tokens of a layer, and its memory.
@@ -155,10 +193,10 @@ class PqoCache:
         """
         with self._lock:
             handle, index = self._open(), self._layer(layer)
-            count, have = _integer(n_tokens, "n_tokens"), self.seq_len(index)
+            count, have = as_integer(n_tokens, "n_tokens"), self.seq_len(index)
             if not 0 <= count <= have:
                 raise ArgumentError(f"n_tokens is {count}, must be between 0 and {have}, the tokens in layer {index}")
-            self._native.check(self._native.lib.tq_cache_truncate(handle, index, count))
+            self._keep(handle, index, count)
 
     def reset(self) -> None:
         """Empties every layer and gives its memory back; the cache remains usable."""
@@ -174,7 +212,7 @@ class PqoCache:
         """Frees everything. Any later use raises CacheClosedError; closing again does nothing."""
         with self._lock:
             if self._cache is not None:
-                self._native.ffi.release(self._cache)
+                self._free(self._cache)
                 self._cache = None
 
     @property
@@ -203,18 +241,27 @@ class PqoCache:
         return self._cache
 
     def _layer(self, layer: int) -> int:
-        index = _integer(layer, "layer")
+        index = as_integer(layer, "layer")
         if not 0 <= index < self.config.n_layer:
             raise ArgumentError(f"layer is {index}, must be between 0 and {self.config.n_layer - 1}")
         return index
 
-    def _tokens(self, x: Floats, name: str) -> npt.NDArray[np.float32]:
+    def _count(self, handle: Any, index: int) -> int:
+        return self._native.check(self._native.lib.tq_cache_seq_len(handle, index))
+
+    def _keep(self, handle: Any, index: int, n_tokens: int) -> None:
+        self._native.check(self._native.lib.tq_cache_truncate(handle, index, n_tokens))
+
+    def _free(self, handle: Any) -> None:
+        self._native.ffi.release(handle)
+
+    def _tokens(self, x: Tensor, name: str) -> npt.NDArray[np.float32]:
         values, shape = as_float32(x, name), (self.config.n_head_kv, self.config.head_dim)
         if values.ndim != 3 or values.shape[1:] != shape:
             raise ArgumentError(f"{name} must have shape (n_tokens, {shape[0]}, {shape[1]}), not {values.shape}")
         return values
 
-    def _token(self, x: Floats, name: str) -> npt.NDArray[np.float32]:
+    def _token(self, x: Tensor, name: str) -> npt.NDArray[np.float32]:
         values, shape = as_float32(x, name), (self.config.n_head_kv, self.config.head_dim)
         if values.shape != shape:
             raise ArgumentError(f"{name} must have shape {shape}, not {values.shape}")
@@ -237,14 +284,14 @@ class PqoCache:
         self._native.check(self._native.lib.tq_cache_prefill(handle, layer, *inputs, len(k), *outputs))
 
 
-def _integer(value: Any, name: str) -> int:
+def as_integer(value: Any, name: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
         raise ArgumentError(f"{name} must be an integer, not {value.__class__.__name__}") from None
 
 
-def _scale(value: Any) -> float:
+def as_scale(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:

@@ -27,7 +27,7 @@ from .errors import (
 )
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
-from .tail import DEFAULT_TAIL, check_tail, kept, tail_bytes, tail_ubatch
+from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes
 
 __all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
 
@@ -122,8 +122,8 @@ class Llama(_Stock):  # type: ignore[misc]
             and V apart; or types by layer: `{"default": "pqo3", "layers": {"0-1": "q8_0", "-2:": "pqo4"}}`, a
             `CachePolicy`, or the path of a policy file. A policy measured on another model gives a warning.
         tail: how many of the newest tokens are kept in f16 as well, and read from there, where a type is ours (and with
-            them the first four); 0 turns it off. Saved states do not hold them. A prompt is read in batches of as many
-            tokens (n_ubatch, unless given): in longer ones most tokens would not find their neighbours in the tail.
+            them those in the first four cells); 0 turns it off. Saved states do not hold them. `eval` reads a prompt in
+            batches of as many tokens: in longer ones most tokens would not find their neighbours in the tail.
         flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
@@ -173,7 +173,6 @@ class Llama(_Stock):  # type: ignore[misc]
         if not kwargs.get("vocab_only"):
             refuse_impossible(self._info, policy)
         k, v = _base(policy, self._info)
-        self._n_ubatch: int | None = kwargs.pop("n_ubatch", None)
         with _load_lock, _captured_log() as log, applied(policy), kept(self._tail):
             try:
                 super().__init__(
@@ -181,7 +180,6 @@ class Llama(_Stock):  # type: ignore[misc]
                     type_k=k.number,
                     type_v=v.number,
                     flash_attn=needs_flash if flash_attn is None else flash_attn,
-                    n_ubatch=self._ubatch(policy, self._tail),
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
@@ -219,7 +217,9 @@ class Llama(_Stock):  # type: ignore[misc]
         return self._stack.enter_context(self.further_context(cache, tail=tail))
 
     @contextlib.contextmanager
-    def further_context(self, cache: PolicySpec, *, tail: int | None = None) -> Iterator[Any]:
+    def further_context(
+        self, cache: PolicySpec, *, tail: int | None = None, n_ubatch: int | None = None, rotate: bool = True
+    ) -> Iterator[Any]:
         """A further context on the same weights, equal to the model's own but for its KV cache.
 
         Its cache is checked and verified as the model's own was. It is freed when the `with` statement ends, which must
@@ -228,6 +228,9 @@ class Llama(_Stock):  # type: ignore[misc]
         Args:
             cache: as for `Llama`.
             tail: as for `Llama`; None for the model's own.
+            n_ubatch: tokens computed at once; None for the model's own.
+            rotate: whether llama.cpp may rotate a cache of stock quantized types, as it does by itself. In a policy
+                that also has types of ours it does not.
 
         Yields:
             A `llama_context` pointer for llama_cpp's low-level functions.
@@ -243,10 +246,11 @@ class Llama(_Stock):  # type: ignore[misc]
         refuse_impossible(self._info, policy)
         params = type(self.context_params).from_buffer_copy(self.context_params)
         params.type_k, params.type_v = (kind.number for kind in _base(policy, self._info))
-        params.n_ubatch = min(params.n_batch, self._ubatch(policy, n_tail))
+        if n_ubatch is not None:
+            params.n_ubatch = min(params.n_batch, n_ubatch)
         if _needs_flash(policy):
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        with _load_lock, _captured_log() as log, applied(policy), kept(n_tail):
+        with _load_lock, _captured_log() as log, applied(policy), kept(n_tail), _rotation(rotate):
             context = llama_cpp.llama_init_from_model(self.model, params)
         if not context:
             raise _load_error("no context", log, self._info)
@@ -303,6 +307,12 @@ class Llama(_Stock):  # type: ignore[misc]
             exact=self._info.exact,
         )
 
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Reads tokens behind those in the cache, in batches that suit the tail; otherwise as the stock method."""
+        step = tail_batch(self._tail if self._policy.ours else 0, self.n_batch)
+        for start in range(0, len(tokens), step):
+            super().eval(tokens[start : start + step])
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         del state["type_k"], state["type_v"]
@@ -327,12 +337,6 @@ class Llama(_Stock):  # type: ignore[misc]
         """Frees weights and cache. A second call does nothing."""
         self._closed = True
         super().close()
-
-    def _ubatch(self, policy: CachePolicy, tail: int) -> int:
-        """Tokens that llama.cpp computes at once."""
-        if self._n_ubatch is not None:
-            return self._n_ubatch
-        return tail_ubatch(tail if policy.ours else 0)
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -364,7 +368,8 @@ def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
     Warns if the policy was measured on another model.
     """
     same = policy.uniform
-    obstacle = info.obstacle(*same) if same else policy.obstacle(info)
+    fits = policy.n_layer == info.n_layer
+    obstacle = info.obstacle(*same) if same and fits else policy.obstacle(info)
     if obstacle:
         raise CacheTypeError(f"{info.path.name} cannot have {_words(policy)}: {obstacle}")
     if policy.model_hash and policy.model_hash != model_hash(info):
@@ -430,6 +435,22 @@ def _captured_log() -> Iterator[list[tuple[int, str]]]:
         yield lines
     finally:
         llama_cpp.llama_log_set(before, user_data)
+
+
+@contextlib.contextmanager
+def _rotation(allowed: bool) -> Iterator[None]:
+    """While it lasts, contexts made by this process are rotated or not; upstream reads it from the environment."""
+    name = "LLAMA_ATTN_ROT_DISABLE"
+    before = os.environ.get(name)
+    if not allowed:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if not allowed:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
 
 
 def _verify(log: list[tuple[int, str]], info: ModelInfo, policy: CachePolicy, tail: int) -> list[_KVBuffer]:

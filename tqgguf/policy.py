@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
-from .errors import ArgumentError, ModelFileError, PolicyError
+from .errors import ArgumentError, ModelFileError, ModelNotFoundError, PolicyError
 from .gguf_file import read_header
 from .gguf_info import ModelInfo, read_model_info
-from .tail import tail_bytes, tail_ubatch
+from .tail import tail_bytes
 
 __all__ = ["POLICY_VERSION", "CachePolicy", "PolicySpec", "model_hash", "policy_from_ranges", "read_policy", "resolve"]
 
@@ -35,6 +35,8 @@ POLICY_VERSION: Final = 1
 
 _ARCHITECTURE: Final = "tqgguf-policy"
 _HASHED_BYTES: Final = 1 << 20
+_LARGEST_MEAN: Final = 65504.0
+"""The largest f16: no key that can be stored is larger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,15 @@ class CachePolicy:
         for name in (*self.types_k, *self.types_v):
             if name not in CACHE_TYPES:
                 raise PolicyError(f"a policy names the cache type {name!r}; valid types are {', '.join(CACHE_TYPES)}")
+        for layer, mean in self.k_means.items():
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layer:
+                raise PolicyError(f"a policy has a mean key for layer {layer!r}; it has layers 0 to {self.n_layer - 1}")
+            if not isinstance(mean, np.ndarray) or mean.dtype.kind != "f" or mean.ndim != 2:
+                raise PolicyError(
+                    f"layer {layer}: a mean key must be an array (n_head_kv, head_dim_k) of floats, not {mean!r:.80}"
+                )
+            if not (np.abs(mean) <= _LARGEST_MEAN).all():
+                raise PolicyError(f"layer {layer}: a mean key must be finite and at most {_LARGEST_MEAN:g}")
 
     @property
     def uniform(self) -> tuple[CacheType, CacheType] | None:
@@ -95,9 +106,12 @@ class CachePolicy:
         """Whether a layer has a type of tqgguf, so that there can be a tail."""
         return any(CACHE_TYPES[name].ours for name in (*self.types_k, *self.types_v))
 
-    def bytes(self, info: ModelInfo, n_ctx: int, tail: int) -> int:
-        """Bytes llama.cpp allocates for a context of n_ctx tokens and one sequence, its tail of so many included."""
-        total, n_ubatch = 0, tail_ubatch(tail if self.ours else 0)
+    def bytes(self, info: ModelInfo, n_ctx: int, tail: int, n_ubatch: int = 512) -> int:
+        """Bytes llama.cpp allocates for a context of n_ctx tokens and one sequence, its tail of so many included.
+
+        n_ubatch, the tokens computed at once, adds to the cells of layers with a sliding window.
+        """
+        total = 0
         for layer in info.layers:
             k, v = self.types(layer.index)
             cells = layer.cells(n_ctx, n_ubatch)
@@ -189,11 +203,11 @@ def policy_from_ranges(spec: Mapping[str, Any], n_layer: int) -> CachePolicy:
 
 
 def _layers(text: str, n_layer: int) -> range:
-    if m := re.fullmatch(r"(\d+)-(\d+)", text):
+    if m := re.fullmatch(r"([0-9]+)-([0-9]+)", text):
         first, last = int(m[1]), int(m[2])
-    elif re.fullmatch(r"-?\d+", text):
+    elif re.fullmatch(r"-?[0-9]+", text):
         first = last = int(text) + (n_layer if text.startswith("-") else 0)
-    elif m := re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
+    elif m := re.fullmatch(r"(-?[0-9]+)?:(-?[0-9]+)?", text):
         bounds = [int(bound) + (n_layer if bound.startswith("-") else 0) if bound else None for bound in m.groups()]
         first, last = bounds[0] or 0, (n_layer if bounds[1] is None else bounds[1]) - 1
     else:
@@ -252,13 +266,11 @@ def read_policy(path: str | Path) -> CachePolicy:
                     f"{file} holds the tensor {tensor.name!r}: no policy for {len(types_k)} layers has that"
                 )
             means[int(match[1])] = np.array(tensor.data, dtype=np.float32)
-        if not all(np.isfinite(mean).all() for mean in means.values()):
-            raise PolicyError(f"{file} holds a mean key that is not finite")
         hash_ = header.metadata.get(f"{_ARCHITECTURE}.model_hash")
         return CachePolicy(tuple(types_k), tuple(types_v), means, hash_ if isinstance(hash_, str) else "")
+    except ModelNotFoundError:
+        raise ModelNotFoundError(f"cache policy {file} does not exist") from None
     except ModelFileError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise PolicyError(f"cannot read the cache policy: {error}") from None
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         if isinstance(error, PolicyError):

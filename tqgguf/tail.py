@@ -16,15 +16,12 @@ from .config import CACHE_TYPES, CacheType
 from .errors import ArgumentError
 from .gguf_info import KVLayer
 
-__all__ = ["DEFAULT_TAIL", "MAX_TAIL", "UBATCH"]
+__all__ = ["DEFAULT_TAIL", "MAX_TAIL"]
 
 DEFAULT_TAIL: Final = 128
 """Newest tokens kept in f16 unless told otherwise."""
 
 MAX_TAIL: Final = 2**20
-
-UBATCH: Final = 512
-"""What llama.cpp computes at once by itself."""
 
 _FIRST: Final = 4
 """As TQ_GGML_TAIL_FIRST."""
@@ -43,14 +40,14 @@ def check_tail(n: Any) -> int:
     return int(n.__index__())
 
 
-def tail_ubatch(n: int) -> int:
-    """Tokens that llama.cpp should compute at once (n_ubatch) where n are kept: fewer than it does by itself.
+def tail_batch(n: int, most: int) -> int:
+    """Tokens to compute at once, at most `most`, where n are kept.
 
     A batch is written before it is read, so in one longer than the tail most tokens no longer find their neighbours
-    there: with 512 tokens a tail of 128 takes a tenth off the demo model's divergence, with 128 two thirds. Batches
-    below 128 cost speed, for the weights are read once for each.
+    there: read 512 at once, a tail of 128 takes a tenth of the demo model's divergence away, read 128 at once more than
+    half (benchmarks/tail_quality.py). Batches below 128 cost speed, for the weights are read once for each.
     """
-    return min(UBATCH, max(n, 128)) if n else UBATCH
+    return min(most, max(n, 128)) if n else most
 
 
 @contextlib.contextmanager
@@ -58,13 +55,13 @@ def kept(n: int) -> Iterator[None]:
     """While it lasts, contexts that this thread makes keep n tokens in f16."""
     from ._native import library_path
 
-    set_tail = ctypes.CDLL(str(library_path("ggml-base"))).tq_ggml_tail_set
-    set_tail.argtypes, set_tail.restype = [ctypes.c_int32], None
-    set_tail(n)
+    ggml = ctypes.CDLL(str(library_path("ggml-base")))
+    before = int(ggml.tq_ggml_tail_get())
+    ggml.tq_ggml_tail_set(n)
     try:
         yield
     finally:
-        set_tail(0)
+        ggml.tq_ggml_tail_set(before)
 
 
 def tail_bytes(layer: KVLayer, k: CacheType, v: CacheType, n: int, cells: int) -> int:

@@ -22,6 +22,8 @@ SOURCES = {
     "rows.cu": ["-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"],
     "attention.cu": [],
     "attention_plan.cu": [],
+    "convert.cu": [],
+    "memory.cu": [],
     "runtime.cu": [],
 }
 MOST_SPILLED = 64

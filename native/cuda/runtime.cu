@@ -8,12 +8,16 @@
 #  include <atomic>
 #else
 #  include <map>
+#  include <mutex>
 #  include <sys/mman.h>
 #  include <unistd.h>
 #  include <utility>
 #endif
 
 static thread_local char message[512];
+
+#define NO_CODE "%s has compute capability %d.%d, for which this build has no code: build with CMAKE_CUDA_ARCHITECTURES=%d%d " \
+                "(make cuda CUDA_ARCHITECTURES=...)"
 
 extern "C" int tqi_cuda_fail(int status, const char * format, ...) {
     va_list args;
@@ -25,6 +29,10 @@ extern "C" int tqi_cuda_fail(int status, const char * format, ...) {
 
 extern "C" const char * tq_cuda_last_error(void) {
     return message;
+}
+
+extern "C" int tq_cuda_abi_version(void) {
+    return 1000 * TQ_ABI_VERSION + TQ_CUDA_ABI_VERSION;
 }
 
 #if defined(__CUDACC__)
@@ -49,8 +57,7 @@ extern "C" int tq_cuda_device_ready(void) {
         (void) cudaGetLastError();
         status = tqi_cuda_check(cudaGetDeviceProperties(&prop, device), "reading the CUDA device's properties");
         return status != TQ_OK ? status
-                               : tqi_cuda_fail(TQ_E_UNSUPPORTED, "%s has compute capability %d.%d, for which this build has no code "
-                                               "(CMAKE_CUDA_ARCHITECTURES)", prop.name, prop.major, prop.minor);
+                               : tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, prop.name, prop.major, prop.minor, prop.major, prop.minor);
     }
     if (device < KNOWN) {
         ready[device].store(true, std::memory_order_relaxed);
@@ -120,17 +127,26 @@ extern "C" int tq_cuda_emulated(void) {
     return 1;
 }
 
+/* Environment variables for tests: a driver's refusal in its words, a device that nothing was compiled for, bytes of memory. */
 extern "C" int tq_cuda_device_ready(void) {
-    return TQ_OK;
+    return getenv("TQ_HOST_NO_CODE") != NULL ? tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, "emulated", 9, 0, 9, 0) : TQ_OK;
 }
 
 extern "C" int tq_cuda_device_count(void) {
-    return 1;
+    const char * refusal = getenv("TQ_HOST_NO_DRIVER");
+    return refusal != NULL ? tqi_cuda_fail(TQ_E_UNSUPPORTED, "looking for CUDA devices: %s", refusal) : 1;
 }
 
 extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
+    const int n = tq_cuda_device_count();
+    if (n < 0) {
+        return n;
+    }
     if (i != 0) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there is 1", i);
+    }
+    if (tq_cuda_device_ready() != TQ_OK) {
+        return TQ_E_UNSUPPORTED;
     }
     if (device != NULL) {
         memset(device, 0, sizeof *device);
@@ -145,9 +161,16 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
 
 /* Memory that ends, but for less than 16 bytes, where a page begins that cannot be touched: kernels that read beyond an array
  * end the process, as they may or may not on a GPU. */
-static std::map<void *, std::pair<void *, size_t>> allocations;
+static std::map<void *, std::pair<void *, size_t>> & allocations = *new std::map<void *, std::pair<void *, size_t>>; /* outlives exit */
+static size_t                                        mapped;
+static std::mutex                                    allocations_lock;
 
 extern "C" int tq_cuda_alloc(size_t bytes, void ** data) {
+    const std::lock_guard<std::mutex> lock(allocations_lock);
+    const char * const                limit = getenv("TQ_HOST_MEMORY");
+    if (limit != NULL && mapped + bytes > strtoull(limit, NULL, 10)) {
+        return tqi_cuda_fail(TQ_E_MEMORY, "CUDA device 0 has no memory for %zu bytes; %zu are in use", bytes, mapped);
+    }
     const size_t page = (size_t) sysconf(_SC_PAGESIZE), used = (bytes + 15) / 16 * 16, pages = (used + page - 1) / page * page;
     void * const base = mmap(NULL, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED || mprotect((uint8_t *) base + pages, page, PROT_NONE) != 0) {
@@ -155,16 +178,19 @@ extern "C" int tq_cuda_alloc(size_t bytes, void ** data) {
     }
     *data              = (uint8_t *) base + pages - used;
     allocations[*data] = { base, pages + page };
+    mapped += pages + page;
     return TQ_OK;
 }
 
 extern "C" int tq_cuda_free(void * data) {
-    const auto found = allocations.find(data);
+    const std::lock_guard<std::mutex> lock(allocations_lock);
+    const auto                        found = allocations.find(data);
     if (data != NULL && found == allocations.end()) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "%p given to free; it was not allocated", data);
     }
     if (data != NULL) {
         munmap(found->second.first, found->second.second);
+        mapped -= found->second.second;
         allocations.erase(found);
     }
     return TQ_OK;

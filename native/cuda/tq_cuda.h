@@ -26,9 +26,20 @@
 /* The largest DV, and what K may take in shared memory: attention refuses what does not fit, and says so. */
 #define TQ_CUDA_MAX_HEAD_DIM_V 512
 
+/* Raised by one with every incompatible change of this header. tq_attn belongs to tqgguf.h, hence the other number. */
+#define TQ_CUDA_ABI_VERSION 1
+
+/* The most dimensions of a DLPack tensor made here. */
+#define TQ_CUDA_MAX_DIMS 4
+
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* 1000 TQ_ABI_VERSION + TQ_CUDA_ABI_VERSION, as the library was compiled. */
+TQ_CUDA_API int          tq_cuda_abi_version(void);
+
+/* cffi: begin */
 
 TQ_CUDA_API const char * tq_cuda_last_error(void);
 TQ_CUDA_API int          tq_cuda_emulated(void);
@@ -48,6 +59,11 @@ typedef struct tq_cuda_device {
 TQ_CUDA_API int tq_cuda_device_count(void);
 /* Describes device i; an error if no kernel of this build can run on it. Makes it current if that is not so. */
 TQ_CUDA_API int tq_cuda_device_use(int i, tq_cuda_device * device);
+/* Makes device i current for the calling thread and returns the one that was, or a negative status. Programs that use CUDA
+ * themselves see the current device, too: it must be put back. */
+TQ_CUDA_API int tq_cuda_device_swap(int i);
+/* The device whose memory data points into, or TQ_E_ARGUMENT. */
+TQ_CUDA_API int tq_cuda_device_of(const void * data);
 
 /* TQ_OK if the current device can run the kernels of this build. */
 TQ_CUDA_API int tq_cuda_device_ready(void);
@@ -58,6 +74,60 @@ TQ_CUDA_API int tq_cuda_alloc(size_t bytes, void ** data);
 TQ_CUDA_API int tq_cuda_free(void * data);
 TQ_CUDA_API int tq_cuda_copy(const void * from, size_t bytes, int kind, void * stream, void * to);
 TQ_CUDA_API int tq_cuda_synchronize(void * stream);
+/* What is launched on waiting from now on begins after what has been launched on other. */
+TQ_CUDA_API int tq_cuda_stream_wait(void * waiting, void * other);
+
+/* Memory that several owners share, allocated and freed in the order of a stream's work, so that nobody waits. The stream must
+ * live as long. bytes may be 0. */
+typedef struct tq_cuda_memory tq_cuda_memory;
+
+TQ_CUDA_API int  tq_cuda_memory_new(int device, size_t bytes, void * stream, tq_cuda_memory ** memory, void ** data);
+/* Ends the caller's ownership; the last owner's end frees. Any thread. */
+TQ_CUDA_API void tq_cuda_memory_free(tq_cuda_memory * memory);
+/* Says that other streams use the memory: freeing it then waits for the device. */
+TQ_CUDA_API void tq_cuda_memory_elsewhere(tq_cuda_memory * memory);
+
+/* ---- DLPack ---- */
+
+/* The structures of DLPack 1.x (github.com/dmlc/dlpack, dlpack.h), the versioned one and its predecessor. */
+enum { TQ_DLPACK_CPU = 1, TQ_DLPACK_CUDA = 2, TQ_DLPACK_CUDA_MANAGED = 13, TQ_DLPACK_FLOAT = 2, TQ_DLPACK_BFLOAT = 4 };
+
+typedef struct tq_dlpack_tensor {
+    void *    data;
+    int32_t   device_type;
+    int32_t   device_id;
+    int32_t   n_dims;
+    uint8_t   code;
+    uint8_t   bits;
+    uint16_t  lanes;
+    int64_t * shape;
+    int64_t * strides; /* in values; NULL: contiguous */
+    uint64_t  byte_offset;
+} tq_dlpack_tensor;
+
+typedef struct tq_dlpack_managed {
+    tq_dlpack_tensor tensor;
+    void *           context;
+    void (*deleter)(struct tq_dlpack_managed * self);
+} tq_dlpack_managed;
+
+typedef struct tq_dlpack_versioned {
+    uint32_t         major;
+    uint32_t         minor;
+    void *           context;
+    void (*deleter)(struct tq_dlpack_versioned * self);
+    uint64_t         flags;
+    tq_dlpack_tensor tensor;
+} tq_dlpack_versioned;
+
+/* A managed tensor over memory, of f32, f16 or bf16 in C order, which becomes an owner of it; NULL and a message if there is none.
+ * It is the CPU's where the library is emulated. */
+TQ_CUDA_API void *       tq_cuda_memory_export(tq_cuda_memory * memory, int type, int n_dims, const int64_t * shape, int versioned);
+/* What Python needs to make a capsule of one that deletes it without running Python code: the name, the destructor, and, given
+ * once beforehand, the addresses of PyCapsule_IsValid and PyCapsule_GetPointer. */
+TQ_CUDA_API void         tq_cuda_capsule_api(void * is_valid, void * pointer);
+TQ_CUDA_API const char * tq_cuda_capsule_name(int versioned);
+TQ_CUDA_API void         tq_cuda_capsule_free(void * capsule);
 
 /* ---- Rows ---- */
 
@@ -88,6 +158,8 @@ TQ_CUDA_API int tq_cuda_encode(const tq_cuda_view * src, const tq_cuda_index * r
  * transform, as attention does. */
 TQ_CUDA_API int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * rows, int transformed, const tq_cuda_view * dst,
                                void * stream);
+/* dst <- src: f32, f16 or bf16 both, equal ne. */
+TQ_CUDA_API int tq_cuda_convert(const tq_cuda_view * src, const tq_cuda_view * dst, void * stream);
 /* The rows of a precise tail (tq_attn_tail in tqgguf.h) as they are written: all KV heads of a token are one row. */
 typedef struct tq_cuda_tail {
     uint16_t * data;
@@ -127,6 +199,8 @@ TQ_CUDA_API int    tq_cuda_attn_supported(const tq_attn * args);
 TQ_CUDA_API size_t tq_cuda_attn_work_bytes(const tq_attn * args);
 /* One to three launches. work: 16-byte aligned. Safe to capture in a graph. */
 TQ_CUDA_API int    tq_cuda_attn(const tq_attn * args, void * work, void * stream);
+
+/* cffi: end */
 
 #ifdef __cplusplus
 }

@@ -2,6 +2,9 @@
 #include "tq_ggml_tail.h"
 
 #include "ggml-backend.h"
+#include "tqgguf.h"
+
+#include <stdlib.h>
 
 static _Thread_local int32_t recent;
 
@@ -25,10 +28,30 @@ void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t) {
     ggml_format_name(t->src[1], "%s_tail_owner", ggml_get_name(t));
 }
 
-void tq_ggml_tail_disown(struct ggml_tensor * t, int64_t stream) {
+void tq_ggml_tail_disown(struct ggml_tensor * t, int64_t stream, const uint32_t * cells, size_t n_cells) {
+    if (!tq_ggml_tail_rows(t)) {
+        return;
+    }
+    struct ggml_tensor * tensor   = t->src[1];
+    const size_t         start    = (size_t) stream * tensor->nb[1];
+    const int64_t        n_first  = TQ_GGML_TAIL_FIRST < t->ne[1] ? TQ_GGML_TAIL_FIRST : t->ne[1];
+    const int64_t        n_recent = tensor->ne[0] - n_first;
+    int32_t *            owner    = malloc(tensor->nb[1]);
+    GGML_ASSERT(owner && "no memory for the owners of a tail");
+    ggml_backend_tensor_get(tensor, owner, start, tensor->nb[1]);
+    for (size_t i = 0; i < n_cells; i++) {
+        const int64_t cell = cells[i];
+        const int64_t row  = tq_tail_row(n_recent, n_first, cell);
+        if (owner[row] == cell + 1) {
+            owner[row] = 0;
+        }
+    }
+    ggml_backend_tensor_set(tensor, owner, start, tensor->nb[1]);
+    free(owner);
+}
+
+void tq_ggml_tail_disown_stream(struct ggml_tensor * t, int64_t stream) {
     if (tq_ggml_tail_rows(t)) {
-        struct ggml_tensor * owner = t->src[1];
-        const size_t         bytes = stream < 0 ? ggml_nbytes(owner) : owner->nb[1];
-        ggml_backend_tensor_memset(owner, 0, stream < 0 ? 0 : (size_t) stream * owner->nb[1], bytes);
+        ggml_backend_tensor_memset(t->src[1], 0, (size_t) stream * t->src[1]->nb[1], t->src[1]->nb[1]);
     }
 }

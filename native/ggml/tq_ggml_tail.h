@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define TQ_GGML_TAIL_FIRST 4 /* tokens at the beginning of a stream that keep a row each: where attention sinks are */
+#define TQ_GGML_TAIL_FIRST 4 /* cells at the beginning of a stream that keep a row each: where attention sinks are, as a rule */
 
 /* How many recent tokens the KV caches that this thread makes from now on keep in f16; 0: none, and no first ones. */
 void    tq_ggml_tail_set(int32_t n_recent);
@@ -24,8 +24,9 @@ int32_t tq_ggml_tail_get(void);
 /* Gives a cache tensor (n_embd_gqa, kv_size, n_stream) of ours its companions in ctx, if this thread wants a tail; t may be NULL. */
 void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t);
 
-/* Cells of a stream own no rows any more (all streams: -1). t: a cache tensor or NULL. */
-void tq_ggml_tail_disown(struct ggml_tensor * t, int64_t stream);
+/* These cells of a stream own no rows any more, or none of its cells does. t: a cache tensor or NULL; cells: (n_cells). */
+void tq_ggml_tail_disown(struct ggml_tensor * t, int64_t stream, const uint32_t * cells, size_t n_cells);
+void tq_ggml_tail_disown_stream(struct ggml_tensor * t, int64_t stream);
 
 static inline struct ggml_tensor * tq_ggml_tail_rows(const struct ggml_tensor * t) {
     return t && t->op == GGML_OP_NONE && tq_ggml_is_ours(t->type) ? t->src[0] : NULL;

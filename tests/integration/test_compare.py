@@ -53,18 +53,17 @@ def with_tails() -> Comparison:
 
 def test_a_tail_takes_divergence_away(with_tails: Comparison) -> None:
     kld = {row.type: row.kld.mean for row in with_tails.rows}
-    assert tuple(kld) == ("f16", "q4_0", *(f"{name}+{n}" for name in ("pqo3", "pqo4") for n in (0, 32, 128)))
+    assert tuple(kld) == ("f16", "q4_0", *(f"{name}{n}" for name in ("pqo3", "pqo4") for n in ("", "+32", "+128")))
     for name in ("pqo3", "pqo4"):
         # The bar is 30 %; measured is two thirds.
-        assert kld[f"{name}+128"] < 0.5 * kld[f"{name}+0"]
-        assert kld[f"{name}+128"] < kld[f"{name}+32"] < kld[f"{name}+0"]
+        assert kld[f"{name}+128"] < 0.5 * kld[name]
+        assert kld[f"{name}+128"] < kld[f"{name}+32"] < kld[name]
 
 
 def test_a_tail_is_counted(with_tails: Comparison) -> None:
     row_bytes = 4 * 2 * (2 * 64 * 2 + 4)  # layers, K and V; each row has an owner's number of four bytes
     for row in with_tails.rows:
-        ours = row.type.startswith("pqo")
-        assert row.tail == (int(row.type.split("+")[1]) if ours else 0)
+        assert row.tail == (int(row.type.split("+")[1]) if "+" in row.type else 0)
         assert row.bytes == 1024 * row.bytes_per_token + ((row.tail + 4) * row_bytes if row.tail else 0)
 
 
@@ -132,7 +131,7 @@ def test_keys_stay_centred_from_chunk_to_chunk() -> None:
     # A mean that the keys do not have makes them worse to store: unless llama.cpp has cleared it with the first chunk.
     wrong = {i: 10 * np.random.default_rng(i).standard_normal((2, 64)).astype(np.float32) for i in range(4)}
     policy = CachePolicy(("pqo3",) * 4, ("f16",) * 4, wrong)
-    found = tqgguf.compare(demo.MODEL_PATH, ["f16", ("pqo3", "f16"), policy], TEXT, n_ctx=256, n_chunks=3, n_threads=1)
+    found = tqgguf.compare(demo.MODEL_PATH, ["f16", ("pqo3", "f16"), policy], TEXT, tails=(0,), n_ctx=256, n_chunks=3)
     plain, centred = found.rows[1:]
     assert centred.type == "policy" and centred.bytes_per_token == plain.bytes_per_token
     assert centred.kld.mean > 3 * plain.kld.mean
@@ -197,6 +196,7 @@ def test_recall_of_the_demo_model() -> None:
     found = tqgguf.recall(
         demo.MODEL_PATH,
         ["f16", "pqo3"],
+        tails=(0,),
         n_ctx=512,
         n_prompts=1,
         n_threads=1,

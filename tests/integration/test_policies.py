@@ -83,6 +83,25 @@ def test_centred_keys_give_the_same_logits(tmp_path: Path) -> None:
     assert 0 < error < 1e-5, error
 
 
+def test_mean_keys_survive_a_clearing_of_the_cache() -> None:
+    # They lie in the cache's buffer. Of another size than the keys, they show in what is stored.
+    from llama_cpp import llama_get_memory, llama_memory_clear
+
+    means = {i: np.full((2, 64), 30.0, np.float32) for i in range(4)}
+    model = load(CachePolicy(("pqo3",) * 4, ("f16",) * 4, means), tail=0)
+    before = logits(model)
+    llama_memory_clear(llama_get_memory(model.ctx), True)
+    model.reset()
+    np.testing.assert_array_equal(logits(model), before)
+    assert np.linalg.norm(logits(load(("pqo3", "f16"), tail=0)) - before) > 0.1 * np.linalg.norm(before)
+
+
+def test_a_uniform_policy_for_another_model_is_refused() -> None:
+    for n_layer in (3, 8):
+        with pytest.raises(CacheTypeError, match=f"for {n_layer} layers, the model has 4"):
+            load(CachePolicy(("pqo3",) * n_layer, ("pqo3",) * n_layer))
+
+
 def test_a_model_with_a_policy_reads_its_header_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     monkeypatch.setattr(gguf_info, "read_header", lambda path: (read.append(path), read_header(path))[1])

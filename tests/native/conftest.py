@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("rows.cu", "attention.cu", "attention_plan.cu", "runtime.cu")
+SOURCES = ("rows.cu", "attention.cu", "attention_plan.cu", "convert.cu", "memory.cu", "runtime.cu")
 FLAGS = ("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE")
 WARNINGS = ("-Wall", "-Wextra")
 OPTIONS = ("-DTQ_CUDA_SHARED", "-fvisibility=hidden", f"-I{ROOT / 'native/include'}")

@@ -121,8 +121,8 @@ def test_keys_that_a_context_shift_has_turned_own_no_rows(model: Any) -> None:
     assert api.llama_state_set_data(contexts[1], saved, len(saved)) > 0  # owns nothing
     for context in contexts:
         memory = api.llama_get_memory(context)
-        assert api.llama_memory_seq_rm(memory, 0, 20, 60)
-        api.llama_memory_seq_add(memory, 0, 60, 200, -40)
+        assert api.llama_memory_seq_rm(memory, 0, 0, 40)
+        api.llama_memory_seq_add(memory, 0, 40, 200, -40)
     np.testing.assert_array_equal(read(contexts[0], 160, 161), read(contexts[1], 160, 161))
 
 
@@ -169,3 +169,44 @@ def test_cache_info_counts_the_tail() -> None:
     n_layer = len(with_tail.layers)
     per_row = with_tail.f16_bytes // 1024 // n_layer  # of one layer, K and V
     assert with_tail.tail_bytes == n_layer * (128 + 4) * (per_row + 2 * 4)
+
+
+def test_what_moves_takes_no_rows_of_others(model: Any) -> None:
+    # One stream, two sequences: sequence 1 is shifted, or restored, and sequence 0 must not notice.
+    def fresh() -> Any:
+        context = model.add_context("pqo3", tail=N_CTX)
+        read(context, 0, 100)
+        return context
+
+    want = read(fresh(), 100, 101)
+    params = type(model.context_params).from_buffer_copy(model.context_params)
+    params.n_seq_max, params.kv_unified = 2, True
+    params.type_k = params.type_v = CACHE_TYPES["pqo3"].number
+    params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    for change in ("shift", "restore"):
+        with kept(N_CTX):
+            context = api.llama_init_from_model(model.model, params)
+        assert context
+        read(context, 0, 100)
+        read(context, 0, 100, seq=1, tokens=TOKENS[::-1])
+        memory = api.llama_get_memory(context)
+        if change == "shift":
+            assert api.llama_memory_seq_rm(memory, 1, 10, 30)
+            api.llama_memory_seq_add(memory, 1, 30, 100, -20)
+        else:
+            saved = state(context, 1)
+            assert api.llama_state_seq_set_data(context, saved, len(saved), 1) > 0
+        assert moved(read(context, 100, 101), want) < 1e-3, change
+        api.llama_free(context)
+
+
+def test_reading_a_prompt_in_batches_of_the_tail_leaves_other_limits_alone() -> None:
+    # llama.cpp ends the process if a batch without causal attention is longer than n_ubatch.
+    model = tqgguf.Llama(MODEL_PATH, cache="pqo3", n_ctx=N_CTX, verbose=False)
+    assert model.context_params.n_ubatch == 512
+    sizes: list[int] = []
+    decode = model._ctx.decode
+    model._ctx.decode = lambda batch: (sizes.append(batch.n_tokens()), decode(batch))[1]
+    model.eval(TOKENS[:300].tolist())
+    assert sizes == [128, 128, 44] and model.n_tokens == 300
+    model.close()

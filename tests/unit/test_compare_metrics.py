@@ -124,9 +124,24 @@ def test_labels(tmp_path: Path) -> None:
         policy.write(tmp_path / folder / "mine.gguf")
     paths = [tmp_path / "a" / "mine.gguf", str(tmp_path / "b" / "mine.gguf")]
     ranges = {"default": "q8_0", "layers": {"0": "f16"}}
-    caches = compared_caches(["F16", ("pqo4", "pqo3"), {"default": "pqt4"}, policy, ranges, *paths], 2)
+    caches = compared_caches(["F16", ("pqo4", "pqo3"), {"default": "pqt4"}, policy, ranges, *paths], 2, tails=(0,))
     assert [cache.label for cache in caches] == ["f16", "pqo4/pqo3", "pqt4", "policy", "policy (2)", "mine", "mine (2)"]
     assert caches[4].policy.types_k == ("f16", "q8_0") and caches[5].policy.types_k == ("pqo4", "pqo3")
+    with_tails = compared_caches(["f16", "pqo3", ranges, policy], 2, tails=(0, 64))
+    assert [(cache.label, cache.tail) for cache in with_tails] == [
+        ("f16", 0),
+        ("pqo3", 0),
+        ("pqo3+64", 64),
+        ("policy", 0),
+        ("policy (2)", 0),
+        ("policy (2)+64", 64),
+    ]
+    CachePolicy(("pqo4", "pqo3"), ("pqo3", "pqo3")).write(tmp_path / "pqo3.gguf")
+    named = compared_caches([tmp_path / "pqo3.gguf", "pqo3"], 2, tails=(0,))
+    assert [cache.label for cache in named] == ["pqo3", "pqo3 (2)"]
+    for tails in ((), (5, 5)):
+        with pytest.raises(ArgumentError, match="at least one and none twice"):
+            compared_caches(["f16", "pqo3"], 2, tails)
     for cache in (policy, paths[0], ranges):
         with pytest.raises(ArgumentError, match="given twice"):
             compared_caches(["f16", cache, cache], 2)

@@ -105,7 +105,7 @@ def test_files_that_are_no_policy(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("default: pqo3")
     with pytest.raises(PolicyError, match="not a GGUF file"):
         read_policy(tmp_path / "text.gguf")
-    with pytest.raises(PolicyError, match="not finite"):
+    with pytest.raises(PolicyError, match="must be finite"):
         read_policy(written(tmp_path / "nan.gguf", k_means={0: np.full((2, 64), np.nan, np.float32)}))
     writer = gguf.GGUFWriter(str(tmp_path / "newer.gguf"), "tqgguf-policy")
     writer.add_uint32("tqgguf-policy.version", 2)
@@ -171,3 +171,19 @@ def test_centring_is_refused_where_it_would_change_the_result(
     header = tqgguf.gguf_file.read_header(tmp_path / "model.gguf")
     assert reason in str(centring_obstacle(header))
     assert tqgguf.read_model_info(demo.MODEL_PATH).centring_obstacle is None
+
+
+@pytest.mark.parametrize(
+    ("means", "said"),
+    [
+        ({0: np.full((2, 64), np.nan, np.float32)}, "must be finite"),
+        ({0: np.full((2, 64), 3e38, np.float32)}, "at most 65504"),
+        ({4: np.zeros((2, 64), np.float32)}, "layer 4; it has layers 0 to 3"),
+        ({-1: np.zeros((2, 64), np.float32)}, "layer -1; it has layers"),
+        ({0: "abc"}, "must be an array"),
+        ({0: [1.0, 2.0]}, "must be an array"),
+    ],
+)
+def test_mean_keys_that_cannot_be(means: Any, said: str) -> None:
+    with pytest.raises(PolicyError, match=said):
+        CachePolicy(("pqo3",) * 4, ("pqo3",) * 4, means)

@@ -35,8 +35,9 @@ def _header_path() -> Path:
 
 
 @functools.cache
-def _header() -> str:
-    path = _header_path()
+def read_header(path: Path | None = None) -> str:
+    """The text of a header, tqgguf.h by default."""
+    path = path or _header_path()
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -45,16 +46,17 @@ def _header() -> str:
 
 def abi_version_expected() -> int:
     """TQ_ABI_VERSION of the header this package was written against."""
-    match = re.search(r"#define\s+TQ_ABI_VERSION\s+(\d+)", _header())
+    match = re.search(r"#define\s+TQ_ABI_VERSION\s+(\d+)", read_header())
     if match is None:
         raise LibraryError(f"{_header_path()} does not define TQ_ABI_VERSION")
     return int(match.group(1))
 
 
-def _declarations() -> str:
-    parts = re.split(r"/\* cffi: (?:begin|end) \*/", _header())
+def declarations(header: str) -> str:
+    """The part of a header that cffi reads."""
+    parts = re.split(r"/\* cffi: (?:begin|end) \*/", header)
     if len(parts) != 3:
-        raise LibraryError(f"{_header_path()} lacks the region between 'cffi: begin' and 'cffi: end'")
+        raise LibraryError("a header of tqgguf lacks the region between 'cffi: begin' and 'cffi: end'")
     return parts[1]
 
 
@@ -89,7 +91,7 @@ class Library:
                 f"library and package come from different builds; rebuild with `make` or reinstall the wheel"
             )
         self.ffi: Any = cffi.FFI()
-        self.ffi.cdef(_declarations())
+        self.ffi.cdef(declarations(read_header()))
         self.lib: Any = self.ffi.dlopen(str(path))
         self.path = path
         forced = os.environ.get("TQGGUF_KERNEL")

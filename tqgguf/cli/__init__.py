@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from .. import __version__
 from ..errors import TqggufError
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (run, chat, inspect, compare, tune, demo, doctor):
         command.add_parser(commands)
     args = parser.parse_args(argv)
+    warnings.showwarning = _note  # type: ignore[assignment]
     try:
         status: int = args.call(args)
         if sys.stdout is not None:
@@ -44,3 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TqggufError, OSError, MemoryError) as error:
         print(f"tqgguf: error: {error}", file=sys.stderr)
         return 1
+
+
+def _note(message: Warning | str, *_where: Any) -> None:
+    """A warning as the user should see it: what is wrong, not which line of ours says so."""
+    print(f"tqgguf: note: {message}", file=sys.stderr)

@@ -100,8 +100,8 @@ def call(args: argparse.Namespace) -> int:
         check_plot(Path(args.plot))
     text = None if args.file is None else read_text(args.file)
     if args.attention:
-        if args.recall or args.plot or args.chunks:
-            args.usage_error("--attention goes with none of --recall, --plot, --chunks")
+        if args.recall or args.plot or args.chunks or args.tail != (DEFAULT_TAIL,):
+            args.usage_error("--attention goes with none of --recall, --plot, --chunks, --tail")
         types = [cache for cache in args.cache if isinstance(cache, str) and cache in CACHE_TYPES]
         if len(types) < len(args.cache):
             args.usage_error("--attention takes types in --cache, no pairs and no policy files")
@@ -124,8 +124,6 @@ def call(args: argparse.Namespace) -> int:
         print(f"tqgguf: note: {note}", file=sys.stderr)
     if not args.json:  # before the questions are asked, which may take as long again
         render(comparison)
-    if args.plot:
-        plot(comparison, Path(args.plot))
     recalled = None
     if args.recall:
         with progress_bar("asking") as progress:
@@ -136,6 +134,8 @@ def call(args: argparse.Namespace) -> int:
         print(to_json({"comparison": comparison, "recall": recalled}))
     elif recalled:
         render_recall(recalled)
+    if args.plot:  # last: what was measured is printed, whatever the disk says
+        plot(comparison, Path(args.plot))
     return 0
 
 

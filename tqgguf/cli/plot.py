@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +31,8 @@ def check_plot(path: Path) -> None:
         raise ArgumentError(f"cannot draw {path}: the name must end in {', '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise ArgumentError(f"cannot draw {path}: folder {path.absolute().parent} does not exist")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ArgumentError(f"cannot draw {path}: no permission to write there")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -165,7 +165,8 @@ def render(tuning: Tuning, output: Path) -> None:
     held_out = "tuning did not read" if tuning.max_kld is None else "told tuning where to stop, and nothing else"
     print(
         f"{tuning.model}: chunks of {tuning.n_ctx:,} tokens; tuned on {_chunks(1, n)}, "
-        f"measured on {_chunks(n + 1, n + tuning.n_held_out)}, which {held_out}\n"
+        f"measured on {_chunks(n + 1, n + tuning.n_held_out)}, which {held_out}"
+        + (f"; caches of ours with a tail of {tuning.tail} tokens in f16\n" if tuning.tail else "\n")
     )
     policy, smallest = tuning.policy, tuning.types[0]
     table = table_of("layer", "K", f"KLD at {smallest}", "centred", "V", f"KLD at {smallest}")
@@ -191,7 +192,8 @@ def render(tuning: Tuning, output: Path) -> None:
             f"\n{own.kld.mean / tuning.line:.2f} of the mean KLD that single types in all layers give "
             f"at {own.bits:.4g} bits (interpolated where none has so many)"
         )
-    print(f"\nwritten to {output}: {own.bits:.4g} bits per value, {own.bytes_per_token:,} bytes per token")
+    tail = f", read with a tail of {tuning.tail} tokens" if tuning.tail else ""
+    print(f"\nwritten to {output}: {own.bytes_per_token:,} bytes per token{tail}")
 
 
 def _chunks(first: int, last: int) -> str:

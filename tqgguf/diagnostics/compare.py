@@ -13,6 +13,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,7 @@ from ..errors import ArgumentError, TextError, TqggufError
 from ..gguf_info import ModelInfo, read_model_info
 from ..model import Llama, refuse_impossible
 from ..policy import CachePolicy, PolicySpec, resolve
-from ..tail import DEFAULT_TAIL, check_tail
+from ..tail import DEFAULT_TAIL, check_tail, tail_batch
 
 __all__ = [
     "DEFAULT_CHUNKS",
@@ -41,6 +42,7 @@ __all__ = [
     "compare",
     "compared_caches",
     "context_length",
+    "further_context",
     "kl_divergence",
     "load",
     "log_softmax",
@@ -59,6 +61,9 @@ DEFAULT_CONTEXT: Final = 2048
 number of keys that compete, so a context of a few hundred tokens shows too little of it."""
 
 MIN_CONTEXT: Final = 128
+UBATCH: Final = 512
+"""Tokens that llama.cpp computes at once by itself."""
+
 DEFAULT_CHUNKS: Final = 8
 """Chunks of the demo model's own text; of another text all are read."""
 
@@ -94,7 +99,7 @@ class TypeQuality:
 
     Attributes:
         type: label of the cache (`NamedCache`): the name of its type, unless K and V or layers differ.
-        bits: bits per cached value; of a policy, over all layers.
+        bits: bits per cached value, over all layers and the tokens of a chunk, tail included.
         bytes_per_token: K and V of all layers together, without the tail.
         tail: newest tokens kept in f16, where a type is ours.
         bytes: that the cache takes for a chunk, tail included.
@@ -146,14 +151,20 @@ class NamedCache:
 
     Attributes:
         label: name of its type; "pqo4/pqo3" if K and V have different ones; the name of a policy file without its
-            ending; "policy" for any other policy. Behind it "+N" where tails of several lengths are compared.
+            ending; "policy" for any other policy. Behind it "+N" where there is a tail of N tokens.
         policy: the type of every layer's K and V.
         tail: newest tokens kept in f16; 0 where no type is ours.
+        rotate: whether llama.cpp may rotate stock quantized types, as it does by itself.
     """
 
     label: str
     policy: CachePolicy
     tail: int = 0
+    rotate: bool = True
+
+    def n_ubatch(self, most: int) -> int:
+        """Tokens to compute at once, as `Llama.eval` does."""
+        return tail_batch(self.tail, most)
 
 
 def compare(
@@ -216,10 +227,13 @@ def compare(
     if not text:
         raise TextError("the text is empty")
     # llama.cpp's tools, too, keep sliding windows no longer than needed: swa_full.
-    with contextlib.closing(load(path, named[0], n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(
+            contextlib.closing(load(path, named[0], n_ctx, n_threads, n_batch=n_batch, swa_full=False))
+        )
         chunks = text_chunks(model, text, n_ctx, n_chunks, own)
         readers = [Reader(named[0], model.ctx)]
-        readers += [Reader(cache, model.add_context(cache.policy, tail=cache.tail)) for cache in named[1:]]
+        readers += [Reader(cache, stack.enter_context(further_context(model, cache))) for cache in named[1:]]
         read_chunks(model, readers, chunks, progress)
         return Comparison(
             model=info.path.name,
@@ -237,7 +251,7 @@ def compared_caches(
 ) -> tuple[NamedCache, ...]:
     """The caches of a comparison, reference first, in a model of n_layer layers, each with every tail it can have.
 
-    Labels differ: of two policies with the same name the second is "name (2)".
+    Labels differ: of two policies with the same name, or that of a type, the later one is "name (2)".
 
     Raises:
         ArgumentError: an unknown type (the message lists the valid ones), a cache given twice, or fewer than two; no
@@ -248,17 +262,19 @@ def compared_caches(
     if not lengths or len(set(lengths)) < len(lengths):
         raise ArgumentError(f"tails are {list(tails)}, must be at least one and none twice")
     found: dict[str, CachePolicy] = {}
+    words: set[str] = set()
     for i, cache in enumerate(caches):
         policy = resolve(cache, n_layer)
         label = _label(cache, policy)
-        if (label == policy.words and label in found) or cache in caches[:i]:
+        if (label == policy.words and label in words) or cache in caches[:i]:
             raise ArgumentError(f"cache {label} is given twice")
+        words.add(policy.words)
         copies = sum(other == label or other.startswith(f"{label} (") for other in found)
         found[f"{label} ({copies + 1})" if copies else label] = policy
     named: list[NamedCache] = []
     for label, policy in found.items():
         own = lengths if policy.ours else [0]
-        named += [NamedCache(f"{label}+{n}" if len(own) > 1 else label, policy, n) for n in own]
+        named += [NamedCache(f"{label}+{n}" if n else label, policy, n) for n in own]
     if len(named) < 2:
         raise ArgumentError("a comparison needs at least two caches: first the reference, then what to compare")
     return tuple(named)
@@ -300,8 +316,14 @@ def read_text(path: str | Path) -> str:
 def load(path: str | Path, cache: NamedCache, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
     """A model to measure: quiet, and with flash attention for every cache, so that types are the only difference."""
     threads: dict[str, Any] = {"n_threads": n_threads, "n_threads_batch": n_threads}
-    options = {"cache": cache.policy, "tail": cache.tail, **threads, **options}
+    options = {"n_ubatch": cache.n_ubatch(UBATCH), **threads, **options, "cache": cache.policy, "tail": cache.tail}
     return Llama(path, flash_attn=True, n_ctx=n_ctx, verbose=False, **options)
+
+
+def further_context(model: Llama, cache: NamedCache, n_ubatch: int | None = None) -> AbstractContextManager[Any]:
+    """A context of that model for another cache; None computes as many tokens at once as `load` would."""
+    n = cache.n_ubatch(UBATCH) if n_ubatch is None else n_ubatch
+    return model.further_context(cache.policy, tail=cache.tail, n_ubatch=n, rotate=cache.rotate)
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> Array:
@@ -420,12 +442,15 @@ class Reader:
         nll, kld = np.concatenate(self.nll), np.concatenate(self.kld)
         perplexity = math.exp(nll.mean())
         median, p99, p999 = (float(x) for x in np.quantile(kld, (0.5, 0.99, 0.999)))
+        n_ubatch = self.cache.n_ubatch(UBATCH)
+        n_bytes = self.cache.policy.bytes(info, n_ctx, self.cache.tail, n_ubatch)
+        f16 = resolve("f16", info.n_layer).bytes(info, n_ctx, 0, n_ubatch)
         return TypeQuality(
             type=self.cache.label,
-            bits=self.cache.policy.bits(info),
+            bits=16 * n_bytes / f16 if f16 else 0.0,
             bytes_per_token=self.cache.policy.bytes_per_token(info),
             tail=self.cache.tail,
-            bytes=self.cache.policy.bytes(info, n_ctx, self.cache.tail),
+            bytes=n_bytes,
             perplexity=perplexity,
             perplexity_error=perplexity * standard_error(nll),
             kld=Divergence(float(kld.mean()), standard_error(kld), median, p99, p999, float(kld.max())),

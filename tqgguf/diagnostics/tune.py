@@ -32,6 +32,7 @@ from .compare import (
     Reader,
     TypeQuality,
     context_length,
+    further_context,
     load,
     own_text,
     read_chunks,
@@ -120,6 +121,7 @@ class Tuning:
         budget: bits per value that it could spend, or None.
         max_kld: mean KL divergence that it had to keep to on the held-out part, in nats, or None.
         types: names of the types it could choose from, smallest first.
+        tail: newest tokens kept in f16 in all measurements.
         n_ctx: tokens in a chunk.
         n_tuning: chunks of the tuning part: the first ones.
         n_held_out: chunks held out: those after them.
@@ -138,6 +140,7 @@ class Tuning:
     budget: float | None
     max_kld: float | None
     types: tuple[str, ...]
+    tail: int
     n_ctx: int
     n_tuning: int
     n_held_out: int
@@ -294,18 +297,15 @@ class _Bench:
         for group in groups:
             with contextlib.ExitStack() as stack:
                 readers = [Reader(self.f16, self.model.ctx)]
-                readers += [
-                    Reader(cache, stack.enter_context(self.model.further_context(cache.policy, tail=cache.tail)))
-                    for cache in group
-                ]
+                readers += [Reader(cache, stack.enter_context(further_context(self.model, cache))) for cache in group]
                 read_chunks(self.model, readers, chunks, self._from(title, before, total))
             before += chunks.size * len(readers)
             done += readers[1:] if done else readers
         return done
 
-    def klds(self, title: str, policies: Sequence[CachePolicy]) -> list[Array]:
+    def klds(self, title: str, policies: Sequence[CachePolicy], rotate: bool = True) -> list[Array]:
         """Divergence of every policy at the scored tokens of the tuning part, (n_scored) each."""
-        caches = [self.named("policy", policy) for policy in policies]
+        caches = [replace(self.named("policy", policy), rotate=rotate) for policy in policies]
         return [np.concatenate(reader.kld) for reader in self.read(title, caches, self.tuning)[1:]]
 
     def qualities(self, title: str, caches: Sequence[NamedCache]) -> list[TypeQuality]:
@@ -334,6 +334,8 @@ class _Tuner:
         # Parts of the cache, in the order of `options`.
         self.parts = [(layer.index, side) for side in "KV" for layer in self.info.layers]
         self.names = tuple(kind.name for kind in kinds)
+        # In a policy with types of ours stock types are not rotated, so that is how their parts must be measured.
+        self.rotate = not any(kind.ours for kind in kinds)
         names = [*self.names, *(name for name in UNIFORM_TYPES if self._fits(name))]
         self.uniform = [
             self.bench.named(name, resolve(name, self.info.n_layer))
@@ -367,12 +369,13 @@ class _Tuner:
             budget=budget,
             max_kld=max_kld,
             types=self.names,
+            tail=self.bench.tail,
             n_ctx=self.bench.tuning.shape[1],
             n_tuning=len(self.bench.tuning),
             n_held_out=len(self.bench.held_out),
             centring=centring,
             sensitivities=sensitivities,
-            predicted=self._predicted(policy, sensitivities),
+            predicted=self._predicted(policy, sensitivities, centring),
             measured=measured,
             rows=tuple(rows),
             line=line,
@@ -399,7 +402,7 @@ class _Tuner:
         """Centring in every (layer, type) of `keys`."""
         alone = [self._alone(layer, "K", name) for layer, name in keys]
         centred = [replace(policy, k_means={key[0]: means[key[0]]}) for policy, key in zip(alone, keys, strict=True)]
-        klds = self.bench.klds(title, alone + centred)
+        klds = self.bench.klds(title, alone + centred, self.rotate)
         found = []
         for (layer, name), a, b in zip(keys, klds[: len(keys)], klds[len(keys) :], strict=True):
             gain, error = float((a - b).mean()), standard_error(a - b)
@@ -410,7 +413,7 @@ class _Tuner:
         every = [(layer, side, name) for layer, side in self.parts for name in self.names]
         known = {(row.layer, "K", row.type): row.kld_centred if row.helps else row.kld for row in centring}
         wanted = [part for part in every if part not in known]
-        klds = self.bench.klds("layers and sides", [self._alone(*part) for part in wanted])
+        klds = self.bench.klds("layers and sides", [self._alone(*part) for part in wanted], self.rotate)
         known |= {part: float(kld.mean()) for part, kld in zip(wanted, klds, strict=True)}
         return tuple(
             Sensitivity(layer, side, name, side == "K" and (layer, name) in self.helped, known[layer, side, name])
@@ -499,9 +502,16 @@ class _Tuner:
             )
         return line
 
-    def _predicted(self, policy: CachePolicy, sensitivities: Collection[Sensitivity]) -> float:
+    def _predicted(
+        self, policy: CachePolicy, sensitivities: Collection[Sensitivity], centring: Collection[Centring]
+    ) -> float:
         chosen = {"K": policy.types_k, "V": policy.types_v}
-        return sum(s.kld for s in sensitivities if chosen[s.side][s.layer] == s.type)
+        plain = {(row.layer, row.type): row.kld for row in centring}
+        return sum(
+            plain[s.layer, s.type] if s.centred and s.layer not in policy.k_means else s.kld
+            for s in sensitivities
+            if chosen[s.side][s.layer] == s.type
+        )
 
     def _policy(self, chosen: Sequence[Option]) -> CachePolicy:
         types = {side: [self.names[0]] * self.info.n_layer for side in "KV"}

@@ -1,0 +1,190 @@
+"""Loads `libtqgguf_cuda` through cffi (ABI mode), and holds its devices' memory.
+
+Like libtqgguf's, the declarations are those of the installed header, `tq_cuda.h`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import ArgumentError, LibraryError, OutOfMemoryError, TqggufError, UnsupportedError
+from .library import PACKAGE_DIR, SUFFIX, declarations, library_path, read_header
+
+__all__ = ["CudaLibrary", "Memory", "Queue", "cuda_library", "cuda_library_path"]
+
+LEGACY_STREAM: Final = 1
+"""cudaStreamLegacy: the stream that is everybody's unless told otherwise, by a number that DLPack uses, too."""
+
+HINT: Final = "PqoCache(device='cuda') needs an NVIDIA GPU and a driver as new as the CUDA toolkit it was built with"
+
+
+def cuda_library_path() -> Path:
+    """Where libtqgguf_cuda is: TQGGUF_CUDA_LIB, or in the package, or in a checkout where `make cuda` leaves it."""
+    given = os.environ.get("TQGGUF_CUDA_LIB")
+    if given:
+        return Path(given)
+    installed = library_path("tqgguf_cuda")
+    built = PACKAGE_DIR.parent / "build" / "cuda" / f"libtqgguf_cuda{SUFFIX}"
+    return built if built.is_file() and not installed.is_file() else installed
+
+
+def _header() -> str:
+    # In a checkout the library is built apart (`make cuda`), so that the installed header may be older than it.
+    source = PACKAGE_DIR.parent / "native" / "cuda" / "tq_cuda.h"
+    return read_header(source if source.is_file() else PACKAGE_DIR / "include" / "tq_cuda.h")
+
+
+def _version(header: str, name: str) -> int:
+    match = re.search(rf"#define\s+{name}\s+(\d+)", header)
+    if match is None:
+        raise LibraryError(f"the header of tqgguf does not define {name}; this installation of tqgguf is incomplete")
+    return int(match.group(1))
+
+
+class CudaLibrary:
+    """The loaded libtqgguf_cuda.
+
+    Attributes:
+        ffi: the cffi instance that knows the types of tqgguf.h and tq_cuda.h.
+        lib: the functions and enum constants of tq_cuda.h.
+        path: the file that was loaded.
+        emulated: whether it runs kernels on the CPU, as tests do; device memory is the host's then.
+
+    Raises:
+        LibraryError: the file does not exist, cannot be loaded, or is of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import cffi  # type: ignore[import-untyped]
+
+        if not path.is_file():
+            raise LibraryError(
+                f"{path} does not exist: this tqgguf was built without CUDA. In a source checkout, type `make cuda` "
+                f"(it needs the CUDA toolkit, 12 or newer); or build the wheel with "
+                f"CMAKE_ARGS=-DTQGGUF_CUDA=ON pip install ."
+            )
+        probe = cffi.FFI()
+        probe.cdef("int tq_cuda_abi_version(void);")
+        try:
+            found = int(probe.dlopen(str(path)).tq_cuda_abi_version())
+        except (OSError, AttributeError) as error:
+            raise LibraryError(f"cannot load {path}: {error}") from None
+        header, base = _header(), read_header()
+        expected = 1000 * _version(base, "TQ_ABI_VERSION") + _version(header, "TQ_CUDA_ABI_VERSION")
+        if found != expected:
+            raise LibraryError(
+                f"{path} has ABI version {found}, this tqgguf needs {expected}: "
+                f"library and package come from different builds; rebuild with `make cuda` or reinstall the wheel"
+            )
+        self.ffi: Any = cffi.FFI()
+        self.ffi.cdef(declarations(base))
+        self.ffi.cdef(declarations(header).replace("TQ_CUDA_API ", ""))
+        # Tensors that others own are deleted by this library's code: it stays, even when the interpreter ends.
+        self.lib: Any = self.ffi.dlopen(str(path), self.ffi.RTLD_NOW | getattr(os, "RTLD_NODELETE", 0))
+        self.path = path
+        self.emulated = bool(self.lib.tq_cuda_emulated())
+
+    def check(self, status: int) -> int:
+        """Returns a status that is not negative; raises what a negative one means, with the library's message."""
+        if status >= 0:
+            return status
+        raise self.error(status)
+
+    def error(self, status: int) -> TqggufError:
+        """The exception that a status of the last call stands for, with the library's message."""
+        message = self.ffi.string(self.lib.tq_cuda_last_error()).decode("utf-8", "replace") or f"status {status}"
+        kinds: dict[int, type[TqggufError]] = {
+            self.lib.TQ_E_ARGUMENT: ArgumentError,
+            self.lib.TQ_E_MEMORY: OutOfMemoryError,
+            self.lib.TQ_E_UNSUPPORTED: UnsupportedError,
+        }
+        return kinds.get(status, TqggufError)(message)
+
+    def queue(self, index: int, stream: int = LEGACY_STREAM) -> Queue:
+        """A device with a stream to work on.
+
+        Raises:
+            ArgumentError: there is no device of that number.
+            UnsupportedError: no device, no driver, a driver too old, or a device that this build has no code for.
+        """
+        ffi, lib = self.ffi, self.lib
+        count = lib.tq_cuda_device_count()
+        if count < 0:
+            raise UnsupportedError(f"{self.error(count)}; {HINT}")
+        before = self.check(lib.tq_cuda_device_swap(0))
+        info = ffi.new("tq_cuda_device *")
+        try:
+            self.check(lib.tq_cuda_device_use(index, info))
+        finally:
+            lib.tq_cuda_device_swap(before)
+        return Queue(self, index, stream, ffi.string(info.name).decode("utf-8", "replace"))
+
+
+class Memory:
+    """Device memory; it goes with the last Python object or DLPack consumer that refers to it.
+
+    Attributes:
+        handle: the tq_cuda_memory.
+        pointer: its address on the device.
+    """
+
+    def __init__(self, queue: Queue, n_bytes: int) -> None:
+        ffi, lib = queue.native.ffi, queue.native.lib
+        handle, data = ffi.new("tq_cuda_memory **"), ffi.new("void **")
+        queue.native.check(lib.tq_cuda_memory_new(queue.index, n_bytes, queue.handle, handle, data))
+        self.handle: Any = ffi.gc(handle[0], lib.tq_cuda_memory_free)
+        self.pointer = int(ffi.cast("uintptr_t", data[0]))
+        self.n_bytes = n_bytes
+
+
+class Queue:
+    """One device and one stream: work given to it is done in order, later.
+
+    Attributes:
+        native: the library.
+        index: the device's number.
+        stream: the cudaStream_t as a number; 1 is the legacy default stream.
+        handle: the same for cffi.
+        name: the device's name.
+    """
+
+    def __init__(self, native: CudaLibrary, index: int, stream: int, name: str) -> None:
+        self.native, self.index, self.stream, self.name = native, index, stream, name
+        self.handle: Any = native.ffi.cast("void *", stream)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes the device the calling thread's current one for a while. PyTorch and CuPy look at the same setting."""
+        lib = self.native.lib
+        before = self.native.check(lib.tq_cuda_device_swap(self.index))
+        try:
+            yield
+        finally:
+            if before != self.index:
+                lib.tq_cuda_device_swap(before)
+
+    def copy(self, source: Any, target: Any, n_bytes: int, kind: int) -> None:
+        """Copies bytes between addresses: kind 1 host to device, 2 device to host (both wait), 3 device to device."""
+        ffi = self.native.ffi
+        source, target = ffi.cast("void *", source), ffi.cast("void *", target)
+        self.native.check(self.native.lib.tq_cuda_copy(source, n_bytes, kind, self.handle, target))
+
+    def synchronize(self) -> None:
+        """Waits until everything given to the stream is done."""
+        self.native.check(self.native.lib.tq_cuda_synchronize(self.handle))
+
+
+@functools.cache
+def cuda_library() -> CudaLibrary:
+    """The one libtqgguf_cuda of this process, loaded at the first call.
+
+    Raises:
+        LibraryError: it is missing, cannot be loaded, or is of another version.
+    """
+    return CudaLibrary(cuda_library_path())
