@@ -10,8 +10,13 @@ STOCK := build/stock
 CMAKE := $(BIN)/cmake
 BACKEND_OPS := $(BIN)/python tests/patches/backend_ops.py $(BUILD)/bin/test-backend-ops
 
-sources := CMakeLists.txt pyproject.toml llama_cpp.py $(wildcard README.md) LICENSE $(shell find native patches tqgguf -type f \
-	! -path '*/__pycache__/*' ! -path 'patches/README.md' ! -path 'native/cuda/*' 2>/dev/null)
+sources := CMakeLists.txt pyproject.toml llama_cpp.py $(wildcard README.md) LICENSE build/options $(shell find native patches tqgguf -type f \
+	! -path '*/__pycache__/*' ! -path 'patches/README.md' $(if $(CUDA),,! -path 'native/cuda/*' ! -name 'tq_ggml_cuda.*') 2>/dev/null)
+
+# CUDA=1: llama.cpp with its CUDA backend, for this machine's cards or CUDA_ARCHITECTURES.
+CUDA               ?=
+CUDA_ARCHITECTURES ?= native
+export CMAKE_ARGS  := -DGGML_CUDA=$(if $(CUDA),ON "-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)",OFF) $(CMAKE_ARGS)
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -20,7 +25,7 @@ help: ## this list
 	@echo "tqgguf: GGUF models with a compressed KV cache"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
 
-demo: build/installed ## build, then talk to a small model whose cache is pqo3
+demo: build/installed ## build (CUDA=1: with llama.cpp's CUDA backend), then talk to a small model whose cache is pqo3
 	$(BIN)/tqgguf demo
 
 test: build/installed lint ## build, then ruff, mypy and the tests
@@ -50,21 +55,20 @@ conformance-neon: $(VENV)/ready ## the NEON kernels, cross-compiled and run by q
 		$(CMAKE) --build build/neon && qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/conformance; \
 	else echo "skipped neon: it needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)"; fi
 
-CUDA_ARCHITECTURES ?= native
-
 cuda: $(VENV)/ready ## the CUDA kernels for this machine's cards (CUDA_ARCHITECTURES=...), as a library that the tests load
 	$(CMAKE) -G Ninja -S native -B build/cuda -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTQGGUF_VERSION=cuda -DTQGGUF_CUDA=ON \
 		"-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/cuda >/dev/null
 	$(CMAKE) --build build/cuda --target tqgguf_cuda
 
-cuda-test: cuda ## the tests of the CUDA kernels, on the GPU
-	$(BIN)/python -m pytest -m cuda tests/native
+cuda-test: cuda ## the tests on the GPU; upstream's own with our types, too, after make conformance-programs CUDA=1
+	$(BIN)/python -m pytest -m cuda tests/native tests/patches
 
 cuda-bench: build/installed cuda ## tests and speed of the CUDA kernels on the GPU, saved in benchmarks/results
 	$(BIN)/python benchmarks/cuda.py
 
-cuda-compile: $(VENV)/ready ## native/cuda for every supported architecture, where nvcc is present
-	@if command -v nvcc >/dev/null; then $(BIN)/python native/cuda/resources.py --compile build/cuda-compile; \
+cuda-compile: $(VENV)/ready ## native/cuda for every supported architecture and the patched ggml-cuda.cu, where nvcc is present
+	@if command -v nvcc >/dev/null; then $(BIN)/python patches/tool.py apply >/dev/null && \
+		$(BIN)/python native/cuda/resources.py --compile build/cuda-compile --upstream build/upstream/llama.cpp; \
 	else echo "skipped cuda: there is no nvcc (CUDA toolkit 12 or newer)"; fi
 
 conformance-programs: build/installed
@@ -105,6 +109,11 @@ $(VENV)/ready: requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	@touch $@
 
+# What was built with other options is built again.
+build/options: FORCE
+	@mkdir -p build
+	@echo '$(CMAKE_ARGS)' | cmp -s - $@ || echo '$(CMAKE_ARGS)' >$@
+
 # The libraries are found through these links when Python runs in this directory, so that both ways use the same files.
 build/installed: $(VENV)/ready $(sources)
 	@mkdir -p build
@@ -117,4 +126,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean
+.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean FORCE

@@ -1,5 +1,5 @@
 /* attention.cu: launches of attention. FMA is welcome here: attention has a tolerance, not bytes to match. */
-#include "attention.cuh"
+#include "tail.cuh"
 
 #if defined(__CUDACC__)
 #  include <atomic>
@@ -11,6 +11,11 @@
 template <int T, int NT, int BLOCKS> TQ_KERNEL(TQ_ATTENTION_THREADS, TQ_ATTENTION_BLOCKS) tq_attend_kernel(TQ_PARAMETER tq_attention p) {
     TQ_SHARED(shared);
     tq_attend<T, T, NT, BLOCKS>(p, shared);
+}
+
+TQ_KERNEL(TQ_TAIL_ATTENTION_THREADS, 4) tq_attend_tail_kernel(TQ_PARAMETER tq_attention p) {
+    TQ_SHARED(shared);
+    tq_attend_tail(p, shared);
 }
 
 TQ_KERNEL(TQ_MERGE_THREADS, 8) tq_merge_kernel(TQ_PARAMETER tq_attention p) {
@@ -80,7 +85,8 @@ static int limits_of(tqi_cuda_limits * limits) {
 
 static int plan(const tq_attn * args, tq_attention * a) {
     tqi_cuda_limits limits;
-    const int       status = limits_of(&limits);
+    int             status = tq_cuda_device_ready();
+    status                 = status == TQ_OK ? limits_of(&limits) : status;
     return status == TQ_OK ? tqi_cuda_plan(args, limits, a) : status;
 }
 
@@ -98,7 +104,7 @@ extern "C" size_t tq_cuda_attn_work_bytes(const tq_attn * args) {
 
 extern "C" int tq_cuda_attn(const tq_attn * args, void * work, void * stream) {
     tq_attention a;
-    const int    status = plan(args, &a);
+    int          status = plan(args, &a);
     if (status != TQ_OK) {
         return status;
     }
@@ -109,19 +115,28 @@ extern "C" int tq_cuda_attn(const tq_attn * args, void * work, void * stream) {
     if (a.q == NULL || a.out == NULL || (a.n_kv > 0 && (a.k.data == NULL || a.v.data == NULL))) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "null pointer given for q, k, v or out");
     }
+    if ((args->k.tail.n_recent > 0 && (a.k.tail.data == NULL || a.k.tail.owner == NULL)) ||
+        (args->v.tail.n_recent > 0 && (a.v.tail.data == NULL || a.v.tail.owner == NULL))) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "null pointer given for the rows or owners of a tail");
+    }
     if (bytes > 0 && (work == NULL || (uintptr_t) work % 16 != 0)) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "%zu bytes of scratch needed at a multiple of 16; %p given", bytes, work);
     }
-    const size_t n_parts = (size_t) a.n_stream * (size_t) a.n_head_kv * (size_t) a.n_vec * (size_t) a.n_splits;
+    const size_t n_parts = (size_t) a.n_stream * (size_t) a.n_head_kv * (size_t) a.n_vec * (size_t) a.n_parts;
     const unsigned n     = (unsigned) (8 * a.n_tiles);
     a.stats              = (float *) work;
-    a.partials           = a.n_splits > 1 ? a.stats + (2 * n_parts + 3) / 4 * 4 : NULL;
+    a.partials           = a.n_parts > 1 ? a.stats + (2 * n_parts + 3) / 4 * 4 : NULL;
     const tq_grid grid   = { (unsigned) (a.n_splits * a.n_head_kv), ((unsigned) a.n_vec + n - 1) / n, (unsigned) a.n_stream };
-    const int     first  = tq_launch(a.n_tiles == 1 ? kernel_of<1>(a) : kernel_of<2>(a), "attention", grid, TQ_ATTENTION_THREADS,
+    status               = tq_launch(a.n_tiles == 1 ? kernel_of<1>(a) : kernel_of<2>(a), "attention", grid, TQ_ATTENTION_THREADS,
                                      (size_t) a.shared_bytes, stream, a);
-    if (first != TQ_OK || a.n_splits == 1) {
-        return first;
+    if (status == TQ_OK && a.n_parts > a.n_splits) {
+        const tq_grid tails = { (unsigned) ((a.n_parts - a.n_splits) * a.n_head_kv), ((unsigned) a.n_vec + 7) / 8, (unsigned) a.n_stream };
+        status = tq_launch(tq_attend_tail_kernel, "attention to a tail", tails, TQ_TAIL_ATTENTION_THREADS, (size_t) a.tail_shared_bytes,
+                           stream, a);
+    }
+    if (status != TQ_OK || a.n_parts == 1) {
+        return status;
     }
     const tq_grid vectors = { (unsigned) a.n_vec, (unsigned) a.n_head_kv, (unsigned) a.n_stream };
-    return tq_launch(tq_merge_kernel, "merging attention", vectors, TQ_MERGE_THREADS, (size_t) a.n_splits * sizeof(float), stream, a);
+    return tq_launch(tq_merge_kernel, "merging attention", vectors, TQ_MERGE_THREADS, (size_t) a.n_parts * sizeof(float), stream, a);
 }

@@ -274,6 +274,15 @@ TQ_D tq_row tq_row_of(const tq_attention & p, const tq_task & k, int n_tiles) {
     return r;
 }
 
+/* Whether token t owns a row of K's or V's precise tail: then tail.cuh attends to it, not this kernel. */
+TQ_D bool tq_owns_row(const tq_attention & p, const tq_task & k, int t) {
+    uint32_t row = (uint32_t) t - tq_multiply_high((uint32_t) t, p.recent_inverse) * (uint32_t) p.n_recent; /* t % n_recent, or n_recent more */
+    row          = row >= (uint32_t) p.n_recent ? row - (uint32_t) p.n_recent : row;
+    row          = t < p.n_first ? (uint32_t) (p.n_recent + t) : row;
+    return (p.k.tail.owner != NULL && p.k.tail.owner[k.kv_stream * p.k.tail.owner_stride + row] == t + 1) ||
+           (p.v.tail.owner != NULL && p.v.tail.owner[k.kv_stream * p.v.tail.owner_stride + row] == t + 1);
+}
+
 /* The mask of this thread's tokens of the tile at t0; returns whether it lets any be seen. Keys that do not exist are hidden,
  * too, and what is hidden does not count, whatever it is. */
 template <int NT> TQ_D int tq_load_mask(const tq_attention & p, const tq_task & k, const tq_row & r, int t0, uint16_t * mask) {
@@ -284,6 +293,9 @@ template <int NT> TQ_D int tq_load_mask(const tq_attention & p, const tq_task & 
         mask[i]     = TQ_F16_NEGATIVE_INFINITY;
         if (j < p.tile && r.valid && t0 + j < k.end) {
             mask[i] = r.mask == NULL ? (uint16_t) 0 : ((const uint16_t *) (const void *) r.mask)[t0 + j];
+            if (p.n_recent > 0 && tq_owns_row(p, k, t0 + j)) {
+                mask[i] = TQ_F16_NEGATIVE_INFINITY;
+            }
         }
         seen |= mask[i] != TQ_F16_NEGATIVE_INFINITY;
     }
@@ -552,11 +564,11 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
             break;
         }
         const float x = out[vec * dv + b * TQ_BLOCK + lane];
-        if (p.n_splits == 1) {
+        if (p.n_parts == 1) {
             const int head = k.kv_head * p.group + (k.vec0 + vec) % p.group;
             tq_write_output(p, k, k.vec0 + vec, b, x * tq_normalizer(p, head, max[vec], sum[vec]));
         } else {
-            const int64_t at                              = (vec0 + vec) * p.n_splits + k.split;
+            const int64_t at                              = (vec0 + vec) * p.n_parts + k.split;
             p.partials[at * dv + b * TQ_BLOCK + lane] = x;
             if (b == 0 && lane < 2) {
                 p.stats[2 * at + lane] = lane == 0 ? max[vec] : sum[vec];
@@ -565,7 +577,7 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
     }
 }
 
-/* Merges the ranges of one query vector: block (vector, KV head, stream). shared: (n_splits) floats. */
+/* Merges the ranges of one query vector: block (vector, KV head, stream). shared: (n_parts) floats. */
 TQ_D void tq_merge_splits(const tq_attention & p, unsigned char * shared) {
     float *       factors = (float *) (void *) shared;
     const int     lane = tq_thread() % 32, warp = tq_thread() / 32, vec = tq_block_x(), dv = p.v.n_blocks * TQ_BLOCK;
@@ -573,16 +585,16 @@ TQ_D void tq_merge_splits(const tq_attention & p, unsigned char * shared) {
     float         max = -INFINITY, sum = 0.0f;
     k.stream  = tq_block_z();
     k.kv_head = tq_block_y();
-    const int64_t first = (((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + vec) * p.n_splits;
+    const int64_t first = (((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + vec) * p.n_parts;
     const float * stats = p.stats + 2 * first;
-    for (int s = lane; s < p.n_splits; s += 32) {
+    for (int s = lane; s < p.n_parts; s += 32) {
         max = fmaxf(max, stats[2 * s]);
     }
     TQ_UNROLL
     for (int h = 1; h < 32; h *= 2) {
         max = fmaxf(max, tq_exchange(max, h));
     }
-    for (int s = lane; s < p.n_splits; s += 32) {
+    for (int s = lane; s < p.n_parts; s += 32) {
         const bool  empty  = stats[2 * s] == -INFINITY && stats[2 * s + 1] == 0.0f; /* no key seen */
         const float factor = empty ? 0.0f : tq_exp(stats[2 * s] - max);
         sum += empty ? 0.0f : factor * stats[2 * s + 1];
@@ -599,7 +611,7 @@ TQ_D void tq_merge_splits(const tq_attention & p, unsigned char * shared) {
     for (int b = warp; b < p.v.n_blocks; b += TQ_MERGE_THREADS / 32) {
         const float * from = p.partials + first * dv + b * TQ_BLOCK + lane;
         float         x    = 0.0f;
-        for (int s = 0; s < p.n_splits; ++s) {
+        for (int s = 0; s < p.n_parts; ++s) {
             x += factors[s] * from[(int64_t) s * dv];
         }
         tq_write_output(p, k, vec, b, x * scale);

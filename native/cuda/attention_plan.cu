@@ -72,6 +72,54 @@ static int check_operand(const char * name, const tq_attn_operand * x, tq_operan
     return TQ_OK;
 }
 
+/* Rows count, not pointers: support is asked for before there is memory. */
+static bool has_tail(const tq_attn_operand & x) {
+    return x.tail.data != NULL || x.tail.n_recent != 0;
+}
+
+static int check_tail(const char * name, const tq_attn_operand * x, tq_operand * o) {
+    const tq_attn_tail & tail = x->tail;
+    if (!has_tail(*x)) {
+        return TQ_OK;
+    }
+    if (!o->ours || tail.n_recent < 1 || tail.n_first < 0 || tail.n_recent > INT32_MAX / 2 || tail.n_first > INT32_MAX / 2 ||
+        ((uintptr_t) tail.data | tail.stride_row | tail.stride_head | tail.stride_stream) % 2 != 0 ||
+        ((uintptr_t) tail.owner | tail.owner_stride_stream) % 4 != 0) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: a tail of %lld and %lld rows at %p, owners at %p, given beside type %d; it needs a type of "
+                             "tqgguf, at least 1 and 0 rows, even strides and owners at multiples of four", name, (long long) tail.n_recent,
+                             (long long) tail.n_first, tail.data, (const void *) tail.owner, x->type);
+    }
+    o->tail.data          = (const uint8_t *) tail.data;
+    o->tail.owner         = tail.owner;
+    o->tail.stride_row    = (int64_t) tail.stride_row;
+    o->tail.stride_head   = (int64_t) tail.stride_head;
+    o->tail.stride_stream = (int64_t) tail.stride_stream;
+    o->tail.owner_stride  = (int64_t) tail.owner_stride_stream / 4;
+    return TQ_OK;
+}
+
+/* Both operands' tails, whose rows hold the same tokens unless one of them was disowned. */
+static int plan_tails(const tq_attn_operand & k, const tq_attn_operand & v, tq_attention * a) {
+    const tq_attn_tail & tail = has_tail(k) ? k.tail : v.tail;
+    a->n_parts = a->n_splits;
+    if (!has_tail(k) && !has_tail(v)) {
+        return TQ_OK;
+    }
+    const int64_t n = (tail.n_recent + tail.n_first + TQ_TAIL_SLOTS - 1) / TQ_TAIL_SLOTS + a->n_splits;
+    a->tail_shared_bytes = (8 * a->k.n_blocks * TQ_BLOCK + 8 * 2 * TQ_TAIL_SLOTS + 2 * 2 * TQ_TAIL_SLOTS) * 4;
+    if ((has_tail(k) && has_tail(v) && (k.tail.n_recent != v.tail.n_recent || k.tail.n_first != v.tail.n_first)) || n > 8192 ||
+        a->tail_shared_bytes > 48 * 1024) {
+        return tqi_cuda_fail(TQ_E_UNSUPPORTED, "tails of %lld and %lld rows (k), %lld and %lld (v), given for head_dim = %lld; on CUDA they "
+                             "are of one size, at most 200000, and head_dim at most 1024", (long long) k.tail.n_recent,
+                             (long long) k.tail.n_first, (long long) v.tail.n_recent, (long long) v.tail.n_first, (long long) k.head_dim);
+    }
+    a->n_recent       = (int) tail.n_recent;
+    a->n_first        = (int) tail.n_first;
+    a->recent_inverse = tail.n_recent == 1 ? 0xffffffffu : (uint32_t) ((1ull << 32) / (uint64_t) tail.n_recent);
+    a->n_parts        = (int) n;
+    return TQ_OK;
+}
+
 static int same_table(const tq_operand & k, const tq_operand & v) {
     return k.type == v.type && memcmp(k.levels, v.levels, sizeof k.levels) == 0;
 }
@@ -115,6 +163,8 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
     const tq_attn_operand &q = args->q, &k = args->k, &v = args->v;
     int status = check_operand("k", &k, &a->k);
     status     = status != TQ_OK ? status : check_operand("v", &v, &a->v);
+    status     = status != TQ_OK ? status : check_tail("k", &k, &a->k);
+    status     = status != TQ_OK ? status : check_tail("v", &v, &a->v);
     if (status != TQ_OK) {
         return status;
     }
@@ -209,14 +259,15 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
     const int64_t each   = (tiles + splits - 1) / splits;
     a->split             = (int) (each * a->tile);
     a->n_splits          = (int) ((tiles + each - 1) / each);
-    if ((int64_t) a->n_splits * a->n_head_kv > INT32_MAX || a->n_stream > 65535) {
+    status               = plan_tails(k, v, a);
+    if (status == TQ_OK && ((int64_t) a->n_parts * a->n_head_kv > INT32_MAX || a->n_stream > 65535)) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "%d streams of %d KV heads in %d ranges are more than a launch takes", a->n_stream,
-                             a->n_head_kv, a->n_splits);
+                             a->n_head_kv, a->n_parts);
     }
-    return TQ_OK;
+    return status;
 }
 
 size_t tqi_cuda_plan_work_bytes(const tq_attention & a) {
-    const size_t n = (size_t) a.n_stream * (size_t) a.n_head_kv * (size_t) a.n_vec * (size_t) a.n_splits;
-    return a.n_splits == 1 ? 0 : n * (size_t) (a.v.n_blocks * TQ_BLOCK + 2) * sizeof(float) + 16;
+    const size_t n = (size_t) a.n_stream * (size_t) a.n_head_kv * (size_t) a.n_vec * (size_t) a.n_parts;
+    return a.n_parts == 1 ? 0 : n * (size_t) (a.v.n_blocks * TQ_BLOCK + 2) * sizeof(float) + 16;
 }

@@ -21,7 +21,16 @@ extern "C" {
 #define TQ_MAX_TILE          128  /* keys */
 #define TQ_MAX_SPLITS        1024
 #define TQ_MERGE_THREADS     128
+#define TQ_TAIL_SLOTS        32   /* rows of a tail per block of threads, whose 128 threads keep eight query vectors */
+#define TQ_TAIL_ATTENTION_THREADS 128
 #define TQ_MAX_TILES         2    /* tensor-core tiles of eight query vectors per block of threads */
+
+/* The rows of K's or V's precise tail; owner is NULL if it has none. */
+struct tq_tail {
+    const uint8_t * data;
+    const int32_t * owner;
+    int64_t         stride_row, stride_head, stride_stream, owner_stride; /* the last in owners, not bytes */
+};
 
 /* K or V. */
 struct tq_operand {
@@ -38,6 +47,7 @@ struct tq_operand {
     int             rows_on;       /* rows that 256 threads copy at once */
     uint32_t        units_inverse; /* 2^32 / units, rounded up: a division by multiplication, below 256 */
     float           levels[TQI_MAX_LEVELS];
+    tq_tail         tail;
 };
 
 /* What a kernel is launched with. A query vector of a KV head is head i % group of row i / group. */
@@ -50,8 +60,8 @@ struct tq_attention {
     const float *   sinks;
     uint8_t *       out;
     int64_t         out_stride_row, out_stride_head, out_stride_stream;
-    float *         stats;    /* (n_stream, n_head_kv, n_vec, n_splits, 2): largest score, sum */
-    float *         partials; /* (n_stream, n_head_kv, n_vec, n_splits, DV), transformed */
+    float *         stats;    /* (n_stream, n_head_kv, n_vec, n_parts, 2): largest score, sum */
+    float *         partials; /* (n_stream, n_head_kv, n_vec, n_parts, DV), transformed */
     float           scale, softcap, max_bias;
     int             n_mask_head, n_mask_stream;
     int             n_kv, n_head, n_head_kv, n_stream, group, n_vec;
@@ -62,6 +72,10 @@ struct tq_attention {
     int             one_table; /* K and V share their table of levels */
     int             n_splits; /* ranges of keys, each of */
     int             split;    /* keys, whole tiles */
+    int             n_parts;  /* to be merged: n_splits, and those of the tails */
+    int             n_recent, n_first; /* rows of K's and V's tails; 0: there are none */
+    uint32_t        recent_inverse;    /* 2^32 / n_recent, rounded down */
+    int             tail_shared_bytes;
     int             at_v_table, at_q, at_scores, at_weights, at_vectors, at_stages; /* bytes into shared memory; K's table is at 0 */
     int             stage_bytes, v_in_stage;
     int             shared_bytes;

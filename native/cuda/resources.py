@@ -1,8 +1,9 @@
 """Compiles native/cuda for every supported architecture and tables each kernel's registers, spills and shared memory.
 
 Fails on a warning, and on a kernel that spills more than a few registers. Nothing is run: it needs nvcc, no GPU.
+With the patched upstream it also compiles what calls the kernels: ggml-cuda.cu and the adapter, for one architecture.
 
-Usage: python native/cuda/resources.py --compile DIR [--arch sm_90 ...]
+Usage: python native/cuda/resources.py --compile DIR [--arch sm_90 ...] [--upstream LLAMA_CPP]
 """
 
 from __future__ import annotations
@@ -77,6 +78,28 @@ def compile_file(source: str, arch: str, folder: Path) -> tuple[list[Kernel], st
     return kernels, "\n".join(rest)
 
 
+def compile_callers(upstream: Path, folder: Path) -> str | None:
+    """What the compilers say of ggml-cuda.cu, which is patched, and of the adapter; None where cuBLAS is missing."""
+    ggml = upstream / "ggml"
+    probe = subprocess.run(
+        ["nvcc", "-E", "-x", "cu", "-"], input="#include <cublas_v2.h>", capture_output=True, text=True, check=False
+    )
+    if probe.returncode != 0:
+        return None
+    include = [f"-I{ggml / name}" for name in ("include", "src")] + [f"-I{HERE.parent / 'ggml'}"]
+    device = ["nvcc", "-std=c++17", "-use_fast_math", "-extended-lambda", "-gencode", "arch=compute_90,code=sm_90"]
+    device += ["-DGGML_CUDA_USE_GRAPHS", *include, "-c", str(ggml / "src/ggml-cuda/ggml-cuda.cu")]
+    host = ["cc", "-std=c11", "-O1", "-Wall", "-Wextra", "-Wno-unused-function", *include]
+    host += [f"-I{HERE}", f"-I{HERE.parent / 'include'}", "-c", str(HERE.parent / "ggml/tq_ggml_cuda.c")]
+    said = ""
+    for command in (device, host):
+        done = subprocess.run([*command, "-o", str(folder / "caller.o")], capture_output=True, text=True, check=False)
+        said += done.stdout + done.stderr
+        if done.returncode != 0:
+            said += f"{command[0]} failed on {command[-1]}\n"
+    return said
+
+
 def table(kernels: list[Kernel]) -> str:
     """Markdown: a row per kernel, registers (and spilled bytes) per architecture."""
     archs = list(dict.fromkeys(kernel.arch for kernel in kernels))
@@ -92,6 +115,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="compile native/cuda and table what its kernels take")
     parser.add_argument("--compile", type=Path, required=True, metavar="DIR", help="where the object files go")
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="architectures (default: all supported)")
+    parser.add_argument(
+        "--upstream", type=Path, metavar="LLAMA_CPP", help="patched llama.cpp whose CUDA backend to try"
+    )
     args = parser.parse_args()
     args.compile.mkdir(parents=True, exist_ok=True)
     kernels: list[Kernel] = []
@@ -110,6 +136,16 @@ def main() -> int:
         if kernel.spilled > MOST_SPILLED:
             print(f"{kernel.name} spills {kernel.spilled} bytes on {kernel.arch}", file=sys.stderr)
             failed = True
+    if args.upstream:
+        start = time.monotonic()
+        said = compile_callers(args.upstream, args.compile)
+        if said is None:
+            print("skipped ggml-cuda.cu: nvcc finds no cublas_v2.h (CUDA's libcublas-dev, or CPATH)")
+        elif said.strip():
+            print(said, file=sys.stderr)
+            failed = True
+        else:
+            print(f"ggml-cuda.cu with our hooks, and the adapter: {time.monotonic() - start:.0f} s, no warning")
     return int(failed)
 
 

@@ -25,6 +25,14 @@ TQ_KERNEL(TQ_ROW_THREADS, 4) tq_decode_kernel(TQ_PARAMETER tq_rows r) {
     tq_decode_rows(r, &tables);
 }
 
+TQ_KERNEL(TQ_TAIL_THREADS, 4) tq_encode_tail_kernel(TQ_PARAMETER tq_tail_writes w) {
+    tq_encode_tail(w);
+}
+
+TQ_KERNEL(TQ_TAIL_THREADS, 4) tq_decode_tail_kernel(TQ_PARAMETER tq_tail_reads r) {
+    tq_decode_tail(r);
+}
+
 TQ_KERNEL(TQ_ROW_THREADS, 4) tq_transform_kernel(TQ_PARAMETER tq_vectors p) {
     tq_transform_rows(p);
 }
@@ -178,6 +186,70 @@ extern "C" int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * ro
         return TQ_E_ARGUMENT;
     }
     return tq_launch(tq_decode_kernel, "decode", grid, TQ_ROW_THREADS, 0, stream, r);
+}
+
+/* What both directions need of a tail. */
+static int check_tail(const void * data, const void * owner, int64_t n_recent, int64_t n_first, size_t strides, size_t owner_stride) {
+    if (data == NULL || owner == NULL || n_recent < 1 || n_first < 0 || n_recent > INT32_MAX / 2 || n_first > INT32_MAX / 2 ||
+        ((uintptr_t) data | strides) % 2 != 0 || ((uintptr_t) owner | owner_stride) % 4 != 0) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "a tail of %lld and %lld rows at %p, owners at %p given; needed are at least 1 and 0, even "
+                             "strides of the rows and multiples of four of the owners", (long long) n_recent, (long long) n_first, data, owner);
+    }
+    return TQ_OK;
+}
+
+extern "C" int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_index * rows, int mode, const tq_cuda_tail * tail,
+                                   void * stream) {
+    const tqi_codec *from, *codec = tqi_codec_get(TQ_TYPE_PQO3, mode);
+    int64_t          n_src;
+    if (check_view("source", src, &from, &n_src) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    if (codec == NULL || from != NULL || rows == NULL || tail == NULL || src->ne[0] % TQ_BLOCK != 0 || src->ne[2] != 1 || src->ne[3] != 1) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "source of type %d, (%lld, %lld, %lld, %lld), mode %d given; a tail takes floats in one plane, "
+                             "rows of whole blocks", src->type, (long long) src->ne[0], (long long) src->ne[1], (long long) src->ne[2],
+                             (long long) src->ne[3], mode);
+    }
+    if (check_rows(rows, src, src) != TQ_OK ||
+        check_tail(tail->data, tail->owner, tail->n_recent, tail->n_first, tail->stride_row | tail->stride_stream,
+                   tail->owner_stride_stream) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    if (tail->n_cells < 1 || tail->n_stream < 1 || tail->n_cells > INT32_MAX / 2 / tail->n_stream ||
+        tail->n_recent + tail->n_first > INT32_MAX / 2 / tail->n_stream || src->ne[1] > INT32_MAX) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "%lld rows into %lld streams of %lld cells given; a launch takes 2^30 cells", (long long) src->ne[1],
+                             (long long) tail->n_stream, (long long) tail->n_cells);
+    }
+    if (n_src == 0) {
+        return TQ_OK;
+    }
+    const tq_tail_writes w    = { *src, *rows, *tail, codec->signs == TQI_SIGNS_FIRST };
+    const tq_grid        grid = { (unsigned) src->ne[1], 1, 1 };
+    return tq_launch(tq_encode_tail_kernel, "encoding a tail", grid, TQ_TAIL_THREADS, 0, stream, w);
+}
+
+extern "C" int tq_cuda_tail_decode(const tq_attn_operand * x, const tq_cuda_view * dst, void * stream) {
+    const tqi_codec *to, *codec = x == NULL ? NULL : tqi_codec_get(x->type, x->mode);
+    int64_t          n_dst;
+    if (check_view("target", dst, &to, &n_dst) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    if (codec == NULL || to != NULL || dst->ne[0] != x->head_dim || dst->ne[1] != x->n_head || dst->ne[3] != x->n_stream ||
+        x->head_dim % TQ_BLOCK != 0 || dst->ne[0] * dst->ne[1] > INT32_MAX / 2 || dst->ne[3] > 65535) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "target of type %d, (%lld, %lld, .., %lld) given for a tail of another type or shape", dst->type,
+                             (long long) dst->ne[0], (long long) dst->ne[1], (long long) dst->ne[3]);
+    }
+    const tq_attn_tail & tail = x->tail;
+    if (check_tail(tail.data, tail.owner, tail.n_recent, tail.n_first, tail.stride_row | tail.stride_head | tail.stride_stream,
+                   tail.owner_stride_stream) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    if (n_dst == 0) {
+        return TQ_OK;
+    }
+    const tq_tail_reads r    = { tail, *dst, codec->signs == TQI_SIGNS_FIRST };
+    const tq_grid       grid = { (unsigned) (tail.n_recent + tail.n_first), (unsigned) dst->ne[3], 1 };
+    return tq_launch(tq_decode_tail_kernel, "decoding a tail", grid, TQ_TAIL_THREADS, 0, stream, r);
 }
 
 extern "C" int tq_cuda_transform(const float * x, int64_t n, int mode, int inverse, float * y, void * stream) {

@@ -145,6 +145,119 @@ TQ_D void tq_decode_rows(const tq_rows & r, tq_tables * tables) {
     }
 }
 
+/* ---- Precise tails ---- */
+
+#define TQ_TAIL_THREADS 128
+
+struct tq_tail_writes {
+    tq_cuda_view  src;
+    tq_cuda_index rows;
+    tq_cuda_tail  tail;
+    int           signs_first;
+};
+
+/* tq_tail_row, for tokens and rows below 2^31. */
+TQ_HD int tq_tail_row_of(int64_t n_recent, int64_t n_first, int token) {
+    return token < n_first ? (int) n_recent + token : (int) ((uint32_t) token % (uint32_t) n_recent);
+}
+
+/* The row of all streams' tails that row i of src goes to, and its cell in all streams; -1 if it goes nowhere. */
+TQ_HD int tq_tail_target(const tq_tail_writes & w, int64_t i, int * cell) {
+    const tq_place p = { 0, i, 0, 0 };
+    *cell            = (int) tq_row_number(w.rows, p, w.tail.n_cells * w.tail.n_stream);
+    if (*cell < 0) {
+        return -1;
+    }
+    const uint32_t stream = (uint32_t) *cell / (uint32_t) w.tail.n_cells, token = (uint32_t) *cell - stream * (uint32_t) w.tail.n_cells;
+    return (int) (stream * (uint32_t) (w.tail.n_recent + w.tail.n_first)) + tq_tail_row_of(w.tail.n_recent, w.tail.n_first, (int) token);
+}
+
+/* Values l, l + 8, ... of a block, transformed, to f16 as rows of a tail have it. */
+TQ_D void tq_store_tail(int signs_first, float * v, int l, bool store, uint16_t * to) {
+    TQ_UNROLL
+    for (int m = 0; m < TQ_VALUES; ++m) {
+        v[m] = tq_sanitize(v[m]);
+    }
+    tq_transform(signs_first, v, l);
+    TQ_UNROLL
+    for (int m = 0; m < TQ_VALUES; ++m) {
+        if (store) {
+            to[l + TQ_TEAM * m] = tq_f32_to_f16(tq_sanitize(v[m]));
+        }
+    }
+}
+
+/* A block of threads per row of src. It writes nothing if a later row goes to the same place: the order in which blocks run
+ * then does not matter. */
+TQ_D void tq_encode_tail(const tq_tail_writes & w) {
+    const int64_t i = tq_block_x(), n = w.src.ne[1];
+    const int     l = tq_thread() % TQ_TEAM, n_blocks = (int) (w.src.ne[0] / TQ_BLOCK);
+    int           cell, other, later = 0;
+    const int     target = tq_tail_target(w, i, &cell);
+    for (int64_t j = i + 1 + tq_thread(); target >= 0 && j < n && !later; j += TQ_TAIL_THREADS) {
+        later = tq_tail_target(w, j, &other) == target;
+    }
+    if (tq_sync_or(later) || target < 0) {
+        return;
+    }
+    const int  n_row  = (int) (w.tail.n_recent + w.tail.n_first), stream = target / n_row, row = target % n_row;
+    uint16_t * to     = (uint16_t *) (void *) ((uint8_t *) w.tail.data + stream * (int64_t) w.tail.stride_stream +
+                                           row * (int64_t) w.tail.stride_row);
+    TQ_NO_UNROLL
+    for (int first = 0; first < n_blocks; first += TQ_TAIL_THREADS / TQ_TEAM) {
+        const int      b = first + tq_thread() / TQ_TEAM < n_blocks ? first + tq_thread() / TQ_TEAM : n_blocks - 1;
+        const tq_place p = { b * TQ_BLOCK, i, 0, 0 };
+        float          v[TQ_VALUES];
+        TQ_UNROLL
+        for (int m = 0; m < TQ_VALUES; ++m) {
+            v[m] = tq_load_value(w.src.type, tq_address(w.src, 1, p) + (l + TQ_TEAM * m) * (int64_t) w.src.nb[0]);
+        }
+        tq_store_tail(w.signs_first, v, l, first + tq_thread() / TQ_TEAM < n_blocks, to + b * TQ_BLOCK);
+    }
+    if (tq_thread() == 0) {
+        int32_t * owner = (int32_t *) (void *) ((uint8_t *) w.tail.owner + stream * (int64_t) w.tail.owner_stride_stream);
+        owner[row]      = cell % (int) w.tail.n_cells + 1;
+    }
+}
+
+struct tq_tail_reads {
+    tq_attn_tail tail;
+    tq_cuda_view dst;
+    int          signs_first;
+};
+
+/* A block of threads per row of a stream's tail. */
+TQ_D void tq_decode_tail(const tq_tail_reads & r) {
+    const int       row = tq_block_x(), stream = tq_block_y(), l = tq_thread() % TQ_TEAM;
+    const int32_t * owner = (const int32_t *) (const void *) ((const uint8_t *) r.tail.owner + stream * (int64_t) r.tail.owner_stride_stream);
+    const int       token = owner[row] - 1, per_head = (int) (r.dst.ne[0] / TQ_BLOCK), n_blocks = per_head * (int) r.dst.ne[1];
+    if (token < 0 || token >= r.dst.ne[2] || tq_tail_row_of(r.tail.n_recent, r.tail.n_first, token) != row) {
+        return;
+    }
+    TQ_NO_UNROLL
+    for (int first = 0; first < n_blocks; first += TQ_TAIL_THREADS / TQ_TEAM) {
+        const bool      store = first + tq_thread() / TQ_TEAM < n_blocks;
+        const int       b = store ? first + tq_thread() / TQ_TEAM : n_blocks - 1, head = b / per_head;
+        const tq_place  p = { b % per_head * TQ_BLOCK, head, token, stream };
+        const uint8_t * from = (const uint8_t *) r.tail.data + stream * (int64_t) r.tail.stride_stream + row * (int64_t) r.tail.stride_row +
+                               head * (int64_t) r.tail.stride_head + 2 * p.i0;
+        float           v[TQ_VALUES];
+        TQ_UNROLL
+        for (int m = 0; m < TQ_VALUES; ++m) {
+            v[m] = tq_f16_to_f32(((const uint16_t *) (const void *) from)[l + TQ_TEAM * m]);
+        }
+        tq_inverse_transform(r.signs_first, v, l);
+        TQ_UNROLL
+        for (int m = 0; m < TQ_VALUES; ++m) {
+            if (store) {
+                tq_store_value(r.dst.type, v[m], tq_address(r.dst, 1, p) + (l + TQ_TEAM * m) * (int64_t) r.dst.nb[0]);
+            }
+        }
+    }
+}
+
+/* ---- Transform ---- */
+
 struct tq_vectors {
     const float * x;
     float *       y;

@@ -4,7 +4,9 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+#  include <atomic>
+#else
 #  include <map>
 #  include <mutex>
 #  include <sys/mman.h>
@@ -41,6 +43,28 @@ extern "C" int tq_cuda_emulated(void) {
 
 static __global__ void tq_probe_kernel() {}
 
+extern "C" int tq_cuda_device_ready(void) {
+    enum { KNOWN = 64 };
+    static std::atomic<bool> ready[KNOWN];
+    cudaFuncAttributes       attributes;
+    cudaDeviceProp           prop;
+    int                      device = 0;
+    int                      status = tqi_cuda_check(cudaGetDevice(&device), "asking for the current CUDA device");
+    if (status != TQ_OK || (device < KNOWN && ready[device].load(std::memory_order_relaxed))) {
+        return status;
+    }
+    if (cudaFuncGetAttributes(&attributes, tq_probe_kernel) != cudaSuccess) {
+        (void) cudaGetLastError();
+        status = tqi_cuda_check(cudaGetDeviceProperties(&prop, device), "reading the CUDA device's properties");
+        return status != TQ_OK ? status
+                               : tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, prop.name, prop.major, prop.minor, prop.major, prop.minor);
+    }
+    if (device < KNOWN) {
+        ready[device].store(true, std::memory_order_relaxed);
+    }
+    return TQ_OK;
+}
+
 extern "C" int tq_cuda_device_count(void) {
     int       n      = 0;
     const int status = tqi_cuda_check(cudaGetDeviceCount(&n), "looking for CUDA devices");
@@ -48,9 +72,8 @@ extern "C" int tq_cuda_device_count(void) {
 }
 
 extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
-    cudaDeviceProp     prop;
-    cudaFuncAttributes attributes;
-    const int          n = tq_cuda_device_count();
+    cudaDeviceProp prop;
+    const int      n = tq_cuda_device_count();
     if (n < 0) {
         return n;
     }
@@ -61,12 +84,11 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
     if (status == TQ_OK) {
         status = tqi_cuda_check(cudaGetDeviceProperties(&prop, i), "reading the CUDA device's properties");
     }
+    if (status == TQ_OK) {
+        status = tq_cuda_device_ready();
+    }
     if (status != TQ_OK) {
         return status;
-    }
-    if (cudaFuncGetAttributes(&attributes, tq_probe_kernel) != cudaSuccess) {
-        (void) cudaGetLastError();
-        return tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, prop.name, prop.major, prop.minor, prop.major, prop.minor);
     }
     if (device != NULL) {
         memset(device, 0, sizeof *device);
@@ -106,6 +128,10 @@ extern "C" int tq_cuda_emulated(void) {
 }
 
 /* Environment variables for tests: a driver's refusal in its words, a device that nothing was compiled for, bytes of memory. */
+extern "C" int tq_cuda_device_ready(void) {
+    return getenv("TQ_HOST_NO_CODE") != NULL ? tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, "emulated", 9, 0, 9, 0) : TQ_OK;
+}
+
 extern "C" int tq_cuda_device_count(void) {
     const char * refusal = getenv("TQ_HOST_NO_DRIVER");
     return refusal != NULL ? tqi_cuda_fail(TQ_E_UNSUPPORTED, "looking for CUDA devices: %s", refusal) : 1;
@@ -119,8 +145,8 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
     if (i != 0) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there is 1", i);
     }
-    if (getenv("TQ_HOST_NO_CODE") != NULL) {
-        return tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, "emulated", 9, 0, 9, 0);
+    if (tq_cuda_device_ready() != TQ_OK) {
+        return TQ_E_UNSUPPORTED;
     }
     if (device != NULL) {
         memset(device, 0, sizeof *device);

@@ -1,7 +1,7 @@
-/* simt_host.h: simt.cuh for a host compiler: runs a kernel's threads as fibres, one block after the other, so that the tests
- * execute the kernels' source on any machine. Every thread runs until it needs what another one has not done yet. Barriers
- * that not all threads reach, and exchanges that not all lanes of a warp reach, end the process with a message: on a GPU they
- * would be undefined. Shared memory is filled with NaN first. Not for use outside tests, and not thread-safe. */
+/* simt_host.h: simt.cuh for a host compiler: runs a kernel's threads as fibres, one block after the other, last first, so that
+ * the tests execute the kernels' source on any machine. Every thread runs until it needs what another one has not done yet.
+ * Barriers that not all threads reach, and exchanges that not all lanes of a warp reach, end the process with a message: on a GPU
+ * they would be undefined. Shared memory is filled with NaN first. Not for use outside tests, and not thread-safe. */
 #ifndef TQ_SIMT_HOST_H
 #define TQ_SIMT_HOST_H
 
@@ -147,7 +147,7 @@ inline void tq_host_run(unsigned nx, unsigned ny, unsigned nz, int n_threads, si
     tq_host.kernel = kernel;
     for (tq_host.z = 0; tq_host.z < (int) nz; ++tq_host.z) {
         for (tq_host.y = 0; tq_host.y < (int) ny; ++tq_host.y) {
-            for (tq_host.x = 0; tq_host.x < (int) nx; ++tq_host.x) {
+            for (tq_host.x = (int) nx - 1; tq_host.x >= 0; --tq_host.x) { /* last first: what only their order would decide shows */
                 memset(tq_host.shared, 0xff, shared);
                 tq_host_run_block(n_threads);
             }

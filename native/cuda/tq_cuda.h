@@ -65,6 +65,9 @@ TQ_CUDA_API int tq_cuda_device_swap(int i);
 /* The device whose memory data points into, or TQ_E_ARGUMENT. */
 TQ_CUDA_API int tq_cuda_device_of(const void * data);
 
+/* TQ_OK if the current device can run the kernels of this build. */
+TQ_CUDA_API int tq_cuda_device_ready(void);
+
 /* Device memory for callers without a runtime of their own. kind: 1 host to device, 2 device to host, 3 device to device;
  * copies wait for the stream unless kind is 3. */
 TQ_CUDA_API int tq_cuda_alloc(size_t bytes, void ** data);
@@ -157,13 +160,35 @@ TQ_CUDA_API int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * r
                                void * stream);
 /* dst <- src: f32, f16 or bf16 both, equal ne. */
 TQ_CUDA_API int tq_cuda_convert(const tq_cuda_view * src, const tq_cuda_view * dst, void * stream);
+/* The rows of a precise tail (tq_attn_tail in tqgguf.h) as they are written: all KV heads of a token are one row. */
+typedef struct tq_cuda_tail {
+    uint16_t * data;
+    int32_t *  owner;
+    int64_t    n_recent;
+    int64_t    n_first;
+    int64_t    n_cells;  /* tokens that a stream has room for */
+    int64_t    n_stream;
+    size_t     stride_row;
+    size_t     stride_stream;
+    size_t     owner_stride_stream;
+} tq_cuda_tail;
+
+/* What SET_ROWS writes into a tail beside the blocks. Row i of src, f32, f16 or bf16, (n_values, n_rows), is token
+ * rows[i] % n_cells of stream rows[i] / n_cells. Of several that share a row of the tail the last one stays, as if they were
+ * written in their order; numbers out of range write nothing. The bytes equal tq_tail_encode's. */
+TQ_CUDA_API int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_index * rows, int mode, const tq_cuda_tail * tail,
+                                    void * stream);
+/* Where a token owns a row of x's tail, dst gets the values it stands for. dst: f32, f16 or bf16, (head_dim, n_head, n_tokens,
+ * n_stream); everything else in it stays. */
+TQ_CUDA_API int tq_cuda_tail_decode(const tq_attn_operand * x, const tq_cuda_view * dst, void * stream);
 /* y <- the block transform of x, or its inverse, in the sign order of mode; f32, n a multiple of 32; x may be y. */
 TQ_CUDA_API int tq_cuda_transform(const float * x, int64_t n, int mode, int inverse, float * y, void * stream);
 
 /* ---- Attention ---- */
 
 /* tq_attn as in tqgguf.h, with device pointers. K and V are of our types, or one of them f16; decoder is NULL. Both head
- * sizes are multiples of 32, DV at most 512. Made for few query rows: n_q * n_head / n_head_kv up to 16 vectors per KV head
+ * sizes are multiples of 32, DV at most 512. Tails of K and V have the same numbers of rows; there is one if
+ * n_recent is not 0. Made for few query rows: n_q * n_head / n_head_kv up to 16 vectors per KV head
  * decode each block once, more of them every 16 once again.
  * Relative L2 error of the output against exact arithmetic on the decoded values, for normal q, K, V: 2e-3 at most. */
 
@@ -172,7 +197,7 @@ TQ_CUDA_API int    tq_cuda_attn_supported(const tq_attn * args);
 /* Bytes of device scratch, 0 if none is needed; (size_t) -1 and a message if the arguments are not usable. The same for the
  * same shapes on the same device. */
 TQ_CUDA_API size_t tq_cuda_attn_work_bytes(const tq_attn * args);
-/* One or two launches. work: 16-byte aligned. Safe to capture in a graph. */
+/* One to three launches. work: 16-byte aligned. Safe to capture in a graph. */
 TQ_CUDA_API int    tq_cuda_attn(const tq_attn * args, void * work, void * stream);
 
 /* cffi: end */

@@ -53,6 +53,28 @@ class Device(ctypes.Structure):
     ]
 
 
+class AttnTail(ctypes.Structure):
+    """tq_attn_tail of tqgguf.h."""
+
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("owner", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("n_recent", "n_first")),
+        *((name, ctypes.c_size_t) for name in ("stride_row", "stride_head", "stride_stream", "owner_stride_stream")),
+    ]
+
+
+class Tail(ctypes.Structure):
+    """tq_cuda_tail."""
+
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("owner", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("n_recent", "n_first", "n_cells", "n_stream")),
+        *((name, ctypes.c_size_t) for name in ("stride_row", "stride_stream", "owner_stride_stream")),
+    ]
+
+
 class Operand(ctypes.Structure):
     _fields_: ClassVar = [
         ("data", ctypes.c_void_p),
@@ -61,6 +83,7 @@ class Operand(ctypes.Structure):
         ("decoder", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("head_dim", "n_head", "n_stream")),
         *((name, ctypes.c_size_t) for name in ("stride_token", "stride_head", "stride_stream")),
+        ("tail", AttnTail),
     ]
 
 
@@ -109,7 +132,7 @@ class Memory:
 class CudaLibrary:
     """tq_cuda.h by ctypes."""
 
-    View, Index, Operand, Attention = View, Index, Operand, Attention
+    View, Index, Operand, Attention, Tail = View, Index, Operand, Attention, Tail
 
     def __init__(self, path: Path) -> None:
         self.lib = ctypes.CDLL(str(path))

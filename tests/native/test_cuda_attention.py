@@ -26,7 +26,7 @@ PADDING = 0xEE
 class Case:
     """One call. Shapes follow tqgguf.h; n_kv_stream divides n_stream. offset: bytes that K and V are off;
     gap: bytes between tokens. Poison: where NaN (q) or infinities (k, v: their last token, as it is stored) are put
-    after the oracle has been asked; sinks: all are -infinity."""
+    after the oracle has been asked; sinks: all are -infinity. tail, first: rows of the precise tail."""
 
     k_type: str = "pqo3"
     v_type: str = "pqo3"
@@ -52,6 +52,8 @@ class Case:
     v_scale: float = 1.0
     mode: str = "search"
     poison: str = ""
+    tail: int = 0
+    first: int = 0
     seed: int = 0
 
 
@@ -83,6 +85,25 @@ def make_mask(case: Case, rng: np.random.Generator) -> npt.NDArray[np.float16]:
     return mask
 
 
+def add_tail(
+    rng: Any, x: npt.NDArray[np.float32], values: npt.NDArray[np.float32], case: Case
+) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int32]]:
+    """Rows and owners of tokens x (n_stream, n_kv, n_head, head_dim), some disowned; values get what rows hold."""
+    n_stream, n_kv, *shape = x.shape
+    rows = np.full((n_stream, case.tail + case.first, *shape), np.nan, dtype=np.float16)
+    owner = np.zeros(rows.shape[:2], dtype=np.int32)
+    for s in range(n_stream):
+        written = rng.permutation(n_kv) if rng.random() < 0.5 else np.arange(n_kv)
+        for t in written:
+            row = case.tail + t if t < case.first else t % case.tail
+            rows[s, row] = reference.encode_tail(x[s, t], case.mode)
+            owner[s, row] = t + 1
+        owner[s, rng.random(owner.shape[1]) < 0.2] = 0
+        for row in np.flatnonzero(owner[s]):
+            values[s, owner[s, row] - 1] = reference.decode_tail(rows[s, row], case.mode)
+    return rows, owner
+
+
 def compute(cuda: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The library's output and the oracle's, both (n_stream, n_q, n_head, head_dim_v)."""
     rng = np.random.default_rng(case.seed)
@@ -95,8 +116,14 @@ def compute(cuda: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray
     q[..., 0] *= 1 + 5 * case.spread
     sizes = np.exp(case.spread * normal(n_kv_stream, case.n_kv, 1, 1)) * np.float32(case.v_scale)
     shape = (n_kv_stream, case.n_kv, case.n_head_kv)
-    k_bytes, k = store(normal(*shape, case.head_dim_k), case.k_type, case.mode)
-    v_bytes, v = store(sizes * normal(*shape, case.head_dim_v), case.v_type, case.mode)
+    k_exact, v_exact = normal(*shape, case.head_dim_k), sizes * normal(*shape, case.head_dim_v)
+    k_bytes, k = store(k_exact, case.k_type, case.mode)
+    v_bytes, v = store(v_exact, case.v_type, case.mode)
+    tails = {
+        name: add_tail(rng, exact, values, case)
+        for name, exact, values, type in (("k", k_exact, k, case.k_type), ("v", v_exact, v, case.v_type))
+        if case.tail and CACHE_TYPES[type].ours
+    }
     sinks, mask = normal(case.n_head), make_mask(case, rng)
     for name, data, type in (("k", k_bytes, case.k_type), ("v", v_bytes, case.v_type)):
         if case.poison == name:  # f16: every value, otherwise the scale of the first block
@@ -129,6 +156,12 @@ def compute(cuda: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray
             stored[..., : case.n_head_kv * n_bytes] = data.reshape(n_kv_stream, case.n_kv, case.n_head_kv * n_bytes)
             target.stride_stream, target.stride_token, target.stride_head = *stored.strides[:2], n_bytes
         target.data = cuda.put(stored, case.offset).pointer
+    for name, (rows, owner) in tails.items():
+        tail = getattr(args, name).tail
+        tail.data, tail.owner = cuda.put(rows).pointer, cuda.put(owner).pointer
+        tail.n_recent, tail.n_first = case.tail, case.first
+        tail.stride_stream, tail.stride_row, tail.stride_head = rows.strides[:3]
+        tail.owner_stride_stream = owner.strides[0]
     args.n_q, args.n_kv = case.n_q, case.n_kv
     if case.mask != "none":
         args.mask = cuda.put(mask).pointer
@@ -276,6 +309,38 @@ def test_magnitudes(cuda: Any, q_scale: float, v_scale: float) -> None:
         check_case(cuda, case, 0.1 if q_scale > 100 else TOLERANCE)
 
 
+@pytest.mark.parametrize(("k_type", "v_type"), PAIRS)
+def test_a_precise_tail(cuda: Any, k_type: str, v_type: str) -> None:
+    check_case(cuda, Case(k_type, v_type, 128, 128, n_kv=150, tail=40, first=4, mask="holes"))
+    check_case(cuda, Case(k_type, v_type, 96, 160, n_kv=70, n_q=5, tail=7, mask="causal", sinks=True))
+
+
+@pytest.mark.parametrize("tail", [1, 2, 31, 64, 129, 300])
+def test_tails_of_any_length(cuda: Any, tail: int) -> None:
+    """Shorter and longer than the cache, a tile, and a block's rows; some tokens own a row of K alone, or of V."""
+    for n_kv, first, n_q in ((1, 4, 1), (65, 0, 3), (200, 4, 1), (200, 33, 9)):
+        case = Case(
+            n_kv=n_kv, tail=tail, first=first, n_q=n_q, n_head=6, n_stream=2, mask="values", max_bias=8.0, seed=n_kv
+        )
+        check_case(cuda, case)
+    check_case(cuda, Case("pqt4", "pqo3", n_kv=130, tail=tail, first=2, softcap=2.5, n_stream=4, n_kv_stream=2))
+
+
+def test_a_tail_of_hidden_tokens_alone(cuda: Any) -> None:
+    case = Case(n_kv=90, tail=8, first=4, n_q=3, mask="window")
+    check_case(cuda, case)
+    got, _ = compute(cuda, Case(mask="all", n_q=9, n_kv=40, tail=64))
+    assert not got[:, :5].any()
+    assert np.isfinite(got).all()
+    got, _ = compute(cuda, Case(poison="q", n_kv=50, tail=64))
+    assert np.isnan(got).all()
+
+
+@pytest.mark.parametrize(("type", "mode"), [codec for codec in reference.CODECS if codec[1] != "search"])
+def test_a_tail_of_other_transforms(cuda: Any, type: str, mode: str) -> None:
+    check_case(cuda, Case(type, type, 128, 128, mode=mode, tail=50, first=1))
+
+
 def test_unequal_tokens(cuda: Any) -> None:
     for type in reference.TYPES:
         check_case(cuda, Case(type, type, 128, 128, n_kv=600, spread=1.5, sinks=True))
@@ -348,12 +413,16 @@ def usable(cuda: Any) -> Any:
         ("k.stride_token", 27, -1, "even"),
         ("n_kv", -1, -1, "n_kv = -1"),
         ("out_stride_head", 6, -1, "multiples of four"),
+        ("k.tail.data", 2, -1, "a tail of 0 and 0 rows"),
     ],
 )
 def test_what_is_refused_is_named(cuda: Any, field: str, value: int, status: int, text: str) -> None:
     args = usable(cuda)
     *path, name = field.split(".")
-    setattr(getattr(args, path[0]) if path else args, name, value)
+    target = args
+    for part in path:
+        target = getattr(target, part)
+    setattr(target, name, value)
     if field == "k.head_dim":
         args.q.head_dim = value
     assert cuda.lib.tq_cuda_attn_supported(ctypes.byref(args)) == status

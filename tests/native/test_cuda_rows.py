@@ -210,6 +210,56 @@ def test_copies_between_shapes(cuda: Any, type: str) -> None:
 
 
 @pytest.mark.parametrize("mode", reference.MODES)
+@pytest.mark.parametrize("number", [np.int32, np.int64])
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_tails(cuda: Any, mode: str, number: Any) -> None:
+    """Of the tokens that share a row the last one stays, whatever order the kernels run in."""
+    rng = np.random.default_rng(7)
+    n_recent, n_first, n_cells, n_stream, n = 5, 2, 40, 2, 60
+    x = any_blocks(4 * n, seed=8).reshape(n, 128)
+    cells = rng.integers(-3, n_cells * n_stream + 3, n)  # some out of range
+    rows = np.full((n_stream, n_recent + n_first, 128), 0x7777, np.uint16)
+    owner = rng.integers(0, 2, rows.shape[:2]).astype(np.int32)
+    want, want_owner = rows.copy(), owner.copy()
+    for i, cell in enumerate(cells):
+        if 0 <= cell < n_cells * n_stream:
+            stream, token = divmod(int(cell), n_cells)
+            row = n_recent + token if token < n_first else token % n_recent
+            want[stream, row] = reference.encode_tail(x[i], mode).view(np.uint16)
+            want_owner[stream, row] = token + 1
+    data, owners = cuda.put(rows), cuda.put(owner)
+    tail = cuda.Tail(
+        data.pointer, owners.pointer, n_recent, n_first, n_cells, n_stream, *rows.strides[1::-1], owner.strides[0]
+    )
+    index = rows_of(cuda, cells.astype(number))
+    source = Tensor(cuda, x, "f32")
+    number_of_mode = reference.MODES.index(mode)
+    cuda.check(
+        cuda.lib.tq_cuda_tail_encode(
+            ctypes.byref(source.view), ctypes.byref(index), number_of_mode, ctypes.byref(tail), None
+        )
+    )
+    np.testing.assert_array_equal(data.read(), want)
+    np.testing.assert_array_equal(owners.read(), want_owner)
+
+    # and back, as two heads of 64, into the first 30 tokens
+    operand = cuda.Operand(None, CACHE_TYPES["pqo3"].number, number_of_mode, None, 64, 2, n_stream, 0, 0, 0)
+    operand.tail.data, operand.tail.owner = data.pointer, owners.pointer
+    operand.tail.n_recent, operand.tail.n_first, operand.tail.stride_head = n_recent, n_first, 128
+    operand.tail.stride_stream, operand.tail.stride_row = rows.strides[:2]
+    operand.tail.owner_stride_stream = owner.strides[0]
+    values = rng.standard_normal((n_stream, 30, 2, 64)).astype(np.float16)
+    out = Tensor(cuda, values, "f16")
+    cuda.check(cuda.lib.tq_cuda_tail_decode(ctypes.byref(operand), ctypes.byref(out.view), None))
+    for stream, row in np.argwhere(want_owner > 0):
+        token = want_owner[stream, row] - 1
+        at = n_recent + token if token < n_first else token % n_recent
+        if token < 30 and at == row:
+            values[stream, token] = reference.decode_tail(want[stream, row].view(np.float16), mode).reshape(2, 64)
+    np.testing.assert_array_equal(out.read(), values)
+
+
+@pytest.mark.parametrize("mode", reference.MODES)
 def test_transform(cuda: Any, mode: str) -> None:
     x = np.random.default_rng(6).standard_normal((37, 32)).astype(np.float32)
     for inverse, function in ((0, reference.transform), (1, reference.inverse_transform)):

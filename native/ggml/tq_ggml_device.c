@@ -1,0 +1,49 @@
+/* tq_ggml_device.c: see tq_ggml_device.h. */
+#include "tq_ggml_device.h"
+
+#include <stdio.h>
+
+static _Thread_local char message[512];
+
+/* The device that a tensor of ours lies on; NULL if it is of another type, has no memory, or the CPU can reach it. */
+static ggml_backend_dev_t device_of(const struct ggml_tensor * t) {
+    if (!tq_ggml_is_ours(t->type) || !t->buffer || ggml_backend_buffer_is_host(t->buffer)) {
+        return NULL;
+    }
+    return ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
+}
+
+static bool is_view(const struct ggml_tensor * node) {
+    return node->op == GGML_OP_NONE || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_PERMUTE
+        || node->op == GGML_OP_TRANSPOSE;
+}
+
+/* What the device's backend says of the node it has just refused. */
+static const char * reason_of(ggml_backend_dev_t dev, const struct ggml_tensor * node) {
+    const char * (*reason)(void) = NULL;
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
+    if (node->op == GGML_OP_MUL_MAT) {
+        return "K and V of this type are read by flash attention only";
+    }
+    if (reg) {
+        *(void **) &reason = ggml_backend_reg_get_proc_address(reg, "tq_ggml_reason");
+    }
+    return reason ? reason() : "its backend has no kernel for this type";
+}
+
+const char * tq_ggml_graph_obstacle(struct ggml_cgraph * graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+        const struct ggml_tensor * node = ggml_graph_node(graph, i);
+        for (int j = 0; j < GGML_MAX_SRC && !is_view(node); j++) {
+            const struct ggml_tensor * t   = node->src[j] && node->src[j]->view_src ? node->src[j]->view_src : node->src[j];
+            ggml_backend_dev_t         dev = t ? device_of(t) : NULL;
+            if (dev && !ggml_backend_dev_supports_op(dev, node)) {
+                snprintf(message, sizeof(message), "%s cannot do %s with %s, which is of type %s: %s; keep the KV cache on the CPU "
+                         "(offload_kqv = False, --no-kv-offload) or choose other types", ggml_backend_dev_name(dev), ggml_op_desc(node),
+                         ggml_get_name(t), ggml_type_name(t->type), reason_of(dev, node));
+                return message;
+            }
+        }
+    }
+    return NULL;
+}
