@@ -148,6 +148,14 @@ def test_a_shorter_context_needs_less() -> None:
     assert short.recommended and short.recommended.cache == "f16" and short.recommended.n_ctx == 256
 
 
+def test_a_context_longer_than_the_model_was_trained_for_is_had_if_asked_for() -> None:
+    row = fit(demo.MODEL_PATH, 2**30, n_ctx=5000, caches=["pqo3"]).recommended
+    assert row and row.n_ctx == 5000 and row.plan
+    llama = tqgguf.Llama(demo.MODEL_PATH, cache="pqo3", n_ctx=5000, n_threads=1, verbose=False)
+    assert llama.cache_info().bytes == row.plan.cache
+    llama.close()
+
+
 def test_layers_go_to_video_memory_until_it_is_full(architecture: Model) -> None:
     path = architecture("llama")
     (without,) = fit(path, 2**30, caches=["f16"]).rows
@@ -159,6 +167,12 @@ def test_layers_go_to_video_memory_until_it_is_full(architecture: Model) -> None
         assert row.memory == without.memory - (row.vram - row.plan.compute if row.vram else 0)
         before = row.n_gpu_layers
     assert before == 5  # four layers and the output
+    tied = architecture("gemma2")
+    (inside,), (beside,) = (fit(tied, 2**30, vram=vram, caches=["f16"]).rows for vram in (0, 2**30))
+    assert inside.plan and beside.n_gpu_layers == 5
+    # All but the embedding has moved, and the embedding is there twice.
+    assert beside.memory == inside.plan.compute + 260 * 128 * 4
+    assert beside.vram == inside.memory
 
 
 def test_a_model_that_cannot_have_a_type(random_model: Model, architecture: Model) -> None:

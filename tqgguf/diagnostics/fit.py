@@ -95,7 +95,7 @@ def fit(
 ) -> Fit:
     """Finds the longest context that fits for each cache, as `tqgguf.Llama` would set it up.
 
-    A context is never longer than the model was trained for, or than n_ctx. The program itself (some 100 MB) is not
+    A context is never longer than wanted. The program itself (50 to 100 MB) is not
     counted, nor are copies that llama.cpp makes of weights it rearranges for a CPU while the file stays mapped.
 
     Args:
@@ -135,7 +135,7 @@ def fit(
             )
         trained = min(info.n_ctx_train * n_seq, 2**31 - CELL_PADDING)
         wanted = trained if n_ctx is None else n_ctx
-        fitter = _Fitter(model, setup, memory, vram, min(wanted, trained))
+        fitter = _Fitter(model, setup, memory, vram, wanted)
         rows = tuple(fitter.row(cache) for cache in caches)
         recommended, reason = _recommend(rows, wanted)
         return Fit(info, model.weights, memory, vram, wanted, setup, rows, recommended, reason)
@@ -147,7 +147,7 @@ def _recommend(rows: Sequence[FitRow], wanted: int) -> tuple[FitRow | None, str]
         return None, "no cache fits, not even with the shortest context"
     for row in usable:
         if row.n_ctx >= wanted:
-            return row, f"the first in order of precision with which {wanted:,} tokens fit"
+            return row, f"the first in this order with which {wanted:,} tokens fit"
     return max(usable, key=lambda row: row.n_ctx), f"{wanted:,} tokens fit with none; this one has the longest context"
 
 
@@ -165,7 +165,7 @@ class _Fitter:
     def __init__(self, model: PlannedModel, setup: Setup, memory: int, vram: int, most: int) -> None:
         self.model, self.info, self.setup = model, model.info, setup
         self.memory, self.vram, self.most = memory, vram, most
-        self.layers = _layer_weights(model.info, model.weights) if vram else []
+        self.layers, self.copied = _layer_weights(model.info, model.weights) if vram else ([], 0)
 
     def row(self, cache: PolicySpec) -> FitRow:
         policy = resolve(cache, self.info.n_layer)
@@ -198,7 +198,9 @@ class _Fitter:
             if plan.compute + moved + self.layers[index] + caches[index] > self.vram:
                 break
             moved, count = moved + self.layers[index] + caches[index], count + 1
-        return _Place(plan, count, everything - moved, plan.compute + moved if count else 0)
+        if not count:
+            return _Place(plan, 0, everything, 0)
+        return _Place(plan, count, everything - moved + self.copied, plan.compute + moved)
 
 
 def _longest(most: int, at_least: Callable[[int], int], over: Callable[[int], int]) -> int:
@@ -234,18 +236,24 @@ def _longest(most: int, at_least: Callable[[int], int], over: Callable[[int], in
 # ---- Video memory ----
 
 
-def _layer_weights(info: ModelInfo, total: int) -> list[int]:
-    """Bytes of weights by layer, and last those of the output; the embedding of tokens stays in main memory."""
+def _layer_weights(info: ModelInfo, total: int) -> tuple[list[int], int]:
+    """Bytes of weights by layer, and last those of the output; then what of the output stays in main memory as well.
+
+    The embedding of tokens stays there, and where the output is the embedding, video memory gets a copy.
+    """
     header = read_header(info.path)
     if sum(header.tensor_bytes) < 0.9 * total:
         raise TqggufError(f"{info.path.name} is split over several files, or of types unknown here: leave --vram out")
     sizes = [0] * (info.n_layer + 1)
-    tied = "output.weight" not in header.tensors
+    copied = 0
     for name, size in zip(header.tensors, header.tensor_bytes, strict=True):
         kind, _, rest = name.partition(".")
         number = rest.partition(".")[0]
         if kind == "blk" and number.isdecimal() and int(number) < info.n_layer:
             sizes[int(number)] += size
-        elif name.startswith("output") or (tied and name == "token_embd.weight"):
+        elif name.startswith("output"):
             sizes[-1] += size
-    return sizes
+        elif name == "token_embd.weight" and "output.weight" not in header.tensors:
+            copied = size
+    sizes[-1] += copied
+    return sizes, copied
