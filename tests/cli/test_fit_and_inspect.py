@@ -190,3 +190,21 @@ def test_doctor_finds_libraries_of_others(tqgguf: Command, tmp_path: Path) -> No
     data = json.loads(tqgguf("doctor", "--json", env={"LLAMA_CPP_LIB_PATH": str(tmp_path)}).stdout)
     wrong = {check["name"]: check["detail"] for check in data["checks"] if not check["ok"]}
     assert not data["ok"] and str(tmp_path) in wrong["llama_cpp"] and "not loaded" in wrong["libllama"]
+
+
+def test_doctor_finds_a_cuda_library_that_cannot_be_used(tqgguf: Command, tmp_path: Path) -> None:
+    library = tmp_path / "libtqgguf_cuda.so"
+    library.write_bytes(b"no library")
+    data = json.loads(tqgguf("doctor", "--json", env={"TQGGUF_CUDA_LIB": str(library)}).stdout)
+    (wrong,) = (check for check in data["checks"] if not check["ok"])
+    assert not data["ok"] and wrong["name"] == "cuda" and str(library) in wrong["detail"]
+
+
+def test_doctor_finds_stock_libraries(python: Callable[..., Any], tmp_path: Path) -> None:
+    code = """
+from tqgguf.diagnostics import installation
+installation._MARKS["llama"] = b"no library has this\\0"
+print([check.detail for check in installation.installation().checks if not check.ok])
+"""
+    done = python("-c", code)
+    assert "without the patches of tqgguf: reinstall" in done.stdout, done.stderr

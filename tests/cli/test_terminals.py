@@ -62,6 +62,14 @@ def test_a_model_whose_name_the_terminal_cannot_write(python: Callable[..., Any]
     assert done.returncode == 1 and "alone take" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_name_the_terminal_cannot_write(python: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(demo.MODEL_PATH.read_bytes().replace(b"tqgguf demo", "dèmô modl".encode(), 1))
+    for args in (["fit", str(path), "--memory", "1G"], ["inspect", str(path)], ["doctor", str(path)]):
+        done = python("-m", "tqgguf", *args, env=POOR)
+        assert done.returncode == 0 and "d?m? modl" in done.stdout, done.stderr
+
+
 NATIVE = """
 import sys
 import numpy as np

@@ -102,6 +102,15 @@ def test_offsets_and_outliers_are_found(random_model: Model) -> None:
     assert not any(head.outliers for head in v.heads)
 
 
+def test_outliers_behind_a_rotation_are_found_where_they_are(random_model: Model) -> None:
+    path = random_model(arch="qwen2", head_dim=64, n_head=1, n_head_kv=1, key_bias=200.0, seed=1)
+    found = {}
+    for cache in ("f16", "q8_0", "pqo4"):
+        with read(path, cache, tail=0) as model:
+            found[cache] = [head.outliers for tensor in inspect_cache(model).side("K") for head in tensor.heads]
+    assert any(found["f16"]) and found["q8_0"] == found["pqo4"] == found["f16"]
+
+
 def test_a_sample_is_enough() -> None:
     with read(demo.MODEL_PATH, "pqo3") as model:
         whole, part = inspect_cache(model), inspect_cache(model, sample=100)

@@ -18,6 +18,7 @@ from tqgguf import errors
         ("CacheTypeError", ValueError),
         ("CacheClosedError", ValueError),
         ("ModelFileError", ValueError),
+        ("StateFileError", ValueError),
         ("ModelNotFoundError", FileNotFoundError),
     ],
 )
