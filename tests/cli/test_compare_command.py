@@ -28,12 +28,13 @@ def test_table_and_recall(compare: Command) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("demo.gguf: 1 x 256 tokens, 127 predictions scored against f16")
     rows = [line.split() for line in done.stdout.splitlines() if line.split()]
-    f16, q8_0, pqo3 = (next(row for row in rows if row[0] == name) for name in ("f16", "q8_0", "pqo3"))
+    f16, q8_0, pqo3 = (next(row for row in rows if row[0] == name) for name in ("f16", "q8_0", "pqo3+128"))
     # type, bits, bytes, perplexity, speed: it has no divergence
     assert (f16[1:4], len(f16)) == (["16", "2,048", "524,288"], 6)
-    assert pqo3[1:4] == ["3.5", "448", f"{256 * 448 + 132 * 4 * 2 * 260:,}"] and len(pqo3) == len(q8_0) == 13
+    assert pqo3[2:4] == ["448", f"{256 * 448 + 132 * 4 * 2 * 260:,}"] and len(pqo3) == len(q8_0) == 13
+    assert float(pqo3[1]) == pytest.approx(3.5 + 132 / 256 * (16 + 32 / 128), rel=1e-4)
     assert 0 < float(q8_0[5]) < float(pqo3[5])
-    assert [row[1] for row in rows if row[0] == "16"] == ["f16", "q8_0", "pqo3"]
+    assert [row[1] for row in rows if row[0] == "16"] == ["f16", "q8_0", "pqo3+128"]
     assert next(row for row in rows if row[:2] == ["16", "f16"])[-1] == "50/50"
     assert done.stderr.startswith("tqgguf: note: the demo model was taught to predict answers")
 
@@ -41,13 +42,14 @@ def test_table_and_recall(compare: Command) -> None:
 def test_json(compare: Command, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(demo.recall_prompt(seed, 60).context for seed in range(2)))
-    done = compare(MODEL, "-f", str(text), "--cache", "q8_0,pqo4", "--batch", "64", *QUICK, "--json")
+    done = compare(MODEL, "-f", str(text), "--cache", "q8_0,pqo4", "--batch", "64", "--tail", "64", *QUICK, "--json")
     assert done.stderr == ""
     data = json.loads(done.stdout)
     assert data["recall"] is None
     found = data["comparison"]
     assert (found["n_ctx"], found["n_chunks"], found["n_scored"], found["n_threads"]) == (256, 1, 127, 1)
-    assert [row["type"] for row in found["rows"]] == ["q8_0", "pqo4"]
+    assert [row["type"] for row in found["rows"]] == ["q8_0", "pqo4+64"]
+    assert found["rows"][1]["tail"] == 64
     assert found["rows"][0]["kld"]["max"] == 0 < found["rows"][1]["kld"]["median"] < found["rows"][1]["kld"]["p99"]
 
 
@@ -135,7 +137,7 @@ def test_attention_on_the_models_own_text(compare: Command) -> None:
 def test_pairs_and_policies(compare: Command, tmp_path: Path) -> None:
     CachePolicy(("q8_0", "pqo3", "pqo3", "pqo3"), ("pqo3",) * 4).write(tmp_path / "first.gguf")
     caches = "f16,q8_0/pqo3,pqo3/q8_0,first.gguf,pqo3"
-    done = compare(MODEL, "--cache", caches, *QUICK, "--json")
+    done = compare(MODEL, "--cache", caches, "--tail", "0", *QUICK, "--json")
     assert done.returncode == 0, done.stderr
     rows = {row["type"]: row for row in json.loads(done.stdout)["comparison"]["rows"]}
     assert {name: (row["bits"], row["bytes_per_token"]) for name, row in rows.items()} == {
@@ -151,7 +153,7 @@ def test_pairs_and_policies(compare: Command, tmp_path: Path) -> None:
 
 
 def test_recall_of_a_pair(compare: Command) -> None:
-    done = compare(MODEL, "--cache", "f16,pqo4/pqo3", "--recall", *QUICK, "--json")
+    done = compare(MODEL, "--cache", "f16,pqo4/pqo3", "--tail", "0", "--recall", *QUICK, "--json")
     scores = json.loads(done.stdout)["recall"]["scores"]
     assert {score["type"] for score in scores} == {"f16", "pqo4/pqo3"}
 

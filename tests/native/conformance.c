@@ -109,6 +109,19 @@ static unsigned level_index(int type, const uint8_t * qs, int i) {
     return type == TQ_TYPE_PQT3 ? index : index | ((unsigned) qs[12 + i / 8] >> (i % 8) & 1) << 4;
 }
 
+/* In place, the Hadamard matrix of order 32, not normalised. */
+static void hadamard(double * v) {
+    for (int s = 1; s < TQ_BLOCK; s *= 2) {
+        for (int i = 0; i < TQ_BLOCK; ++i) {
+            if (!(i & s)) {
+                const double a = v[i], b = v[i + s];
+                v[i]     = a + b;
+                v[i + s] = a - b;
+            }
+        }
+    }
+}
+
 static void check_blocks(const char * kernel) {
     const int64_t n = (int64_t) GOLDEN_BLOCKS * TQ_BLOCK;
     float *       x = allocate((size_t) n * sizeof(float));
@@ -143,15 +156,7 @@ static void check_blocks(const char * kernel) {
             for (int i = 0; i < TQ_BLOCK; ++i) {
                 v[i] = d * (double) levels[level_index(type, in + 2, i)] * (mode == TQ_MODE_SEARCH ? 1.0 : (double) signs[i]);
             }
-            for (int s = 1; s < TQ_BLOCK; s *= 2) {
-                for (int i = 0; i < TQ_BLOCK; ++i) {
-                    if (!(i & s)) {
-                        const double p = v[i], q = v[i + s];
-                        v[i]     = p + q;
-                        v[i + s] = p - q;
-                    }
-                }
-            }
+            hadamard(v);
             for (int i = 0; i < TQ_BLOCK; ++i) {
                 size = fmax(size, fabs(v[i]));
             }
@@ -215,15 +220,7 @@ static void inverse_transform(float * x) {
     for (int i = 0; i < TQ_BLOCK; ++i) {
         y[i] = (double) x[i];
     }
-    for (int s = 1; s < TQ_BLOCK; s *= 2) {
-        for (int i = 0; i < TQ_BLOCK; ++i) {
-            if (!(i & s)) {
-                const double a = y[i], b = y[i + s];
-                y[i]     = a + b;
-                y[i + s] = a - b;
-            }
-        }
-    }
+    hadamard(y);
     for (int i = 0; i < TQ_BLOCK; ++i) {
         x[i] = (float) (y[i] / sqrt(32.0) * (double) signs[i]);
     }

@@ -214,6 +214,16 @@ def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArr
     return out.astype(np.float64), np.array(want)
 
 
+def plain_arguments(ffi: Any) -> tuple[Any, Any]:
+    """Arguments that are good until something is changed in them, and the memory they point to."""
+    args = ffi.new("tq_attn *")
+    data = ffi.new("char[]", 1 << 16)
+    for operand, type, n_head in ((args.q, 0, 4), (args.k, 300, 2), (args.v, 300, 2)):
+        operand.data, operand.type, operand.head_dim, operand.n_head, operand.n_stream = data, type, 64, n_head, 1
+    args.n_q, args.n_kv, args.scale, args.out = 1, 10, 1.0, ffi.cast("float *", data)
+    return args, data
+
+
 TYPE_PAIRS = [
     ("pqo3", "pqo3"),
     ("pqo4", "pqo4"),
@@ -339,11 +349,7 @@ def test_rows_of_a_tail_are_the_transform_rounded_to_f16(kernel: str, native: An
 @pytest.mark.parametrize("field", ["owner", "n_recent", "n_first", "type"])
 def test_a_tail_that_cannot_be_is_refused(native: Any, field: str) -> None:
     ffi, lib = native.ffi, native.lib
-    args = ffi.new("tq_attn *")
-    data = ffi.new("char[]", 1 << 16)
-    for operand, type, n_head in ((args.q, 0, 4), (args.k, 300, 2), (args.v, 300, 2)):
-        operand.data, operand.type, operand.head_dim, operand.n_head, operand.n_stream = data, type, 64, n_head, 1
-    args.n_q, args.n_kv, args.scale, args.out = 1, 10, 1.0, ffi.cast("float *", data)
+    args, data = plain_arguments(ffi)
     tail = args.k.tail
     tail.data, tail.owner, tail.n_recent = ffi.cast("uint16_t *", data), ffi.cast("int32_t *", data), 8
     assert lib.tq_attn_work_bytes(args, 1) > 0
@@ -425,11 +431,7 @@ def test_threads_that_really_run_at_once(native: Any, tolerance: float) -> None:
 )
 def test_bad_arguments(native: Any, field: str, value: int) -> None:
     ffi, lib = native.ffi, native.lib
-    args = ffi.new("tq_attn *")
-    data = ffi.new("char[]", 1 << 16)
-    for operand, type, n_head in ((args.q, 0, 4), (args.k, 300, 2), (args.v, 300, 2)):
-        operand.data, operand.type, operand.head_dim, operand.n_head, operand.n_stream = data, type, 64, n_head, 1
-    args.n_q, args.n_kv, args.scale, args.out = 1, 10, 1.0, ffi.cast("float *", data)
+    args, data = plain_arguments(ffi)
     n_threads = 1
     assert lib.tq_attn_work_bytes(args, n_threads) > 0
     if field == "n_head":

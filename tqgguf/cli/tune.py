@@ -192,8 +192,9 @@ def render(tuning: Tuning, output: Path) -> None:
             f"\n{own.kld.mean / tuning.line:.2f} of the mean KLD that single types in all layers give "
             f"at {own.bits:.4g} bits (interpolated where none has so many)"
         )
-    tail = f", read with a tail of {tuning.tail} tokens" if tuning.tail else ""
-    print(f"\nwritten to {output}: {own.bytes_per_token:,} bytes per token{tail}")
+    bits = 16 * own.bytes_per_token / tuning.rows[0].bytes_per_token
+    tail = f"; {own.bits:.4g} with the tail, at {tuning.n_ctx:,} tokens" if own.bits > bits else ""
+    print(f"\nwritten to {output}: {bits:.4g} bits per value, {own.bytes_per_token:,} bytes per token{tail}")
 
 
 def _chunks(first: int, last: int) -> str:
