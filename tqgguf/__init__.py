@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         ModelNotFoundError,
         OutOfMemoryError,
         PolicyError,
+        SessionError,
+        StoppedError,
         TextError,
         TqggufError,
         UnsupportedError,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from .gguf_info import ModelInfo, read_model_info
     from .model import CacheInfo, LayerCacheInfo, Llama
     from .policy import CachePolicy, read_policy
+    from .session import Session, read_session
 
 _HOME = {
     "Llama": "model",
@@ -70,6 +73,10 @@ _HOME = {
     "ModelNotFoundError": "errors",
     "OutOfMemoryError": "errors",
     "PolicyError": "errors",
+    "Session": "session",
+    "SessionError": "errors",
+    "StoppedError": "errors",
+    "read_session": "session",
     "TextError": "errors",
     "TqggufError": "errors",
     "UnsupportedError": "errors",
@@ -97,6 +104,9 @@ __all__ = [
     "PqoCache",
     "Recall",
     "RecallScore",
+    "Session",
+    "SessionError",
+    "StoppedError",
     "TextError",
     "TqggufError",
     "Tuning",
@@ -109,6 +119,7 @@ __all__ = [
     "quantize",
     "read_model_info",
     "read_policy",
+    "read_session",
     "recall",
     "reference",
     "tune",

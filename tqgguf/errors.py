@@ -11,6 +11,8 @@ __all__ = [
     "ModelNotFoundError",
     "OutOfMemoryError",
     "PolicyError",
+    "SessionError",
+    "StoppedError",
     "TextError",
     "TqggufError",
     "UnsupportedError",
@@ -43,6 +45,14 @@ class CacheTypeError(TqggufError, ValueError):
 
 class PolicyError(TqggufError, ValueError):
     """A cache policy is not well formed, is damaged, or cannot be applied to a model."""
+
+
+class SessionError(TqggufError, ValueError):
+    """A session file is damaged or no session, or belongs to another model, cache or version."""
+
+
+class StoppedError(TqggufError, RuntimeError):
+    """A computation was ended by `Llama.stop`."""
 
 
 class CacheClosedError(TqggufError, ValueError):

@@ -10,10 +10,12 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from ._native import import_llama_cpp
 from .config import CACHE_TYPES, CacheType, parse_cache
@@ -23,10 +25,12 @@ from .errors import (
     CacheTypeError,
     ModelNotFoundError,
     OutOfMemoryError,
+    StoppedError,
     TqggufError,
 )
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
+from .session import Session, restore, save
 from .tail import DEFAULT_TAIL, check_tail, kept, tail_bytes, tail_ubatch
 
 __all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
@@ -125,6 +129,8 @@ class Llama(_Stock):  # type: ignore[misc]
             them the first four); 0 turns it off. Saved states do not hold them. A prompt is read in batches of as many
             tokens (n_ubatch, unless given): in longer ones most tokens would not find their neighbours in the tail.
         flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
+        progress: called as progress(title, done, total) while the model is loaded, from 0 to 100, and while a prompt of
+            more than one batch is read, in tokens.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
     Raises:
@@ -136,6 +142,7 @@ class Llama(_Stock):  # type: ignore[misc]
         CacheTypeError: a head size is no multiple of the type's block (the message names layer and value), or llama.cpp
             did not use the types it was given.
         OutOfMemoryError: no memory for the KV buffers.
+        StoppedError: `stop` was called, from `progress` or another thread.
         LibraryError: the native libraries are missing or not those of this package.
         TqggufError: llama.cpp could not load the model; the message carries its own errors.
     """
@@ -147,8 +154,14 @@ class Llama(_Stock):  # type: ignore[misc]
         cache: PolicySpec = "pqo3",
         tail: int = DEFAULT_TAIL,
         flash_attn: bool | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._progress = progress
+        self._stopped = False
+        # llama.cpp asks these two while it loads and computes; they must live as long as it may.
+        self._on_load = llama_cpp.llama_progress_callback(self._loaded)
+        self._asked_to_stop = llama_cpp.ggml_abort_callback(lambda _: self._stopped)
         # The stock destructor closes this stack, also when a check below has raised before the stock constructor ran.
         self._stack = contextlib.ExitStack()
         self._closed = False
@@ -185,7 +198,10 @@ class Llama(_Stock):  # type: ignore[misc]
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
+                if self._stopped:
+                    raise StoppedError(f"loading {self._info.path.name} was stopped") from None
                 raise _load_error(str(error), log, self._info) from error
+        llama_cpp.llama_set_abort_callback(self.ctx, self._asked_to_stop, None)
         self._buffers: list[_KVBuffer] = []
         if not kwargs.get("vocab_only"):
             try:
@@ -203,6 +219,16 @@ class Llama(_Stock):  # type: ignore[misc]
     def has_chat_template(self) -> bool:
         """Whether the model's file brings a chat template."""
         return "tokenizer.chat_template" in self.metadata
+
+    @property
+    def model_params(self) -> Any:
+        """llama.cpp's parameters of the model; the stock constructor makes and fills them."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.progress_callback = self._on_load
+        self._model_params = params
 
     @property
     def cache_policy(self) -> CachePolicy:
@@ -302,6 +328,108 @@ class Llama(_Stock):  # type: ignore[misc]
             layers=tuple(layers),
             exact=self._info.exact,
         )
+
+    # ---- Sessions ----
+
+    def save_session(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Session:
+        """Saves the tokens read so far and their cache, compressed as it is, so that nothing need be read again.
+
+        The file is written whole or not at all: a failure, even the end of the process, leaves a session that was there
+        as it is. It needs a copy of the used part of the cache in memory.
+
+        Args:
+            path: the file; one that exists must be a session. Its folder must be there.
+            extra: something to keep beside it, such as the messages of a chat; what JSON can hold.
+
+        Raises:
+            ArgumentError: `path` cannot be written, or is something else; `extra` is nothing JSON can hold.
+            OSError: it could not be written; no space left on the device, for example.
+            OutOfMemoryError: no memory for the copy.
+            CacheClosedError: the model was closed.
+        """
+        self._refuse_closed()
+        return save(self, path, extra or {})
+
+    def load_session(self, path: str | Path) -> Session:
+        """Takes up a saved session in the place of what the model has read.
+
+        The precise tail is not saved: restored tokens are read from their blocks alone, so that an answer may differ
+        from the one an uninterrupted conversation would have had, as rounding differs.
+
+        Returns:
+            What the file says, with the `extra` that was saved.
+
+        Raises:
+            FileNotFoundError: no such file.
+            SessionError: no session, damaged, of another version, model or cache, or longer than the context. The model
+                is as it was, unless the message says otherwise.
+            OutOfMemoryError: no memory to read it into.
+            CacheClosedError: the model was closed.
+        """
+        self._refuse_closed()
+        return restore(self, path)
+
+    def save_state(self) -> Any:
+        """As the stock method, which the prefix caches call, but without a matrix of logits that nothing has written.
+
+        With a vocabulary of 128,000 that matrix takes 262 MB, many times what the compressed cache does.
+        """
+        self._refuse_closed()
+        if self._logits_all:
+            return super().save_state()
+        size = llama_cpp.llama_state_get_size(self.ctx)
+        state = (ctypes.c_uint8 * size)()
+        if llama_cpp.llama_state_get_data(self.ctx, state, size) != size:
+            raise TqggufError("llama.cpp could not write its state")
+        return llama_cpp.LlamaState(
+            input_ids=self.input_ids.copy(),
+            scores=np.zeros((1, self.n_vocab()), np.float32),  # load_state spreads it over all rows
+            n_tokens=self.n_tokens,
+            llama_state=bytes(state),
+            llama_state_size=size,
+            seed=self._seed,
+        )
+
+    # ---- Computing ----
+
+    def stop(self) -> None:
+        """Ends what the model computes now, within one step of its graph: that raises `StoppedError`.
+
+        May be called from another thread or from a signal handler. What was read before stays in the cache; the next
+        `generate`, and so the next completion, starts as if nothing had happened.
+        """
+        self._stopped = True
+
+    def generate(self, *args: Any, **kwargs: Any) -> Iterator[int]:
+        """As the stock method; ends with `StoppedError` if `stop` is called."""
+        self._stopped = False
+        yield from super().generate(*args, **kwargs)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As the stock method; reports progress where there is more than one batch.
+
+        Raises:
+            StoppedError: `stop` was called.
+        """
+        step = self.context_params.n_ubatch if self._progress else self.n_batch
+        for start in range(0, len(tokens), step):
+            self._refuse_stopped()
+            try:
+                super().eval(tokens[start : start + step])
+            except RuntimeError:
+                self._refuse_stopped()
+                raise
+            if self._progress and len(tokens) > step:
+                self._progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
+
+    def _refuse_stopped(self) -> None:
+        if self._stopped:
+            raise StoppedError("the computation was stopped")
+
+    def _loaded(self, fraction: float, _: Any) -> bool:
+        if self._progress:
+            self._progress("loading the model", round(100 * fraction), 100)
+        return not self._stopped
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
