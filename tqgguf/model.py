@@ -130,7 +130,7 @@ class Llama(_Stock):  # type: ignore[misc]
             tokens (n_ubatch, unless given): in longer ones most tokens would not find their neighbours in the tail.
         flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
         progress: called as progress(title, done, total) while the model is loaded, from 0 to 100, and while a prompt of
-            more than one batch is read, in tokens.
+            more than one batch is read, in tokens. What it raises ends that, and is raised.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
     Raises:
@@ -142,7 +142,6 @@ class Llama(_Stock):  # type: ignore[misc]
         CacheTypeError: a head size is no multiple of the type's block (the message names layer and value), or llama.cpp
             did not use the types it was given.
         OutOfMemoryError: no memory for the KV buffers.
-        StoppedError: `stop` was called, from `progress` or another thread.
         LibraryError: the native libraries are missing or not those of this package.
         TqggufError: llama.cpp could not load the model; the message carries its own errors.
     """
@@ -158,6 +157,7 @@ class Llama(_Stock):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self._progress = progress
+        self._interruption: BaseException | None = None
         self._stopped = False
         # llama.cpp asks these two while it loads and computes; they must live as long as it may.
         self._on_load = llama_cpp.llama_progress_callback(self._loaded)
@@ -198,8 +198,8 @@ class Llama(_Stock):  # type: ignore[misc]
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
-                if self._stopped:
-                    raise StoppedError(f"loading {self._info.path.name} was stopped") from None
+                if self._interruption is not None:
+                    raise self._interruption from None
                 raise _load_error(str(error), log, self._info) from error
         llama_cpp.llama_set_abort_callback(self.ctx, self._asked_to_stop, None)
         self._buffers: list[_KVBuffer] = []
@@ -393,17 +393,16 @@ class Llama(_Stock):  # type: ignore[misc]
     # ---- Computing ----
 
     def stop(self) -> None:
-        """Ends what the model computes now, within one step of its graph: that raises `StoppedError`.
+        """Ends what the model computes now, within one step of its graph, and whatever it is asked to compute after.
 
-        May be called from another thread or from a signal handler. What was read before stays in the cache; the next
-        `generate`, and so the next completion, starts as if nothing had happened.
+        That raises `StoppedError` until `resume` is called. May be called from another thread or a signal handler. The
+        tokens read before stay in the cache.
         """
         self._stopped = True
 
-    def generate(self, *args: Any, **kwargs: Any) -> Iterator[int]:
-        """As the stock method; ends with `StoppedError` if `stop` is called."""
+    def resume(self) -> None:
+        """Takes `stop` back."""
         self._stopped = False
-        yield from super().generate(*args, **kwargs)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """As the stock method; reports progress where there is more than one batch.
@@ -427,9 +426,13 @@ class Llama(_Stock):  # type: ignore[misc]
             raise StoppedError("the computation was stopped")
 
     def _loaded(self, fraction: float, _: Any) -> bool:
-        if self._progress:
-            self._progress("loading the model", round(100 * fraction), 100)
-        return not self._stopped
+        """llama.cpp calls it; an exception would be lost there."""
+        try:
+            if self._progress:
+                self._progress("loading the model", round(100 * fraction), 100)
+        except BaseException as error:
+            self._interruption = error
+        return self._interruption is None
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

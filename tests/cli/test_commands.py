@@ -64,8 +64,8 @@ def test_run_raw_continues_the_text(tqgguf: Command) -> None:
 
 
 def test_chat(tqgguf: Command) -> None:
-    lines = "What is the capital of Spain?\n/stats\n/nonsense\n\n/reset\n/stats\n"
-    lines += "What is the capital of Peru?\n/quit\nnever\n"
+    lines = "What is the capital of Spain?\n/cache\n/nonsense\n\n/clear\n/cache\n"
+    lines += "What is the capital of Peru?\n/exit\nnever\n"
     done = tqgguf("chat", MODEL, "--temp", "0", stdin=lines)
     assert done.returncode == 0, done.stderr
     out = done.stdout.splitlines()
@@ -78,7 +78,7 @@ def test_chat(tqgguf: Command) -> None:
 def test_chat_survives_a_full_context(tqgguf: Command) -> None:
     lines = "word " * 400 + "\nWhat is the capital of Peru?\n"
     done = tqgguf("chat", MODEL, "--temp", "0", "--ctx", "256", stdin=lines)
-    assert done.returncode == 0 and "/reset" in done.stderr
+    assert done.returncode == 0 and "/clear" in done.stderr
     assert "Lima" in done.stdout
 
 

@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (run, chat, inspect, compare, tune, demo, doctor):
         command.add_parser(commands)
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot write becomes a question mark, not an error
+        sys.stdout.reconfigure(errors="replace")
     try:
         status: int = args.call(args)
         if sys.stdout is not None:
