@@ -28,8 +28,9 @@ import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def read_session(path: str | Path) -> Session:
         return _read_header(file, Path(path))
 
 
-def _read_header(file: BinaryIO, path: Path) -> Session:
+def _read_header(file: BufferedReader, path: Path) -> Session:
     head = file.read(_HEAD.size)
     if head[: len(_MAGIC)] != _MAGIC[: len(head)] or not head:
         raise SessionError(f"{path} is not a session of tqgguf")
@@ -161,8 +162,8 @@ def _identity(model: Llama) -> dict[str, Any]:
 
 def _settings(model: Llama) -> dict[str, Any]:
     params = model.context_params
-    names = ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "flash_attn_type", "yarn_orig_ctx")
-    names += ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")
+    names = ["rope_scaling_type", "rope_freq_base", "rope_freq_scale", "flash_attn_type", "yarn_orig_ctx"]
+    names += ["yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"]
     settings: dict[str, Any] = {name: getattr(params, name) for name in names}
     # Models with LongRoPE turn keys otherwise in a context longer than the one they were first trained for.
     first = model.metadata.get(f"{model.model_info.architecture}.rope.scaling.original_context_length")
@@ -190,17 +191,17 @@ def _refuse_other(session: Session, model: Llama, path: Path) -> None:
             )
     if session.k_means != mine["k_means"]:
         raise SessionError(f"{path} was saved with a policy that centres keys otherwise: load the model with that one")
-    for what, theirs, ours in (
+    for what, there, here in (
         ("numbers the cache types", session.type_numbers, mine["type_numbers"]),
         ("was written by codec version", session.codec, mine["codec"]),
         ("holds llama.cpp state version", session.state, mine["state"]),
     ):
-        if theirs != ours:
-            raise SessionError(f"{path} {what} {theirs}, this installation needs {ours}")
+        if there != here:
+            raise SessionError(f"{path} {what} {there}, this installation needs {here}")
     for name in sorted({*session.settings, *mine["settings"]}):
-        theirs, ours = session.settings.get(name), mine["settings"].get(name)
-        if theirs != ours:
-            raise SessionError(f"{path} was saved with {name}={theirs}, this model was loaded with {name}={ours}")
+        then, now = session.settings.get(name), mine["settings"].get(name)
+        if then != now:
+            raise SessionError(f"{path} was saved with {name}={then}, this model was loaded with {name}={now}")
     if session.n_tokens > model.input_ids.size:
         raise SessionError(
             f"{path} holds {session.n_tokens:,} tokens, the context has {model.input_ids.size:,}: "
@@ -315,7 +316,7 @@ def restore(model: Llama, path: str | Path) -> Session:
             body = bytearray(n_bytes)
         except MemoryError:
             raise OutOfMemoryError(f"no memory for the {n_bytes:,} bytes of {path}") from None
-        n_read = file.readinto(body)  # type: ignore[attr-defined]
+        n_read = file.readinto(body)
     if n_read != n_bytes or hashlib.sha256(body).hexdigest() != session.sha256:
         raise SessionError(f"{path} is damaged: the checksum of its contents does not match")
     tokens = np.frombuffer(body, "<i4", session.n_tokens)

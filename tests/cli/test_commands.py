@@ -70,8 +70,9 @@ def test_chat(tqgguf: Command) -> None:
     assert done.returncode == 0, done.stderr
     out = done.stdout.splitlines()
     assert "Madrid" in out[0] and "14/64" in out[1] and "1 answers" in out[2]
-    assert out[4].startswith("0 of 2,048 tokens used, 0 answers")
-    assert "Lima" in out[5] and len(out) == 6
+    assert out[3].startswith("mean scale of K's blocks, layers 0 to 3: ")
+    assert out[5].startswith("0 of 2,048 tokens used, 0 answers")
+    assert "Lima" in out[6] and len(out) == 7
     assert "unknown command /nonsense" in done.stderr and "forgotten" in done.stderr
 
 

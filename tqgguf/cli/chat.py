@@ -50,7 +50,9 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="take up the conversation in this file, if it exists, and save it there after every answer",
     )
-    parser.add_argument("--live", action="store_true", help="show tokens, bytes, speed and K's scales under each answer")
+    parser.add_argument(
+        "--live", action="store_true", help="show tokens, bytes, speed and K's scales under each answer"
+    )
     add_chat_format_option(parser)
     add_model_options(parser)
     parser.set_defaults(call=call)
@@ -223,7 +225,8 @@ class Conversation:
         print(f"{info.cells_used:,} of {info.n_ctx:,} tokens used, {turns} answers{speed}")
         if scales := k_scales(self.model):
             bars = sparkline(tuple(scales.values()), sys.stdout.encoding or "ascii")
-            print(f"mean scale of K's blocks, layers {min(scales)} to {max(scales)}: {bars} up to {max(scales.values()):.3g}")
+            layers = f"layers {min(scales)} to {max(scales)}"
+            print(f"mean scale of K's blocks, {layers}: {bars} up to {max(scales.values()):.3g}")
 
     def save(self, path: Path) -> None:
         """Saves the conversation and its cache."""

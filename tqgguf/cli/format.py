@@ -54,7 +54,7 @@ def cache_line(info: CacheInfo) -> str:
 
 
 def sparkline(values: Sequence[float], encoding: str = "utf-8") -> str:
-    """Positive values as a row of bars, the largest full and zero empty; of ASCII signs where bars cannot be written."""
+    """Values from 0 up as a row of bars, the largest full; of ASCII signs where bars cannot be written."""
     bars = "▁▂▃▄▅▆▇█"
     try:
         bars.encode(encoding)

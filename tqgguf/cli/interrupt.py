@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..model import Llama
+
+_logger = logging.getLogger("llama-cpp-python")
 
 
 @contextlib.contextmanager
@@ -24,8 +27,15 @@ def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def stopping(model: Llama) -> Iterator[None]:
     """While it lasts, Ctrl-C makes what the model computes raise `StoppedError`."""
+    level = _logger.level
+
+    def stop() -> None:
+        _logger.setLevel(logging.CRITICAL)  # llama.cpp reports what it was asked to do as an error
+        model.stop()
+
     try:
-        with on_interrupt(model.stop):
+        with on_interrupt(stop):
             yield
     finally:
         model.resume()
+        _logger.setLevel(level)

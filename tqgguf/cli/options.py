@@ -140,7 +140,9 @@ def chosen_cache(args: argparse.Namespace) -> str | tuple[str, str]:
 
 def add_chat_format_option(parser: argparse.ArgumentParser) -> None:
     """Adds --chat-format."""
-    parser.add_argument("--chat-format", metavar="NAME", help="chat format of a model that brings no template: chatml, ...")
+    parser.add_argument(
+        "--chat-format", metavar="NAME", help="chat format of a model that brings no template: chatml, ..."
+    )
 
 
 def check_chat_format(name: str | None) -> None:
@@ -151,7 +153,9 @@ def check_chat_format(name: str | None) -> None:
 
     registry = import_llama_cpp().llama_chat_format.LlamaChatCompletionHandlerRegistry()
     if name not in registry._chat_handlers:
-        raise ArgumentError(f"unknown chat format {name!r}; valid ones are {', '.join(sorted(registry._chat_handlers))}")
+        raise ArgumentError(
+            f"unknown chat format {name!r}; valid ones are {', '.join(sorted(registry._chat_handlers))}"
+        )
 
 
 def check_template(path: str, chat_format: str | None) -> None:
@@ -167,7 +171,7 @@ def check_template(path: str, chat_format: str | None) -> None:
 
 
 def load_model(args: argparse.Namespace, path: str, bar: Bar, *, chat_format: str | None = None) -> Llama:
-    """Loads a model with the options of `add_model_options`, quietly; Ctrl-C ends that. It reports to `bar` as it lives."""
+    """Loads a model with the options of `add_model_options`, quietly; Ctrl-C ends that. It reports to `bar`."""
     from ..gguf_info import read_model_info
     from ..model import Llama
 

@@ -22,8 +22,8 @@ __all__ = ["k_scales"]
 def k_scales(model: Llama) -> dict[int, float]:
     """Mean absolute scale of the blocks of K, by layer.
 
-    Layers whose K is not stored in blocks do not appear. Empty if the cache is, or if llama.cpp's state has a layout that
-    is not known here (recurrent layers, positions of several parts).
+    Layers whose K is not stored in blocks do not appear. Empty if the cache is, or if llama.cpp's state has a layout
+    that is not known here (recurrent layers, positions of several parts).
     """
     llama_cpp = import_llama_cpp()
     size = llama_cpp.llama_state_seq_get_size(model.ctx, 0)
@@ -58,8 +58,7 @@ def _read(model: Llama, data: memoryview) -> dict[int, float]:
                 blocks = np.frombuffer(data, np.uint8, n_cells * n_row, at).reshape(-1, kind.bytes)
                 scales[layer.index] = float(np.abs(blocks[:, :2].copy().view("<f2").astype(np.float32)).mean())
             at += n_cells * n_row
-        if windowed in (False,) and any(layer.window for layer in layers):
-            for layer in mine:  # V lies between the two caches
-                kind = model.cache_policy.types(layer.index)[1]
-                at += 12 + n_cells * kind.row_bytes(layer.n_head_kv * layer.head_dim_v)
+        for layer in mine:  # V lies before the next cache
+            kind = model.cache_policy.types(layer.index)[1]
+            at += 12 + n_cells * kind.row_bytes(layer.n_head_kv * layer.head_dim_v)
     return scales
