@@ -133,6 +133,9 @@ class Llama(_Stock):  # type: ignore[misc]
             more than one batch is read, in tokens. What it raises ends that, and is raised.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
+    Attributes:
+        n_tokens_read: tokens computed since the model was loaded, of prompts and answers.
+
     Raises:
         ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given,
             `flash_attn=False` with types that need it, an option that the stock class does not have, or a number
@@ -159,6 +162,7 @@ class Llama(_Stock):  # type: ignore[misc]
         self._progress = progress
         self._interruption: BaseException | None = None
         self._stopped = False
+        self.n_tokens_read = 0
         # llama.cpp asks these two while it loads and computes; they must live as long as it may.
         self._on_load = llama_cpp.llama_progress_callback(self._loaded)
         self._asked_to_stop = llama_cpp.ggml_abort_callback(lambda _: self._stopped)
@@ -418,6 +422,7 @@ class Llama(_Stock):  # type: ignore[misc]
             except RuntimeError:
                 self._refuse_stopped()
                 raise
+            self.n_tokens_read += len(tokens[start : start + step])
             if self._progress and len(tokens) > step:
                 self._progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
 

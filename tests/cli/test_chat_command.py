@@ -29,13 +29,6 @@ def chat(python: Callable[..., Any]) -> Callable[..., Any]:
     return lambda lines, *args, **options: python("-m", "tqgguf", *CHAT, *args, stdin=lines, **options)
 
 
-@pytest.fixture(scope="session")
-def endless(random_model: Callable[..., Path]) -> tuple[str, ...]:
-    """Options for a model that talks noise until its long context is full, and reads slowly."""
-    path = random_model(n_layer=12, n_head=16, n_head_kv=8, head_dim=128, n_ctx=65536, n_word=64)
-    return (str(path), "--ctx", "65536", "--threads", "1", "--temp", "0")
-
-
 # ---- On a terminal ----
 
 

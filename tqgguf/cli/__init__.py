@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import TqggufError
-from . import chat, compare, demo, doctor, inspect, run, tune
+from . import chat, compare, demo, doctor, inspect, run, serve, tune
 
 __all__ = ["main"]
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"tqgguf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, chat, inspect, compare, tune, demo, doctor):
+    for command in (run, chat, serve, inspect, compare, tune, demo, doctor):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot write becomes a question mark, not an error

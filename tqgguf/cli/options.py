@@ -112,16 +112,22 @@ def add_tail_option(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the cache options and --ctx, --seed, --temp, --threads."""
+def port(text: str) -> int:
+    """argparse type: a port, or 0 for any that is free."""
+    return _between(0, 65535, text)
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, sampling: bool = True) -> None:
+    """Adds the cache options and --ctx, --threads; with sampling, also --seed, --temp."""
     add_cache_options(parser)
     parser.add_argument(
         "--ctx", type=context, metavar="N", help=f"context in tokens (default: {DEFAULT_CONTEXT} at most)"
     )
-    parser.add_argument("--seed", type=seed, metavar="N", help="seed of the sampler (default: random)")
-    parser.add_argument(
-        "--temp", type=temperature, metavar="X", default=0.8, help="temperature, 0 is greedy (default: 0.8)"
-    )
+    if sampling:
+        parser.add_argument("--seed", type=seed, metavar="N", help="seed of the sampler (default: random)")
+        parser.add_argument(
+            "--temp", type=temperature, metavar="X", default=0.8, help="temperature, 0 is greedy (default: 0.8)"
+        )
     parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: half of the processors)")
 
 
@@ -192,7 +198,7 @@ def load_model(args: argparse.Namespace, path: str, bar: Bar, *, chat_format: st
                 n_ctx=n_ctx,
                 n_threads=args.threads,
                 chat_format=chat_format,
-                **({} if args.seed is None else {"seed": args.seed}),
+                **({} if getattr(args, "seed", None) is None else {"seed": args.seed}),
                 progress=progress,
                 verbose=False,
             )
