@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import reference
     from .cache import PqoCache
+    from .cache_info import CacheInfo, LayerCacheInfo
     from .codec import dequantize, quantize
     from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
     from .diagnostics.compare import Comparison, Divergence, TypeQuality, compare
@@ -37,14 +38,14 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from .gguf_info import ModelInfo, read_model_info
-    from .model import CacheInfo, LayerCacheInfo, Llama
+    from .model import Llama
     from .policy import CachePolicy, read_policy
     from .session import Session, read_session
 
 _HOME = {
     "Llama": "model",
-    "CacheInfo": "model",
-    "LayerCacheInfo": "model",
+    "CacheInfo": "cache_info",
+    "LayerCacheInfo": "cache_info",
     "PqoCache": "cache",
     "CACHE_TYPES": "config",
     "CacheConfig": "config",

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,9 @@ from typing import Any, Final
 import numpy as np
 
 from ._native import import_llama_cpp
+from .cache_info import CacheInfo, LayerCacheInfo
 from .config import CACHE_TYPES, CacheType, parse_cache
+from .control import Control, Progress
 from .errors import (
     ArgumentError,
     CacheClosedError,
@@ -48,69 +50,6 @@ _LIMITS: Final = {
     "seed": (0, 2**32 - 1),
 }
 """Beyond these llama.cpp ends the process, or takes the number modulo 2^32."""
-
-
-@dataclass(frozen=True)
-class LayerCacheInfo:
-    """KV cache of one layer, in bytes.
-
-    Attributes:
-        layer: number of the layer.
-        type_k: storage type of K.
-        type_v: storage type of V.
-        cells: tokens it has room for.
-        cells_used: tokens in it.
-        bytes_per_token: K and V together.
-        tail_bytes: allocated for its precise tail, the newest tokens in f16.
-        bytes: allocated for all cells, and for the tail.
-        f16_bytes: what f16 would take for as many cells.
-    """
-
-    layer: int
-    type_k: str
-    type_v: str
-    cells: int
-    cells_used: int
-    bytes_per_token: int
-    tail_bytes: int
-    bytes: int
-    f16_bytes: int
-
-
-@dataclass(frozen=True)
-class CacheInfo:
-    """KV cache of a loaded model, in bytes.
-
-    Attributes:
-        type_k: storage type of K; "mixed" where layers differ.
-        type_v: storage type of V; likewise.
-        n_ctx: context length in tokens.
-        cells_used: tokens in the cache.
-        bytes_per_token: K and V of all layers together.
-        tail: newest tokens that are kept in f16 beside their blocks, in each stream of the cache; 0: none.
-        tail_bytes: allocated for the tails of all layers.
-        bytes: allocated for K and V of all layers, tails included.
-        f16_bytes: what f16 would take for as many cells.
-        layers: the same per layer; layers without a cache of their own do not appear.
-        exact: False for an architecture whose cache tqgguf does not model: then the figures cover `layers` only.
-    """
-
-    type_k: str
-    type_v: str
-    n_ctx: int
-    cells_used: int
-    bytes_per_token: int
-    tail: int
-    tail_bytes: int
-    bytes: int
-    f16_bytes: int
-    layers: tuple[LayerCacheInfo, ...]
-    exact: bool
-
-    @property
-    def ratio(self) -> float:
-        """Bytes as a fraction of what f16 would take."""
-        return self.bytes / self.f16_bytes if self.f16_bytes else 1.0
 
 
 class Llama(_Stock):  # type: ignore[misc]
@@ -156,16 +95,11 @@ class Llama(_Stock):  # type: ignore[misc]
         cache: PolicySpec = "pqo3",
         tail: int = DEFAULT_TAIL,
         flash_attn: bool | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
-        self._progress = progress
-        self._interruption: BaseException | None = None
-        self._stopped = False
+        self._control = Control(progress)
         self.n_tokens_read = 0
-        # llama.cpp asks these two while it loads and computes; they must live as long as it may.
-        self._on_load = llama_cpp.llama_progress_callback(self._loaded)
-        self._asked_to_stop = llama_cpp.ggml_abort_callback(lambda _: self._stopped)
         # The stock destructor closes this stack, also when a check below has raised before the stock constructor ran.
         self._stack = contextlib.ExitStack()
         self._closed = False
@@ -202,10 +136,10 @@ class Llama(_Stock):  # type: ignore[misc]
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
-                if self._interruption is not None:
-                    raise self._interruption from None
+                if self._control.failure is not None:
+                    raise self._control.failure from None
                 raise _load_error(str(error), log, self._info) from error
-        llama_cpp.llama_set_abort_callback(self.ctx, self._asked_to_stop, None)
+        llama_cpp.llama_set_abort_callback(self.ctx, self._control.on_step, None)
         self._buffers: list[_KVBuffer] = []
         if not kwargs.get("vocab_only"):
             try:
@@ -231,7 +165,7 @@ class Llama(_Stock):  # type: ignore[misc]
 
     @model_params.setter
     def model_params(self, params: Any) -> None:
-        params.progress_callback = self._on_load
+        params.progress_callback = self._control.on_load
         self._model_params = params
 
     @property
@@ -402,11 +336,11 @@ class Llama(_Stock):  # type: ignore[misc]
         That raises `StoppedError` until `resume` is called. May be called from another thread or a signal handler. The
         tokens read before stay in the cache.
         """
-        self._stopped = True
+        self._control.stopped = True
 
     def resume(self) -> None:
         """Takes `stop` back."""
-        self._stopped = False
+        self._control.stopped = False
 
     def eval(self, tokens: Sequence[int]) -> None:
         """As the stock method; reports progress where there is more than one batch.
@@ -414,7 +348,8 @@ class Llama(_Stock):  # type: ignore[misc]
         Raises:
             StoppedError: `stop` was called.
         """
-        step = self.context_params.n_ubatch if self._progress else self.n_batch
+        progress = self._control.progress
+        step = min(self.context_params.n_ubatch, self.n_batch) if progress else self.n_batch
         for start in range(0, len(tokens), step):
             self._refuse_stopped()
             try:
@@ -423,21 +358,12 @@ class Llama(_Stock):  # type: ignore[misc]
                 self._refuse_stopped()
                 raise
             self.n_tokens_read += len(tokens[start : start + step])
-            if self._progress and len(tokens) > step:
-                self._progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
+            if progress and len(tokens) > step:
+                progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
 
     def _refuse_stopped(self) -> None:
-        if self._stopped:
+        if self._control.stopped:
             raise StoppedError("the computation was stopped")
-
-    def _loaded(self, fraction: float, _: Any) -> bool:
-        """llama.cpp calls it; an exception would be lost there."""
-        try:
-            if self._progress:
-                self._progress("loading the model", round(100 * fraction), 100)
-        except BaseException as error:
-            self._interruption = error
-        return self._interruption is None
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

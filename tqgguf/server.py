@@ -35,7 +35,8 @@ except ImportError as error:
     ) from None
 
 if TYPE_CHECKING:
-    from .model import CacheInfo, Llama
+    from .cache_info import CacheInfo
+    from .model import Llama
 
 __all__ = ["CacheFigures", "create_app", "listen", "serve"]
 

@@ -178,7 +178,7 @@ def test_a_head_size_that_does_not_fit_fails(tqgguf: Command, random_model: Call
     assert done.returncode == 1 and "layer 0: head_dim of K is 80" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "inspect", "compare", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "inspect", "compare", "tune", "demo", "doctor"])
 def test_help_has_an_example(tqgguf: Command, command: str) -> None:
     done = tqgguf(command, "--help")
     assert done.returncode == 0 and f"example: tqgguf {command}" in done.stdout

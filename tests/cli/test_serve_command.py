@@ -218,6 +218,22 @@ def test_an_api_key(tmp_path: Path) -> None:
         server.end()
 
 
+def test_a_prompt_cache_spares_clients_that_take_turns() -> None:
+    prompts = [demo.recall_prompt(seed, 40).prompt for seed in (1, 2)]
+    read = {}
+    for options in ((), ("--prompt-cache", "16")):
+        server = Server(MODEL, "--threads", "1", *options)
+        try:
+            answers = [ask(server.client(), prompt, max_tokens=20) for prompt in prompts]
+            before = server.figures()["tokens_read"]
+            assert [ask(server.client(), prompt, max_tokens=20) for prompt in prompts] == answers
+            read[options] = server.figures()["tokens_read"] - before
+        finally:
+            server.end()
+    few, many = sorted(read.values())
+    assert read["--prompt-cache", "16"] == few < 60 < 400 < many
+
+
 def test_what_is_refused_before_anything_loads(
     python: Callable[..., Any], random_model: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,20 @@ def test_a_loaded_prompt_is_not_read_again(model: Any, tmp_path: Path, monkeypat
     monkeypatch.setattr(type(model), "eval", lambda self, tokens: (read.append(len(tokens)), stock(self, tokens))[1])
     assert model.create_chat_completion(QUESTION, temperature=0)["choices"][0]["message"]["content"] == answer
     assert set(read) == {1}
+
+
+def test_a_model_with_windows(tmp_path: Path, random_model: Callable[..., Path]) -> None:
+    model = load(path=random_model(arch="gemma2"), tail=0)
+    model.eval(list(range(3, 203)))
+    model.save_session(tmp_path / "s")
+    model.eval([7])
+    expected = logits(model)
+    model.load_session(tmp_path / "s")
+    assert model.cache_info().cells_used == 200
+    model.eval([7])
+    # Cells beyond the window, which weigh nothing, are gone, and sums are rounded otherwise.
+    np.testing.assert_allclose(logits(model), expected, rtol=0, atol=5e-4 * np.abs(expected).max())
+    model.close()
 
 
 def test_it_takes_a_quarter_of_an_f16_session(tmp_path: Path) -> None:
@@ -360,6 +375,13 @@ def test_stop_ends_a_computation_and_not_the_model(model: Any) -> None:
     model.resume()
     reply = model.create_chat_completion(QUESTION, temperature=0)
     assert "Paris" in reply["choices"][0]["message"]["content"]
+
+
+def test_a_model_is_freed_with_its_last_name() -> None:
+    model = load()
+    ghost = weakref.ref(model)
+    del model
+    assert ghost() is None
 
 
 def test_progress_and_ending_a_load() -> None:

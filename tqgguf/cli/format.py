@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..model import CacheInfo
+    from ..cache_info import CacheInfo
 
 
 def size(n_bytes: int) -> str:

@@ -7,8 +7,9 @@ import logging
 import sys
 from typing import Any
 
+from .._native import import_llama_cpp
 from .format import cache_line
-from .options import add_chat_format_option, add_model_options, check_template, load_model, port
+from .options import add_chat_format_option, add_model_options, check_template, load_model, port, positive
 from .progress import Bar
 
 
@@ -27,6 +28,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="port; 0: any free one (default: 8000)")
     parser.add_argument("--name", help="what clients know the model by (default: its file's name)")
     parser.add_argument("--api-key", metavar="KEY", help="what clients must send")
+    parser.add_argument(
+        "--prompt-cache",
+        type=positive,
+        metavar="MIB",
+        help="also keep the caches of earlier requests, so much in all (default: only that of the last request)",
+    )
     add_chat_format_option(parser)
     add_model_options(parser, sampling=False)
     parser.set_defaults(call=call)
@@ -39,6 +46,8 @@ def call(args: argparse.Namespace) -> int:
     check_template(args.model, args.chat_format)
     with listen(args.host, args.port) as bound:
         model = load_model(args, args.model, Bar(), chat_format=args.chat_format)
+        if args.prompt_cache:
+            model.set_cache(import_llama_cpp().LlamaRAMCache(capacity_bytes=args.prompt_cache << 20))
         app = create_app(model, name=args.name, api_key=args.api_key)
         host, number = bound.getsockname()[:2]
         print(cache_line(model.cache_info()), file=sys.stderr)
