@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 import signal
 import socket
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from .model import Llama
 
 __all__ = ["CacheFigures", "create_app", "listen", "serve"]
+
+_logger = logging.getLogger("uvicorn.error")
 
 PROMETHEUS: Final = "text/plain; version=0.0.4; charset=utf-8"
 GRACE: Final = 1
@@ -220,9 +223,13 @@ async def _publish(
         except StoppedError:
             pass  # so has the server
         except Exception as error:
+            kind = "invalid_request_error"
+            if not isinstance(error, ValueError):  # which llama_cpp raises for a prompt that does not fit, and the like
+                kind = "server_error"
+                _logger.exception("a stream ended with an error")
             # The status has been sent; clients of OpenAI's interface know an error among the parts.
             with contextlib.suppress(anyio.BrokenResourceError):
-                await inner_send_chan.send({"data": json.dumps({"error": _error(str(error), "invalid_request_error")})})
+                await inner_send_chan.send({"data": json.dumps({"error": _error(str(error), kind)})})
         finally:
             if chunks is not None:
                 with anyio.CancelScope(shield=True):  # frees the sampler now and not when garbage is collected

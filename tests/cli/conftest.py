@@ -38,7 +38,11 @@ class Terminal:
         return match
 
     def type(self, text: str) -> None:
-        """Types; "\\x03" is Ctrl-C, "\\x04" Ctrl-D."""
+        """Types; "\\x03" is Ctrl-C, "\\x04" Ctrl-D.
+
+        Not as soon as a prompt is seen: Python loses a signal that comes between readline's prompt and its waiting.
+        """
+        time.sleep(0.05)
         os.write(self.fd, text.encode())
 
     def end(self) -> int:
@@ -70,11 +74,11 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
-    """Starts `tqgguf` with arguments on a terminal."""
+    """Starts `tqgguf` with arguments, or Python with -c, on a terminal."""
     opened: list[Terminal] = []
 
     def start(*args: str, **env: str) -> Terminal:
-        opened.append(Terminal(["-m", "tqgguf", *args], tmp_path, env))
+        opened.append(Terminal([*(() if args[0] == "-c" else ("-m", "tqgguf")), *args], tmp_path, env))
         return opened[-1]
 
     yield start

@@ -95,6 +95,17 @@ def test_a_long_prompt_shows_a_bar_and_can_be_stopped(terminal: Callable[..., An
     assert screen.end() == 0
 
 
+def test_loading_shows_a_bar(terminal: Callable[..., Any]) -> None:
+    screen = terminal(
+        "-c",
+        "from tqgguf.cli import main, progress\n"
+        "progress.PATIENCE = -1\n"  # the demo model is loaded sooner than a bar would come
+        f"main(['run', {MODEL!r}, '-p', 'What is the capital of France?', '--temp', '0', '--threads', '1'])",
+    )
+    screen.expect("loading the model.*%.*Paris")
+    assert screen.end() == 0
+
+
 def test_live_figures_move_on_a_terminal(terminal: Callable[..., Any]) -> None:
     screen = terminal(*CHAT, "--live")
     screen.expect("> ")
@@ -240,7 +251,7 @@ def test_ctrl_c_ends_run(endless: tuple[str, ...], tmp_path: Path, raw: bool) ->
         if raw:
             process.stdout.read(20)
         else:
-            time.sleep(3)
+            time.sleep(2)
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)
@@ -257,7 +268,6 @@ def test_ctrl_c_ends_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
     options.add_model_options(parser)
     bar = Bar()
-    monkeypatch.setattr(bar, "_wanted", False)
     monkeypatch.setattr(Bar, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         options.load_model(parser.parse_args([]), MODEL, bar)

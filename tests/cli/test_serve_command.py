@@ -178,8 +178,7 @@ def test_a_client_that_goes_away_frees_its_place(busy: Server) -> None:
     assert said == "" and seconds < 1 and busy.process.returncode == 0
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("prompt", ["hello", "so " * 15000])
+@pytest.mark.parametrize(("stream", "prompt"), [(False, "hello"), (True, "hello"), (False, "so " * 15000)])
 def test_it_ends_within_a_second_whatever_it_computes(busy: Server, stream: bool, prompt: str) -> None:
     outcome: list[Any] = []
 
@@ -219,19 +218,16 @@ def test_an_api_key(tmp_path: Path) -> None:
 
 
 def test_a_prompt_cache_spares_clients_that_take_turns() -> None:
-    prompts = [demo.recall_prompt(seed, 40).prompt for seed in (1, 2)]
-    read = {}
-    for options in ((), ("--prompt-cache", "16")):
-        server = Server(MODEL, "--threads", "1", *options)
-        try:
-            answers = [ask(server.client(), prompt, max_tokens=20) for prompt in prompts]
-            before = server.figures()["tokens_read"]
-            assert [ask(server.client(), prompt, max_tokens=20) for prompt in prompts] == answers
-            read[options] = server.figures()["tokens_read"] - before
-        finally:
-            server.end()
-    few, many = sorted(read.values())
-    assert read["--prompt-cache", "16"] == few < 60 < 400 < many
+    prompts = [demo.recall_prompt(seed, 25).prompt for seed in (1, 2)]
+    server = Server(MODEL, "--threads", "1", "--prompt-cache", "16")
+    try:
+        answers = [ask(server.client(), prompt, max_tokens=20) for prompt in prompts]
+        before = server.figures()["tokens_read"]
+        assert before > 300
+        assert [ask(server.client(), prompt, max_tokens=20) for prompt in prompts] == answers
+        assert server.figures()["tokens_read"] - before < 60
+    finally:
+        server.end()
 
 
 def test_what_is_refused_before_anything_loads(
@@ -256,7 +252,7 @@ def test_what_is_refused_before_anything_loads(
 
 def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "benchmarks" / "serve_load.py"), "--requests", "60", "--json"],
+        [sys.executable, str(REPOSITORY / "benchmarks" / "serve_load.py"), "--requests", "24", "--json"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -264,4 +260,4 @@ def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["answered"], result["wrong"]) == (60, 0)
+    assert (result["answered"], result["wrong"]) == (24, 0)

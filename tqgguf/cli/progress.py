@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -20,11 +20,15 @@ class Bar:
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._title, self._start = "", 0.0
-        self._wanted = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._terminal: TextIO | None = None
+        if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            # llama_cpp points file descriptor 2 elsewhere while it loads quietly: a copy made before stays.
+            number = os.dup(sys.stderr.fileno())
+            self._terminal = os.fdopen(number, "w", encoding=sys.stderr.encoding, errors="replace")
 
     def __call__(self, title: str, done: int, total: int) -> None:
         """Moves the bar."""
-        if not self._wanted:
+        if self._terminal is None:
             return
         if done >= total:
             self.close()
@@ -33,7 +37,10 @@ class Bar:
             self.close()
             self._title, self._start = title, time.monotonic()
         if self._bar is None and time.monotonic() - self._start > PATIENCE:
-            self._bar = _new_bar()
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(file=self._terminal), transient=True)
             self._bar.start()
             self._bar.add_task(title, total=total)
         if self._bar is not None:
@@ -43,14 +50,4 @@ class Bar:
         """Takes the bar away."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar.console.file.close()
         self._bar, self._title = None, ""
-
-
-def _new_bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    # llama_cpp points file descriptor 2 elsewhere while it loads quietly; a copy keeps the terminal.
-    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding, errors="replace")
-    return Progress(console=Console(file=terminal), transient=True)
