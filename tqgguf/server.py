@@ -264,6 +264,7 @@ def serve(app: Any, model: Llama, bound: socket.socket) -> None:
     class Server(uvicorn.Server):  # type: ignore[misc]
         def handle_exit(self, sig: int, frame: Any) -> None:
             model.stop()
+            _logger.setLevel(logging.CRITICAL)  # streams that end here without their last part are no errors
             super().handle_exit(sig, frame)
 
     server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
