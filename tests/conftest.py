@@ -83,8 +83,11 @@ def write_model(
     seed: int = 0,
     arch: str = "llama",
     key_bias: float = 0.0,
+    n_word: int = 0,
 ) -> Path:
     """Writes a model with random f32 weights and a byte vocabulary: its words are noise, its shapes are real.
+
+    With n_word it also has so many whole words and, at temperature 0, says nothing else and never ends.
 
     arch may also be "refact" (ALiBi), "gemma2" (softcap; windows of 48 tokens in every other layer) or "qwen2", whose
     keys have a constant added, N(0, key_bias) a channel, which RoPE turns too slowly to change.
@@ -94,7 +97,9 @@ def write_model(
     n_embd, n_ff = 64, 96
     tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{i:02X}>".encode() for i in range(256)), "\u2581".encode()]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
-    kinds += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL]
+    kinds += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL] * (1 + n_word)
+    n_mute = len(tokens)
+    tokens += [f"\u2581word{i}".encode() for i in range(n_word)]
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name("random")
     writer.add_context_length(n_ctx)
@@ -123,6 +128,8 @@ def write_model(
 
     def tensor(name: str, *shape: int) -> None:
         values = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape) / np.sqrt(shape[-1])
+        if n_word and name == "output.weight":
+            values[:n_mute] = 0
         writer.add_tensor(name, values.astype(np.float32))
 
     tensor("token_embd.weight", len(tokens), n_embd)

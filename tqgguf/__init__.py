@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import reference
     from .cache import PqoCache
+    from .cache_info import CacheInfo, LayerCacheInfo
     from .codec import dequantize, quantize
     from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
     from .device import DeviceArray
@@ -33,19 +34,22 @@ if TYPE_CHECKING:
         ModelNotFoundError,
         OutOfMemoryError,
         PolicyError,
+        SessionError,
         StateFileError,
+        StoppedError,
         TextError,
         TqggufError,
         UnsupportedError,
     )
     from .gguf_info import ModelInfo, read_model_info
-    from .model import CacheInfo, LayerCacheInfo, Llama
+    from .model import Llama
     from .policy import CachePolicy, read_policy
+    from .session import Session, read_session
 
 _HOME = {
     "Llama": "model",
-    "CacheInfo": "model",
-    "LayerCacheInfo": "model",
+    "CacheInfo": "cache_info",
+    "LayerCacheInfo": "cache_info",
     "PqoCache": "cache",
     "DeviceArray": "device",
     "CACHE_TYPES": "config",
@@ -80,7 +84,11 @@ _HOME = {
     "ModelNotFoundError": "errors",
     "OutOfMemoryError": "errors",
     "PolicyError": "errors",
+    "Session": "session",
+    "SessionError": "errors",
     "StateFileError": "errors",
+    "StoppedError": "errors",
+    "read_session": "session",
     "TextError": "errors",
     "TqggufError": "errors",
     "UnsupportedError": "errors",
@@ -111,7 +119,10 @@ __all__ = [
     "PqoCache",
     "Recall",
     "RecallScore",
+    "Session",
+    "SessionError",
     "StateFileError",
+    "StoppedError",
     "TextError",
     "TqggufError",
     "Tuning",
@@ -127,6 +138,7 @@ __all__ = [
     "quantize",
     "read_model_info",
     "read_policy",
+    "read_session",
     "recall",
     "reference",
     "tune",

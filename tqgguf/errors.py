@@ -11,7 +11,9 @@ __all__ = [
     "ModelNotFoundError",
     "OutOfMemoryError",
     "PolicyError",
+    "SessionError",
     "StateFileError",
+    "StoppedError",
     "TextError",
     "TqggufError",
     "UnsupportedError",
@@ -48,6 +50,14 @@ class PolicyError(TqggufError, ValueError):
 
 class StateFileError(TqggufError, ValueError):
     """A saved state of llama.cpp is damaged, of another version, or does not belong to the model."""
+
+
+class SessionError(TqggufError, ValueError):
+    """A session file is damaged or no session, or belongs to another model, cache or version."""
+
+
+class StoppedError(TqggufError, RuntimeError):
+    """A computation was ended by `Llama.stop`."""
 
 
 class CacheClosedError(TqggufError, ValueError):

@@ -10,23 +10,29 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from ._native import import_llama_cpp
+from .cache_info import CacheInfo, LayerCacheInfo
 from .config import CACHE_TYPES, CacheType, parse_cache
+from .control import Control, Progress
 from .errors import (
     ArgumentError,
     CacheClosedError,
     CacheTypeError,
     ModelNotFoundError,
     OutOfMemoryError,
+    StoppedError,
     TqggufError,
 )
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
+from .session import Session, restore, save
 from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes
 
 __all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
@@ -46,69 +52,6 @@ _LIMITS: Final = {
 """Beyond these llama.cpp ends the process, or takes the number modulo 2^32."""
 
 
-@dataclass(frozen=True)
-class LayerCacheInfo:
-    """KV cache of one layer, in bytes.
-
-    Attributes:
-        layer: number of the layer.
-        type_k: storage type of K.
-        type_v: storage type of V.
-        cells: tokens it has room for.
-        cells_used: tokens in it.
-        bytes_per_token: K and V together.
-        tail_bytes: allocated for its precise tail, the newest tokens in f16.
-        bytes: allocated for all cells, and for the tail.
-        f16_bytes: what f16 would take for as many cells.
-    """
-
-    layer: int
-    type_k: str
-    type_v: str
-    cells: int
-    cells_used: int
-    bytes_per_token: int
-    tail_bytes: int
-    bytes: int
-    f16_bytes: int
-
-
-@dataclass(frozen=True)
-class CacheInfo:
-    """KV cache of a loaded model, in bytes.
-
-    Attributes:
-        type_k: storage type of K; "mixed" where layers differ.
-        type_v: storage type of V; likewise.
-        n_ctx: context length in tokens.
-        cells_used: tokens in the cache.
-        bytes_per_token: K and V of all layers together.
-        tail: newest tokens that are kept in f16 beside their blocks, in each stream of the cache; 0: none.
-        tail_bytes: allocated for the tails of all layers.
-        bytes: allocated for K and V of all layers, tails included.
-        f16_bytes: what f16 would take for as many cells.
-        layers: the same per layer; layers without a cache of their own do not appear.
-        exact: False for an architecture whose cache tqgguf does not model: then the figures cover `layers` only.
-    """
-
-    type_k: str
-    type_v: str
-    n_ctx: int
-    cells_used: int
-    bytes_per_token: int
-    tail: int
-    tail_bytes: int
-    bytes: int
-    f16_bytes: int
-    layers: tuple[LayerCacheInfo, ...]
-    exact: bool
-
-    @property
-    def ratio(self) -> float:
-        """Bytes as a fraction of what f16 would take."""
-        return self.bytes / self.f16_bytes if self.f16_bytes else 1.0
-
-
 class Llama(_Stock):  # type: ignore[misc]
     """A `llama_cpp.Llama` with a compressed KV cache.
 
@@ -125,7 +68,12 @@ class Llama(_Stock):  # type: ignore[misc]
             them those in the first four cells); 0 turns it off. Saved states do not hold them. `eval` reads a prompt in
             batches of as many tokens: in longer ones most tokens would not find their neighbours in the tail.
         flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
+        progress: called as progress(title, done, total) while the model is loaded, from 0 to 100, and while a prompt of
+            more than one batch is read, in tokens. What it raises ends that, and is raised.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
+
+    Attributes:
+        n_tokens_read: tokens computed since the model was loaded, of prompts and answers.
 
     Raises:
         ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given,
@@ -147,8 +95,11 @@ class Llama(_Stock):  # type: ignore[misc]
         cache: PolicySpec = "pqo3",
         tail: int = DEFAULT_TAIL,
         flash_attn: bool | None = None,
+        progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
+        self._control = Control(progress)
+        self.n_tokens_read = 0
         # The stock destructor closes this stack, also when a check below has raised before the stock constructor ran.
         self._stack = contextlib.ExitStack()
         self._closed = False
@@ -183,7 +134,10 @@ class Llama(_Stock):  # type: ignore[misc]
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
+                if self._control.failure is not None:
+                    raise self._control.failure from None
                 raise load_error(str(error), log, self._info) from error
+        llama_cpp.llama_set_abort_callback(self.ctx, self._control.on_step, None)
         self._buffers: list[_KVBuffer] = []
         if not kwargs.get("vocab_only"):
             try:
@@ -201,6 +155,16 @@ class Llama(_Stock):  # type: ignore[misc]
     def has_chat_template(self) -> bool:
         """Whether the model's file brings a chat template."""
         return "tokenizer.chat_template" in self.metadata
+
+    @property
+    def model_params(self) -> Any:
+        """llama.cpp's parameters of the model; the stock constructor makes and fills them."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.progress_callback = self._control.on_load
+        self._model_params = params
 
     @property
     def cache_policy(self) -> CachePolicy:
@@ -307,11 +271,104 @@ class Llama(_Stock):  # type: ignore[misc]
             exact=self._info.exact,
         )
 
+    # ---- Sessions ----
+
+    def save_session(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Session:
+        """Saves the tokens read so far and their cache, compressed as it is, so that nothing need be read again.
+
+        The file is written whole or not at all: a failure, even the end of the process, leaves a session that was there
+        as it is. It needs a copy of the used part of the cache in memory.
+
+        Args:
+            path: the file; one that exists must be a session. Its folder must be there.
+            extra: something to keep beside it, such as the messages of a chat; what JSON can hold.
+
+        Raises:
+            ArgumentError: `path` cannot be written, or is something else; `extra` is nothing JSON can hold.
+            OSError: it could not be written; no space left on the device, for example.
+            OutOfMemoryError: no memory for the copy.
+            CacheClosedError: the model was closed.
+        """
+        self._refuse_closed()
+        return save(self, path, extra or {})
+
+    def load_session(self, path: str | Path) -> Session:
+        """Takes up a saved session in the place of what the model has read.
+
+        The precise tail is not saved: restored tokens are read from their blocks alone, so that an answer may differ
+        from the one an uninterrupted conversation would have had, as rounding differs.
+
+        Returns:
+            What the file says, with the `extra` that was saved.
+
+        Raises:
+            FileNotFoundError: no such file.
+            SessionError: no session, damaged, of another version, model or cache, or longer than the context. The model
+                is as it was, unless the message says otherwise.
+            OutOfMemoryError: no memory to read it into.
+            CacheClosedError: the model was closed.
+        """
+        self._refuse_closed()
+        return restore(self, path)
+
+    def save_state(self) -> Any:
+        """As the stock method, which the prefix caches call, but without a matrix of logits that nothing has written.
+
+        With a vocabulary of 128,000 that matrix takes 262 MB, many times what the compressed cache does.
+        """
+        self._refuse_closed()
+        if self._logits_all:
+            return super().save_state()
+        size = llama_cpp.llama_state_get_size(self.ctx)
+        state = (ctypes.c_uint8 * size)()
+        if llama_cpp.llama_state_get_data(self.ctx, state, size) != size:
+            raise TqggufError("llama.cpp could not write its state")
+        return llama_cpp.LlamaState(
+            input_ids=self.input_ids.copy(),
+            scores=np.zeros((1, self.n_vocab()), np.float32),  # load_state spreads it over all rows
+            n_tokens=self.n_tokens,
+            llama_state=bytes(state),
+            llama_state_size=size,
+            seed=self._seed,
+        )
+
+    # ---- Computing ----
+
+    def stop(self) -> None:
+        """Ends what the model computes now, within one step of its graph, and whatever it is asked to compute after.
+
+        That raises `StoppedError` until `resume` is called. May be called from another thread or a signal handler. The
+        tokens read before stay in the cache.
+        """
+        self._control.stopped = True
+
+    def resume(self) -> None:
+        """Takes `stop` back."""
+        self._control.stopped = False
+
     def eval(self, tokens: Sequence[int]) -> None:
-        """Reads tokens behind those in the cache, in batches that suit the tail; otherwise as the stock method."""
-        step = tail_batch(self._tail if self._policy.ours else 0, self.n_batch)
+        """Reads tokens behind those in the cache, in batches that suit the tail; reports progress between them.
+
+        Raises:
+            StoppedError: `stop` was called.
+        """
+        progress = self._control.progress
+        most = min(self.context_params.n_ubatch, self.n_batch) if progress else self.n_batch
+        step = tail_batch(self._tail if self._policy.ours else 0, most)
         for start in range(0, len(tokens), step):
-            super().eval(tokens[start : start + step])
+            self._refuse_stopped()
+            try:
+                super().eval(tokens[start : start + step])
+            except RuntimeError:
+                self._refuse_stopped()
+                raise
+            self.n_tokens_read += len(tokens[start : start + step])
+            if progress and len(tokens) > step:
+                progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
+
+    def _refuse_stopped(self) -> None:
+        if self._control.stopped:
+            raise StoppedError("the computation was stopped")
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

@@ -64,21 +64,22 @@ def test_run_raw_continues_the_text(tqgguf: Command) -> None:
 
 
 def test_chat(tqgguf: Command) -> None:
-    lines = "What is the capital of Spain?\n/stats\n/nonsense\n\n/reset\n/stats\n"
-    lines += "What is the capital of Peru?\n/quit\nnever\n"
+    lines = "What is the capital of Spain?\n/cache\n/nonsense\n\n/clear\n/cache\n"
+    lines += "What is the capital of Peru?\n/exit\nnever\n"
     done = tqgguf("chat", MODEL, "--temp", "0", stdin=lines)
     assert done.returncode == 0, done.stderr
     out = done.stdout.splitlines()
     assert "Madrid" in out[0] and "14/64" in out[1] and "1 answers" in out[2]
-    assert out[4].startswith("0 of 2,048 tokens used, 0 answers")
-    assert "Lima" in out[5] and len(out) == 6
+    assert out[3].startswith("mean scale of K's blocks, layers 0 to 3: ")
+    assert out[5].startswith("0 of 2,048 tokens used, 0 answers")
+    assert "Lima" in out[6] and len(out) == 7
     assert "unknown command /nonsense" in done.stderr and "forgotten" in done.stderr
 
 
 def test_chat_survives_a_full_context(tqgguf: Command) -> None:
     lines = "word " * 400 + "\nWhat is the capital of Peru?\n"
     done = tqgguf("chat", MODEL, "--temp", "0", "--ctx", "256", stdin=lines)
-    assert done.returncode == 0 and "/reset" in done.stderr
+    assert done.returncode == 0 and "/clear" in done.stderr
     assert "Lima" in done.stdout
 
 
@@ -177,7 +178,7 @@ def test_a_head_size_that_does_not_fit_fails(tqgguf: Command, random_model: Call
     assert done.returncode == 1 and "layer 0: head_dim of K is 80" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "fit", "inspect", "compare", "tune", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "fit", "inspect", "compare", "tune", "demo", "doctor"])
 def test_help_has_an_example(tqgguf: Command, command: str) -> None:
     done = tqgguf(command, "--help")
     assert done.returncode == 0 and f"example: tqgguf {command}" in done.stdout

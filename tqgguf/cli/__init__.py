@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import TqggufError
-from . import chat, compare, demo, doctor, fit, inspect, run, tune
+from . import chat, compare, demo, doctor, fit, inspect, run, serve, tune
 from .interrupt import prompt_interrupt
 
 __all__ = ["main"]
@@ -31,14 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"tqgguf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, chat, fit, inspect, compare, tune, demo, doctor):
+    for command in (run, chat, serve, fit, inspect, compare, tune, demo, doctor):
         command.add_parser(commands)
     _accept_any_terminal()
     try:
         args = parser.parse_args(argv)
         warnings.showwarning = _note  # type: ignore[assignment]
         # Where Ctrl-C stops an answer and not the program, a slow batch must not end it.
-        with contextlib.nullcontext() if getattr(args, "interactive", False) else prompt_interrupt():
+        with contextlib.nullcontext() if getattr(args, "own_interrupt", False) else prompt_interrupt():
             status: int = args.call(args)
         _flush()
         return status

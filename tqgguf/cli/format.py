@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..model import CacheInfo
+    from ..cache_info import CacheInfo
 
 
 def size(n_bytes: int) -> str:
@@ -50,3 +51,14 @@ def cache_line(info: CacheInfo) -> str:
     if info.tail:
         line += f"; {info.tail_bytes:,} bytes more keep the newest {info.tail} in f16: {info.ratio:.1%} of f16 in all"
     return line
+
+
+def sparkline(values: Sequence[float], encoding: str = "utf-8") -> str:
+    """Values from 0 up as a row of bars, the largest full; of ASCII signs where bars cannot be written."""
+    bars = "▁▂▃▄▅▆▇█"
+    try:
+        bars.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        bars = "_.-=+*#@"
+    top = max(values, default=0.0)
+    return "".join(bars[min(len(bars) - 1, int(len(bars) * value / top))] if top > 0 else bars[0] for value in values)

@@ -1,15 +1,21 @@
-"""Ctrl-C that ends a command within a second, also while llama.cpp computes."""
+"""Ctrl-C while llama.cpp computes: it ends a command within a second, or stops the answer and not the chat."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from ..model import Llama
+
+_logger = logging.getLogger("llama-cpp-python")
 
 GRACE: Final = 0.7
 """Seconds that native code may still take after Ctrl-C."""
@@ -56,3 +62,30 @@ def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
         writer.close()
         thread.join()
         reader.close()
+
+
+@contextlib.contextmanager
+def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, Ctrl-C calls `act` and raises nothing."""
+    before = signal.signal(signal.SIGINT, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def stopping(model: Llama) -> Iterator[None]:
+    """While it lasts, Ctrl-C makes what the model computes raise `StoppedError`."""
+    level = _logger.level
+
+    def stop() -> None:
+        _logger.setLevel(logging.CRITICAL)  # llama.cpp reports what it was asked to do as an error
+        model.stop()
+
+    try:
+        with on_interrupt(stop):
+            yield
+    finally:
+        model.resume()
+        _logger.setLevel(level)

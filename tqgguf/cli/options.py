@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import threading
 from typing import TYPE_CHECKING, Final
 
 from ..config import cache_type
-from ..errors import ArgumentError
+from ..errors import ArgumentError, TqggufError
 from ..tail import DEFAULT_TAIL, MAX_TAIL
+from .interrupt import on_interrupt
+from .progress import Bar
 
 if TYPE_CHECKING:
     from ..model import Llama
@@ -125,16 +128,22 @@ def add_tail_option(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the cache options and --ctx, --seed, --temp, --threads."""
+def port(text: str) -> int:
+    """argparse type: a port, or 0 for any that is free."""
+    return _between(0, 65535, text)
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, sampling: bool = True) -> None:
+    """Adds the cache options and --ctx, --threads; with sampling, also --seed, --temp."""
     add_cache_options(parser)
     parser.add_argument(
         "--ctx", type=context, metavar="N", help=f"context in tokens (default: {DEFAULT_CONTEXT} at most)"
     )
-    parser.add_argument("--seed", type=seed, metavar="N", help="seed of the sampler (default: random)")
-    parser.add_argument(
-        "--temp", type=temperature, metavar="X", default=0.8, help="temperature, 0 is greedy (default: 0.8)"
-    )
+    if sampling:
+        parser.add_argument("--seed", type=seed, metavar="N", help="seed of the sampler (default: random)")
+        parser.add_argument(
+            "--temp", type=temperature, metavar="X", default=0.8, help="temperature, 0 is greedy (default: 0.8)"
+        )
     parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: half of the processors)")
 
 
@@ -151,18 +160,66 @@ def chosen_cache(args: argparse.Namespace) -> str | tuple[str, str]:
     return (args.cache_k or args.cache, args.cache_v or args.cache)
 
 
-def load_model(args: argparse.Namespace, path: str) -> Llama:
-    """Loads a model with the options of `add_model_options`, quietly."""
+def add_chat_format_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --chat-format."""
+    parser.add_argument(
+        "--chat-format", metavar="NAME", help="chat format of a model that brings no template: chatml, ..."
+    )
+
+
+def check_chat_format(name: str | None) -> None:
+    """Raises ArgumentError, which lists the valid ones, unless it is the name of a chat format of llama_cpp."""
+    if name is None:
+        return
+    from .._native import import_llama_cpp
+
+    registry = import_llama_cpp().llama_chat_format.LlamaChatCompletionHandlerRegistry()
+    if name not in registry._chat_handlers:
+        raise ArgumentError(
+            f"unknown chat format {name!r}; valid ones are {', '.join(sorted(registry._chat_handlers))}"
+        )
+
+
+def check_template(path: str, chat_format: str | None) -> None:
+    """Raises TqggufError if neither the model's file nor the user says how a conversation is written."""
+    from ..gguf_file import read_header
+
+    check_chat_format(chat_format)
+    if chat_format is None and "tokenizer.chat_template" not in read_header(path).metadata:
+        raise TqggufError(
+            f"{path} has no chat template, so how it was taught to converse is not known: "
+            f"name a format with --chat-format, or continue a text with `tqgguf run --raw`"
+        )
+
+
+def load_model(args: argparse.Namespace, path: str, bar: Bar, *, chat_format: str | None = None) -> Llama:
+    """Loads a model with the options of `add_model_options`, quietly; Ctrl-C ends that. It reports to `bar`."""
     from ..gguf_info import read_model_info
     from ..model import Llama
 
     n_ctx = args.ctx or min(DEFAULT_CONTEXT, read_model_info(path).n_ctx_train)
-    return Llama(
-        path,
-        cache=chosen_cache(args),
-        tail=args.tail,
-        n_ctx=n_ctx,
-        n_threads=args.threads,
-        **({} if args.seed is None else {"seed": args.seed}),
-        verbose=False,
-    )
+    asked = threading.Event()
+
+    def progress(title: str, done: int, total: int) -> None:
+        bar(title, done, total)
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    with on_interrupt(asked.set):
+        try:
+            model = Llama(
+                path,
+                cache=chosen_cache(args),
+                tail=args.tail,
+                n_ctx=n_ctx,
+                n_threads=args.threads,
+                chat_format=chat_format,
+                **({} if getattr(args, "seed", None) is None else {"seed": args.seed}),
+                progress=progress,
+                verbose=False,
+            )
+        finally:
+            bar.close()
+    if asked.is_set():
+        raise KeyboardInterrupt
+    return model

@@ -7,9 +7,11 @@ import sys
 import time
 from typing import Any
 
-from ..errors import ArgumentError, TqggufError
+from ..errors import ArgumentError, StoppedError, TqggufError
 from .format import cache_line, to_json
+from .interrupt import stopping
 from .options import add_model_options, load_model, positive
+from .progress import Bar
 
 
 def add_parser(commands: Any) -> None:
@@ -26,12 +28,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without a chat template")
     parser.add_argument("--json", action="store_true", help="print answer and figures as JSON")
     add_model_options(parser)
-    parser.set_defaults(call=call)
+    parser.set_defaults(call=call, own_interrupt=True)
 
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
-    model = load_model(args, args.model)
+    bar = Bar()
+    model = load_model(args, args.model, bar)
     raw = args.raw or not model.has_chat_template
     try:
         args.prompt.encode()
@@ -41,24 +44,29 @@ def call(args: argparse.Namespace) -> int:
     pieces: list[str] = []
     options = {"max_tokens": args.n_predict, "temperature": args.temp, "seed": args.seed, "stream": True}
     try:
-        stream = (
-            model.create_completion(args.prompt, **options)
-            if raw
-            else model.create_chat_completion([{"role": "user", "content": args.prompt}], **options)
-        )
-        for chunk in stream:
-            choice = chunk["choices"][0]
-            piece = choice["text"] if raw else choice["delta"].get("content") or ""
-            finish = choice["finish_reason"] or finish
-            if not pieces:
-                piece = piece.lstrip()
-            if not piece:
-                continue
-            pieces.append(piece)
-            if not args.json:
-                print(piece, end="", flush=True)
+        with stopping(model):
+            stream = (
+                model.create_completion(args.prompt, **options)
+                if raw
+                else model.create_chat_completion([{"role": "user", "content": args.prompt}], **options)
+            )
+            for chunk in stream:
+                choice = chunk["choices"][0]
+                piece = choice["text"] if raw else choice["delta"].get("content") or ""
+                finish = choice["finish_reason"] or finish
+                if not pieces:
+                    piece = piece.lstrip()
+                if not piece:
+                    continue
+                pieces.append(piece)
+                if not args.json:
+                    print(piece, end="", flush=True)
+    except StoppedError:
+        raise KeyboardInterrupt from None
     except ValueError as error:
         raise TqggufError(str(error)) from error
+    finally:
+        bar.close()
     seconds = time.perf_counter() - start
     info = model.cache_info()
     if args.json:

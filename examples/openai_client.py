@@ -1,0 +1,31 @@
+"""Talk to `tqgguf serve model.gguf` with OpenAI's client: python examples/openai_client.py [URL of the server]."""
+
+import json
+import sys
+import urllib.request
+
+import openai
+
+
+def main(url: str = "http://127.0.0.1:8000") -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    model = client.models.list().data[0].id
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "What is the capital of Italy?"}],
+        temperature=0,
+        stream=True,
+    )
+    for chunk in answer:
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
+    print()
+
+    with urllib.request.urlopen(f"{url}/cache") as response:
+        figures = json.load(response)
+    cache = figures["cache"]
+    used, f16 = figures["bytes_used"], cache["f16_bytes"] * figures["tokens_used"] // cache["n_ctx"]
+    print(f"{figures['tokens_used']} tokens of {cache['type_k']}: {used:,} bytes, f16 {f16:,}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

@@ -1,0 +1,263 @@
+"""`tqgguf serve` with the client it is meant for: answers, figures, clients that go away, and its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tqgguf import demo
+
+pytestmark = pytest.mark.model
+
+MODEL = str(demo.MODEL_PATH)
+REPOSITORY = Path(__file__).parents[2]
+PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "openai")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def packages() -> None:
+    for name in PACKAGES:
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements-dev.txt")
+
+
+class Server:
+    """`tqgguf serve` in a process of its own."""
+
+    def __init__(self, *args: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tqgguf", "serve", *args, "--port", "0"], stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr
+        self.said = ""
+        while not (match := re.search(r"listening on (http://\S+/v1) ", self.said)):
+            line = self.process.stderr.readline()
+            assert line, self.said
+            self.said += line
+        self.url = match[1]
+
+    def client(self) -> Any:
+        import openai
+
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
+
+    def get(self, path: str, **headers: str) -> tuple[str, str]:
+        request = urllib.request.Request(self.url.removesuffix("/v1") + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.headers["content-type"], response.read().decode()
+
+    def figures(self) -> dict[str, Any]:
+        return json.loads(self.get("/cache")[1])
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[float, str]:
+        """Seconds it took to end, and all that it said after it began to listen."""
+        start = time.monotonic()
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=20)
+        return time.monotonic() - start, errors
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server(MODEL, "--threads", "1")
+    yield server
+    seconds, said = server.end()
+    assert (server.process.returncode, said) == (0, "") and seconds < 1
+
+
+@pytest.fixture
+def busy(endless: tuple[str, ...]) -> Iterator[Server]:
+    """A server whose model answers without end."""
+    server = Server(*endless[:-2], "--chat-format", "chatml")
+    yield server
+    if server.process.poll() is None:
+        server.process.kill()
+        server.process.communicate()
+
+
+def ask(client: Any, text: str, **options: Any) -> str:
+    options = {"model": "demo", "temperature": 0, **options}
+    reply = client.chat.completions.create(messages=[{"role": "user", "content": text}], **options)
+    if options.get("stream"):
+        return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+    assert reply.choices[0].finish_reason == "stop"
+    return reply.choices[0].message.content
+
+
+def test_answers(server: Server) -> None:
+    client = server.client()
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert "Paris" in ask(client, "What is the capital of France?")
+    assert "Lima" in ask(client, "What is the capital of Peru?", stream=True)
+    text = client.completions.create(model="demo", prompt="The capital of Spain is", max_tokens=2, temperature=0)
+    assert text.usage.completion_tokens == 2
+
+
+def test_two_clients_at_once_get_whole_answers(server: Server) -> None:
+    asked = {"France": "Paris", "Peru": "Lima", "Spain": "Madrid", "Japan": "Tokyo"}
+    answers: dict[tuple[str, bool], str] = {}
+
+    def talk(stream: bool) -> None:
+        client = server.client()
+        for country in [*asked] * 3:
+            answers[country, stream] = ask(client, f"What is the capital of {country}?", stream=stream)
+
+    threads = [threading.Thread(target=talk, args=(stream,)) for stream in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 8
+    for (country, _), answer in answers.items():
+        assert answer.strip() == f"The capital of {country} is {asked[country]}."
+
+
+def test_the_figures_of_the_cache(server: Server) -> None:
+    before = server.figures()
+    ask(server.client(), "What is the capital of Kenya?")
+    kind, text = server.get("/cache")
+    after = json.loads(text)
+    assert kind == "application/json" and after["model"] == "demo"
+    assert after["requests"]["200"] == before["requests"]["200"] + 1 and after["requests_in_progress"] == 0
+    assert 8 < after["tokens_read"] - before["tokens_read"] < 30
+    assert after["bytes_used"] == 448 * after["tokens_used"] and 15 < after["tokens_used"] < 40
+    assert after["cache"]["type_k"] == "pqo3" and after["cache"]["f16_bytes"] == 2048 * 2048
+    for path, headers in (("/metrics", {}), ("/cache?format=prometheus", {}), ("/cache", {"accept": "text/plain"})):
+        kind, text = server.get(path, **headers)
+        assert kind.startswith("text/plain; version=0.0.4")
+        samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert samples["tqgguf_cache_tokens_used"] == str(after["tokens_used"])
+        assert samples['tqgguf_cache_info{model="demo",type_k="pqo3",type_v="pqo3"}'] == "1"
+        assert samples['tqgguf_requests_total{status="200"}'] == str(after["requests"]["200"])
+        for name in samples:
+            assert f"# TYPE {name.partition('{')[0]} " in text
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        server.get("/cache?format=xml")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_does_not_fit(server: Server, stream: bool) -> None:
+    import openai
+
+    with pytest.raises(openai.APIError, match=r"2048"):
+        ask(server.client(), "word " * 3000, stream=stream)
+    assert "Paris" in ask(server.client(), "What is the capital of France?", stream=stream)
+
+
+def test_a_client_that_goes_away_frees_its_place(busy: Server) -> None:
+    stream = busy.client().chat.completions.create(
+        model="x", messages=[{"role": "user", "content": "hello"}], stream=True, temperature=0
+    )
+    for _, _chunk in zip(range(5), stream, strict=False):
+        pass
+    assert busy.figures()["requests_in_progress"] == 1
+    stream.close()
+    end = time.monotonic() + 5
+    while busy.figures()["requests_in_progress"] and time.monotonic() < end:
+        time.sleep(0.05)
+    figures = busy.figures()
+    assert figures["requests_in_progress"] == 0
+    time.sleep(0.3)
+    assert busy.figures()["tokens_read"] == figures["tokens_read"]  # nothing is computed for nobody
+    reply = busy.client().completions.create(model="x", prompt="hello", max_tokens=3, temperature=0)
+    assert reply.usage.completion_tokens == 3
+    seconds, said = busy.end(signal.SIGINT)
+    assert said == "" and seconds < 1 and busy.process.returncode == 0
+
+
+@pytest.mark.parametrize(("stream", "prompt"), [(False, "hello"), (True, "hello"), (False, "so " * 15000)])
+def test_it_ends_within_a_second_whatever_it_computes(busy: Server, stream: bool, prompt: str) -> None:
+    outcome: list[Any] = []
+
+    def talk() -> None:
+        try:
+            outcome.append(ask(busy.client(), prompt, stream=stream))
+        except Exception as error:
+            outcome.append(error)
+
+    threads = [threading.Thread(target=talk) for _ in range(2)]  # one is computed, one waits
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 20
+    while busy.figures()["requests_in_progress"] < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    seconds, said = busy.end(signal.SIGINT)
+    assert said == "" and seconds < 1 and busy.process.returncode == 0
+    for thread in threads:
+        thread.join(10)
+    assert len(outcome) == 2
+
+
+def test_an_api_key(tmp_path: Path) -> None:
+    import openai
+
+    server = Server(MODEL, "--threads", "1", "--api-key", "secret", "--name", "mine")
+    try:
+        with pytest.raises(openai.AuthenticationError):
+            server.client().models.list()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            server.get("/metrics")
+        client = openai.OpenAI(base_url=server.url, api_key="secret")
+        assert [model.id for model in client.models.list()] == ["mine"]
+    finally:
+        server.end()
+
+
+def test_a_prompt_cache_spares_clients_that_take_turns() -> None:
+    prompts = [demo.recall_prompt(seed, 25).prompt for seed in (1, 2)]
+    server = Server(MODEL, "--threads", "1", "--prompt-cache", "16")
+    try:
+        answers = [ask(server.client(), prompt, max_tokens=20) for prompt in prompts]
+        before = server.figures()["tokens_read"]
+        assert before > 300
+        assert [ask(server.client(), prompt, max_tokens=20) for prompt in prompts] == answers
+        assert server.figures()["tokens_read"] - before < 60
+    finally:
+        server.end()
+
+
+def test_what_is_refused_before_anything_loads(
+    python: Callable[..., Any], random_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = python("-m", "tqgguf", "serve", MODEL, "--port", port)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port" in done.stderr
+    done = python("-m", "tqgguf", "serve", str(random_model()))
+    assert done.returncode == 1 and "has no chat template" in done.stderr and len(done.stderr.splitlines()) == 1
+    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError('no', name='fastapi')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = python("-m", "tqgguf", "serve", MODEL, env={"PYTHONPATH": path})
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "a package that is missing, fastapi: pip install 'tqgguf[server]'" in done.stderr
+    assert python("-m", "tqgguf", "serve", MODEL, "--port", "70000").returncode == 2
+
+
+def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "benchmarks" / "serve_load.py"), "--requests", "24", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["answered"], result["wrong"]) == (24, 0)

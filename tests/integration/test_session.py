@@ -1,0 +1,400 @@
+"""Session files: what comes back, what is refused and in which words, and what survives when saving fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tqgguf
+from tqgguf import CachePolicy, SessionError, demo, read_session
+
+pytestmark = pytest.mark.model
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "session_kill.py"
+
+
+def load(cache: Any = "pqo3", path: Path = demo.MODEL_PATH, **options: Any) -> Any:
+    return tqgguf.Llama(path, cache=cache, **{"n_ctx": 512, "n_threads": 1, "verbose": False, **options})
+
+
+def logits(model: Any) -> np.ndarray:
+    from llama_cpp import llama_get_logits_ith
+
+    return np.ctypeslib.as_array(llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),)).copy()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    model = load()
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def saved(model: Any, tmp_path: Path) -> Path:
+    model.reset()
+    model.eval(list(range(5, 105)))
+    path = tmp_path / "saved.session"
+    model.save_session(path, {"title": "grüß"})
+    return path
+
+
+def resealed(data: bytes, **changes: Any) -> bytes:
+    """The bytes of a session with other header values, and a header checksum that fits them."""
+    n = struct.unpack_from("<I", data, 12)[0]
+    header = json.dumps({**json.loads(data[48 : 48 + n]), **changes}).encode()
+    return data[:12] + struct.pack("<I", len(header)) + hashlib.sha256(header).digest() + header + data[48 + n :]
+
+
+@pytest.mark.parametrize("cache", ["pqo3", "pqt4", ("q8_0", "pqo4"), {"default": "pqo3", "layers": {"0": "q8_0"}}])
+def test_what_was_saved_comes_back(tmp_path: Path, cache: Any) -> None:
+    model = load(cache, tail=0)
+    model.eval(list(range(5, 105)))
+    session = model.save_session(tmp_path / "s", {"messages": QUESTION})
+    model.eval([7])
+    expected = logits(model)
+    other = load(cache, tail=0)
+    other.eval([9] * 300)
+    found = other.load_session(tmp_path / "s")
+    assert found == session == read_session(tmp_path / "s")
+    assert found.extra == {"messages": QUESTION} and found.n_tokens == other.cache_info().cells_used == 100
+    assert other.input_ids[:100].tolist() == list(range(5, 105))
+    other.eval([7])
+    np.testing.assert_array_equal(logits(other), expected)
+    model.close()
+    other.close()
+
+
+def test_with_a_tail_it_differs_by_rounding_alone(model: Any, saved: Path) -> None:
+    model.eval([7])
+    live = logits(model)
+    model.load_session(saved)
+    model.eval([7])
+    restored = logits(model)
+    error = np.linalg.norm(restored - live) / np.linalg.norm(live)
+    assert 0 < error < 0.2
+
+
+def test_a_loaded_prompt_is_not_read_again(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.reset()
+    answer = model.create_chat_completion(QUESTION, temperature=0)["choices"][0]["message"]["content"]
+    model.save_session(tmp_path / "s")
+    model.reset()
+    model.load_session(tmp_path / "s")
+    read: list[int] = []
+    stock = type(model).eval
+    monkeypatch.setattr(type(model), "eval", lambda self, tokens: (read.append(len(tokens)), stock(self, tokens))[1])
+    assert model.create_chat_completion(QUESTION, temperature=0)["choices"][0]["message"]["content"] == answer
+    assert set(read) == {1}
+
+
+def test_a_model_with_windows(tmp_path: Path, random_model: Callable[..., Path]) -> None:
+    model = load(path=random_model(arch="gemma2"), tail=0)
+    model.eval(list(range(3, 203)))
+    model.save_session(tmp_path / "s")
+    model.eval([7])
+    expected = logits(model)
+    model.load_session(tmp_path / "s")
+    assert model.cache_info().cells_used == 200
+    model.eval([7])
+    # Cells beyond the window, which weigh nothing, are gone, and sums are rounded otherwise.
+    np.testing.assert_allclose(logits(model), expected, rtol=0, atol=5e-4 * np.abs(expected).max())
+    model.close()
+
+
+def test_it_takes_a_quarter_of_an_f16_session(tmp_path: Path) -> None:
+    sizes = {}
+    for cache in ("f16", "pqo3", "pqt3"):
+        model = load(cache, flash_attn=True)
+        model.eval([5 + i % 900 for i in range(400)])
+        model.save_session(tmp_path / cache)
+        sizes[cache] = (tmp_path / cache).stat().st_size
+        model.close()
+    assert sizes["pqo3"] == sizes["pqt3"] < 0.235 * sizes["f16"]
+    assert sizes["pqo3"] < 400 * (448 + 16) + 2000  # blocks; position, sequence and token; headers
+
+
+def test_size_follows_the_tokens_not_the_context(tmp_path: Path) -> None:
+    for n_ctx in (512, 2048):
+        model = load(n_ctx=n_ctx)
+        model.eval(list(range(5, 105)))
+        model.save_session(tmp_path / str(n_ctx))
+        model.close()
+    assert (tmp_path / "512").read_bytes()[-40000:] == (tmp_path / "2048").read_bytes()[-40000:]
+    assert (tmp_path / "512").stat().st_size == (tmp_path / "2048").stat().st_size
+
+
+def test_an_empty_session(model: Any, tmp_path: Path) -> None:
+    model.reset()
+    model.save_session(tmp_path / "s")
+    model.eval([5, 6])
+    assert model.load_session(tmp_path / "s").n_tokens == model.cache_info().cells_used == 0
+
+
+# ---- What is refused ----
+
+
+def test_another_model(saved: Path, random_model: Callable[..., Path]) -> None:
+    other = load(path=random_model())
+    with pytest.raises(SessionError, match=r"saved with another model, tqgguf demo \(.*loaded is random"):
+        other.load_session(saved)
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [
+        ("f16", "holds K as pqo3, this cache stores f16"),
+        (("pqo3", "pqo4"), "holds V as pqo3, this cache stores pqo4"),
+        ({"default": "pqo3", "layers": {"-1": "pqo4"}}, "this cache stores pqo3,pqo3,pqo3,pqo4"),
+        (CachePolicy(("pqo3",) * 4, ("pqo3",) * 4, {1: np.ones((2, 64), np.float32)}), "centres keys otherwise"),
+    ],
+)
+def test_another_cache(saved: Path, cache: Any, said: str) -> None:
+    other = load(cache)
+    other.eval([5, 6, 7])
+    with pytest.raises(SessionError, match=said):
+        other.load_session(saved)
+    assert other.cache_info().cells_used == 3  # as it was
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n_ctx": 64}, "holds 100 tokens, the context has 64: load the model with n_ctx=100 or more"),
+        ({"rope_freq_base": 5000.0}, r"saved with rope_freq_base=0\.0, this model was loaded with rope_freq_base=5000"),
+    ],
+)
+def test_another_context(saved: Path, options: dict[str, Any], said: str) -> None:
+    other = load(**options)
+    with pytest.raises(SessionError, match=said):
+        other.load_session(saved)
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"codec": 99}, "written by codec version 99, this installation needs"),
+        ({"state": 1}, "llama.cpp state version 1"),
+        ({"type_numbers": {"pqo3": 400}}, "numbers the cache types {'pqo3': 400}"),
+        ({"n_tokens": 10**12}, "truncated"),
+        ({"n_tokens": -1}, "n_tokens is -1"),
+        ({"n_tokens": True}, "n_tokens is True"),
+        ({"n_state_bytes": 1}, "damaged"),
+        ({"extra": []}, "extra is"),
+        ({"more": 1}, "its keys are not those"),
+        ({"sha256": "0" * 64}, "checksum of its contents"),
+    ],
+)
+def test_headers_that_lie(model: Any, saved: Path, changes: dict[str, Any], said: str) -> None:
+    saved.write_bytes(resealed(saved.read_bytes(), **changes))
+    with pytest.raises(SessionError, match=said):
+        model.load_session(saved)
+
+
+def test_another_version(model: Any, saved: Path) -> None:
+    data = bytearray(saved.read_bytes())
+    data[8] = 2
+    saved.write_bytes(data)
+    with pytest.raises(SessionError, match="has session version 2, this tqgguf reads 1"):
+        model.load_session(saved)
+
+
+def test_contents_that_lie_under_a_right_checksum(model: Any, saved: Path) -> None:
+    """A forged file: every 32-bit word of what llama.cpp reads as counts, positions, types and sizes, made absurd."""
+    data = saved.read_bytes()
+    start = 48 + struct.unpack_from("<I", data, 12)[0]
+    n = 100
+    meta = start + 4 * n
+    words = [*range(meta, meta + 40, 4), meta + 16 + 12 * (n - 1), *range(meta + 16 + 12 * n, meta + 36 + 12 * n, 4)]
+    for at in [start, *words]:
+        if at in (meta + 4, meta + 24, meta + 36):
+            continue  # the number of the sequence, which llama.cpp does not use
+        for value in (0xFFFFFFFF, 0x7FFFFFFF):
+            forged = data[:at] + struct.pack("<I", value) + data[at + 4 :]
+            saved.write_bytes(resealed(forged, sha256=hashlib.sha256(forged[start:]).hexdigest()))
+            with pytest.raises(SessionError):
+                model.load_session(saved)
+    saved.write_bytes(data)
+    model.load_session(saved)
+    model.eval([7])
+
+
+def test_truncated_at_any_length(model: Any, saved: Path) -> None:
+    data = saved.read_bytes()
+    for n in [*range(0, 60), *range(60, len(data), 997), len(data) - 1]:
+        saved.write_bytes(data[:n])
+        with pytest.raises(SessionError, match=r"truncated|not a session"):
+            model.load_session(saved)
+    saved.write_bytes(data + b"\0")
+    with pytest.raises(SessionError, match="damaged: it has"):
+        model.load_session(saved)
+
+
+def test_a_flipped_bit_anywhere(model: Any, saved: Path) -> None:
+    data = saved.read_bytes()
+    rng = np.random.default_rng(0)
+    model.reset()
+    model.eval([5, 6, 7])
+    for at in [*range(0, 48), *rng.integers(48, len(data), 300)]:
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << int(rng.integers(8))
+        saved.write_bytes(flipped)
+        with pytest.raises(SessionError):
+            model.load_session(saved)
+    assert model.cache_info().cells_used == 3
+
+
+def test_files_that_are_no_sessions(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        model.load_session(tmp_path / "missing")
+    with pytest.raises(SessionError, match="is not a session"):
+        model.load_session(demo.MODEL_PATH)
+
+
+def test_targets_that_are_refused(model: Any, tmp_path: Path) -> None:
+    other = tmp_path / "notes.txt"
+    other.write_text("mine")
+    for path, said in (
+        (other, "exists and is no session: it is not overwritten"),
+        (tmp_path, "no regular file"),
+        (tmp_path / "none" / "s", "folder .* does not exist"),
+    ):
+        with pytest.raises(tqgguf.ArgumentError, match=said):
+            model.save_session(path)
+    with pytest.raises(tqgguf.ArgumentError, match="what JSON can hold"):
+        model.save_session(tmp_path / "s", {"x": object()})
+    assert other.read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["notes.txt"]
+
+
+# ---- What survives ----
+
+
+def test_no_space_left_leaves_the_old_file(model: Any, saved: Path) -> None:
+    before = saved.read_bytes()
+    model.eval([7] * 50)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="a session that was there is as it was"):
+            model.save_session(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
+
+
+def test_a_full_device(model: Any, tmp_path: Path) -> None:
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "x", tmp_path]).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        model.reset()
+        model.eval([5, 6])
+        path = tmp_path / "s"
+        model.save_session(path)
+        before = path.read_bytes()
+        model.eval([7] * 200)
+        with pytest.raises(OSError, match="No space left on device; a session that was there is as it was"):
+            model.save_session(path)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["s"]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_killed_save_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--kills", "20", "--json"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["kills"] == result["whole"] == 20 and result["killed_while_writing"] > 0
+
+
+def test_modes_and_links_are_kept(model: Any, saved: Path, tmp_path: Path) -> None:
+    assert saved.stat().st_mode & 0o777 == 0o600
+    saved.chmod(0o640)
+    link = tmp_path / "link"
+    link.symlink_to(saved.name)
+    model.save_session(link)
+    assert link.is_symlink() and saved.stat().st_mode & 0o777 == 0o640
+
+
+# ---- Beside it: prefix caches, stopping, progress ----
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_upstream_prefix_caches(tmp_path: Path, kind: str) -> None:
+    import llama_cpp
+
+    model = load(n_ctx=1024)
+    cache = llama_cpp.LlamaRAMCache() if kind == "ram" else llama_cpp.LlamaDiskCache(str(tmp_path))
+    model.set_cache(cache)
+    prompt = demo.recall_prompt(1, 20).prompt
+    answer = model(prompt, max_tokens=8, temperature=0)["choices"][0]["text"]
+    assert cache.cache_size < model.n_tokens * 464 + 50_000  # cells in use, and no matrix of logits
+    model.reset()
+    model.input_ids[:] = 0
+    read: list[int] = []
+    stock = model.eval
+    model.eval = lambda tokens: (read.append(len(tokens)), stock(tokens))[1]
+    assert model(prompt, max_tokens=8, temperature=0)["choices"][0]["text"] == answer
+    assert set(read) == {1}  # the prompt came from the cache
+    model.close()
+
+
+def test_stop_ends_a_computation_and_not_the_model(model: Any) -> None:
+    model.reset()
+    tokens = [5 + i % 900 for i in range(400)]
+    timer = threading.Timer(0.002, model.stop)
+    timer.start()
+    with pytest.raises(tqgguf.StoppedError):
+        for _ in range(10_000):
+            model.eval(tokens)
+            model.reset()
+    timer.join()
+    with pytest.raises(tqgguf.StoppedError):
+        model.create_chat_completion(QUESTION)
+    model.resume()
+    reply = model.create_chat_completion(QUESTION, temperature=0)
+    assert "Paris" in reply["choices"][0]["message"]["content"]
+
+
+def test_a_model_is_freed_with_its_last_name() -> None:
+    model = load()
+    ghost = weakref.ref(model)
+    del model
+    assert ghost() is None
+
+
+def test_progress_and_ending_a_load() -> None:
+    seen: list[tuple[str, int, int]] = []
+    model = load(progress=lambda *step: seen.append(step))
+    assert seen[-1] == ("loading the model", 100, 100)
+    seen.clear()
+    model.eval(list(range(5, 305)))
+    assert seen == [("reading the prompt", n, 300) for n in (128, 256, 300)]
+    model.close()
+
+    def impatient(*_: Any) -> None:
+        raise TimeoutError("too slow")
+
+    with pytest.raises(TimeoutError, match="too slow"):
+        load(progress=impatient)

@@ -1,0 +1,278 @@
+"""The OpenAI-compatible server that llama_cpp brings, around a `tqgguf.Llama`, with the figures of its cache.
+
+Upstream's application is used as it is but for two names of its module that are replaced: `LlamaProxy`, whose models
+are loaded beforehand here, and `get_event_publisher`, which lets an error in the middle of a stream, and a client that
+goes away, end in a traceback. Importing this module needs the packages of `tqgguf[server]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+import signal
+import socket
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final
+
+from ._native import import_llama_cpp
+from .errors import ArgumentError, StoppedError, UnsupportedError
+
+import_llama_cpp()
+try:
+    import anyio
+    import uvicorn
+    from fastapi import Depends, Request, Response
+    from llama_cpp.server import app as upstream
+    from llama_cpp.server.errors import RouteErrorHandler
+    from llama_cpp.server.settings import ModelSettings, ServerSettings
+    from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+except ImportError as error:
+    raise UnsupportedError(
+        f"the server needs a package that is missing, {error.name}: pip install 'tqgguf[server]'"
+    ) from None
+
+if TYPE_CHECKING:
+    from .cache_info import CacheInfo
+    from .model import Llama
+
+__all__ = ["CacheFigures", "create_app", "listen", "serve"]
+
+_logger = logging.getLogger("uvicorn.error")
+
+PROMETHEUS: Final = "text/plain; version=0.0.4; charset=utf-8"
+GRACE: Final = 1
+"""Seconds that open connections have to end when the server does; what they wait for is stopped at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheFigures:
+    """What `/cache` says.
+
+    Attributes:
+        model: the name clients know it by.
+        tokens_used: in the cache now.
+        bytes_used: of blocks, by these tokens.
+        cache: types and sizes, as allocated.
+        requests: answered, by HTTP status.
+        requests_in_progress: being answered or waiting; there is one context, so one is answered at a time.
+        tokens_read: computed since the start, prompts and answers; those found in the cache are not.
+    """
+
+    model: str
+    tokens_used: int
+    bytes_used: int
+    cache: CacheInfo
+    requests: dict[str, int]
+    requests_in_progress: int
+    tokens_read: int
+
+    def prometheus(self) -> str:
+        """The same in the text format of Prometheus."""
+        lines: list[str] = []
+
+        def metric(name: str, kind: str, text: str, *samples: tuple[str, int]) -> None:
+            lines.extend((f"# HELP tqgguf_{name} {text}", f"# TYPE tqgguf_{name} {kind}"))
+            lines.extend(f"tqgguf_{name}{labels} {value}" for labels, value in samples)
+
+        types = f'{{model={_label(self.model)},type_k="{self.cache.type_k}",type_v="{self.cache.type_v}"}}'
+        metric("cache_info", "gauge", "Types of the KV cache, as labels.", (types, 1))
+        metric("cache_tokens", "gauge", "Tokens the KV cache has room for.", ("", self.cache.n_ctx))
+        metric("cache_tokens_used", "gauge", "Tokens in the KV cache.", ("", self.tokens_used))
+        metric("cache_bytes", "gauge", "Bytes allocated for the KV cache.", ("", self.cache.bytes))
+        metric("cache_bytes_used", "gauge", "Bytes of blocks that hold tokens.", ("", self.bytes_used))
+        metric(
+            "cache_f16_bytes", "gauge", "Bytes an f16 cache of as many tokens would take.", ("", self.cache.f16_bytes)
+        )
+        metric("requests_in_progress", "gauge", "Requests answered now or waiting.", ("", self.requests_in_progress))
+        statuses = [(f'{{status="{status}"}}', n) for status, n in sorted(self.requests.items())]
+        metric("requests_total", "counter", "Requests answered, by HTTP status.", *statuses)
+        metric("tokens_read_total", "counter", "Tokens computed, of prompts and answers.", ("", self.tokens_read))
+        return "\n".join(lines) + "\n"
+
+
+def _label(text: str) -> str:
+    escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return f'"{escaped}"'
+
+
+class _Counting:
+    """ASGI middleware that counts the requests of the OpenAI interface."""
+
+    def __init__(self, app: Any, counts: _Counts) -> None:
+        self.app, self.counts = app, counts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, send)
+            return
+
+        async def counting_send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.counts.answered[str(message["status"])] += 1
+            await send(message)
+
+        self.counts.in_progress += 1
+        try:
+            await self.app(scope, receive, counting_send)
+        finally:
+            self.counts.in_progress -= 1
+
+
+@dataclasses.dataclass
+class _Counts:
+    """All on the thread of the event loop."""
+
+    answered: Counter[str] = dataclasses.field(default_factory=Counter)
+    in_progress: int = 0
+
+
+def create_app(model: Llama, *, name: str | None = None, api_key: str | None = None) -> Any:
+    """The application: upstream's routes, and `/cache` and `/metrics`.
+
+    Args:
+        model: what answers. One request at a time; others wait for their turn, none is cut short.
+        name: what clients know the model by; its file's name if None.
+        api_key: what clients must send, or None.
+
+    Returns:
+        A FastAPI application.
+    """
+
+    class Proxy(upstream.LlamaProxy):  # type: ignore[misc]
+        """Upstream's, around a model that is loaded."""
+
+        @staticmethod
+        def load_llama_from_model_settings(settings: Any) -> Llama:
+            return model
+
+    RouteErrorHandler.pattern_and_formatters[re.compile("computation was stopped")] = _shutting_down
+    name = name or model.model_info.path.stem
+    stock, upstream.LlamaProxy = upstream.LlamaProxy, Proxy
+    upstream.get_event_publisher = _publish
+    try:
+        app = upstream.create_app(
+            # Otherwise a stream ends, half done, when another request comes.
+            server_settings=ServerSettings(interrupt_requests=False, api_key=api_key),
+            model_settings=[ModelSettings(model=model.model_path, model_alias=name)],
+        )
+    finally:
+        upstream.LlamaProxy = stock
+    counts = _Counts()
+    app.title = "tqgguf"
+    app.add_middleware(_Counting, counts=counts)
+    allocated = model.cache_info()
+
+    def figures() -> CacheFigures:
+        used = model.n_tokens  # a number of Python's: llama.cpp may be computing in another thread
+        return CacheFigures(
+            name,
+            used,
+            used * allocated.bytes_per_token,
+            dataclasses.replace(allocated, cells_used=used),
+            dict(counts.answered),
+            counts.in_progress,
+            model.n_tokens_read,
+        )
+
+    def as_json() -> Response:
+        return Response(json.dumps(dataclasses.asdict(figures())), media_type="application/json")
+
+    def as_prometheus() -> Response:
+        return Response(figures().prometheus(), media_type=PROMETHEUS)
+
+    @app.get("/cache", dependencies=[Depends(upstream.authenticate)], summary="The KV cache, its size and its use")  # type: ignore[untyped-decorator]
+    async def cache(request: Request, format: str | None = None) -> Response:
+        wanted = format or ("prometheus" if "text/plain" in request.headers.get("accept", "") else "json")
+        if wanted not in ("json", "prometheus"):
+            return Response(f"format is {wanted!r}, must be json or prometheus\n", 400, media_type="text/plain")
+        return as_json() if wanted == "json" else as_prometheus()
+
+    @app.get("/metrics", dependencies=[Depends(upstream.authenticate)], summary="The same, for Prometheus")  # type: ignore[untyped-decorator]
+    async def metrics() -> Response:
+        return as_prometheus()
+
+    return app
+
+
+def _shutting_down(request: Any, match: Any) -> tuple[int, dict[str, Any]]:
+    return 503, _error("the server is shutting down", "server_error")
+
+
+def _error(message: str, kind: str) -> dict[str, Any]:
+    return {"message": message, "type": kind, "param": None, "code": None}
+
+
+async def _publish(
+    request: Any, inner_send_chan: Any, body: Any, body_model: Any, llama_call: Any, kwargs: Any
+) -> None:
+    """Sends the parts of a streamed answer; in the place of upstream's function of the same arguments."""
+    async with inner_send_chan, contextlib.asynccontextmanager(upstream.get_llama_proxy)() as proxy:
+        chunks = None
+        try:
+            llama = upstream.prepare_request_resources(body, proxy, body_model, kwargs)
+            chunks = await run_in_threadpool(llama_call, llama, **kwargs)
+            async for chunk in iterate_in_threadpool(chunks):
+                await inner_send_chan.send({"data": json.dumps(chunk)})
+            await inner_send_chan.send({"data": "[DONE]"})
+        except anyio.BrokenResourceError:
+            pass  # the client has gone
+        except StoppedError:
+            pass  # so has the server
+        except Exception as error:
+            kind = "invalid_request_error"
+            if not isinstance(error, ValueError):  # which llama_cpp raises for a prompt that does not fit, and the like
+                kind = "server_error"
+                _logger.exception("a stream ended with an error")
+            # The status has been sent; clients of OpenAI's interface know an error among the parts.
+            with contextlib.suppress(anyio.BrokenResourceError):
+                await inner_send_chan.send({"data": json.dumps({"error": _error(str(error), kind)})})
+        finally:
+            if chunks is not None:
+                with anyio.CancelScope(shield=True):  # frees the sampler now and not when garbage is collected
+                    await run_in_threadpool(chunks.close)
+
+
+# ---- Running it ----
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, so that a port that is taken is told before a model is loaded.
+
+    Raises:
+        ArgumentError: the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(128)  # clients that come while the model is loaded wait
+    except OSError as error:
+        raise ArgumentError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port (0: any that is free)"
+        ) from None
+    return bound
+
+
+def serve(app: Any, model: Llama, bound: socket.socket) -> None:
+    """Answers on a socket until SIGINT or SIGTERM, which stop what is being computed."""
+
+    class Server(uvicorn.Server):  # type: ignore[misc]
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            model.stop()
+            _logger.setLevel(logging.CRITICAL)  # streams that end here without their last part are no errors
+            super().handle_exit(sig, frame)
+
+    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
+    ending = threading.current_thread() is threading.main_thread()
+    # uvicorn raises what ended it once more when it is done; by then there is nothing left to end.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM) if ending}
+    try:
+        server.run(sockets=[bound])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
