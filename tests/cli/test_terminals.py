@@ -110,7 +110,7 @@ def test_ctrl_c_ends_native_code_and_lets_python_clean_up(code: str, said: str) 
 
 def test_ctrl_c_in_a_command(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("The capital of France is Paris. " * 3000)
+    text.write_text("The capital of France is Paris. " * 20000)
     args = [sys.executable, "-m", "tqgguf", "compare", MODEL, "-f", str(text), "--cache", "f16,pqo3", "--threads", "1"]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(2.5)
