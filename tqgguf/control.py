@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
-from ._native import import_llama_cpp
+from ._native import import_llama_cpp, library_path
 
 __all__ = ["Control", "Progress"]
 
@@ -20,19 +21,30 @@ class Control:
 
     Attributes:
         progress: what is told; None: nothing.
-        stopped: whether what is computed shall end.
         failure: what `progress` raised while the model was loaded, which ended that.
         on_load: for `llama_model_params.progress_callback`.
-        on_step: for `llama_set_abort_callback`, called between the steps of a graph: 10 us for a token of four layers.
+        on_step: for `llama_set_abort_callback`, called between the steps of a graph. It is no Python function: in one,
+            the KeyboardInterrupt of a Ctrl-C would be lost.
+        flag: what `on_step` reads.
     """
 
     def __init__(self, progress: Progress | None) -> None:
         llama_cpp: Any = import_llama_cpp()
         self.progress = progress
-        self.stopped = False
+        self.flag = ctypes.c_bool(False)
         self.failure: BaseException | None = None
         self.on_load = llama_cpp.llama_progress_callback(self._loaded)
-        self.on_step = llama_cpp.ggml_abort_callback(lambda _: self.stopped)
+        is_set = ctypes.CDLL(str(library_path("ggml-base"))).tq_ggml_is_set
+        self.on_step = llama_cpp.ggml_abort_callback(ctypes.cast(is_set, ctypes.c_void_p).value)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether what is computed shall end."""
+        return self.flag.value
+
+    @stopped.setter
+    def stopped(self, value: bool) -> None:
+        self.flag.value = value
 
     def _loaded(self, fraction: float, _: Any) -> bool:
         """False ends loading. An exception would be lost in C."""

@@ -137,7 +137,7 @@ class Llama(_Stock):  # type: ignore[misc]
                 if self._control.failure is not None:
                     raise self._control.failure from None
                 raise load_error(str(error), log, self._info) from error
-        llama_cpp.llama_set_abort_callback(self.ctx, self._control.on_step, None)
+        llama_cpp.llama_set_abort_callback(self.ctx, self._control.on_step, ctypes.addressof(self._control.flag))
         self._buffers: list[_KVBuffer] = []
         if not kwargs.get("vocab_only"):
             try:
@@ -163,7 +163,8 @@ class Llama(_Stock):  # type: ignore[misc]
 
     @model_params.setter
     def model_params(self, params: Any) -> None:
-        params.progress_callback = self._control.on_load
+        if self._control.progress is not None:
+            params.progress_callback = self._control.on_load
         self._model_params = params
 
     @property
