@@ -1,4 +1,4 @@
-"""A terminal for commands that talk to one."""
+"""Commands run to their end, and a terminal for those that talk to one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import pty
 import re
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +72,12 @@ class Terminal:
             self.output += data.decode("utf-8", "replace")
             return bool(data)
         return False
+
+
+@pytest.fixture
+def tqgguf(python: Callable[..., Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `tqgguf` with arguments, in an empty folder."""
+    return lambda *args, **options: python("-m", "tqgguf", *args, **options)
 
 
 @pytest.fixture

@@ -19,14 +19,6 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 MODEL = str(demo.MODEL_PATH)
 
 
-@pytest.fixture
-def tqgguf(python: Callable[..., Any]) -> Command:
-    def call(*args: str, **options: Any) -> Any:
-        return python("-m", "tqgguf", *args, **options)
-
-    return call
-
-
 def test_demo(tqgguf: Command) -> None:
     done = tqgguf("demo")
     assert done.returncode == 0, done.stderr

@@ -22,14 +22,6 @@ MODEL = str(demo.MODEL_PATH)
 
 
 @pytest.fixture
-def tqgguf(python: Callable[..., Any]) -> Command:
-    def call(*args: str, **options: Any) -> Any:
-        return python("-m", "tqgguf", *args, **options)
-
-    return call
-
-
-@pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("The capital of France is Paris. " * 40)

@@ -162,9 +162,10 @@ class NamedCache:
     tail: int = 0
     rotate: bool = True
 
-    def n_ubatch(self, most: int) -> int:
+    @property
+    def n_ubatch(self) -> int:
         """Tokens to compute at once, as `Llama.eval` does."""
-        return tail_batch(self.tail, most)
+        return tail_batch(self.tail, UBATCH)
 
 
 def compare(
@@ -316,14 +317,13 @@ def read_text(path: str | Path) -> str:
 def load(path: str | Path, cache: NamedCache, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
     """A model to measure: quiet, and with flash attention for every cache, so that types are the only difference."""
     threads: dict[str, Any] = {"n_threads": n_threads, "n_threads_batch": n_threads}
-    options = {"n_ubatch": cache.n_ubatch(UBATCH), **threads, **options, "cache": cache.policy, "tail": cache.tail}
+    options = {"n_ubatch": cache.n_ubatch, **threads, **options, "cache": cache.policy, "tail": cache.tail}
     return Llama(path, flash_attn=True, n_ctx=n_ctx, verbose=False, **options)
 
 
-def further_context(model: Llama, cache: NamedCache, n_ubatch: int | None = None) -> AbstractContextManager[Any]:
-    """A context of that model for another cache; None computes as many tokens at once as `load` would."""
-    n = cache.n_ubatch(UBATCH) if n_ubatch is None else n_ubatch
-    return model.further_context(cache.policy, tail=cache.tail, n_ubatch=n, rotate=cache.rotate)
+def further_context(model: Llama, cache: NamedCache) -> AbstractContextManager[Any]:
+    """A context of that model for another cache, which computes as many tokens at once as `load` would."""
+    return model.further_context(cache.policy, tail=cache.tail, n_ubatch=cache.n_ubatch, rotate=cache.rotate)
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> Array:
@@ -442,9 +442,8 @@ class Reader:
         nll, kld = np.concatenate(self.nll), np.concatenate(self.kld)
         perplexity = math.exp(nll.mean())
         median, p99, p999 = (float(x) for x in np.quantile(kld, (0.5, 0.99, 0.999)))
-        n_ubatch = self.cache.n_ubatch(UBATCH)
-        n_bytes = self.cache.policy.bytes(info, n_ctx, self.cache.tail, n_ubatch)
-        f16 = resolve("f16", info.n_layer).bytes(info, n_ctx, 0, n_ubatch)
+        n_bytes = self.cache.policy.bytes(info, n_ctx, self.cache.tail, self.cache.n_ubatch)
+        f16 = resolve("f16", info.n_layer).bytes(info, n_ctx, 0, self.cache.n_ubatch)
         return TypeQuality(
             type=self.cache.label,
             bits=16 * n_bytes / f16 if f16 else 0.0,
