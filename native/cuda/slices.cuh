@@ -38,6 +38,9 @@ template <int ENTRIES> TQ_D uint32_t tq_look_up(const uint32_t * table, uint32_t
     return *(const uint32_t *) (const void *) ((const uint8_t *) table + at);
 }
 
+/* Bits of a where mask has ones, of b elsewhere; in one instruction, which nvcc does not find in (a & mask) | (b & ~mask). */
+TQ_HD uint32_t tq_select(uint32_t mask, uint32_t a, uint32_t b) { return b ^ ((a ^ b) & mask); }
+
 TQ_D uint16_t tq_load_half(const uint32_t * row, int byte) { return ((const uint16_t *) (const void *) row)[byte >> 1]; }
 
 /* Types of ours whose slice is one word of eight indices of BITS bits. */
@@ -60,10 +63,11 @@ template <int BITS> struct tq_packed {
     /* values n, n + 1 of a slice; n even */
     static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) { return tq_look_up<ENTRIES>(table, s, BITS * n); }
 
+    /* Bits beyond the eight indices are whatever they are: look_up takes none of them. */
     static TQ_D merged merge(const slice & a, const slice & b) {
         merged m;
-        m.even = (a & EVEN) | (b & EVEN) << BITS;
-        m.odd  = (a >> BITS & EVEN) | (b & EVEN << BITS);
+        m.even = tq_select(EVEN, a, b << BITS);
+        m.odd  = tq_select(EVEN, a >> BITS, b);
         return m;
     }
 
@@ -194,6 +198,20 @@ struct tq_f16 {
 
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
+
+/* The same the other way round: in which part value i of a block is, and as its which. */
+struct tq_spot {
+    int part, n;
+};
+
+TQ_HD tq_spot tq_spot_of(bool trellis, int i) {
+    tq_spot s;
+    s.part = trellis ? i % 8 / 2 : i / 8;
+    s.n    = trellis ? 2 * (i / 8) + i % 2 : i % 8;
+    return s;
+}
+
+TQ_HD bool tq_is_trellis(int type) { return type == TQ_TYPE_PQT3 || type == TQ_TYPE_PQT4; }
 
 template <int TYPE> struct tq_type_of {
     typedef tq_f16 type;

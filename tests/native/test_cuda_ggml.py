@@ -383,6 +383,12 @@ def test_what_is_refused_is_named(ggml: Ggml) -> None:
     row = ggml.row_size("pqo3", 64)
     part = ggml.view(k, (64, 64, 1, 1), (2 * row, 128 * row, 128 * row))
     assert "other strides" in ggml.refusal(ggml.call("cpy", part, ggml.new("pqo3", 64, 64)))
+    for turned in (ggml.call("transpose", k), ggml.call("permute", k, *(ctypes.c_int(i) for i in (2, 1, 0, 3)))):
+        node = ggml.call("cpy", turned, ggml.new("f32", *turned.contents.ne))
+        assert "do not lie side by side" in ggml.refusal(node)
+    node = attention_node(ggml, k, k, ("pqo3", "pqo3"), (64, 64), 4, 2, 1, 64)
+    node.contents.src[0].contents.nb[0] = 8
+    assert "in one piece" in ggml.refusal(node)
 
 
 def test_a_cache_in_host_memory_is_left_to_the_cpu(ggml: Ggml) -> None:
