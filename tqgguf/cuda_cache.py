@@ -58,7 +58,7 @@ class CudaPqoCache(PqoCache):
             raise ArgumentError(f"stream is {number}, must be a cudaStream_t as a number")
         if number == PER_THREAD_STREAM:
             raise ArgumentError(
-                "stream is 2, the per-thread default stream, which is another one in each thread: give a stream of its own"
+                "stream is 2, the per-thread default stream, which is another one in each thread: give another"
             )
         self._native_cuda = cuda_library()
         self._queue: Queue = self._native_cuda.queue(int(match.group(1) or 0), number)

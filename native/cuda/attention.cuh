@@ -44,7 +44,7 @@ struct tq_row {
     int             first;  /* of its tokens in a tile; the others are step further on each */
     int             step;
     bool            valid;
-    bool            any;    /* whether the warp has a vector: one without leaves its weights zero */
+    bool            any;    /* whether the warp has a vector: what columns without one hold, nobody looks at */
     const uint8_t * mask;
     float           max, sum;      /* sum: of this thread's tokens alone, in units of WEIGHT */
 };
@@ -191,8 +191,7 @@ TQ_HD float tq_slope(const tq_attention & p, int head) {
     return head < n ? exp2f(-p.max_bias / (float) n * (float) (head + 1)) : exp2f(-p.max_bias / 2.0f / (float) n * (float) (2 * (head - n) + 1));
 }
 
-/* Writes the q fragments and, for each query vector, scale and slope. A warp takes a vector. Where there is none the fragments
- * stay what they are: so do the scores that come of them, which nobody looks at. */
+/* Writes the q fragments and, for each query vector, scale and slope. A warp takes a vector. */
 template <typename T> TQ_D void tq_load_queries(const tq_attention & p, const tq_task & k, const tq_buffers & w) {
     const int  lane   = tq_thread() % 32;
     uint16_t * halves = (uint16_t *) (void *) w.q;
@@ -385,16 +384,6 @@ template <int NT> TQ_D void tq_softmax(const tq_attention & p, const tq_buffers 
     }
 }
 
-/* What softmax would write for a warp that has no vector, written once. */
-TQ_D void tq_leave_zero(const tq_attention & p, const tq_buffers & w, const tq_row & r) {
-    if (!r.any) {
-        for (int j = r.first; j < p.tile; j += r.step) {
-            w.weights[r.vec * (p.tile + 8) + j] = 0;
-        }
-        w.factors[r.vec] = 1.0f;
-    }
-}
-
 /* ---- Values ---- */
 
 /* A warp's share of the output: 64 dimensions, and each n_parts-th 16 keys of a tile. */
@@ -414,10 +403,11 @@ template <int BLOCKS> TQ_D tq_share tq_share_of(const tq_attention & p) {
 }
 
 /* Zeroes rows of f16 V that have no weight: they may hold infinities, which a weight of 0 does not cancel. */
-TQ_D void tq_drop_unseen(const tq_attention & p, const tq_buffers & w, uint8_t * tile) {
+TQ_D void tq_drop_unseen(const tq_attention & p, const tq_task & k, const tq_buffers & w, uint8_t * tile) {
+    const int n_vec = p.n_vec - k.vec0 < 8 * p.n_tiles ? p.n_vec - k.vec0 : 8 * p.n_tiles;
     for (int j = tq_thread(); j < p.tile; j += TQ_ATTENTION_THREADS) {
         uint32_t any = 0;
-        for (int i = 0; i < 8 * p.n_tiles; ++i) {
+        for (int i = 0; i < n_vec; ++i) {
             any |= w.weights[i * (p.tile + 8) + j];
         }
         for (int i = 0; i < p.v.row_bytes / 4 && any == 0; ++i) {
@@ -556,7 +546,6 @@ template <int KT, int VT, int NT, int BLOCKS> TQ_D void tq_attend(const tq_atten
     TQ_WITH_TYPE(KT, p.k.type, tq_load_queries<TQ>(p, k, w));
     tq_sync();
     tq_row row = tq_row_of(p, k, NT);
-    tq_leave_zero(p, w, row);
     TQ_UNROLL
     for (int b = 0; b < BLOCKS; ++b) {
         TQ_UNROLL
@@ -592,7 +581,7 @@ template <int KT, int VT, int NT, int BLOCKS> TQ_D void tq_attend(const tq_atten
             tq_softmax<NT>(p, w, mask, &row);
             tq_sync();
             if (VT == TQ_ANY && !p.v.ours) {
-                tq_drop_unseen(p, w, v_tile);
+                tq_drop_unseen(p, k, w, v_tile);
                 tq_sync();
             }
             TQ_WITH_TYPE(VT, p.v.type, (tq_accumulate<TQ, NT, BLOCKS>(p, w, share, v_tile, o)));

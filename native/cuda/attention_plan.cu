@@ -1,6 +1,8 @@
 /* attention_plan.cu: checks the arguments of attention and decides on tiles and splits. Host code only. */
 #include "attention_plan.h"
 
+#include <initializer_list>
+
 static int64_t round_up(int64_t n, int64_t unit) {
     return (n + unit - 1) / unit * unit;
 }
