@@ -106,7 +106,7 @@ clean: ## remove everything built or installed here
 $(VENV)/ready: requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tqgguf needs Python 3.10 or newer, found " + sys.version)'
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot create a virtual environment: install your system's python3-venv package"; exit 1; }
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --require-hashes -r requirements-dev.txt
 	@touch $@
 
 # What was built with other options is built again.

