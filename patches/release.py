@@ -16,7 +16,7 @@ from pathlib import Path
 
 from patch import Contents, ToolError
 
-DOWNLOADS = Path(__file__).resolve().parent.parent / "build" / "download"
+DOWNLOADS = Path(os.environ.get("TQGGUF_DOWNLOADS") or Path(__file__).resolve().parent.parent / "build" / "download")
 # Never compiled: most of the size of the release, unpacked by nobody.
 SKIPPED = re.compile(r"(^|/)\.git|^(docs|media|benches)/|^models/.*\.gguf$")
 
@@ -192,12 +192,12 @@ def record(directory: Path, version: str, digest: str) -> None:
     say(f"releases.toml: {version} is {digest} from now on; compare it with what the index says")
 
 
-def obtain(directory: Path, pin: Pin, version: str, downloads: Path = DOWNLOADS) -> Path:
+def obtain(directory: Path, pin: Pin, version: str) -> Path:
     """The sdist of a version, checked against the hash that was recorded when it was first obtained."""
     if not re.fullmatch(r"\d[\w.]*", version):
         raise ToolError(f"{version} is no version, and no file or folder of that name exists")
     pin = replace(pin, version=version, sha256=read_releases(directory).get(version, ""))
-    path = downloads / pin.sdist
+    path = DOWNLOADS / pin.sdist
     if not path.is_file():
         download(pin.package, version, path, pin.sha256)
     if not pin.sha256:
