@@ -250,14 +250,30 @@ def test_what_is_refused_before_anything_loads(
     assert python("-m", "tqgguf", "serve", MODEL, "--port", "70000").returncode == 2
 
 
-def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
+def benchmark(folder: Path, name: str, *args: str) -> tuple[int, dict[str, Any], str]:
+    """Status, result and errors of a program of benchmarks/."""
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "benchmarks" / "serve_load.py"), "--requests", "24", "--json"],
-        cwd=tmp_path,
+        [sys.executable, str(REPOSITORY / "benchmarks" / name), *args, "--output", "-"],
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
+    status, result, said = benchmark(tmp_path, "serve_load.py", "--requests", "24")
+    assert status == 0, said
     assert (result["answered"], result["wrong"]) == (24, 0)
+
+
+def test_a_soak_sees_a_leak_and_nothing_else(tmp_path: Path) -> None:
+    status, result, said = benchmark(
+        tmp_path, "soak.py", "--minutes", "0.12", "--clients", "3", "--leak", "1000000", "--max-slope", "30"
+    )
+    assert status == 1 and len(result["failures"]) == 1, said
+    assert result["failures"][0].startswith("memory grows by ") and result["slope_mib_per_1000_requests"] > 30
+    kinds = {"whole", "stream", "long", "story", "session", "too long", "leave", "abort"}
+    assert result["requests"].keys() == kinds and result["wrong"] == 0
