@@ -35,7 +35,7 @@ class ServerProcess:
         return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0)
 
     def resident_bytes(self, kind: str = "VmRSS") -> int:
-        """Its memory that is in use (Linux); RssAnon: without pages of files, which come and go as other programs need room."""
+        """Its memory that is in use (Linux); RssAnon: without pages of files, which come and go as others need room."""
         found = re.search(rf"{kind}:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
         assert found
         return int(found[1]) * 1024

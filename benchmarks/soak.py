@@ -292,7 +292,13 @@ def main() -> int:
         "slope_of_anonymous_memory": round(slope_anonymous, 4),
         "failures": failures,
         "samples": [
-            {"minutes": round(s / 60, 2), "requests": n, "rss_mib": round(r / 2**20, 2)} for s, n, r in thinned
+            {
+                "minutes": round(s / 60, 2),
+                "requests": n,
+                "rss_mib": round(r / 2**20, 2),
+                "anonymous_mib": round(a / 2**20, 2),
+            }
+            for s, n, r, a in thinned
         ],
     }
     machine.save(result, args.output)
