@@ -31,6 +31,7 @@ from .errors import (
     TqggufError,
 )
 from .gguf_info import KVLayer, ModelInfo, read_model_info
+from .grammar import check_grammar
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
 from .session import Session, restore, save
 from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes
@@ -366,6 +367,21 @@ class Llama(_Stock):  # type: ignore[misc]
             self.n_tokens_read += len(tokens[start : start + step])
             if progress and len(tokens) > step:
                 progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
+
+    def detokenize(
+        self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
+    ) -> bytes:
+        """As the stock method, but a number that is no token raises ArgumentError, where llama.cpp ends the process."""
+        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < self.n_vocab():
+            wrong = next(token for token in tokens if not 0 <= token < self.n_vocab())
+            raise ArgumentError(f"{wrong} is no token of this model, whose tokens are 0 to {self.n_vocab() - 1:,}")
+        text: bytes = super().detokenize(tokens, prev_tokens, special)
+        return text
+
+    def _init_sampler(self, *args: Any, grammar: Any = None, **kwargs: Any) -> Any:
+        if grammar is not None:
+            check_grammar(self, grammar)
+        return super()._init_sampler(*args, grammar=grammar, **kwargs)
 
     def _refuse_stopped(self) -> None:
         if self._control.stopped:

@@ -1,8 +1,9 @@
 """The OpenAI-compatible server that llama_cpp brings, around a `tqgguf.Llama`, with the figures of its cache.
 
-Upstream's application is used as it is but for two names of its module that are replaced: `LlamaProxy`, whose models
-are loaded beforehand here, and `get_event_publisher`, which lets an error in the middle of a stream, and a client that
-goes away, end in a traceback. Importing this module needs the packages of `tqgguf[server]`.
+Upstream's application is used as it is but for three names that are replaced: `LlamaProxy`, whose models are loaded
+beforehand here; `get_event_publisher`, which lets an error in the middle of a stream, and a client that goes away, end
+in a traceback; and the method that makes an answer of an error. Importing this module needs the packages of
+`tqgguf[server]`.
 """
 
 from __future__ import annotations
@@ -150,6 +151,7 @@ def create_app(model: Llama, *, name: str | None = None, api_key: str | None = N
             return model
 
     RouteErrorHandler.pattern_and_formatters[re.compile("computation was stopped")] = _shutting_down
+    RouteErrorHandler.error_message_wrapper = _answer_to_error
     name = name or model.model_info.path.stem
     stock, upstream.LlamaProxy = upstream.LlamaProxy, Proxy
     upstream.get_event_publisher = _publish
@@ -200,6 +202,16 @@ def create_app(model: Llama, *, name: str | None = None, api_key: str | None = N
 
 def _shutting_down(request: Any, match: Any) -> tuple[int, dict[str, Any]]:
     return 503, _error("the server is shutting down", "server_error")
+
+
+def _answer_to_error(handler: Any, error: Exception, body: Any = None) -> tuple[int, Any]:
+    """In the place of upstream's method, which takes what a client did wrong for a failure of the server."""
+    if isinstance(error, ArgumentError):
+        return 400, _error(str(error), "invalid_request_error")
+    return _stock_answer_to_error(handler, error, body)  # type: ignore[no-any-return]
+
+
+_stock_answer_to_error: Final[Any] = RouteErrorHandler.error_message_wrapper
 
 
 def _error(message: str, kind: str) -> dict[str, Any]:

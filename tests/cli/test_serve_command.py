@@ -157,6 +157,50 @@ def test_a_prompt_that_does_not_fit(server: Server, stream: bool) -> None:
     assert "Paris" in ask(server.client(), "What is the capital of France?", stream=stream)
 
 
+def test_a_grammar_that_cannot_be_read_is_an_error_400() -> None:
+    """Each of them, but for the last, ended the process."""
+    import openai
+
+    server = Server(MODEL, "--threads", "1")
+    complete = server.client().completions.create
+    options: dict[str, Any] = {"model": "demo", "prompt": "The", "max_tokens": 8, "temperature": 0}
+    try:
+        for grammar, said in (
+            ('root ::= root root | "a"', "begins with itself"),
+            ("root := (", "must be GBNF"),
+            ('x ::= "a"', "have a rule 'root'"),
+            ("root ::= x", "name no rule that is not there"),
+            ("root ::= " + "(" * 50000 + '"a"' + ")" * 50000, "50,000 brackets within each other, at most 256"),
+            ("root ::= " + '"a" ' * 70000, "280,009 bytes, at most 262,144"),
+        ):
+            bad = {**options, "extra_body": {"grammar": grammar}}
+            with pytest.raises(openai.BadRequestError, match=re.escape(said)):
+                complete(**bad)
+            with pytest.raises(openai.APIError, match=re.escape(said)):
+                list(complete(**bad, stream=True))
+        good = "root ::= " + "(" * 200 + '"((" [(] "x"' + ")" * 200
+        assert complete(**options, extra_body={"grammar": good}).choices[0].text == "(((x"
+    finally:
+        _, errors = server.end()
+    assert "Traceback" not in errors and server.process.returncode == 0
+
+
+@pytest.mark.parametrize("token", [1280, -1, 999999])
+def test_a_number_that_is_no_token_is_an_error_400(server: Server, token: int) -> None:
+    def text(*tokens: int) -> str:
+        body = json.dumps({"tokens": tokens}).encode()
+        request = urllib.request.Request(
+            server.url.replace("/v1", "/extras/detokenize"), body, {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.load(response)["text"]
+
+    with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+        text(5, token)
+    assert f"{token} is no token of this model, whose tokens are 0 to 1,279" in caught.value.read().decode()
+    assert text(5, 1279) and text() == ""
+
+
 def test_a_client_that_goes_away_frees_its_place(busy: Server) -> None:
     stream = busy.client().chat.completions.create(
         model="x", messages=[{"role": "user", "content": "hello"}], stream=True, temperature=0
