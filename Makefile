@@ -97,6 +97,16 @@ tools: build/installed ## patched llama-cli, -server, -bench, -perplexity and up
 wheel: build/installed ## the wheel, in dist/
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
+# Other programs on the machine slow it down, but change nothing that it judges.
+MINUTES ?= 30
+soak: build/installed ## MINUTES=30 of mixed requests, 1,000 requests at once, 1,000 kills while a session is saved
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
+	$(BIN)/python benchmarks/serve_load.py
+	$(BIN)/python benchmarks/session_kill.py --kills 1000
+
+report: $(VENV)/ready ## what becomes of the patches on other releases, which it downloads (patches/README.md)
+	$(BIN)/python patches/tool.py report --write
+
 check-patches: $(VENV)/ready ## clean apply, byte-equal re-export, idempotence, line budget
 	$(BIN)/python patches/tool.py check
 
@@ -126,4 +136,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean FORCE
+.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel soak report check-patches clean FORCE
