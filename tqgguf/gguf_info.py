@@ -204,7 +204,7 @@ def centring_obstacle(header: GgufHeader) -> str | None:
     arch = header.metadata.get("general.architecture")
     if header.metadata.get(f"{arch}.attn_logit_softcapping"):
         return "keys cannot be centred: this model caps its attention scores (softcap)"
-    if any(".attn_sinks" in name for name in header.tensors):
+    if any(".attn_sinks" in tensor.name for tensor in header.tensors):
         return "keys cannot be centred: this model has attention sinks, which take part in the softmax"
     if header.metadata.get(f"{arch}.attention.key_length_mla") is not None:
         return "keys cannot be centred: K and V share one latent in this model (MLA)"
@@ -218,6 +218,8 @@ class _Keys:
         arch = self.metadata.get("general.architecture")
         if not isinstance(arch, str) or not arch:
             raise self.error("key general.architecture is missing: this is no language model")
+        if len(arch) > 64 or not arch.isprintable():
+            raise self.error(f"key general.architecture is {arch!r:.80}, no name")
         self.arch: str = arch
         if arch in ("clip", "mmproj") or self.metadata.get("general.type") in ("mmproj", "adapter", "imatrix"):
             raise self.error(f"it holds a {self.metadata.get('general.type', arch)}, not a language model")
@@ -279,7 +281,7 @@ class _Keys:
             path=self.header.path,
             file_bytes=self.header.file_bytes,
             header_bytes=self.header.header_bytes,
-            name=name if isinstance(name, str) and name else self.header.path.stem,
+            name=_printable(name) if isinstance(name, str) and name else self.header.path.stem,
             architecture=self.arch,
             n_layer=n_layer,
             n_ctx_train=self.integer("context_length"),
@@ -371,6 +373,11 @@ class _Keys:
 
 def _v(mla: bool, head_dim: int) -> int:
     return 0 if mla else head_dim
+
+
+def _printable(name: str) -> str:
+    """A name as it can be shown: what would move a terminal's cursor or colour it is replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[:256])
 
 
 def _padded(n: int) -> int:

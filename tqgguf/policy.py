@@ -34,6 +34,7 @@ POLICY_VERSION: Final = 1
 """Of the file format; another one is refused."""
 
 _ARCHITECTURE: Final = "tqgguf-policy"
+_F32: Final = 0
 _HASHED_BYTES: Final = 1 << 20
 _LARGEST_MEAN: Final = 65504.0
 """The largest f16: no key that can be stored is larger."""
@@ -256,8 +257,6 @@ def read_policy(path: str | Path) -> CachePolicy:
         ModelNotFoundError: no such file.
         PolicyError: not a policy file, of another version, damaged, or with an unknown type.
     """
-    import gguf
-
     file = Path(path)
     try:
         header = read_header(file)
@@ -272,13 +271,15 @@ def read_policy(path: str | Path) -> CachePolicy:
         if not (isinstance(types_k, list) and isinstance(types_v, list)):
             raise PolicyError(f"{file} has no types")
         means = {}
-        for tensor in gguf.GGUFReader(file).tensors:
-            match = re.fullmatch(r"blk\.(\d+)\.k_mean", tensor.name)
-            if not match or tensor.tensor_type != gguf.GGMLQuantizationType.F32 or int(match[1]) >= len(types_k):
+        for tensor in header.tensors:
+            match = re.fullmatch(r"blk\.([0-9]{1,4})\.k_mean", tensor.name)
+            layer = int(match[1]) if match else -1
+            if (tensor.type, len(tensor.shape)) != (_F32, 2) or not 0 <= layer < len(types_k) or layer in means:
                 raise PolicyError(
-                    f"{file} holds the tensor {tensor.name!r}: no policy for {len(types_k)} layers has that"
+                    f"{file} holds the tensor {tensor.name!r:.80}: no policy for {len(types_k)} layers has that"
                 )
-            means[int(match[1])] = np.array(tensor.data, dtype=np.float32)
+            values = np.fromfile(file, "<f4", tensor.bytes // 4, offset=tensor.begin)
+            means[layer] = values.astype(np.float32).reshape(tensor.shape)
         hash_ = header.metadata.get(f"{_ARCHITECTURE}.model_hash")
         return CachePolicy(tuple(types_k), tuple(types_v), means, hash_ if isinstance(hash_, str) else "")
     except ModelNotFoundError:

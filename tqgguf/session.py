@@ -49,6 +49,8 @@ SESSION_VERSION: Final = 1
 
 _MAGIC: Final = b"tqgguf\x00S"
 _HEAD: Final = struct.Struct("<8sII32s")
+_LARGEST_HEADER: Final = 1 << 24
+"""Bytes. A conversation that fills a context of a million tokens takes a third of it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def _read_header(file: BufferedReader, path: Path) -> Session:
     _, version, n_header, digest = _HEAD.unpack(head)
     if version != SESSION_VERSION:
         raise SessionError(f"{path} has session version {version}, this tqgguf reads {SESSION_VERSION}: save it again")
+    if n_header > _LARGEST_HEADER:
+        raise SessionError(f"{path} is damaged: its header has {n_header:,} bytes, at most {_LARGEST_HEADER:,} can be")
     n_file = os.fstat(file.fileno()).st_size
     if n_file < _HEAD.size + n_header:
         raise SessionError(f"{path} is truncated: it has {n_file:,} bytes, its header alone ends at byte {n_header:,}")
@@ -130,7 +134,12 @@ def _parse(text: bytes, path: Path) -> Session:
             raise ValueError("its keys are not those of a session")
         for key, kind in kinds.items():
             if type(data[key]) is not kind or (kind is int and data[key] < 0):
-                raise ValueError(f"{key} is {data[key]!r}")
+                raise ValueError(f"{key} is {data[key]!r:.80}")
+        if not all(type(name) is str for name in (*data["types_k"], *data["types_v"])):
+            raise ValueError("a cache type is not a name")
+        for name in (data["model"], data["model_hash"], *data["types_k"], *data["types_v"], *data["settings"]):
+            if not name.isprintable() or len(name) > 256:  # they are shown
+                raise ValueError(f"{name!r:.80} is no name")
         return Session(**{**data, "types_k": tuple(data["types_k"]), "types_v": tuple(data["types_v"])})
     except (ValueError, RecursionError) as error:
         raise SessionError(f"{path} has a header that cannot be read: {error}") from None
@@ -197,11 +206,11 @@ def _refuse_other(session: Session, model: Llama, path: Path) -> None:
         ("holds llama.cpp state version", session.state, mine["state"]),
     ):
         if there != here:
-            raise SessionError(f"{path} {what} {there}, this installation needs {here}")
+            raise SessionError(f"{path} {what} {there!r:.200}, this installation needs {here!r}")
     for name in sorted({*session.settings, *mine["settings"]}):
         then, now = session.settings.get(name), mine["settings"].get(name)
         if then != now:
-            raise SessionError(f"{path} was saved with {name}={then}, this model was loaded with {name}={now}")
+            raise SessionError(f"{path} was saved with {name:.80}={then!r:.80}, this model was loaded with {name:.80}={now!r}")
     if session.n_tokens > model.input_ids.size:
         raise SessionError(
             f"{path} holds {session.n_tokens:,} tokens, the context has {model.input_ids.size:,}: "
@@ -266,6 +275,8 @@ def save(model: Llama, path: str | Path, extra: Mapping[str, Any]) -> Session:
         header = json.dumps(asdict(session)).encode()
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"extra must be what JSON can hold: {error}") from None
+    if len(header) > _LARGEST_HEADER:
+        raise ArgumentError(f"extra takes {len(header):,} bytes as JSON; a session holds {_LARGEST_HEADER:,} at most")
     head = _HEAD.pack(_MAGIC, SESSION_VERSION, len(header), hashlib.sha256(header).digest())
     _replace(Path(path), (head, header, tokens, state))
     return session

@@ -242,18 +242,20 @@ def _layer_weights(info: ModelInfo, total: int) -> tuple[list[int], int]:
     The embedding of tokens stays there, and where the output is the embedding, video memory gets a copy.
     """
     header = read_header(info.path)
-    if sum(header.tensor_bytes) < 0.9 * total:
+    if sum(tensor.bytes for tensor in header.tensors) < 0.9 * total:
         raise TqggufError(f"{info.path.name} is split over several files, or of types unknown here: leave --vram out")
     sizes = [0] * (info.n_layer + 1)
     copied = 0
-    for name, size in zip(header.tensors, header.tensor_bytes, strict=True):
+    names = {tensor.name for tensor in header.tensors}
+    for tensor in header.tensors:
+        name, size = tensor.name, tensor.bytes
         kind, _, rest = name.partition(".")
         number = rest.partition(".")[0]
-        if kind == "blk" and number.isdecimal() and int(number) < info.n_layer:
+        if kind == "blk" and number.isdecimal() and len(number) < 5 and int(number) < info.n_layer:
             sizes[int(number)] += size
         elif name.startswith("output"):
             sizes[-1] += size
-        elif name == "token_embd.weight" and "output.weight" not in header.tensors:
+        elif name == "token_embd.weight" and "output.weight" not in names:
             copied = size
     sizes[-1] += copied
     return sizes, copied
