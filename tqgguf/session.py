@@ -36,8 +36,9 @@ import numpy as np
 
 from ._native import abi_version_expected, import_llama_cpp
 from .config import CACHE_TYPES
-from .errors import ArgumentError, OutOfMemoryError, SessionError
+from .errors import ArgumentError, OutOfMemoryError, SessionError, StateFileError, UnsupportedError
 from .policy import model_hash
+from .state import cell_positions
 
 if TYPE_CHECKING:
     from .model import Llama
@@ -333,6 +334,7 @@ def restore(model: Llama, path: str | Path) -> Session:
     tokens = np.frombuffer(body, "<i4", session.n_tokens)
     if session.n_tokens and not 0 <= tokens.min() <= tokens.max() < model.n_vocab():
         raise SessionError(f"{path} is damaged: it names tokens beyond the {model.n_vocab():,} of the vocabulary")
+    _refuse_positions(memoryview(body)[4 * session.n_tokens :], session, model, file_path)
     model.reset()
     if not _set_state(model, body, session):
         model.reset()
@@ -340,6 +342,17 @@ def restore(model: Llama, path: str | Path) -> Session:
     model.input_ids[: session.n_tokens] = tokens
     model.n_tokens = session.n_tokens
     return session
+
+
+def _refuse_positions(state: memoryview, session: Session, model: Llama, path: Path) -> None:
+    """Raises SessionError if a cell is of no token of the session. llama.cpp takes what it is given."""
+    try:
+        positions = cell_positions(state, model.model_info)
+    except (StateFileError, UnsupportedError):
+        return  # of a layout that is not modelled here, or damaged: llama.cpp checks its counts, types and sizes
+    wrong = positions[(positions < 0) | (positions >= session.n_tokens)]
+    if wrong.size:
+        raise SessionError(f"{path} is damaged: it has a cell of token {wrong[0]}, and {session.n_tokens:,} tokens")
 
 
 def _set_state(model: Llama, body: bytearray, session: Session) -> bool:

@@ -1,17 +1,13 @@
 """Fuzz targets for what reads files in Python: GGUF headers, policies, sessions, states of llama.cpp.
 
-A target takes any bytes, and raises nothing but what the reader promises for a bad file. `make fuzz` runs them under
-atheris (`python tests/fuzz/files.py TARGET CORPUS -max_total_time=60`), which finds its way by the coverage of our
-Python code; `test_replay.py` replays saved inputs.
+A target takes any bytes and a file to put them in, and raises nothing but what the reader promises for a bad file.
+`make fuzz` runs them under atheris (`drive.py`); `test_replay.py` replays saved inputs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -99,18 +95,3 @@ def state(data: bytes, file: Path) -> None:
 TARGETS: Final[dict[str, Callable[[bytes, Path], None]]] = {
     target.__name__: target for target in (gguf, policy, session, state)
 }
-
-
-def main() -> None:
-    import atheris
-
-    target = TARGETS[sys.argv.pop(1)]
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        file = Path(folder, "input")
-        atheris.instrument_all()
-        atheris.Setup(sys.argv, lambda data: target(data, file))
-        atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()
