@@ -1,6 +1,6 @@
 """Runs a target of files.py under atheris, which is libFuzzer for Python: it follows the coverage of our modules.
 
-    python tests/fuzz/drive.py TARGET CORPUS... [libFuzzer's options]
+python tests/fuzz/drive.py TARGET CORPUS... [libFuzzer's options]
 """
 
 from __future__ import annotations

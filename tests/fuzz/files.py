@@ -55,7 +55,9 @@ def policy(data: bytes, file: Path) -> None:
         found = read_policy(file)
     except PolicyError:
         return
-    assert len(found.types_k) == len(found.types_v) == found.n_layer and {*found.types_k, *found.types_v} <= {*CACHE_TYPES}
+    assert len(found.types_k) == len(found.types_v) == found.n_layer and {*found.types_k, *found.types_v} <= {
+        *CACHE_TYPES
+    }
     assert sum(mean.nbytes for mean in found.k_means.values()) <= len(data)
     for model in MODELS:
         assert found.obstacle(model) is None or found.obstacle(model)
