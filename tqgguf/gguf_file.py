@@ -22,7 +22,7 @@ LONGEST_ARRAY: Final = 4096
 """Longer arrays (vocabularies) are stepped over; what a KV cache depends on has an entry per layer at most."""
 
 LARGEST_HEADER: Final = 1 << 27
-"""Bytes. A vocabulary of a quarter of a million words takes 20 MB; what claims more is damage, and must not be read for ever."""
+"""Bytes. A vocabulary of a quarter of a million words takes 20 MB; more is damage, and must not be read for ever."""
 
 MOST_ENTRIES: Final = 1 << 17
 """Keys, and tensors: the largest models have some thousands."""

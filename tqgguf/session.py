@@ -139,7 +139,7 @@ def _parse(text: bytes, path: Path) -> Session:
         if not all(type(name) is str for name in (*data["types_k"], *data["types_v"])):
             raise ValueError("a cache type is not a name")
         for name in (data["model"], data["model_hash"], *data["types_k"], *data["types_v"], *data["settings"]):
-            if not name.isprintable() or len(name) > 256:  # they are shown
+            if not name.isprintable() or len(name) > 256:  # these are shown
                 raise ValueError(f"{name!r:.80} is no name")
         return Session(**{**data, "types_k": tuple(data["types_k"]), "types_v": tuple(data["types_v"])})
     except (ValueError, RecursionError) as error:
@@ -211,7 +211,8 @@ def _refuse_other(session: Session, model: Llama, path: Path) -> None:
     for name in sorted({*session.settings, *mine["settings"]}):
         then, now = session.settings.get(name), mine["settings"].get(name)
         if then != now:
-            raise SessionError(f"{path} was saved with {name:.80}={then!r:.80}, this model was loaded with {name:.80}={now!r}")
+            then_, now_ = f"{name}={then!r:.80}", f"{name}={now!r}"
+            raise SessionError(f"{path} was saved with {then_}, this model was loaded with {now_}")
     if session.n_tokens > model.input_ids.size:
         raise SessionError(
             f"{path} holds {session.n_tokens:,} tokens, the context has {model.input_ids.size:,}: "

@@ -1,10 +1,11 @@
-"""Forged sessions: what a session file says is changed word by word, under right checksums, and given to `Llama.load_session`.
+"""Forged sessions: files are changed word by word, under right checksums, and given to `Llama.load_session`.
 
     python tests/fuzz/restore.py DIRECTORY [N [SEED]]
 
 makes three models (full attention, sliding windows, recurrent layers beside attention), saves a session of each in
-DIRECTORY, and loads N forgeries of them. A forgery is refused with SessionError or TqggufError, or loads; then the model
-must still go on. Anything else ends this process with an error, and the seed that is printed makes it come again.
+DIRECTORY, and loads N forgeries of them, from number SEED on. A forgery is refused with an error of tqgguf, or loads;
+then the model must still go on. Anything else ends this process with an error, and the number printed last makes it
+come again.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def test_a_cell_of_no_token(
     random_model: Callable[..., Path],
     architecture: Callable[[str], Path],
 ) -> None:
-    """Of full attention's cache: llama.cpp looks at the windows' or the recurrent layers' alone where there are some."""
+    """Of full attention's cache: llama.cpp looks at that of windows or recurrent layers alone, where there is one."""
     path = architecture(kind) if kind == "falcon-h1" else random_model(arch=kind)
     model = tqgguf.Llama(path, cache="pqo3", n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
     model.eval(list(range(3, 3 + N)))

@@ -1,4 +1,4 @@
-"""PqoCache against a model of it in plain NumPy: any sequence of calls, good ones and bad ones, on the CPU and on emulated CUDA.
+"""PqoCache against a model of it in plain NumPy: any sequence of calls, good and bad, on the CPU and on emulated CUDA.
 
 The model keeps what was appended as `tqgguf.reference` stores it, and attends as the definition says. Some 200
 sequences on the CPU here; HYPOTHESIS_PROFILE=thorough runs 10,000 (make conformance-cache).
@@ -111,7 +111,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(number=layers, n=st.integers(0, 90), seed=seeds, dtype=dtypes, returns=st.booleans())
     def add(self, number: int, n: int, seed: int, dtype: Any, returns: bool) -> None:
         index, layer = self.layer(number)
-        n = min(n, MOST_TOKENS - len(layer.k))
+        n = max(0, min(n, MOST_TOKENS - len(layer.k)))
         k, v = self.tokens(seed, n, dtype)
         was_empty = not len(layer.k)
         layer.append(k, v)
@@ -203,7 +203,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(open)
     @rule(number=layers, seed=seeds, bad=st.sampled_from([np.nan, np.inf, -np.inf]), in_scale=st.booleans())
     def query_not_finite(self, number: int, seed: int, bad: float, in_scale: bool) -> None:
-        index, layer = self.layer(number)
+        index, _ = self.layer(number)
         k, v = self.tokens(seed, 1, np.float32)
         q = np.ones((self.config.n_head_kv, self.config.head_dim), np.float32)
         if not in_scale:
