@@ -8,6 +8,7 @@ BIN   := $(VENV)/bin
 BUILD := build/cmake
 STOCK := build/stock
 CMAKE := $(BIN)/cmake
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' tqgguf/__init__.py)
 BACKEND_OPS := $(BIN)/python tests/patches/backend_ops.py $(BUILD)/bin/test-backend-ops
 
 sources := CMakeLists.txt pyproject.toml llama_cpp.py $(wildcard README.md) LICENSE build/options $(shell find native patches tqgguf -type f \
@@ -54,6 +55,44 @@ conformance-neon: $(VENV)/ready ## the NEON kernels, cross-compiled and run by q
 			-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc >/dev/null && \
 		$(CMAKE) --build build/neon && qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/conformance; \
 	else echo "skipped neon: it needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)"; fi
+
+conformance-cache: build/installed ## 10,000 random sequences of calls on a PqoCache beside a NumPy model of it
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/native/test_cache_model.py
+
+# FUZZ_TARGETS=blocks FUZZ_FILES= is one alone. New inputs go to build/fuzz/corpus, a finding to build/fuzz/findings.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= blocks encode trellis attention cache gguf
+FUZZ_FILES   ?= gguf policy session state
+FUZZ_OPTIONS  = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=3000 -print_final_stats=1 -artifact_prefix=build/fuzz/findings/$$target-
+
+fuzz: build/installed ## every fuzz target for FUZZ_SECONDS (60); needs clang
+	@command -v clang >/dev/null || { echo "make fuzz needs clang, whose libFuzzer it uses (Debian: clang)"; exit 1; }
+	$(BIN)/python patches/tool.py apply >/dev/null
+	$(CMAKE) -G Ninja -S tests/fuzz -B build/fuzz -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ >/dev/null
+	$(CMAKE) --build build/fuzz
+	@mkdir -p build/fuzz/findings
+	@for target in $(FUZZ_TARGETS); do mkdir -p build/fuzz/corpus/native-$$target; echo "fuzzing $$target"; \
+		case $$target in blocks) most=55;; cache) most=400;; gguf) most=700;; *) most=1200;; esac; \
+		build/fuzz/fuzz_$$target $(FUZZ_OPTIONS) -len_control=0 -max_len=$$most build/fuzz/corpus/native-$$target \
+			$$(ls -d tests/fuzz/corpus/$$target tests/fuzz/regressions/$$target 2>/dev/null) >build/fuzz/$$target.log 2>&1 || \
+			{ tail -40 build/fuzz/$$target.log; exit 1; }; grep number_of_executed_units build/fuzz/$$target.log; done
+	$(BIN)/pip install --quiet atheris==3.0.0
+	@for target in $(FUZZ_FILES); do mkdir -p build/fuzz/corpus/files-$$target; echo "fuzzing the reader of $$target"; \
+		$(BIN)/python tests/fuzz/drive.py $$target $(FUZZ_OPTIONS) build/fuzz/corpus/files-$$target tests/fuzz/corpus/$$target \
+			>build/fuzz/files-$$target.log 2>&1 || { tail -40 build/fuzz/files-$$target.log; exit 1; }; \
+		grep number_of_executed_units build/fuzz/files-$$target.log; done
+	@mkdir -p build/fuzz/sessions && $(BIN)/python tests/fuzz/restore.py build/fuzz/sessions $$((20 * $(FUZZ_SECONDS))) 2>/dev/null | tail -1
+
+# Leaks of the interpreter are not ours; a limit on address space leaves no room for the sanitizer's own memory.
+sanitize: build/installed ## libtqgguf, its test programs and tests/native under the address, undefined-behaviour and thread sanitizers
+	@for kind in address,undefined thread; do \
+		$(CMAKE) -G Ninja -S native -B build/sanitize/$${kind%%,*} -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTQGGUF_VERSION=$(VERSION) \
+			-DTQGGUF_CONFORMANCE=ON -DTQGGUF_SANITIZE=$$kind >/dev/null && $(CMAKE) --build build/sanitize/$${kind%%,*} || exit 1; done
+	build/sanitize/thread/threads
+	build/sanitize/address/threads
+	build/sanitize/address/conformance
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(or $(CC),cc) -print-file-name=libasan.so) TQGGUF_TEST_LIB=$(CURDIR)/build/sanitize/address/libtqgguf.so \
+		$(BIN)/python -m pytest tests/native -k "not out_of_memory and not failed_allocation"
 
 cuda: $(VENV)/ready ## the CUDA kernels for this machine's cards (CUDA_ARCHITECTURES=...), as a library that the tests load
 	$(CMAKE) -G Ninja -S native -B build/cuda -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTQGGUF_VERSION=cuda -DTQGGUF_CUDA=ON \
@@ -126,4 +165,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean FORCE
+.PHONY: help demo test lint install conformance-cache fuzz sanitize cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean FORCE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -18,6 +19,13 @@ import pytest
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+if "TQGGUF_TEST_LIB" in os.environ:  # another build of libtqgguf to test: make sanitize
+    native_library: Any = importlib.import_module("tqgguf._native.library")  # the package has a function of that name
+    installed = native_library.library_path
+    native_library.library_path = lambda name="tqgguf": (
+        Path(os.environ["TQGGUF_TEST_LIB"]) if name == "tqgguf" else installed(name)
+    )
 
 KERNELS = ("portable", "avx2", "avx512", "neon")
 

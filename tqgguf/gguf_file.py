@@ -130,6 +130,8 @@ class _Reader:
             if n_dims > 4:
                 raise ModelFileError(f"{self.path}: tensor {name!r} has {n_dims} dimensions, at most 4 are possible")
             shape = tuple(self.number("Q") for _ in range(n_dims))[::-1]
+            if math.prod(max(n, 1) for n in shape) >= 1 << 63:  # which llama.cpp would end the process over
+                raise ModelFileError(f"{self.path}: tensor {name!r:.80} has the impossible shape {shape}")
             kind, offset = self.number("I"), self.number("Q")
             block, size = _TENSOR_BLOCKS.get(kind, (1, 0))
             found.append((name, kind, shape, offset, math.prod(shape) // block * size))
@@ -144,14 +146,17 @@ class _Reader:
         return GgufHeader(self.path, self.size, metadata, tensors, self.at)
 
     def truncated(self, why: str) -> ModelFileError:
-        if self.at > self.end - 8 and self.end < self.size:
-            why = f"its header is longer than {LARGEST_HEADER >> 20} MiB"
         return ModelFileError(f"{self.path} is truncated or damaged: {why}, the file has {self.size} bytes")
+
+    def too_long(self, why: str) -> ModelFileError:
+        if self.end < self.size:
+            why += f" of the {LARGEST_HEADER} that a header may take"
+        return self.truncated(why)
 
     def number(self, kind: str) -> Any:
         size = struct.calcsize("<" + kind)
         if size > self.end - self.at:
-            raise self.truncated(f"its header goes on at byte {self.at}")
+            raise self.too_long(f"its header goes on at byte {self.at}")
         (value,) = struct.unpack_from("<" + kind, self.data, self.at)
         self.at += size
         return value
@@ -159,7 +164,7 @@ class _Reader:
     def string(self) -> str:
         length = self.number("Q")
         if length > self.end - self.at:
-            raise self.truncated(f"a text of {length} bytes begins at byte {self.at}")
+            raise self.too_long(f"a text of {length} bytes begins at byte {self.at}")
         self.at += length
         return self.data[self.at - length : self.at].decode("utf-8", "replace")
 
@@ -169,10 +174,10 @@ class _Reader:
         for _ in range(count):
             if at + 8 > end:
                 self.at = at
-                raise self.truncated(f"its header goes on at byte {at}")
+                raise self.too_long(f"its header goes on at byte {at}")
             at += 8 + unpack(data, at)[0]
         if at > end:
-            raise self.truncated("an array of texts goes beyond its end")
+            raise self.too_long(f"an array of texts ends at byte {at}")
         self.at = at
 
     def value(self, kind: int, key: str) -> Any:
@@ -192,7 +197,7 @@ class _Reader:
             raise ModelFileError(f"{self.path}: key {key!r} is an array of the unsupported type {item}")
         size = struct.calcsize("<" + _SCALARS[item])
         if count * size > self.end - self.at:
-            raise self.truncated(f"array {key!r} has {count} entries")
+            raise self.too_long(f"array {key!r:.80} has {count} entries from byte {self.at} on")
         if count <= LONGEST_ARRAY:
             values = list(struct.unpack_from(f"<{count}{_SCALARS[item]}", self.data, self.at))
         self.at += count * size

@@ -183,6 +183,9 @@ static void check_row(const tq_attn * a, const side * k, const side * v, int64_t
             kk += (double) kt[i] * (double) kt[i];
         }
         x *= (double) a->scale;
+        if (!(fabs((double) a->scale) * sqrt(qq * kk) < 1e30)) {
+            return; /* scores that f32 cannot hold: NaN */
+        }
         const double reach = k->reach[(kv_stream * a->n_kv + t) * a->k.n_head + kv_head];
         const double off = fabs((double) a->scale) * dot_bound(sqrt(qq), sqrt(kk), reach) + 1e-6 * fabs(x);
         x = a->softcap > 0.0f ? (double) a->softcap * tanh(x / (double) a->softcap) : x;
