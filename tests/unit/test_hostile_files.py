@@ -1,4 +1,4 @@
-"""Files made to hurt: huge counts, endless headers, impossible shapes, names that are none. Refused at once, in words."""
+"""Files made to hurt: huge counts, endless headers, impossible shapes, no names. Refused at once, in words."""
 
 from __future__ import annotations
 
