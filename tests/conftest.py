@@ -84,13 +84,15 @@ def write_model(
     arch: str = "llama",
     key_bias: float = 0.0,
     n_word: int = 0,
+    n_rot: int | None = None,
 ) -> Path:
     """Writes a model with random f32 weights and a byte vocabulary: its words are noise, its shapes are real.
 
     With n_word it also has so many whole words and, at temperature 0, says nothing else and never ends.
 
-    arch may also be "refact" (ALiBi), "gemma2" (softcap; windows of 48 tokens in every other layer) or "qwen2", whose
-    keys have a constant added, N(0, key_bias) a channel, which RoPE turns too slowly to change.
+    arch may also be "refact" (ALiBi), "gemma2" (softcap; windows of 48 tokens in every other layer), "qwen2", whose
+    keys have a constant added, N(0, key_bias) a channel, which RoPE turns too slowly to change, or "stablelm", where RoPE
+    turns the first n_rot values of a head.
     """
     import gguf
 
@@ -110,13 +112,15 @@ def write_model(
     writer.add_head_count_kv(n_head_kv)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(n_rot or head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     if arch == "gemma2":
         writer.add_sliding_window(48)
         writer.add_attn_logit_softcapping(2.0)
     if arch == "qwen2":
         writer.add_rope_freq_base(1e30)
+    if arch == "stablelm":
+        writer.add_layer_norm_eps(1e-5)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
@@ -148,10 +152,15 @@ def write_model(
         tensor(f"blk.{i}.ffn_gate.weight", n_ff, n_embd)
         tensor(f"blk.{i}.ffn_up.weight", n_ff, n_embd)
         tensor(f"blk.{i}.ffn_down.weight", n_embd, n_ff)
+        if arch == "stablelm":
+            for norm in ("attn_norm", "ffn_norm"):
+                writer.add_tensor(f"blk.{i}.{norm}.bias", np.zeros(n_embd, np.float32))
         if arch == "gemma2":
             tensor(f"blk.{i}.post_attention_norm.weight", n_embd)
             tensor(f"blk.{i}.post_ffw_norm.weight", n_embd)
     tensor("output_norm.weight", n_embd)
+    if arch == "stablelm":
+        writer.add_tensor("output_norm.bias", np.zeros(n_embd, np.float32))
     if arch != "gemma2":  # whose output is its embedding
         tensor("output.weight", len(tokens), n_embd)
     writer.write_header_to_file()

@@ -1,0 +1,167 @@
+"""States: of one sequence and of all, of models of several kinds, into other contexts and out of fragmented caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+TOKENS = np.random.default_rng(0).integers(3, 250, 2000).tolist()
+OTHERS = TOKENS[::-1]
+
+DENSE = ("llama", "qwen3", "gpt2", "deepseek2")
+WINDOWS = ("gemma2", "gemma3", "gpt-oss")
+HYBRID = ("jamba", "falcon-h1")
+
+
+def distance(a: Any, b: Any) -> float:
+    """Distance of logits, relative to how much b varies."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b - b.mean()))
+
+
+@pytest.mark.parametrize("swa_full", [True, False])
+@pytest.mark.parametrize("name", [*DENSE, *WINDOWS, *HYBRID])
+def test_a_state_continues_as_the_context_did(
+    opened: Any, architecture: Callable[[str], Path], name: str, swa_full: bool
+) -> None:
+    # Without a tail, a restored cell is what it was: the logits are the same, bit for bit. Of a window a state holds the
+    # cells the window needs, which come back in other places: sums of floats then come in another order.
+    if not swa_full and name not in WINDOWS:
+        pytest.skip("it has no windows")
+    path, cache = architecture(name), "pqo4" if name == "deepseek2" else ("pqo4", "pqo3")
+    options = {"n_ctx": 1024, "n_ubatch": 64, "swa_full": swa_full, "n_seq_max": 2, "kv_unified": True}
+    source = opened(path, cache, **options)
+    source.read(TOKENS[:300], 0)
+    one, whole = source.state(0), source.state()
+    want = source.read(TOKENS[300:310], 300)
+    for state, seq in ((one, 0), (one, 1), (whole, None)):
+        used = opened(path, cache, **options)
+        used.read(OTHERS[:50], 0)
+        used.remove(0)
+        fresh = opened(path, cache, **options)
+        for context in (fresh, used):
+            assert context.restore(state, seq)
+            assert context.span(seq or 0)[1] == 299
+            now = context.read(TOKENS[300:310], 300, seq or 0)
+            if name in WINDOWS:
+                assert distance(now, want) < 2e-5
+            else:
+                np.testing.assert_array_equal(now, want)
+
+
+@pytest.mark.parametrize("name", [*DENSE, *WINDOWS, *HYBRID])
+def test_what_lay_in_the_tail_before_is_not_read(opened: Any, architecture: Callable[[str], Path], name: str) -> None:
+    path = architecture(name)
+    options = {"n_ctx": 1024, "n_ubatch": 64, "n_seq_max": 2, "kv_unified": True, "swa_full": False}
+    source = opened(path, "pqo3", tail=128, **options)
+    source.read(TOKENS[:200], 0)
+    for seq in (0, None):
+        state, results = source.state(seq), []
+        for garbage in (0, 190):
+            context = opened(path, "pqo3", tail=128, **options)
+            if garbage:
+                context.read(OTHERS[:garbage], 0)
+                context.remove(0)
+            assert context.restore(state, seq)
+            results.append(context.read(TOKENS[200:201], 200))
+        np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("tail", [0, 128])
+@pytest.mark.parametrize("name", [*DENSE, *WINDOWS])
+def test_a_rollback_is_as_if_the_tokens_had_not_been_read(
+    opened: Any, architecture: Callable[[str], Path], name: str, tail: int
+) -> None:
+    path, cache = architecture(name), "pqo4" if name == "deepseek2" else ("pqo4", "pqo3")
+    contexts = [opened(path, cache, tail=tail and 1024, n_ctx=1024, swa_full=True) for _ in range(2)]
+    for context in contexts:
+        context.read(TOKENS[:200], 0)
+    # drafts that are thrown away, over and over
+    for n in (1, 5, 17, 64):
+        contexts[0].read(OTHERS[:n], 200)
+        assert contexts[0].remove(0, 200, -1)
+    np.testing.assert_array_equal(*(context.read(TOKENS[200:230], 200) for context in contexts))
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_a_recurrent_state_is_not_rolled_back_by_halves(
+    opened: Any, architecture: Callable[[str], Path], name: str
+) -> None:
+    context = opened(architecture(name), "pqo3", tail=128)
+    context.read(TOKENS[:100], 0)
+    before = context.state(0)
+    assert not context.remove(0, 60, -1)  # llama.cpp says so, and changes nothing
+    assert context.state(0) == before
+    assert context.try_decode([(TOKENS[60], 60, [0])]) != 0
+    assert context.state(0) == before
+    assert context.remove(0)
+    np.testing.assert_array_equal(
+        context.read(TOKENS[:100], 0), opened(architecture(name), "pqo3", tail=128).read(TOKENS[:100], 0)
+    )
+
+
+@pytest.mark.parametrize("cache", ["pqo3", "pqt4", ("pqo4", "q8_0")], ids=str)
+def test_into_contexts_of_other_sizes(opened: Any, random_model: Callable[..., Path], cache: Any) -> None:
+    path = random_model(head_dim=64)
+    source = opened(path, cache, tail=64, n_ctx=512)
+    source.read(TOKENS[:200], 0)
+    state, want = source.state(0), source.cells()
+    results = []
+    for n_ctx in (256, 512, 2048):
+        context = opened(path, cache, tail=64, n_ctx=n_ctx)
+        assert context.restore(state, 0)
+        for was, now in zip(want.rows(range(200)), context.cells().rows(range(200)), strict=True):
+            np.testing.assert_array_equal(now, was)
+        results.append(context.read(TOKENS[200:240], 200))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_what_does_not_fit_is_refused_and_hurts_nobody(opened: Any, random_model: Callable[..., Path]) -> None:
+    path = random_model(head_dim=64)
+    options = {"n_seq_max": 2, "kv_unified": True}
+    source = opened(path, "pqo3", n_ctx=512)
+    source.read(TOKENS[:300], 0)
+    small, spared = (opened(path, "pqo3", n_ctx=256, tail=64, **options) for _ in range(2))
+    for context in (small, spared):
+        context.read(OTHERS[:100], 0, 1)
+    assert not small.restore(source.state(0), 0)
+    assert small.span(0) == (-1, -1)
+    other_type = opened(path, "pqo4", n_ctx=512)
+    other_type.read(TOKENS[:20], 0)
+    assert not small.restore(other_type.state(0), 0)
+    assert small.span(0) == (-1, -1)
+    np.testing.assert_array_equal(*(context.read(OTHERS[100:110], 100, 1) for context in (small, spared)))
+
+
+@pytest.mark.parametrize("tail", [0, 512])
+@pytest.mark.parametrize("cache", ["f16", "pqo3", ("pqo4", "pqo3"), "pqt4"], ids=str)
+def test_a_fragmented_cache_into_a_fresh_one_and_back(
+    opened: Any, random_model: Callable[..., Path], cache: Any, tail: int
+) -> None:
+    # Three sequences take turns; the first goes, and leaves holes, into which a state of 90 tokens comes back.
+    path = random_model(head_dim=64)
+    options = {"n_seq_max": 4, "kv_unified": True, "n_ctx": 256, "tail": tail}
+    context = opened(path, cache, **options)
+    for i in range(0, 60, 3):
+        for seq in range(3):
+            context.read((TOKENS if seq else OTHERS)[100 * seq + i :][:3], i, seq)
+    assert context.remove(0)
+    alone = opened(path, cache, **options)
+    alone.read(TOKENS[500:590], 0)
+    assert context.restore(alone.state(0), 3)
+    assert context.cells(3).positions == tuple(range(90))
+    for was, now in zip(alone.cells().rows(range(90)), context.cells(3).rows(range(90)), strict=True):
+        np.testing.assert_array_equal(now, was)
+    fresh = opened(path, cache, **options)
+    assert fresh.restore(context.state(3), 0) and fresh.restore(context.state(1), 1)
+    # The same cells in another order: sums of floats come in another order, too.
+    restored = context.read(TOKENS[590:600], 90, 3)
+    assert distance(fresh.read(TOKENS[590:600], 90), restored) < 1e-3
+    assert distance(alone.read(TOKENS[590:600], 90), restored) < (1e-3 if tail == 0 or cache == "f16" else 0.4)
+    want = opened(path, cache, **options)
+    assert want.restore(fresh.state(1), 1)
+    assert distance(fresh.read(TOKENS[160:170], 60, 1), want.read(TOKENS[160:170], 60, 1)) < 1e-3
