@@ -37,7 +37,7 @@ _SWA_PERIOD: Final = {
     "plamo3": (8, False),
     "smallthinker": (4, True),
 }
-_SWA_FROM_PATTERN: Final = {"gemma4", "granite-swa", "maple", "mimo2", "spark2-5", "step35"}
+_SWA_FROM_PATTERN: Final = {"gemma4", "granite_swa", "maple", "mimo2", "spark2_5", "step35"}
 _SWA_WINDOW: Final = {"gemma2": 4096, "llama4": 8192}
 _SWA_IGNORED: Final = {"llama", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2"}
 
@@ -61,7 +61,7 @@ _NOT_MODELLED: Final = {
     "gemma4-assistant": "a cache shared with another model",
     "glm-dsa": "a sparse-attention index beside the cache",
     "glm5-next": "hybrid linear attention",
-    "hy-v4": "a sparse-attention index beside the cache",
+    "hy_v4": "a sparse-attention index beside the cache",
     "kimi-k3": "hybrid linear attention",
     "minimax-m3": "a sparse-attention index beside the cache",
     "nanbeige": "layers that are repeated",
@@ -206,7 +206,7 @@ def centring_obstacle(header: GgufHeader) -> str | None:
         return "keys cannot be centred: this model caps its attention scores (softcap)"
     if any(".attn_sinks" in name for name in header.tensors):
         return "keys cannot be centred: this model has attention sinks, which take part in the softmax"
-    if header.metadata.get(f"{arch}.attention.key_length_mla") is not None:
+    if header.metadata.get(f"{arch}.attention.key_length_mla"):
         return "keys cannot be centred: K and V share one latent in this model (MLA)"
     return None
 
@@ -255,7 +255,9 @@ class _Keys:
         heads = self.per_layer("attention.head_count", n_layer, [0] * n_layer if recurrent else None)
         n_head = next((n for n in heads if n), 0)
         notes: list[str] = []
-        mla = self.get("attention.key_length_mla") is not None
+        mla = bool(
+            self.integer("attention.key_length_mla", 0)
+        )  # llama.cpp, saving a model, writes 0 where there is none
         layers: tuple[KVLayer, ...] = ()
         exact = self.arch not in _NOT_MODELLED
         if self.arch in _NO_CACHE:
@@ -304,7 +306,7 @@ class _Keys:
         has_kv = self.has_kv(n_layer, heads_kv, notes)
         if mla:
             notes.append("MLA: each layer keeps one latent per token as K, and V is taken from it")
-        elif self.get("attention.kv_lora_rank") is not None:
+        elif self.integer("attention.kv_lora_rank", 0):
             notes.append(
                 "MLA model, but this file stores full K and V: conversion by a newer llama.cpp saves most of it"
             )
@@ -327,7 +329,13 @@ class _Keys:
         has = [n > 0 for n in heads_kv]
         if self.arch in _INTERVAL:
             interval = self.integer("full_attention_interval", _INTERVAL[self.arch]) or 1
-            has = [kv and (i + 1) % interval == 0 for i, kv in enumerate(has)]
+            recurrent = self.get("attention.recurrent_layers", [(i + 1) % interval != 0 for i in range(n_layer)])
+            if not isinstance(recurrent, list) or len(recurrent) < n_layer:
+                raise self.error(f"key {self.arch}.attention.recurrent_layers has fewer than {n_layer} entries")
+            has = [kv and not state for kv, state in zip(has, recurrent, strict=False)]
+        if self.arch in ("nemotron_h", "nemotron_h_moe"):  # a layer with a feed-forward width is that and nothing else
+            widths = self.per_layer("feed_forward_length", n_layer, [0] * n_layer)
+            has = [kv and not width for kv, width in zip(has, widths, strict=True)]
         n_next = self.integer("nextn_predict_layers", 0)
         if 0 < n_next < n_layer:
             has = [kv and i < n_layer - n_next for i, kv in enumerate(has)]
