@@ -91,8 +91,8 @@ def write_model(
     With n_word it also has so many whole words and, at temperature 0, says nothing else and never ends.
 
     arch may also be "refact" (ALiBi), "gemma2" (softcap; windows of 48 tokens in every other layer), "qwen2", whose
-    keys have a constant added, N(0, key_bias) a channel, which RoPE turns too slowly to change, or "stablelm", where RoPE
-    turns the first n_rot values of a head.
+    keys have a constant added, N(0, key_bias) a channel, which RoPE turns too slowly to change, or "stablelm", where
+    RoPE turns the first n_rot values of a head.
     """
     import gguf
 

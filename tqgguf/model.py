@@ -29,9 +29,11 @@ from .errors import (
     OutOfMemoryError,
     StoppedError,
     TqggufError,
+    UnsupportedError,
 )
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
+from .prefix import take_back
 from .session import Session, restore, save
 from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes
 
@@ -350,12 +352,23 @@ class Llama(_Stock):  # type: ignore[misc]
     def eval(self, tokens: Sequence[int]) -> None:
         """Reads tokens behind those in the cache, in batches that suit the tail; reports progress between them.
 
+        Where tokens were taken back that the cache cannot do without (see `prefix`), all are read again first.
+
         Raises:
             StoppedError: `stop` was called.
+            UnsupportedError: they cannot be read again, because there may be pictures among them.
         """
+        if not take_back(self.ctx, self.n_tokens):
+            before = self.input_ids[: self.n_tokens].tolist()
+            if hasattr(self.chat_handler, "_mtmd_cpp"):
+                raise UnsupportedError("the cache no longer holds this prompt's beginning: load with swa_full=True")
+            self.reset()
+            self.eval(before)
         progress = self._control.progress
         most = min(self.context_params.n_ubatch, self.n_batch) if progress else self.n_batch
         step = tail_batch(self._tail if self._policy.ours else 0, most)
+        if self.draft_model is not None and self.n_tokens:
+            step = most  # what is drafted is sampled from one batch
         for start in range(0, len(tokens), step):
             self._refuse_stopped()
             try:

@@ -1,10 +1,10 @@
 """Any order of removing, copying, keeping, shifting, saving and restoring, against a model of the cache in NumPy.
 
-The model knows which cell of the cache holds which token and position of which sequences, and which of them own a row of the
-precise tail. What a cell without a row holds is read out of the cache; what one with a row holds, and everything else that
-makes the next token's logits, is computed here from the weights: if libllama reads a row that belongs to a token that has been
-removed, moved or overwritten, its logits are others. The model has one layer, so that K and V depend on nothing but token and
-position.
+The model knows which cell of the cache holds which token and position of which sequences, and which of them own a row
+of the precise tail. What a cell without a row holds is read out of the cache; what one with a row holds, and everything
+else that makes the next token's logits, is computed here from the weights: if libllama reads a row that belongs to a
+token that has been removed, moved or overwritten, its logits are others. The network has one layer, so that K and V
+depend on nothing but token and position.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pytest
 
 from tqgguf._native.ggml import decode_rows
-from tqgguf.config import CACHE_TYPES, parse_cache
+from tqgguf.config import parse_cache
 
 F32 = npt.NDArray[np.float32]
 

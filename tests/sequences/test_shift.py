@@ -179,8 +179,8 @@ def nmse(a: F32, b: F32) -> float:
 def shift_50_times(opened: Any, model: Rope, kind: str, drop: int, tail: int = 0) -> tuple[list[float], list[float]]:
     """A context of 200 tokens forgets `drop` of them behind the first four and reads as many new ones, 50 times.
 
-    Returns before the first and after each shift the error of the first layer's keys, and the KL divergence in nats, both
-    beside an f16 cache that was shifted alike.
+    Returns before the first and after each shift the error of the first layer's keys, and the KL divergence in nats,
+    both beside an f16 cache that was shifted alike.
     """
     ours, f16 = (opened(model.path, (cache, "f16"), tail=tail) for cache in (kind, "f16"))
     errors, divergences, n = [], [], 200

@@ -27,8 +27,8 @@ def distance(a: Any, b: Any) -> float:
 def test_a_state_continues_as_the_context_did(
     opened: Any, architecture: Callable[[str], Path], name: str, swa_full: bool
 ) -> None:
-    # Without a tail, a restored cell is what it was: the logits are the same, bit for bit. Of a window a state holds the
-    # cells the window needs, which come back in other places: sums of floats then come in another order.
+    # Without a tail, a restored cell is what it was: the logits are the same, bit for bit. Of a window a state holds
+    # the cells the window needs, which come back in other places: sums of floats then come in another order.
     if not swa_full and name not in WINDOWS:
         pytest.skip("it has no windows")
     path, cache = architecture(name), "pqo4" if name == "deepseek2" else ("pqo4", "pqo3")
@@ -47,7 +47,7 @@ def test_a_state_continues_as_the_context_did(
             assert context.span(seq or 0)[1] == 299
             now = context.read(TOKENS[300:310], 300, seq or 0)
             if name in WINDOWS:
-                assert distance(now, want) < 2e-5
+                assert distance(now, want) < 1e-4
             else:
                 np.testing.assert_array_equal(now, want)
 
