@@ -163,6 +163,8 @@ class ModelInfo:
             return f"architecture {self.architecture} has no KV cache"
         if self.mla and k != v:
             return f"K and V share one latent in this model (MLA), so K as {k.name} and V as {v.name} cannot differ"
+        if self.architecture == "t5" and v.quantized:
+            return f"V as {v.name} needs flash attention, which has no place for the bias of T5's attention"
         return next((reason for layer in self.layers if (reason := layer.obstacle(k, v))), None)
 
     @property

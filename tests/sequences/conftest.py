@@ -100,23 +100,25 @@ class Context:
         low, high = api.llama_memory_seq_pos_min, api.llama_memory_seq_pos_max
         return int(low(self.memory, seq)), int(high(self.memory, seq))
 
-    def state(self, seq: int | None = None) -> bytes:
-        """The state of the context, or of one sequence."""
+    def state(self, seq: int | None = None, *, on_device: bool = False) -> bytes:
+        """The state of the context, or of one sequence; on_device: the rows stay in a buffer of the context."""
         if seq is None:
             buffer = (ctypes.c_uint8 * api.llama_state_get_size(self.context))()
             n = api.llama_state_get_data(self.context, buffer, len(buffer))
         else:
-            buffer = (ctypes.c_uint8 * api.llama_state_seq_get_size(self.context, seq))()
-            n = api.llama_state_seq_get_data(self.context, buffer, len(buffer), seq)
+            flags = api.LLAMA_STATE_SEQ_FLAGS_ON_DEVICE if on_device else 0
+            buffer = (ctypes.c_uint8 * api.llama_state_seq_get_size_ext(self.context, seq, flags))()
+            n = api.llama_state_seq_get_data_ext(self.context, buffer, len(buffer), seq, flags)
         assert n == len(buffer)
         return bytes(buffer)
 
-    def restore(self, state: bytes, seq: int | None = None) -> bool:
+    def restore(self, state: bytes, seq: int | None = None, *, on_device: bool = False) -> bool:
         """Puts a state of the whole context, or of a sequence into `seq`; whether llama.cpp took it."""
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if seq is None:
             return int(api.llama_state_set_data(self.context, buffer, len(buffer))) == len(state)
-        return int(api.llama_state_seq_set_data(self.context, buffer, len(buffer), seq)) == len(state)
+        flags = api.LLAMA_STATE_SEQ_FLAGS_ON_DEVICE if on_device else 0
+        return int(api.llama_state_seq_set_data_ext(self.context, buffer, len(buffer), seq, flags)) == len(state)
 
     def cells(self, seq: int = 0) -> Cells:
         """What a sequence holds in the first KV cache (the one without windows)."""

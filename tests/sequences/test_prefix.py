@@ -115,3 +115,10 @@ def test_drafts_on_recurrent_layers_and_windows(
     drafting = loaded(architecture(name), cache="pqo3", tail=0, draft_model=Drafts(10), logits_all=True, **options)
     want = answer(plain, TOKENS[:300], 20)
     assert answer(drafting, TOKENS[:300], 20) == want
+
+
+def test_drafts_longer_than_a_batch_are_an_error(loaded: Any) -> None:
+    # llama.cpp ends the process when logits are asked for that it has not.
+    model = loaded(MODEL_PATH, draft_model=Drafts(200), logits_all=True, n_ctx=1024)
+    with pytest.raises(tqgguf.ArgumentError, match="drafts more than the 127 tokens that fit in a batch"):
+        answer(model, model.tokenize(b"What is the capital of France?"), 60)
