@@ -35,7 +35,7 @@ from .gguf_info import KVLayer, ModelInfo, read_model_info
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
 from .prefix import take_back
 from .session import Session, restore, save
-from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes
+from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes, warn_unread
 
 __all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
 
@@ -102,6 +102,7 @@ class Llama(_Stock):  # type: ignore[misc]
     ) -> None:
         self._control = Control(progress)
         self.n_tokens_read = 0
+        self._n_last = 1  # tokens computed last, whose logits llama.cpp has
         # The stock destructor closes this stack, also when a check below has raised before the stock constructor ran.
         self._stack = contextlib.ExitStack()
         self._closed = False
@@ -125,6 +126,7 @@ class Llama(_Stock):  # type: ignore[misc]
             )
         if not kwargs.get("vocab_only"):
             refuse_impossible(self._info, policy)
+        warn_unread(self._tail if policy.ours else 0, self._info.architecture)
         k, v = base_types(policy, self._info)
         with load_lock, captured_log() as log, applied(policy), kept(self._tail):
             try:
@@ -376,9 +378,24 @@ class Llama(_Stock):  # type: ignore[misc]
             except RuntimeError:
                 self._refuse_stopped()
                 raise
-            self.n_tokens_read += len(tokens[start : start + step])
+            self._n_last = len(tokens[start : start + step])
+            self.n_tokens_read += self._n_last
             if progress and len(tokens) > step:
                 progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
+
+    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
+        """As the stock method.
+
+        Raises:
+            ArgumentError: the draft model drafted more tokens than a batch takes; llama.cpp would end the process.
+        """
+        if idx is not None and idx < self.n_tokens - self._n_last:
+            raise ArgumentError(
+                f"the draft model drafts more than the {self.n_batch - 1} tokens that fit in a batch beside the last "
+                f"one: let it draft fewer, or give a larger n_batch"
+            )
+        token: int = super().sample(*args, idx=idx, **kwargs)
+        return token
 
     def _refuse_stopped(self) -> None:
         if self._control.stopped:
