@@ -8,6 +8,7 @@ BIN   := $(VENV)/bin
 BUILD := build/cmake
 STOCK := build/stock
 CMAKE := $(BIN)/cmake
+UPSTREAM_PROGRAMS := llama-archs save-load-state state-restore-fragmented thread-safety
 BACKEND_OPS := $(BIN)/python tests/patches/backend_ops.py $(BUILD)/bin/test-backend-ops
 
 sources := CMakeLists.txt pyproject.toml llama_cpp.py $(wildcard README.md) LICENSE build/options $(shell find native patches tqgguf -type f \
@@ -38,9 +39,10 @@ lint: $(VENV)/ready ## ruff and mypy
 
 install: build/installed ## build and install into .venv only
 
-conformance: conformance-fast conformance-neon stock ## every kernel and upstream's own tests, all cases; stock types bit for bit
+conformance: conformance-fast conformance-neon conformance-upstream stock ## every kernel and upstream's own tests, all cases; stock types bit for bit; slow tests
 	$(BACKEND_OPS) -o FLASH_ATTN_EXT -p 'pq[ot]'
 	TQGGUF_STOCK_LIB=$(STOCK)/cmake/bin $(BIN)/python -m pytest tests/native/test_stock_types.py
+	$(BIN)/python -m pytest -m slow
 
 conformance-fast: conformance-programs ## the same with a part of the attention cases, for CI
 	$(BUILD)/bin/conformance
@@ -70,6 +72,12 @@ cuda-compile: $(VENV)/ready ## native/cuda for every supported architecture and 
 	@if command -v nvcc >/dev/null; then $(BIN)/python patches/tool.py apply >/dev/null && \
 		$(BIN)/python native/cuda/resources.py --compile build/cuda-compile --upstream build/upstream/llama.cpp; \
 	else echo "skipped cuda: there is no nvcc (CUDA toolkit 12 or newer)"; fi
+
+conformance-upstream: build/installed ## upstream's programs on the patched libllama, with our types; every architecture, as docs say
+	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_TOOLS=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
+	$(CMAKE) --build $(BUILD) $(UPSTREAM_PROGRAMS:%=--target test-%)
+	$(BIN)/python tests/patches/upstream_programs.py $(BUILD)/bin tqgguf/models/demo.gguf
+	$(BIN)/python tests/patches/architectures.py $(BUILD)/bin/test-llama-archs
 
 conformance-programs: build/installed
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_CONFORMANCE=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
@@ -126,4 +134,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean FORCE
+.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs conformance-upstream stock stock-tools stock-configured tools wheel check-patches clean FORCE
