@@ -12,6 +12,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 import tqgguf
 from tqgguf.demo import GREEDY_PROMPTS, MODEL_PATH
+from tqgguf.gguf_info import KVLayer
 
 TOKENS = np.random.default_rng(0).integers(5, 250, 1200).tolist()
 
@@ -68,6 +69,22 @@ def test_a_whole_window_is_gone_back_in_freely(loaded: Any, architecture: Callab
     assert model.n_tokens_read - before == 30 + 11
     fresh = loaded(architecture("gemma3"), cache="pqo3", tail=0)
     assert said == answer(fresh, TOKENS[:50] + TOKENS[1000:1030])
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "heads", "size", "window", "period", "mib"),
+    [(34, 4, 256, 1024, 6, (952, 178)), (24, 8, 64, 128, 2, (336, 172))],
+    ids=["gemma-3-4b", "gpt-oss-20b"],
+)
+def test_what_windows_of_their_own_size_save(
+    n_layer: int, heads: int, size: int, window: int, period: int, mib: tuple[int, int]
+) -> None:
+    """The figures of docs/sequences.md; that llama.cpp allocates as many cells: tests/integration/test_fit.py."""
+    layers = [KVLayer(i, heads, size, size, 0 if i % period == period - 1 else window) for i in range(n_layer)]
+    pqo3 = tqgguf.CACHE_TYPES["pqo3"]
+    for swa_full, want in zip((True, False), mib, strict=True):
+        size_bytes = sum(x.cells(32768, swa_full=swa_full) * x.bytes_per_token(pqo3, pqo3) for x in layers)
+        assert round(size_bytes / 2**20) == want
 
 
 class Drafts(LlamaPromptLookupDecoding):  # type: ignore[misc]
