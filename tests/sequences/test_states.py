@@ -186,3 +186,34 @@ def test_a_fragmented_cache_into_a_fresh_one_and_back(
     want = opened(path, cache, **options)
     assert want.restore(fresh.state(1), 1)
     assert distance(fresh.read(TOKENS[160:170], 60, 1), want.read(TOKENS[160:170], 60, 1)) < 1e-3
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+@pytest.mark.parametrize(
+    ("name", "swa_full"), [("qwen3", True), *((n, full) for n in WINDOWS for full in (True, False)), ("jamba", True)]
+)
+def test_with_all_in_the_tail_it_is_an_f16_cache(
+    opened: Any, architecture: Callable[[str], Path], name: str, swa_full: bool, unified: bool
+) -> None:
+    # Cells of a window are given away and written again; whoever reads a row of the tail must be its owner.
+    path = architecture(name)
+    options = {"n_ctx": 2048, "n_ubatch": 64, "swa_full": swa_full, "n_seq_max": 2, "kv_unified": unified}
+    caches = [("f16", 0), ("pqo3", 2048), ("pqo3", 0)]
+    contexts = [opened(path, cache, tail=tail, **options) for cache, tail in caches]
+
+    def differ(step: Callable[[Any], Any]) -> None:
+        exact, precise, blocks = (step(context) for context in contexts)
+        assert distance(precise, exact) < min(5e-3, 0.1 * distance(blocks, exact))
+
+    differ(lambda context: context.read(TOKENS[:400], 0))
+    differ(lambda context: context.read(OTHERS[:300], 0, 1))
+    if unified:
+        differ(lambda context: [context.remove(1), context.copy(0, 1), context.read(OTHERS[:20], 400, 1)][-1])
+    if name not in HYBRID:
+        differ(lambda context: [context.remove(0, 350), context.read(TOKENS[400:420], 350)][-1])
+    differ(lambda context: [context.remove(0), context.read(TOKENS[420:720], 0)][-1])
+    if unified:
+        for context in contexts:
+            context.keep(0)
+            assert context.span(1) == (-1, -1)
+    differ(lambda context: context.read(TOKENS[720:800], 300))
