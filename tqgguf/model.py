@@ -359,7 +359,10 @@ class Llama(_Stock):  # type: ignore[misc]
         Raises:
             StoppedError: `stop` was called.
             UnsupportedError: they cannot be read again, because there may be pictures among them.
+            CacheClosedError: the model was closed.
         """
+        self._refuse_closed()
+        self._refuse_stopped()
         if not take_back(self.ctx, self.n_tokens):
             before = self.input_ids[: self.n_tokens].tolist()
             if hasattr(self.chat_handler, "_mtmd_cpp"):

@@ -139,3 +139,19 @@ def test_drafts_longer_than_a_batch_are_an_error(loaded: Any) -> None:
     model = loaded(MODEL_PATH, draft_model=Drafts(200), logits_all=True, n_ctx=1024)
     with pytest.raises(tqgguf.ArgumentError, match="drafts more than the 127 tokens that fit in a batch"):
         answer(model, model.tokenize(b"What is the capital of France?"), 60)
+
+
+def test_nothing_is_taken_back_where_nothing_may_be_computed(loaded: Any, architecture: Callable[[str], Path]) -> None:
+    model = loaded(architecture("jamba"), cache="pqo3", tail=0)
+    model.eval(TOKENS[:40])
+    model.n_tokens = 20
+    model.stop()
+    with pytest.raises(tqgguf.StoppedError):
+        model.eval(TOKENS[20:30])
+    assert model.n_tokens == 20
+    model.resume()
+    model.eval(TOKENS[20:30])
+    assert model.n_tokens == 30 and model.n_tokens_read == 40 + 20 + 10
+    model.close()
+    with pytest.raises(tqgguf.CacheClosedError):
+        model.eval(TOKENS[30:31])
