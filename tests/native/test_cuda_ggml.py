@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tqgguf import reference
+from tqgguf import _native, reference
 from tqgguf._native import library_path
 from tqgguf.config import CACHE_TYPES
 
@@ -94,7 +94,8 @@ class Ggml:
 
     def __init__(self, adapter: Path) -> None:
         self.base = ctypes.CDLL(str(library_path("ggml-base")))
-        self.cpu = ctypes.CDLL(str(library_path("ggml-cpu")))
+        _native.import_llama_cpp()
+        self.cpu = ctypes.CDLL(str(_native.cpu_backend_path()))
         self.adapter = ctypes.CDLL(str(adapter))
         self.base.ggml_init.restype = ctypes.c_void_p
         self.base.ggml_row_size.restype = ctypes.c_size_t
