@@ -94,8 +94,19 @@ tools: build/installed ## patched llama-cli, -server, -bench, -perplexity and up
 	$(CMAKE) --build $(BUILD) --target tools
 	ln -sfn cmake/bin build/bin
 
-wheel: build/installed ## the wheel, in dist/
-	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel: build/wheel-tools ## the wheel for any x86-64 Linux, in dist/ (docs/wheels.md)
+	@rm -rf build/wheelhouse
+	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir build/wheelhouse -C build-dir=build/wheel \
+		-C cmake.define.TQGGUF_ANY_CPU=ON -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/manylinux.cmake .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheelhouse/*.whl
+
+wheel-check: build/wheel-tools ## that wheel in a fresh environment, on this processor and on lesser ones under qemu-user
+	@ls dist/tqgguf-*-manylinux*.whl >/dev/null || { echo "there is no wheel in dist/: make wheel"; exit 1; }
+	TQGGUF_WHEEL=$$(ls -t dist/tqgguf-*-manylinux*.whl | head -n 1) $(BIN)/python -m pytest tests/packaging
+
+build/wheel-tools: $(VENV)/ready requirements-wheel.txt
+	$(BIN)/pip install --quiet -r requirements-wheel.txt
+	@mkdir -p build && touch $@
 
 check-patches: $(VENV)/ready ## clean apply, byte-equal re-export, idempotence, line budget
 	$(BIN)/python patches/tool.py check
@@ -126,4 +137,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean FORCE
+.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel wheel-check check-patches clean FORCE

@@ -32,7 +32,7 @@ class Shape:
 
 
 def write(path: Path, shape: Shape, seed: int = 0, weights: str = "q8_0") -> None:
-    """Writes a model without tokenizer (llama-bench feeds it random token numbers), its weights in q8_0, q4_0 or f16."""
+    """Writes a model without tokenizer (llama-bench feeds it random token numbers), weights in q8_0, q4_0 or f16."""
     kind = gguf.GGMLQuantizationType[weights.upper()]
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), "llama")

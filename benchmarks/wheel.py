@@ -1,13 +1,13 @@
-"""Speed of several builds of tqgguf, in turn: prefill and decode of the demo model and of random weights in three types.
+"""Speed of several builds of tqgguf, in turn: prefill and decode of the demo model and of random weights.
 
     unzip -q dist/tqgguf-*.whl -d build/unpacked
     python benchmarks/wheel.py native=. wheel=build/unpacked                      # saves results/wheel.json
     python benchmarks/wheel.py native=. haswell=build/unpacked@haswell --output -  # a variant by name, prints only
 
-A build is NAME=DIRECTORY, where the package `tqgguf` lies in DIRECTORY (a checkout, an unpacked wheel, a site-packages);
-@VARIANT sets TQGGUF_CPU. The first is the one others are compared with. Every round runs each build in a process of its own,
-so that slow and fast moments of the machine meet all of them. Seconds are the processor's with one thread, which a busy
-machine disturbs least, and the clock's with more. Figures are medians over rounds, ratios are those within a round.
+A build is NAME=DIRECTORY, where the package `tqgguf` lies in DIRECTORY (a checkout, an unpacked wheel); @VARIANT sets
+TQGGUF_CPU. The others are compared with the first. Every round runs each build in a process of its own, so that slow
+and fast moments of the machine meet all of them. Seconds are the processor's with one thread, which a busy machine
+disturbs least, and the clock's with more. Figures are medians over rounds, ratios are those within a round.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "wheel.json"
 WEIGHTS = ("f16", "q8_0", "q4_0")
 CACHES = ("f16", "pqo3")
-N_PREFILL, N_DECODE = 512, 48
+LAYERS = 2
+N_PREFILL, N_DECODE = 256, 48
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,12 @@ def measure(models: list[str], n_threads: int) -> dict[str, Any]:
             options: dict[str, Any] = {"n_batch": 128, "n_threads": n_threads, "n_threads_batch": n_threads}
             model = tqgguf.Llama(path, cache=cache, n_ctx=N_PREFILL + N_DECODE, verbose=False, **options)
             tokens = np.random.default_rng(0).integers(10, 200, N_PREFILL + N_DECODE).astype(np.int32)
-            prefill = []
-            for _ in range(3):  # the first also reads the weights
-                llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
-                prefill.append(seconds(model.ctx, tokens[:N_PREFILL], 128))
+            seconds(model.ctx, tokens[:64], 64)  # the first tokens also read the weights, and the f16 tables
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
+            prefill = seconds(model.ctx, tokens[:N_PREFILL], 128)
             decode = seconds(model.ctx, tokens[N_PREFILL:], 1)
-            found[f"{Path(path).stem}/{cache}"] = {
-                "prefill": N_PREFILL / min(prefill[1:]),
-                "decode": N_DECODE / decode,
-            }
+            speeds = {"prefill": N_PREFILL / prefill, "decode": N_DECODE / decode}
+            found[f"{Path(path).stem}/{cache}"] = speeds
             model.close()
     return {"speeds": found, "backend": str((_native.cpu_backend_path() or Path("?")).name)}
 
@@ -114,26 +112,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         models = [demo, *(Path(directory) / f"{weights}.gguf" for weights in args.weights)]
         for path in models[1:]:
-            random_model.write(path, random_model.Shape(), weights=path.stem)
+            random_model.write(path, random_model.Shape(n_layer=LAYERS), weights=path.stem)
         rounds: list[dict[str, Any]] = []
         for i in range(args.rounds):
             order = args.builds if i % 2 == 0 else args.builds[::-1]
             rounds.append({build.name: build.run(models, args.threads) for build in order})
             print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
-    base = args.builds[0].name
+    names = [build.name for build in args.builds]
+    base = names[0]
     rows = []
     for case in rounds[0][base]["speeds"]:
         for phase in ("prefill", "decode"):
             row: dict[str, Any] = {"case": case, "phase": phase}
-            for build in args.builds:
-                speeds = [r[build.name]["speeds"][case][phase] for r in rounds]
+            for name in names:
+                speeds = [r[name]["speeds"][case][phase] for r in rounds]
                 bases = [r[base]["speeds"][case][phase] for r in rounds]
                 ratio = median(a / b for a, b in zip(speeds, bases, strict=True))
-                row[build.name] = {"tokens_per_s": round(median(speeds), 1), "ratio": round(ratio, 3)}
+                row[name] = {"tokens_per_s": round(median(speeds), 1), "ratio": round(ratio, 3)}
             rows.append(row)
-            said = "  ".join(
-                f"{b.name} {row[b.name]['tokens_per_s']:9.1f} ({row[b.name]['ratio']:.3f})" for b in args.builds
-            )
+            said = "  ".join(f"{name} {row[name]['tokens_per_s']:9.1f} ({row[name]['ratio']:.3f})" for name in names)
             print(f"{case:12} {phase:8} {said}")
     if args.output != "-":
         backends = {build.name: rounds[0][build.name]["backend"] for build in args.builds}

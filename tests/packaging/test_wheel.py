@@ -39,7 +39,7 @@ def test_every_library_is_there_and_nothing_else(unpacked: Path) -> None:
     libraries = {Path(name).name for name in files if ".so" in name}
     known = {f"lib{name}.so" for name in ("tqgguf", "ggml-base", "ggml", "llama", "mtmd")}
     assert libraries == known | {f"libggml-cpu-{name}.so" for name in variants(unpacked)}
-    assert "x64" in variants(unpacked) and len(variants(unpacked)) > 2
+    assert "sse42" in variants(unpacked) and len(variants(unpacked)) > 2
     folders = {name.split("/")[0] for name in files}
     assert folders == {"tqgguf", "llama_cpp.py", next(name for name in folders if name.endswith(".dist-info"))}
     for name in ("tqgguf/lib/LICENSE.llama.cpp", "tqgguf/_bindings/LICENSE.md", "tqgguf/models/demo.gguf"):
@@ -110,11 +110,11 @@ def test_doctor_names_the_variant_and_a_better_one(run: Command, unpacked: Path)
     details = {check["name"]: check["detail"] for check in data["checks"]}
     assert data["ok"], data
     best = details["libggml-cpu"].split(";")[0]
-    assert best in variants(unpacked) and best != "x64"
-    done = run("tqgguf", "doctor", "--json", env={"TQGGUF_CPU": "x64"})
+    assert best in variants(unpacked) and best != "sse42"
+    done = run("tqgguf", "doctor", "--json", env={"TQGGUF_CPU": "sse42"})
     data = json.loads(done.stdout)
     details = {check["name"]: check["detail"] for check in data["checks"]}
-    assert data["ok"] and details["libggml-cpu"].startswith(f"TQGGUF_CPU=x64, though {best} is better here; x64;")
+    assert data["ok"] and details["libggml-cpu"].startswith(f"TQGGUF_CPU=sse42, though {best} is better here; sse42;")
     assert "AVX2" not in details["cpu"].split(", not ")[0]
     done = run("tqgguf", "demo", env={"TQGGUF_CPU": "z80"})
     assert done.returncode == 1 and "TQGGUF_CPU: z80 is none of" in done.stderr and "Traceback" not in done.stderr
