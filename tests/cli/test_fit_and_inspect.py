@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tqgguf import demo
+from tqgguf.diagnostics.installation import _FLAGS
 
 pytestmark = pytest.mark.model
 
@@ -200,3 +201,29 @@ print([check.detail for check in installation.installation().checks if not check
 """
     done = python("-c", code)
     assert "without the patches of tqgguf: reinstall" in done.stdout, done.stderr
+
+
+def test_doctor_compares_ggml_with_the_processor(python: Callable[..., Any], tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from tqgguf.diagnostics import installation
+installation._CPUINFO = Path(sys.argv[1])
+installation._FLAGS["QUANTUM"] = "quantum"
+(cpu,) = (check for check in installation.installation().checks if check.name == "cpu")
+print("ok" if cpu.ok else "WRONG", cpu.detail)
+"""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name: none\n")
+    said = python("-c", code, str(cpuinfo)).stdout
+    assert said.startswith("ok") and "QUANTUM" not in said
+    used = set(re.findall(r"\w+", said.split("ggml uses ")[1]))
+    cpuinfo.write_text(f"flags : fpu {' '.join(_FLAGS.values())} quantum\n")
+    said = python("-c", code, str(cpuinfo)).stdout
+    assert said.startswith("ok") and "QUANTUM, which the processor has as well" in said.split(", not ")[1]
+    if "AVX" not in used:
+        pytest.skip("ggml uses no AVX here, so that no processor lacks what it uses")
+    cpuinfo.write_text("flags : fpu avx\n")
+    said = python("-c", code, str(cpuinfo)).stdout
+    lacks = said.split("this processor has no ")[1].split(": ggml was compiled for another one")[0].split(", ")
+    assert said.startswith("WRONG") and set(lacks) == (used & set(_FLAGS)) - {"AVX"} and "SIGILL" in said

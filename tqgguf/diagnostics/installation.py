@@ -47,6 +47,8 @@ _FLAGS: Final = {
 }
 """What ggml calls the instructions it may be compiled for, and Linux in /proc/cpuinfo."""
 
+_CPUINFO: Final = Path("/proc/cpuinfo")
+
 _BUILD_ID: Final = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0"
 """What precedes the 20 bytes of an ELF file's build id (readelf -n)."""
 
@@ -176,7 +178,7 @@ def _cpu() -> str:
     used = set(re.findall(r"(\w+) = 1", told))
     found = f"{os.cpu_count()} processors; ggml uses {', '.join(sorted(used)) or 'no extensions'}"
     try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        flags = re.search(r"^flags\s*:(.*)$", _CPUINFO.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         flags = None
     if flags is None:
