@@ -29,11 +29,13 @@ from .errors import (
     OutOfMemoryError,
     StoppedError,
     TqggufError,
+    WorkerError,
 )
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
 from .session import Session, restore, save
 from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes
+from .workers import Workers, check_split
 
 __all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
 
@@ -68,6 +70,10 @@ class Llama(_Stock):  # type: ignore[misc]
             them those in the first four cells); 0 turns it off. Saved states do not hold them. `eval` reads a prompt in
             batches of as many tokens: in longer ones most tokens would not find their neighbours in the tail.
         flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
+        rpc: workers (`tqgguf worker`), each "host:port", that hold the model's layers and their cache in its place; the
+            first layers go to the first. For networks that are trusted only: nothing is encrypted, nobody is asked for
+            a password. All layers lie on workers unless `n_gpu_layers` says how many; `tensor_split` says in which
+            proportions, otherwise their free memory does. `offload_kqv=False` keeps the cache here.
         progress: called as progress(title, done, total) while the model is loaded, from 0 to 100, and while a prompt of
             more than one batch is read, in tokens. What it raises ends that, and is raised.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
@@ -78,7 +84,8 @@ class Llama(_Stock):  # type: ignore[misc]
     Raises:
         ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given,
             `flash_attn=False` with types that need it, an option that the stock class does not have, or a number
-            that llama.cpp cannot take.
+            that llama.cpp cannot take; more workers than layers.
+        WorkerError: a worker that cannot be reached, is of another version, lacks the types, or went away.
         ModelNotFoundError: no such file, or no such file as `lora_path` names.
         ModelFileError: not GGUF, truncated, or without the keys its architecture requires.
         CacheTypeError: a head size is no multiple of the type's block (the message names layer and value), or llama.cpp
@@ -95,9 +102,13 @@ class Llama(_Stock):  # type: ignore[misc]
         cache: PolicySpec = "pqo3",
         tail: int = DEFAULT_TAIL,
         flash_attn: bool | None = None,
+        rpc: Sequence[str] | None = None,
         progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
+        self._arguments = {"model_path": model_path, "cache": cache, "tail": tail, "flash_attn": flash_attn, "rpc": rpc}
+        self._arguments |= {"progress": progress, **kwargs}
+        self._workers: Workers | None = None
         self._control = Control(progress)
         self.n_tokens_read = 0
         # The stock destructor closes this stack, also when a check below has raised before the stock constructor ran.
@@ -123,6 +134,10 @@ class Llama(_Stock):  # type: ignore[misc]
             )
         if not kwargs.get("vocab_only"):
             refuse_impossible(self._info, policy)
+        if rpc is not None:
+            check_split(rpc, self._info, kwargs)
+            if not kwargs.get("vocab_only"):
+                self._workers = Workers(rpc, policy.ours)
         k, v = base_types(policy, self._info)
         with load_lock, captured_log() as log, applied(policy), kept(self._tail):
             try:
@@ -136,13 +151,16 @@ class Llama(_Stock):  # type: ignore[misc]
             except (ValueError, RuntimeError) as error:
                 if self._control.failure is not None:
                     raise self._control.failure from None
+                self._refuse_lost()
                 raise load_error(str(error), log, self._info) from error
         llama_cpp.llama_set_abort_callback(self.ctx, self._control.on_step, ctypes.addressof(self._control.flag))
         self._buffers: list[_KVBuffer] = []
+        self._devices = {int(m[1]): m[2] for _, text in log for m in _LAYER_LINE.finditer(text)}
         if not kwargs.get("vocab_only"):
             try:
+                self._refuse_lost()
                 self._buffers = verify_buffers(log, self._info, policy, self._tail)
-            except CacheTypeError:
+            except (CacheTypeError, WorkerError):
                 self.close()
                 raise
 
@@ -165,6 +183,8 @@ class Llama(_Stock):  # type: ignore[misc]
     def model_params(self, params: Any) -> None:
         if self._control.progress is not None:
             params.progress_callback = self._control.on_load
+        if self._workers is not None:
+            params.devices = ctypes.addressof(self._workers.devices)
         self._model_params = params
 
     @property
@@ -250,6 +270,7 @@ class Llama(_Stock):  # type: ignore[misc]
                     layer=layer.index,
                     type_k=k.name,
                     type_v=v.name,
+                    device=self._place(layer.index),
                     cells=cells,
                     cells_used=min(used, cells),
                     bytes_per_token=per_token,
@@ -309,21 +330,21 @@ class Llama(_Stock):  # type: ignore[misc]
             OutOfMemoryError: no memory to read it into.
             CacheClosedError: the model was closed.
         """
-        self._refuse_closed()
-        return restore(self, path)
+        with self.watched():
+            return restore(self, path)
 
     def save_state(self) -> Any:
         """As the stock method, which the prefix caches call, but without a matrix of logits that nothing has written.
 
         With a vocabulary of 128,000 that matrix takes 262 MB, many times what the compressed cache does.
         """
-        self._refuse_closed()
-        if self._logits_all:
-            return super().save_state()
-        size = llama_cpp.llama_state_get_size(self.ctx)
-        state = (ctypes.c_uint8 * size)()
-        if llama_cpp.llama_state_get_data(self.ctx, state, size) != size:
-            raise TqggufError("llama.cpp could not write its state")
+        with self.watched():
+            if self._logits_all:
+                return super().save_state()
+            size = llama_cpp.llama_state_get_size(self.ctx)
+            state = (ctypes.c_uint8 * size)()
+            if llama_cpp.llama_state_get_data(self.ctx, state, size) != size:
+                raise TqggufError("llama.cpp could not write its state")
         return llama_cpp.LlamaState(
             input_ids=self.input_ids.copy(),
             scores=np.zeros((1, self.n_vocab()), np.float32),  # load_state spreads it over all rows
@@ -332,6 +353,11 @@ class Llama(_Stock):  # type: ignore[misc]
             llama_state_size=size,
             seed=self._seed,
         )
+
+    def load_state(self, state: Any) -> None:
+        """As the stock method."""
+        with self.watched():
+            super().load_state(state)
 
     # ---- Computing ----
 
@@ -359,13 +385,19 @@ class Llama(_Stock):  # type: ignore[misc]
         for start in range(0, len(tokens), step):
             self._refuse_stopped()
             try:
-                super().eval(tokens[start : start + step])
+                with self.watched():
+                    super().eval(tokens[start : start + step])
             except RuntimeError:
                 self._refuse_stopped()
                 raise
             self.n_tokens_read += len(tokens[start : start + step])
             if progress and len(tokens) > step:
                 progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method."""
+        with self.watched():
+            return super().embed(*args, **kwargs)
 
     def _refuse_stopped(self) -> None:
         if self._control.stopped:
@@ -399,6 +431,60 @@ class Llama(_Stock):  # type: ignore[misc]
     def _refuse_closed(self) -> None:
         if self._closed:
             raise CacheClosedError(f"the model {self._info.path.name} was closed")
+
+    # ---- Workers ----
+
+    @property
+    def lost(self) -> str:
+        """Which of its workers the model has lost, and what to do; "" if none, and where there are no workers."""
+        return self._workers.lost() if self._workers else ""
+
+    def reload(self) -> None:
+        """Loads the model again, as it was first loaded: after `WorkerError`, when the worker is back.
+
+        What was read is forgotten. Prefix caches (`set_cache`) are kept.
+
+        Raises:
+            WorkerError: a worker cannot be reached or used. The model is as it was.
+            Otherwise as when it was first loaded. Then the model is closed; it can be tried again.
+        """
+        if self._workers is not None:
+            self._workers.greet()
+        workers, prefixes = self._workers, self.cache
+        self.close()
+        try:
+            type(self).__init__(self, **self._arguments)
+        except BaseException:
+            self._closed, self._workers = True, workers  # what was lost still is
+            raise
+        self.set_cache(prefixes)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """For calls of llama_cpp's low-level functions: raises WorkerError if a worker is lost, before or in the end.
+
+        llama.cpp itself returns zeros then, and no error. The methods of this class need no such care.
+
+        Raises:
+            WorkerError: a worker is lost; nothing that was computed is of any use.
+            CacheClosedError: the model was closed.
+        """
+        self._refuse_lost()
+        self._refuse_closed()
+        try:
+            yield
+        finally:
+            if self._workers is not None:
+                llama_cpp.llama_synchronize(self.ctx)
+            self._refuse_lost()
+
+    def _refuse_lost(self) -> None:
+        if message := self.lost:
+            raise WorkerError(message)
+
+    def _place(self, layer: int) -> str:
+        device = self._devices.get(layer, "CPU")
+        return self._workers.place(device) if self._workers else device
 
     def _cells_used(self) -> int:
         memory = llama_cpp.llama_get_memory(self.ctx)
@@ -459,6 +545,9 @@ _KV_LINE: Final = re.compile(
 
 
 # llama_kv_cache: tail = 1081344 bytes (128 cells in f16)
+# llama_kv_cache: layer   3: dev = RPC1
+_LAYER_LINE: Final = re.compile(r"llama_kv_cache: layer +(\d+): dev = (\S+)")
+
 _TAIL_LINE: Final = re.compile(r"llama_kv_cache: tail = (\d+) bytes")
 
 

@@ -249,7 +249,9 @@ def save(model: Llama, path: str | Path, extra: Mapping[str, Any]) -> Session:
         state = (ctypes.c_uint8 * size)()
     except MemoryError:
         raise OutOfMemoryError(f"no memory for a copy of the cache of {size:,} bytes, which saving needs") from None
-    if size == 0 or llama_cpp.llama_state_seq_get_data(model.ctx, state, size, 0) != size:
+    with model.watched():
+        n_written = llama_cpp.llama_state_seq_get_data(model.ctx, state, size, 0)
+    if size == 0 or n_written != size:
         raise SessionError("llama.cpp could not write the state of its cache")
     tokens = model.input_ids[: model.n_tokens].astype("<i4").tobytes()
     digest = hashlib.sha256(tokens)
