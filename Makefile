@@ -38,9 +38,10 @@ lint: $(VENV)/ready ## ruff and mypy
 
 install: build/installed ## build and install into .venv only
 
-conformance: conformance-fast conformance-neon stock ## every kernel and upstream's own tests, all cases; stock types bit for bit
+conformance: conformance-fast conformance-neon stock ## every kernel and upstream's own tests, all cases; stock types bit for bit, a stock worker
 	$(BACKEND_OPS) -o FLASH_ATTN_EXT -p 'pq[ot]'
 	TQGGUF_STOCK_LIB=$(STOCK)/cmake/bin $(BIN)/python -m pytest tests/native/test_stock_types.py
+	TQGGUF_STOCK_LIB=$(STOCK)/cmake/bin $(BIN)/python -m pytest tests/integration/test_rpc.py -k stock
 
 conformance-fast: conformance-programs ## the same with a part of the attention cases, for CI
 	$(BUILD)/bin/conformance
@@ -87,7 +88,7 @@ stock-configured: build/installed
 	$(BIN)/python patches/tool.py --work $(STOCK)/source apply --stock 0007
 	$(CMAKE) -G Ninja -S $(STOCK)/source/llama.cpp -B $(STOCK)/cmake -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Release \
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
-		-DLLAMA_OPENSSL=OFF >build/stock/configure.log 2>&1 || { cat build/stock/configure.log; exit 1; }
+		-DLLAMA_OPENSSL=OFF -DGGML_RPC=ON -DGGML_RPC_RDMA=OFF >build/stock/configure.log 2>&1 || { cat build/stock/configure.log; exit 1; }
 
 tools: build/installed ## patched llama-cli, -server, -bench, -perplexity and upstream's test programs, in build/bin
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_TOOLS=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
