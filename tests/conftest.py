@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,59 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return call
+
+
+class Worker:
+    """`tqgguf worker`, or another command that is one, in a process of its own, with one thread.
+
+    Attributes:
+        name: "host:port", as clients are told.
+        allocated: bytes of each buffer that clients had it allocate, in their order.
+    """
+
+    def __init__(self, log: Path, *args: str, port: int = 0) -> None:
+        self.log = log
+        command = [sys.executable, *(args or ("-m", "tqgguf", "worker", "--threads", "1")), "--port", str(port)]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, env={**os.environ, "GGML_RPC_DEBUG": "1"}, stdout=output, stderr=output
+            )
+        self.name = self.wait(r"listening on (127\.0\.0\.1:\d+)")[1]
+        self.port = int(self.name.partition(":")[2])
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, pattern: str) -> re.Match[str]:
+        end = time.monotonic() + 20
+        while not (match := re.search(pattern, self.said)):
+            assert time.monotonic() < end and self.process.poll() is None, self.said
+            time.sleep(0.01)
+        return match
+
+    @property
+    def allocated(self) -> list[int]:
+        return [int(size) for size in re.findall(r"\[alloc_buffer\] device: 0, size: (\d+)", self.said)]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
+    """Starts workers; those that are still there when the tests of a file are done are killed."""
+    pytest.importorskip("tqgguf.workers")
+    folder, started = tmp_path_factory.mktemp("workers"), []
+
+    def start(*args: str, **options: Any) -> Worker:
+        started.append(Worker(folder / f"{len(started)}.log", *args, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
 
 
 def write_model(

@@ -7,11 +7,8 @@ import ctypes
 import difflib
 import inspect
 import os
-import re
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,19 +16,31 @@ import numpy as np
 
 from ._native import import_llama_cpp
 from .cache_info import CacheInfo, LayerCacheInfo
-from .config import CACHE_TYPES, CacheType, parse_cache
+from .config import CACHE_TYPES, parse_cache
 from .control import Control, Progress
 from .errors import (
     ArgumentError,
     CacheClosedError,
     CacheTypeError,
     ModelNotFoundError,
-    OutOfMemoryError,
     StoppedError,
     TqggufError,
     WorkerError,
 )
-from .gguf_info import KVLayer, ModelInfo, read_model_info
+from .gguf_info import ModelInfo, read_model_info
+from .load_log import (
+    KVBuffer,
+    base_types,
+    buffer_of,
+    cache_words,
+    captured_log,
+    devices,
+    load_error,
+    load_lock,
+    needs_flash,
+    rotation,
+    verify_buffers,
+)
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
 from .session import Session, restore, save
 from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes
@@ -79,7 +88,7 @@ class Llama(_Stock):  # type: ignore[misc]
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
     Attributes:
-        n_tokens_read: tokens computed since the model was loaded, of prompts and answers.
+        n_tokens_read: tokens computed since the model was first loaded, of prompts and answers.
 
     Raises:
         ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given,
@@ -106,8 +115,8 @@ class Llama(_Stock):  # type: ignore[misc]
         progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
-        self._arguments = {"model_path": model_path, "cache": cache, "tail": tail, "flash_attn": flash_attn, "rpc": rpc}
-        self._arguments |= {"progress": progress, **kwargs}
+        self._arguments: dict[str, Any] = {**kwargs, "model_path": model_path, "cache": cache, "tail": tail}
+        self._arguments |= {"flash_attn": flash_attn, "rpc": rpc, "progress": progress}
         self._workers: Workers | None = None
         self._control = Control(progress)
         self.n_tokens_read = 0
@@ -129,7 +138,7 @@ class Llama(_Stock):  # type: ignore[misc]
         with_flash = needs_flash(policy)
         if flash_attn is False and with_flash:
             raise ArgumentError(
-                f"flash_attn=False cannot be combined with {_words(policy)}: "
+                f"flash_attn=False cannot be combined with {cache_words(policy)}: "
                 f"a quantized V, and every type of tqgguf, needs flash attention"
             )
         if not kwargs.get("vocab_only"):
@@ -137,7 +146,8 @@ class Llama(_Stock):  # type: ignore[misc]
         if rpc is not None:
             check_split(rpc, self._info, kwargs)
             if not kwargs.get("vocab_only"):
-                self._workers = Workers(rpc, policy.ours)
+                here = kwargs.get("offload_kqv") is False  # then no worker sees a cache
+                self._workers = Workers(rpc, policy.ours and not here)
         k, v = base_types(policy, self._info)
         with load_lock, captured_log() as log, applied(policy), kept(self._tail):
             try:
@@ -149,13 +159,15 @@ class Llama(_Stock):  # type: ignore[misc]
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
+                if self._workers is not None:
+                    self._workers.release()
                 if self._control.failure is not None:
                     raise self._control.failure from None
                 self._refuse_lost()
                 raise load_error(str(error), log, self._info) from error
         llama_cpp.llama_set_abort_callback(self.ctx, self._control.on_step, ctypes.addressof(self._control.flag))
-        self._buffers: list[_KVBuffer] = []
-        self._devices = {int(m[1]): m[2] for _, text in log for m in _LAYER_LINE.finditer(text)}
+        self._buffers: list[KVBuffer] = []
+        self._devices = devices(log)
         if not kwargs.get("vocab_only"):
             try:
                 self._refuse_lost()
@@ -233,9 +245,11 @@ class Llama(_Stock):  # type: ignore[misc]
         params.type_k, params.type_v = (kind.number for kind in base_types(policy, self._info))
         if n_ubatch is not None:
             params.n_ubatch = min(params.n_batch, n_ubatch)
+        if self._workers is not None and policy.ours and params.offload_kqv:
+            self._workers.need_types()
         if needs_flash(policy):
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        with load_lock, captured_log() as log, applied(policy), kept(n_tail), _rotation(rotate):
+        with load_lock, captured_log() as log, applied(policy), kept(n_tail), rotation(rotate):
             context = llama_cpp.llama_init_from_model(self.model, params)
         if not context:
             raise load_error("no context", log, self._info)
@@ -258,7 +272,7 @@ class Llama(_Stock):  # type: ignore[misc]
         used = self._cells_used()
         layers: list[LayerCacheInfo] = []
         for layer in self._info.layers:
-            buffer = _buffer_of(layer, self._info, self._buffers)
+            buffer = buffer_of(layer, self._info, self._buffers)
             if buffer is None:
                 continue
             cells = buffer.cells * buffer.n_stream
@@ -408,6 +422,7 @@ class Llama(_Stock):  # type: ignore[misc]
         del state["type_k"], state["type_v"]
         same = self._policy.uniform
         state["tail"] = self._tail
+        state["rpc"] = self._arguments["rpc"]
         state["cache"] = tuple(kind.name for kind in same) if same else self._policy
         return state
 
@@ -427,12 +442,19 @@ class Llama(_Stock):  # type: ignore[misc]
         """Frees weights and cache. A second call does nothing."""
         self._closed = True
         super().close()
+        if self._workers is not None:
+            self._workers.release()
 
     def _refuse_closed(self) -> None:
         if self._closed:
             raise CacheClosedError(f"the model {self._info.path.name} was closed")
 
     # ---- Workers ----
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The workers the model lies on, "host:port" each; none if it lies here."""
+        return self._workers.names if self._workers else ()
 
     @property
     def lost(self) -> str:
@@ -450,7 +472,7 @@ class Llama(_Stock):  # type: ignore[misc]
         """
         if self._workers is not None:
             self._workers.greet()
-        workers, prefixes = self._workers, self.cache
+        workers, control, prefixes, n_read = self._workers, self._control, self.cache, self.n_tokens_read
         self.close()
         try:
             type(self).__init__(self, **self._arguments)
@@ -458,6 +480,8 @@ class Llama(_Stock):  # type: ignore[misc]
             self._closed, self._workers = True, workers  # what was lost still is
             raise
         self.set_cache(prefixes)
+        self.n_tokens_read = n_read
+        self._control.stopped |= control.stopped
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -515,7 +539,7 @@ def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
     fits = policy.n_layer == info.n_layer
     obstacle = info.obstacle(*same) if same and fits else policy.obstacle(info)
     if obstacle:
-        raise CacheTypeError(f"{info.path.name} cannot have {_words(policy)}: {obstacle}")
+        raise CacheTypeError(f"{info.path.name} cannot have {cache_words(policy)}: {obstacle}")
     if policy.model_hash and policy.model_hash != model_hash(info):
         warnings.warn(
             f"this cache policy was measured on another model than {info.path.name}: "
@@ -524,172 +548,6 @@ def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
         )
 
 
-# ---- What llama.cpp reports while it allocates its cache ----
-
-LoadLog = list[tuple[int, str]]
-"""llama.cpp's log as (level, text)."""
-
-load_lock = threading.Lock()
-"""The log callback is one per process, so only one model is loaded at a time."""
-
-_LOG_WARN: Final = 3
-_LOG_ERROR: Final = 4
-_LOG_CONT: Final = 5
-
-# llama_kv_cache: size = 0.88 MiB ( 2048 cells, 4 layers, 1/1 seqs), K (pqo3): 0.44 MiB, V (pqo3): 0.44 MiB
-_KV_LINE: Final = re.compile(
-    r"llama_kv_cache: size = +[\d.]+ MiB "
-    r"\( *(?P<cells>\d+) cells, +(?P<layers>\d+) layers, +\d+/(?P<streams>\d+) seqs\), "
-    r"K \((?P<k>[^)]+)\): +(?P<k_mib>[\d.]+) MiB, V \((?P<v>[^)]+)\): +(?P<v_mib>[\d.]+) MiB"
-)
-
-
-# llama_kv_cache: tail = 1081344 bytes (128 cells in f16)
-# llama_kv_cache: layer   3: dev = RPC1
-_LAYER_LINE: Final = re.compile(r"llama_kv_cache: layer +(\d+): dev = (\S+)")
-
-_TAIL_LINE: Final = re.compile(r"llama_kv_cache: tail = (\d+) bytes")
-
-
-@dataclass(frozen=True)
-class _KVBuffer:
-    """One `llama_kv_cache` as llama.cpp reported it; sizes are its own text, in MiB with two digits."""
-
-    cells: int
-    n_layer: int
-    n_stream: int
-    type_k: str
-    type_v: str
-    k_mib: str
-    v_mib: str
-
-
-@contextlib.contextmanager
-def captured_log(quiet: bool = False) -> Iterator[LoadLog]:
-    """Collects llama.cpp's log and, unless quiet, still hands it on to whoever listened before."""
-    lines: LoadLog = []
-    before, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user_data))
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def callback(level: int, text: bytes, data: Any) -> None:
-        if level == _LOG_CONT and lines:
-            lines[-1] = (lines[-1][0], lines[-1][1] + text.decode("utf-8", "replace"))
-        else:
-            lines.append((level, text.decode("utf-8", "replace")))
-        if before and not quiet:
-            before(level, text, user_data)
-
-    llama_cpp.llama_log_set(callback, None)
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(before, user_data)
-
-
-@contextlib.contextmanager
-def _rotation(allowed: bool) -> Iterator[None]:
-    """While it lasts, contexts made by this process are rotated or not; upstream reads it from the environment."""
-    name = "LLAMA_ATTN_ROT_DISABLE"
-    before = os.environ.get(name)
-    if not allowed:
-        os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if not allowed:
-            os.environ.pop(name)
-            if before is not None:
-                os.environ[name] = before
-
-
-def verify_buffers(log: LoadLog, info: ModelInfo, policy: CachePolicy, tail: int) -> list[_KVBuffer]:
-    """The KV buffers llama.cpp reported; raises CacheTypeError unless they are what was asked for."""
-    k, v = base_types(policy, info)
-    buffers = [
-        _KVBuffer(int(m["cells"]), int(m["layers"]), int(m["streams"]), m["k"], m["v"], m["k_mib"], m["v_mib"])
-        for _, text in log
-        if (m := _KV_LINE.search(text))
-    ]
-    if not buffers:
-        if info.layers:
-            raise CacheTypeError(
-                f"llama.cpp reported no KV buffer for {info.path.name}: cannot verify that it has {_words(policy)}"
-            )
-        return buffers
-    for buffer in buffers:
-        if (buffer.type_k, buffer.type_v) != (k.name, v.name):
-            raise CacheTypeError(
-                f"llama.cpp stored K as {buffer.type_k} and V as {buffer.type_v}, asked for were {k.name} and {v.name}"
-            )
-    if not info.exact:
-        return buffers
-    for buffer in buffers:
-        mine = [layer for layer in info.layers if _buffer_of(layer, info, buffers) is buffer]
-        cells = buffer.cells * buffer.n_stream
-        for side, reported, per_token in (
-            ("K", buffer.k_mib, sum(policy.types(x.index)[0].row_bytes(x.n_head_kv * x.head_dim_k) for x in mine)),
-            ("V", buffer.v_mib, sum(policy.types(x.index)[1].row_bytes(x.n_head_kv * x.head_dim_v) for x in mine)),
-        ):
-            expected = cells * per_token
-            if abs(float(reported) - expected / 2**20) > 0.0051:
-                raise CacheTypeError(
-                    f"the {side} cache of {buffer.cells} cells takes {reported} MiB, "
-                    f"but of {_words(policy)} it must take {expected} bytes: the type was not honoured"
-                )
-    expected = sum(
-        buffer.n_stream * tail_bytes(layer, *policy.types(layer.index), tail, buffer.cells)
-        for layer in info.layers
-        for buffer in (_buffer_of(layer, info, buffers),)
-        if buffer
-    )
-    got = sum(int(m[1]) for _, text in log if (m := _TAIL_LINE.search(text)))
-    if got != expected:
-        raise CacheTypeError(
-            f"llama.cpp allocated {got} bytes for a tail of {tail} tokens, "
-            f"it must take {expected}: the tail was not honoured"
-        )
-    return buffers
-
-
-def _buffer_of(layer: KVLayer, info: ModelInfo, buffers: list[_KVBuffer]) -> _KVBuffer | None:
-    """The buffer a layer lives in. With sliding windows llama.cpp makes two: full attention first, then windows."""
-    if len(buffers) == 1:
-        return buffers[0]
-    if len(buffers) == 2 and any(other.window for other in info.layers):
-        return buffers[1 if layer.window else 0]
-    return None
-
-
-def load_error(error: str, log: LoadLog, info: ModelInfo) -> TqggufError:
-    """What llama.cpp said when it gave up, as an exception; an OutOfMemoryError if it was memory."""
-    causes = [text.strip() for level, text in log if level in (_LOG_WARN, _LOG_ERROR) and text.strip()]
-    errors = [text.strip() for level, text in log if level == _LOG_ERROR and text.strip()]
-    said = "; ".join(errors[-3:]) or error
-    message = f"llama.cpp could not load {info.path}: {said}"
-    if re.search(r"failed to allocate|out of memory|bad_alloc|unable to allocate", " ".join(causes), re.IGNORECASE):
-        return OutOfMemoryError(message)
-    return TqggufError(message)
-
-
-def needs_flash(policy: CachePolicy) -> bool:
-    """Whether a cache can be used with flash attention alone: one with a type of ours, or a quantized V."""
-    types = (policy.types(layer) for layer in range(policy.n_layer))
-    return any(k.ours or v.quantized for k, v in types)
-
-
-def base_types(policy: CachePolicy, info: ModelInfo) -> tuple[CacheType, CacheType]:
-    """The types llama.cpp is asked for, and prints: those of the first layer that has a cache."""
-    return policy.types(info.layers[0].index if info.layers else 0)
-
-
 def _shared_name(names: Sequence[str]) -> str:
     """The name that all layers share, or "mixed"."""
     return names[0] if len(set(names)) == 1 else "mixed"
-
-
-def _words(policy: CachePolicy) -> str:
-    if policy.uniform is None:
-        return "a KV cache with this policy"
-    k, v = policy.uniform
-    return f"a {k.name} KV cache" if k == v else f"a {k.name} (K) and {v.name} (V) KV cache"

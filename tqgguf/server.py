@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import re
 import signal
 import socket
@@ -19,7 +20,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from ._native import import_llama_cpp
-from .errors import ArgumentError, StoppedError, UnsupportedError
+from .errors import ArgumentError, StoppedError, UnsupportedError, WorkerError
 
 import_llama_cpp()
 try:
@@ -30,6 +31,8 @@ try:
     from llama_cpp.server.errors import RouteErrorHandler
     from llama_cpp.server.settings import ModelSettings, ServerSettings
     from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+
+    from .server_reload import Reloading
 except ImportError as error:
     raise UnsupportedError(
         f"the server needs a package that is missing, {error.name}: pip install 'tqgguf[server]'"
@@ -60,6 +63,7 @@ class CacheFigures:
         requests: answered, by HTTP status.
         requests_in_progress: being answered or waiting; there is one context, so one is answered at a time.
         tokens_read: computed since the start, prompts and answers; those found in the cache are not.
+        lost: which workers are lost, so that requests get status 503; "" if none is.
     """
 
     model: str
@@ -69,6 +73,7 @@ class CacheFigures:
     requests: dict[str, int]
     requests_in_progress: int
     tokens_read: int
+    lost: str
 
     def prometheus(self) -> str:
         """The same in the text format of Prometheus."""
@@ -91,6 +96,9 @@ class CacheFigures:
         statuses = [(f'{{status="{status}"}}', n) for status, n in sorted(self.requests.items())]
         metric("requests_total", "counter", "Requests answered, by HTTP status.", *statuses)
         metric("tokens_read_total", "counter", "Tokens computed, of prompts and answers.", ("", self.tokens_read))
+        metric(
+            "workers_lost", "gauge", "1 while a worker is lost and requests get status 503.", ("", int(self.lost != ""))
+        )
         return "\n".join(lines) + "\n"
 
 
@@ -149,7 +157,13 @@ def create_app(model: Llama, *, name: str | None = None, api_key: str | None = N
         def load_llama_from_model_settings(settings: Any) -> Llama:
             return model
 
+        def __call__(self, alias: str | None = None) -> Llama:
+            if model.lost:
+                raise WorkerError(model.lost)
+            return model
+
     RouteErrorHandler.pattern_and_formatters[re.compile("computation was stopped")] = _shutting_down
+    RouteErrorHandler.pattern_and_formatters[re.compile("the connection to worker .* is lost.*")] = _worker_lost
     name = name or model.model_info.path.stem
     stock, upstream.LlamaProxy = upstream.LlamaProxy, Proxy
     upstream.get_event_publisher = _publish
@@ -163,11 +177,13 @@ def create_app(model: Llama, *, name: str | None = None, api_key: str | None = N
         upstream.LlamaProxy = stock
     counts = _Counts()
     app.title = "tqgguf"
+    app.add_middleware(Reloading, model=model, api_key=api_key)
     app.add_middleware(_Counting, counts=counts)
     allocated = model.cache_info()
 
     def figures() -> CacheFigures:
-        used = model.n_tokens  # a number of Python's: llama.cpp may be computing in another thread
+        lost = model.lost
+        used = 0 if lost else model.n_tokens  # a number of Python's: llama.cpp may be computing in another thread
         return CacheFigures(
             name,
             used,
@@ -176,6 +192,7 @@ def create_app(model: Llama, *, name: str | None = None, api_key: str | None = N
             dict(counts.answered),
             counts.in_progress,
             model.n_tokens_read,
+            lost,
         )
 
     def as_json() -> Response:
@@ -202,6 +219,11 @@ def _shutting_down(request: Any, match: Any) -> tuple[int, dict[str, Any]]:
     return 503, _error("the server is shutting down", "server_error")
 
 
+def _worker_lost(request: Any, match: Any) -> tuple[int, dict[str, Any]]:
+    _logger.error(match[0])
+    return 503, _error(match[0], "server_error")
+
+
 def _error(message: str, kind: str) -> dict[str, Any]:
     return {"message": message, "type": kind, "param": None, "code": None}
 
@@ -222,6 +244,10 @@ async def _publish(
             pass  # the client has gone
         except StoppedError:
             pass  # so has the server
+        except WorkerError as error:
+            _logger.error(str(error))
+            with contextlib.suppress(anyio.BrokenResourceError):
+                await inner_send_chan.send({"data": json.dumps({"error": _error(str(error), "server_error")})})
         except Exception as error:
             kind = "invalid_request_error"
             if not isinstance(error, ValueError):  # which llama_cpp raises for a prompt that does not fit, and the like
@@ -264,13 +290,21 @@ def serve(app: Any, model: Llama, bound: socket.socket) -> None:
     class Server(uvicorn.Server):  # type: ignore[misc]
         def handle_exit(self, sig: int, frame: Any) -> None:
             model.stop()
+            if model.workers:  # one that hangs would hold the thread that waits for it, and this process
+                last = threading.Timer(2 * GRACE, os._exit, (0,))
+                last.daemon = True
+                last.start()
             _logger.setLevel(logging.CRITICAL)  # streams that end here without their last part are no errors
             super().handle_exit(sig, frame)
 
     server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
     ending = threading.current_thread() is threading.main_thread()
-    # uvicorn raises what ended it once more when it is done; by then there is nothing left to end.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM) if ending}
+
+    def end(number: int, frame: Any) -> None:
+        """Until uvicorn takes signals itself; and when it is done, for it raises what ended it once more."""
+        server.should_exit = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM) if ending}
     try:
         server.run(sockets=[bound])
     finally:

@@ -1,8 +1,8 @@
 """Workers: machines that hold a part of a model and of its cache, reached through llama.cpp's RPC backend.
 
 llama.cpp's client connects without a limit of time, asks nobody which types it knows, and takes silence for work. So a
-worker is greeted here first, over a connection of its own: that it is there, free, of this protocol, and knows our types
-is settled before llama.cpp hears of it. What goes wrong later is noted by the client (native/ggml/tq_ggml_rpc.h).
+worker is greeted here first, over a connection of its own: that it is there, free, of this protocol, and knows our
+types is settled before llama.cpp hears of it. What goes wrong later the client notes (native/ggml/tq_ggml_rpc.h).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ._native.rpc import Protocol, add_worker, device_name, local_gpus, n_alive, n_lost, protocol
+from ._native.rpc import Protocol, add_worker, device_name, hold, local_gpus, n_alive, n_lost, protocol, release
 from .errors import ArgumentError, WorkerError
 from .gguf_info import ModelInfo
 
@@ -69,7 +69,7 @@ def check_split(rpc: Sequence[str], info: ModelInfo, options: dict[str, Any]) ->
     """
     names = parse_workers(rpc)
     if len(names) > info.n_layer:
-        raise ArgumentError(f"{len(names)} workers for {info.path.name}, which has {info.n_layer} layers: some get none")
+        raise ArgumentError(f"{len(names)} workers for {info.path.name}, of {info.n_layer} layers: some would get none")
     if options.get("n_gpu_layers") is None:
         options["n_gpu_layers"] = -1
     if options["n_gpu_layers"] == 0:
@@ -84,8 +84,7 @@ class Workers:
     Attributes:
         names: as they were given.
         endpoints: their addresses, as llama.cpp is told.
-        devices: a NULL-terminated array for `llama_model_params.devices`: the workers' devices, then this machine's GPUs.
-        n_device: how many these are.
+        devices: for `llama_model_params.devices`, with NULL behind: the workers' devices, then this machine's GPUs.
 
     Args:
         names: from `parse_workers`.
@@ -106,24 +105,39 @@ class Workers:
         self.greet()
         self._lost_before = [n_lost(endpoint) for endpoint in self.endpoints]
         self._places: dict[str, str] = {}
+        self._held: list[int] = []
         devices: list[int] = []
         for name, endpoint in zip(self.names, self.endpoints, strict=True):
             found = add_worker(endpoint)
+            self._held += filter(None, map(hold, found[:1]))
             if not found:
+                self.release()
                 raise WorkerError(f"worker {name} went away while it was asked for its devices: start it anew")
             for i, device in enumerate(found):
                 self._places[device_name(device)] = name if len(found) == 1 else f"{name}/{i}"
             devices += found
         devices += local_gpus()
         if len(devices) > MAX_WORKERS:
-            raise ArgumentError(f"the workers and this machine have {len(devices)} devices, llama.cpp takes {MAX_WORKERS}")
-        self.n_device = len(devices)
+            self.release()
+            raise ArgumentError(
+                f"the workers and this machine have {len(devices)} devices, llama.cpp takes {MAX_WORKERS}"
+            )
         self.devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
 
     def greet(self) -> None:
         """Raises WorkerError unless every worker is there and can be used."""
         for name, endpoint in zip(self.names, self.endpoints, strict=True):
             _check(name, _greeted(name, endpoint), self.ours)
+
+    def release(self) -> None:
+        """Lets the workers go, once the model is freed: only then can they serve somebody else."""
+        while self._held:
+            release(self._held.pop())
+
+    def need_types(self) -> None:
+        """Raises WorkerError unless every worker knows the types of tqgguf."""
+        self.ours = True
+        self.greet()
 
     def lost(self) -> str:
         """Which workers were lost since, and what to do; "" if none was."""
@@ -132,12 +146,12 @@ class Workers:
         if not gone:
             return ""
         return (
-            f"the connection to worker {' and '.join(gone)} is lost, and with it the part of the model and of its cache "
-            f"that lay there: when the worker is back, load the model again (reload)"
+            f"the connection to worker {' and '.join(gone)} is lost, and with it the part of the model and of its "
+            f"cache that lay there: when the worker is back, load the model again (Llama.reload)"
         )
 
     def place(self, device: str) -> str:
-        """Where a device of llama.cpp is: the worker, "host:port" or "host:port/number" if it has several; or itself."""
+        """Where a device of llama.cpp is: a worker, "host:port", with "/number" if it has several; or its own name."""
         return self._places.get(device, device)
 
 
@@ -147,7 +161,9 @@ def _address(name: str) -> str:
         found = socket.getaddrinfo(host, int(port), family=socket.AF_INET, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise WorkerError(f"worker {name}: {host} has no IPv4 address ({reason}), and llama.cpp takes no other") from None
+        raise WorkerError(
+            f"worker {name}: {host} has no IPv4 address ({reason}), and llama.cpp takes no other"
+        ) from None
     return f"{found[0][4][0]}:{port}"
 
 
@@ -156,7 +172,7 @@ _known: dict[str, Protocol] = {}
 
 
 def _greeted(name: str, endpoint: str) -> Protocol:
-    """The protocol a worker speaks. It answers one client at a time: where that is this process, it is not asked again."""
+    """The protocol a worker speaks. It answers one client at a time: if that is this process, it is not asked again."""
     if n_alive(endpoint) == 0 or endpoint not in _known:
         _known[endpoint] = _ask(name, endpoint)
     return _known[endpoint]
@@ -167,7 +183,9 @@ def _ask(name: str, endpoint: str) -> Protocol:
     try:
         connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
     except TimeoutError:
-        raise WorkerError(f"worker {name} does not answer within {PATIENCE:g} s: is its machine on, its port open?") from None
+        raise WorkerError(
+            f"worker {name} does not answer within {PATIENCE:g} s: is its machine on, its port open?"
+        ) from None
     except OSError as error:
         raise WorkerError(
             f"no worker at {name}: {error.strerror or error}; start one there with "
@@ -182,8 +200,8 @@ def _ask(name: str, endpoint: str) -> Protocol:
                 answer += part
         except TimeoutError:
             raise WorkerError(
-                f"worker {name} takes the connection but does not answer within {PATIENCE:g} s: it serves another client, "
-                f"and a worker serves one at a time"
+                f"worker {name} takes the connection but does not answer within {PATIENCE:g} s: it serves another "
+                f"client, and a worker serves one at a time"
             ) from None
         except OSError:
             pass  # closed: said below
@@ -191,8 +209,8 @@ def _ask(name: str, endpoint: str) -> Protocol:
             connection.shutdown(socket.SHUT_RDWR)
     if len(answer) < 8 + size or struct.unpack_from("<Q", answer)[0] != size:
         raise WorkerError(
-            f"what listens at {name} does not answer a greeting as a worker of llama.cpp does: it is something else, or of "
-            f"a protocol before {protocol()[0]}; run `tqgguf worker` of tqgguf's version there"
+            f"what listens at {name} does not answer a greeting as a worker of llama.cpp does: it is something else, "
+            f"or of a protocol before {protocol()[0]}; run `tqgguf worker`, of this version of tqgguf, there"
         )
     major, minor, patch, version = answer[8:12]
     return major, minor, patch, version

@@ -261,3 +261,24 @@ def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["answered"], result["wrong"]) == (24, 0)
+
+
+EARLY = """
+import signal, sys, uvicorn
+from tqgguf.cli import main
+run = uvicorn.Server.run
+
+
+def early(*args, **options):
+    signal.raise_signal(signal.SIGTERM)
+    run(*args, **options)
+
+
+uvicorn.Server.run = early
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_before_it_takes_requests_is_not_lost(python: Callable[..., Any]) -> None:
+    done = python("-c", EARLY, "serve", MODEL, "--threads", "1", "--port", "0", timeout=30)
+    assert done.returncode == 0 and "listening" in done.stderr

@@ -14,7 +14,7 @@ from tqgguf import CACHE_TYPES, demo
 from tqgguf.diagnostics.fit import FITTED_TYPES, fit
 from tqgguf.diagnostics.plan import ContextPlan, Setup, planned_model
 from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, TqggufError
-from tqgguf.model import captured_log, llama_cpp
+from tqgguf.load_log import captured_log, llama_cpp
 from tqgguf.policy import resolve
 from tqgguf.tail import kept
 

@@ -1,4 +1,4 @@
-"""What tqgguf calls of libggml and libggml-rpc: devices on other machines, the connections to them, and serving as one."""
+"""What tqgguf calls of libggml and libggml-rpc: devices on other machines, connections to them, and being one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from ..errors import UnsupportedError
 from .bindings import import_llama_cpp
 from .library import library_path
 
-__all__ = ["Protocol", "add_worker", "device_name", "local_gpus", "n_alive", "n_lost", "protocol", "serve", "serving"]
+__all__ = [
+    "Protocol",
+    "add_worker",
+    "device_name",
+    "hold",
+    "local_gpus",
+    "n_alive",
+    "n_lost",
+    "protocol",
+    "release",
+    "serve",
+    "serving",
+]
 
 Protocol = tuple[int, int, int, int]
 """llama.cpp's RPC protocol, major, minor and patch, and the version of ours (tq_ggml_rpc.h; 0: one without)."""
@@ -43,6 +55,8 @@ def _libraries() -> tuple[Any, Any]:
         (ggml, "ggml_backend_dev_type", ctypes.c_int, [pointer]),
         (ggml, "ggml_backend_dev_name", text, [pointer]),
         (ggml, "ggml_backend_dev_description", text, [pointer]),
+        (ggml, "ggml_backend_dev_init", pointer, [pointer, text]),
+        (ggml, "ggml_backend_free", None, [pointer]),
         (ggml, "ggml_backend_dev_memory", None, [pointer, ctypes.POINTER(size), ctypes.POINTER(size)]),
         (ggml, "ggml_backend_reg_dev_count", size, [pointer]),
         (ggml, "ggml_backend_reg_dev_get", pointer, [pointer, size]),
@@ -69,12 +83,26 @@ def n_alive(endpoint: str) -> int:
 
 
 def add_worker(endpoint: str) -> list[int]:
-    """The devices (`ggml_backend_dev_t`) of a worker; none if it could not be asked. They exist until the process ends."""
+    """The devices (`ggml_backend_dev_t`) of a worker; none if it could not be asked. They are never freed."""
     ggml, rpc = _libraries()
     registry = rpc.ggml_backend_rpc_add_server(endpoint.encode())
     if not registry:
         return []
     return [ggml.ggml_backend_reg_dev_get(registry, i) for i in range(ggml.ggml_backend_reg_dev_count(registry))]
+
+
+def hold(device: int) -> int:
+    """Keeps the connection to a device's worker, which llama.cpp drops and makes anew while a model is loaded.
+
+    Returns:
+        What `release` takes; 0 if it could not be kept.
+    """
+    return int(_libraries()[0].ggml_backend_dev_init(device, None) or 0)
+
+
+def release(held: int) -> None:
+    """Lets go of what `hold` returned."""
+    _libraries()[0].ggml_backend_free(held)
 
 
 def device_name(device: int) -> str:

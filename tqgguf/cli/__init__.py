@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import TqggufError
-from . import chat, compare, demo, doctor, fit, inspect, run, serve, tune
+from . import chat, compare, demo, doctor, fit, inspect, run, serve, tune, worker
 from .interrupt import prompt_interrupt
 
 __all__ = ["main"]
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"tqgguf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, chat, serve, fit, inspect, compare, tune, demo, doctor):
+    for command in (run, chat, serve, worker, fit, inspect, compare, tune, demo, doctor):
         command.add_parser(commands)
     _accept_any_terminal()
     try:

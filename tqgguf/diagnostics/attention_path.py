@@ -18,7 +18,7 @@ from ..config import CacheType
 from ..errors import TqggufError
 from ..gguf_file import read_header
 from ..gguf_info import ModelInfo, read_model_info
-from ..model import needs_flash
+from ..load_log import needs_flash
 from ..policy import CachePolicy, PolicySpec, resolve
 from ..tail import DEFAULT_TAIL
 from .plan import Setup, planned_model

@@ -18,17 +18,8 @@ from typing import Any, Final
 
 from ..errors import CacheTypeError
 from ..gguf_info import ModelInfo, read_model_info
-from ..model import (
-    LoadLog,
-    base_types,
-    captured_log,
-    llama_cpp,
-    load_error,
-    load_lock,
-    needs_flash,
-    refuse_impossible,
-    verify_buffers,
-)
+from ..load_log import LoadLog, base_types, captured_log, load_error, load_lock, needs_flash, verify_buffers
+from ..model import llama_cpp, refuse_impossible
 from ..policy import CachePolicy, applied
 from ..tail import kept
 
