@@ -40,9 +40,10 @@ from .errors import ArgumentError, OutOfMemoryError, SessionError
 from .policy import model_hash
 
 if TYPE_CHECKING:
+    from .gguf_info import ModelInfo
     from .model import Llama
 
-__all__ = ["SESSION_VERSION", "Session", "check_target", "read_session", "restore", "save"]
+__all__ = ["SESSION_VERSION", "Session", "check_target", "is_session", "read_session", "read_state", "restore", "save"]
 
 SESSION_VERSION: Final = 1
 """Of the layout above; another one is refused."""
@@ -97,6 +98,29 @@ def read_session(path: str | Path) -> Session:
         return _read_header(file, Path(path))
 
 
+def is_session(path: str | Path) -> bool:
+    """Whether a file begins as a session does.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def read_state(path: str | Path, info: ModelInfo) -> tuple[Session, memoryview]:
+    """Header of a session file, and llama.cpp's state in it (as `llama_state_seq_get_data` wrote it); loads no model.
+
+    Raises:
+        OutOfMemoryError: no memory to read it into.
+        SessionError: see `read_session`; or it is damaged, or was saved with another model.
+    """
+    with Path(path).open("rb") as file:
+        session = _read_header(file, Path(path))
+        _refuse_other_model(session, info, Path(path))
+        return session, memoryview(_read_body(file, session, Path(path)))[4 * session.n_tokens :]
+
+
 def _read_header(file: BufferedReader, path: Path) -> Session:
     head = file.read(_HEAD.size)
     if head[: len(_MAGIC)] != _MAGIC[: len(head)] or not head:
@@ -118,6 +142,18 @@ def _read_header(file: BufferedReader, path: Path) -> Session:
         what = "truncated" if n_file < expected else "damaged"
         raise SessionError(f"{path} is {what}: it has {n_file:,} bytes, its header says {expected:,}")
     return session
+
+
+def _read_body(file: BufferedReader, session: Session, path: Path) -> bytearray:
+    """Tokens and state, which follow the header that was just read."""
+    n_bytes = 4 * session.n_tokens + session.n_state_bytes  # what the file was found to have
+    try:
+        body = bytearray(n_bytes)
+    except MemoryError:
+        raise OutOfMemoryError(f"no memory for the {n_bytes:,} bytes of {path}") from None
+    if file.readinto(body) != n_bytes or hashlib.sha256(body).hexdigest() != session.sha256:
+        raise SessionError(f"{path} is damaged: the checksum of its contents does not match")
+    return body
 
 
 def _parse(text: bytes, path: Path) -> Session:
@@ -177,12 +213,8 @@ def _settings(model: Llama) -> dict[str, Any]:
 
 def _refuse_other(session: Session, model: Llama, path: Path) -> None:
     """Raises SessionError, naming both sides, unless a session belongs to this model and its cache."""
+    _refuse_other_model(session, model.model_info, path)
     mine = _identity(model)
-    if session.model_hash != mine["model_hash"]:
-        raise SessionError(
-            f"{path} was saved with another model, {session.model} ({session.model_hash[:12]}); "
-            f"loaded is {model.model_info.name} ({mine['model_hash'][:12]})"
-        )
     for side, theirs, ours in (("K", session.types_k, mine["types_k"]), ("V", session.types_v, mine["types_v"])):
         if theirs != ours:
             raise SessionError(
@@ -206,6 +238,14 @@ def _refuse_other(session: Session, model: Llama, path: Path) -> None:
         raise SessionError(
             f"{path} holds {session.n_tokens:,} tokens, the context has {model.input_ids.size:,}: "
             f"load the model with n_ctx={session.n_tokens} or more"
+        )
+
+
+def _refuse_other_model(session: Session, info: ModelInfo, path: Path) -> None:
+    if session.model_hash != (mine := model_hash(info)):
+        raise SessionError(
+            f"{path} was saved with another model, {session.model} ({session.model_hash[:12]}); "
+            f"this is {info.name} ({mine[:12]})"
         )
 
 
@@ -313,14 +353,7 @@ def restore(model: Llama, path: str | Path) -> Session:
     with file_path.open("rb") as file:
         session = _read_header(file, file_path)
         _refuse_other(session, model, file_path)
-        n_bytes = 4 * session.n_tokens + session.n_state_bytes  # what the file was found to have
-        try:
-            body = bytearray(n_bytes)
-        except MemoryError:
-            raise OutOfMemoryError(f"no memory for the {n_bytes:,} bytes of {path}") from None
-        n_read = file.readinto(body)
-    if n_read != n_bytes or hashlib.sha256(body).hexdigest() != session.sha256:
-        raise SessionError(f"{path} is damaged: the checksum of its contents does not match")
+        body = _read_body(file, session, file_path)
     tokens = np.frombuffer(body, "<i4", session.n_tokens)
     if session.n_tokens and not 0 <= tokens.min() <= tokens.max() < model.n_vocab():
         raise SessionError(f"{path} is damaged: it names tokens beyond the {model.n_vocab():,} of the vocabulary")

@@ -31,6 +31,8 @@ _SESSION: Final = (0x6767736E, 10)
 """LLAMA_SESSION_MAGIC and LLAMA_SESSION_VERSION."""
 _SEQUENCE: Final = (0x67677371, 3)
 """LLAMA_STATE_SEQ_MAGIC and LLAMA_STATE_SEQ_VERSION."""
+_SEQUENCE_DATA: Final = 0xAF143CD8
+"""`io_magic` of src/llama-context.cpp."""
 
 _MAX_SEQUENCES: Final = 256
 _EXT_BYTES: Final = 12
@@ -112,14 +114,25 @@ def _file(file: Path, data: memoryview, info: ModelInfo) -> CacheState:
         return _parse(reader, info, has_architecture=magic == _SESSION[0])
 
 
-def parse_state(data: bytes | memoryview, info: ModelInfo) -> CacheState:
+def parse_state(
+    data: bytes | memoryview, info: ModelInfo, name: str = "the context's state", sequence: bool = False
+) -> CacheState:
     """Reads what `llama_state_get_data` gave for a context of a model. The rows are copies.
+
+    Args:
+        data: the state.
+        info: the model it is of.
+        name: of the state, for messages.
+        sequence: whether it is one sequence, from `llama_state_seq_get_data`.
 
     Raises:
         StateFileError: it is damaged or of another model.
         UnsupportedError: the model has no KV cache, or one that is not modelled here.
     """
-    return _parse(_Reader(memoryview(data), "the context's state"), info, has_architecture=True)
+    reader = _Reader(memoryview(data), name)
+    if sequence and (begin := reader.number("Q") & 0xFFFFFFFF) != _SEQUENCE_DATA:  # the number of the sequence follows
+        raise reader.error(f"it begins with {begin:#x}, {_SEQUENCE_DATA:#x} expected")
+    return _parse(reader, info, has_architecture=not sequence)
 
 
 def _parse(reader: _Reader, info: ModelInfo, has_architecture: bool) -> CacheState:

@@ -19,18 +19,13 @@ from ._native.rpc import Protocol, add_worker, device_name, hold, local_gpus, n_
 from .errors import ArgumentError, WorkerError
 from .gguf_info import ModelInfo
 
-__all__ = ["MAX_WORKERS", "TRUST", "Workers", "parse_workers"]
+__all__ = ["MAX_WORKERS", "Workers", "check_split", "free_port", "parse_workers"]
 
 MAX_WORKERS: Final = 16
 """llama.cpp's limit of devices."""
 
 PATIENCE: Final = 5.0
 """Seconds a worker has to answer a greeting. One that serves somebody else never does."""
-
-TRUST: Final = (
-    "Anybody who can reach a worker can read and write its memory and end it: llama.cpp's RPC has no encryption, no "
-    "passwords and no defence against malformed requests. Use it on networks you trust, never on an open one."
-)
 
 # Of ggml-rpc.cpp; the number of the greeting is fixed for all protocols to come.
 _HELLO: Final = 14

@@ -135,3 +135,20 @@ with prompt_interrupt():
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 """
     assert python("-c", code).returncode == 0
+
+
+EARLY = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "numpy":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from tqgguf.cli import main
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_an_interrupt_while_commands_are_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "\ntqgguf: interrupted\n", "")

@@ -15,7 +15,7 @@ import pytest
 import tqgguf
 from tqgguf import demo
 from tqgguf.diagnostics.cache_contents import inspect_cache, inspect_session
-from tqgguf.errors import ArgumentError, CacheClosedError, StateFileError, UnsupportedError
+from tqgguf.errors import ArgumentError, CacheClosedError, SessionError, StateFileError, UnsupportedError
 from tqgguf.gguf_info import read_model_info
 from tqgguf.model import llama_cpp
 from tqgguf.state import parse_state, read_state
@@ -61,6 +61,26 @@ def test_files_hold_what_the_context_holds(tmp_path: Path, cache: Any) -> None:
         assert [t.type for t in live.tensors] == [k, v] * 4 and len(live.tensors[0].heads) == 2
         info = model.cache_info()
         assert live.bytes == sum(layer.bytes_per_token for layer in info.layers) * 300
+
+
+def test_sessions_hold_what_the_context_holds(tmp_path: Path, random_model: Model) -> None:
+    path = tmp_path / "talk.session"
+    with read(demo.MODEL_PATH, ("pqo4", "q8_0")) as model:
+        live = inspect_cache(model)
+        model.save_session(path)
+    found = inspect_session(path, demo.MODEL_PATH)
+    assert found.tensors == live.tensors and found.n_cells == 300 and found.source == str(path)
+    assert not any("does not tell" in note for note in found.notes)
+    with pytest.raises(SessionError, match="saved with another model, tqgguf demo"):
+        inspect_session(path, random_model())
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SessionError, match="checksum of its contents"):
+        inspect_session(path, demo.MODEL_PATH)
+    path.write_bytes(data[:100])
+    with pytest.raises(SessionError, match="truncated"):
+        inspect_session(path, demo.MODEL_PATH)
 
 
 def test_estimates_agree_with_what_the_values_themselves_give() -> None:

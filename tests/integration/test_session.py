@@ -151,7 +151,7 @@ def test_an_empty_session(model: Any, tmp_path: Path) -> None:
 
 def test_another_model(saved: Path, random_model: Callable[..., Path]) -> None:
     other = load(path=random_model())
-    with pytest.raises(SessionError, match=r"saved with another model, tqgguf demo \(.*loaded is random"):
+    with pytest.raises(SessionError, match=r"saved with another model, tqgguf demo \(.*this is random"):
         other.load_session(saved)
     other.close()
 

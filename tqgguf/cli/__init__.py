@@ -16,26 +16,17 @@ from typing import Any
 
 from .. import __version__
 from ..errors import TqggufError
-from . import chat, compare, demo, doctor, fit, inspect, run, serve, tune, worker
-from .interrupt import prompt_interrupt
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="tqgguf",
-        description="GGUF models in llama.cpp with the KV cache compressed to 3.5 or 4.5 bits per value.",
-        epilog="Try `tqgguf demo`, then `tqgguf chat model.gguf`. `tqgguf COMMAND --help` explains a command.",
-    )
-    parser.add_argument("--version", action="version", version=f"tqgguf {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, chat, serve, worker, fit, inspect, compare, tune, demo, doctor):
-        command.add_parser(commands)
     _accept_any_terminal()
     try:
-        args = parser.parse_args(argv)
+        from .interrupt import prompt_interrupt
+
+        args = _parser().parse_args(argv)
         warnings.showwarning = _note  # type: ignore[assignment]
         # Where Ctrl-C stops an answer and not the program, a slow batch must not end it.
         with contextlib.nullcontext() if getattr(args, "own_interrupt", False) else prompt_interrupt():
@@ -58,6 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             _silence()
         raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tqgguf",
+        description="GGUF models in llama.cpp with the KV cache compressed to 3.5 or 4.5 bits per value.",
+        epilog="Try `tqgguf demo`, then `tqgguf chat model.gguf`. `tqgguf COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"tqgguf {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # Here and not above, for they take a tenth of a second to import, in which Ctrl-C should do what it does later.
+    from . import chat, compare, demo, doctor, fit, inspect, run, serve, tune, worker
+
+    for command in (run, chat, serve, worker, fit, inspect, compare, tune, demo, doctor):
+        command.add_parser(commands)
+    return parser
 
 
 def _accept_any_terminal() -> None:

@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
         "inspect",
         help="what a model's KV cache takes, and what lies in one",
         description="Shows what a GGUF says about its KV cache, and its size in each cache type; loads no weights. "
-        "With --session it looks into a cache that llama.cpp saved, with --file into one that has read a text: norms, "
+        "With --session it looks into a cache that was saved, with --file into one that has read a text: norms, "
         "scales, code use, outlier channels and offsets of each head, and what a further bit would buy.",
         epilog="example: tqgguf inspect model.gguf --session chat.session --html report.html",
     )
@@ -32,9 +32,7 @@ def add_parser(commands: Any) -> None:
         "--ctx", type=contexts, default=(), metavar="N,N", help="context lengths (default: the model's own)"
     )
     look = parser.add_argument_group("what lies in a cache")
-    look.add_argument(
-        "--session", metavar="FILE", help="a session or sequence file that llama.cpp saved with this model"
-    )
+    look.add_argument("--session", metavar="FILE", help="a session that chat or llama.cpp saved with this model")
     look.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text for the model to read")
     look.add_argument("--sample", type=positive, metavar="N", help="cells to look at (default: 1024)")
     look.add_argument("--html", type=Path, metavar="FILE", help="also write a page with heat maps")

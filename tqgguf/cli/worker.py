@@ -21,6 +21,11 @@ from .options import port, threads
 DEFAULT_PORT: Final = 50052
 """llama.cpp's own."""
 
+TRUST: Final = (
+    "Anybody who can reach a worker can read and write its memory and end it: llama.cpp's RPC has no encryption, no "
+    "passwords and no defence against malformed requests. Use it on networks you trust, never on an open one."
+)
+
 PATIENCE: Final = 5.0
 """Seconds that llama.cpp has to begin to listen."""
 
@@ -30,8 +35,6 @@ _NEWS: Final = {b"Accepted client connection": "a client has come", b"Client con
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
-    from ..workers import TRUST
-
     parser = commands.add_parser(
         "worker",
         help="hold a part of another machine's model",
@@ -56,7 +59,7 @@ def add_parser(commands: Any) -> None:
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     from .._native import rpc
-    from ..workers import TRUST, free_port
+    from ..workers import free_port
 
     host, folder = _address(args.host), _folder(args.keep_weights)
     number = free_port(host, args.port)

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .. import reference
+from .. import reference, session
 from .._native.ggml import decode_rows, round_trip
 from ..config import CACHE_TYPES, CacheType
 from ..errors import ArgumentError
@@ -34,6 +34,8 @@ U8 = npt.NDArray[np.uint8]
 
 DEFAULT_SAMPLE: Final = 1024
 """Cells looked at unless told otherwise."""
+
+_CENTRED: Final = "keys are stored less a mean"
 
 _CODEC_NMSE: Final = {"pqo3": 0.0229, "pqt3": 0.0169, "pqo4": 0.0053, "pqt4": 0.0041, "q4_0": 0.0074, "iq4_nl": 0.0058}
 """Squared error on Gaussian blocks relative to their square (README, tests/native/test_quality.py); others: near 0."""
@@ -142,29 +144,38 @@ def inspect_cache(model: Llama, *, sample: int = DEFAULT_SAMPLE) -> CacheContent
     data = (ctypes.c_uint8 * size)()
     written = llama_cpp.llama_state_get_data(model.ctx, data, size)
     state = parse_state(memoryview(data).cast("B")[:written], model.model_info)
-    notes = ["keys are stored less a mean"] if model.cache_policy.k_means else []
+    notes = [_CENTRED] if model.cache_policy.k_means else []
     if info.tail:
         notes.append(f"the newest {info.tail} tokens are read from the precise tail, not from the blocks shown here")
     return _contents(model.model_info, "context", state, sample, notes)
 
 
 def inspect_session(path: str | Path, model: str | Path, *, sample: int = DEFAULT_SAMPLE) -> CacheContents:
-    """Looks at the KV cache in a session or sequence file of llama.cpp; loads no weights.
+    """Looks at the KV cache in a session, or in a session or sequence file of llama.cpp; loads no weights.
 
     Args:
-        path: a file of `llama_state_save_file` or `llama_state_seq_save_file`.
+        path: a file of `Llama.save_session`, `llama_state_save_file` or `llama_state_seq_save_file`.
         model: the GGUF file of the model it was saved from.
         sample: cells to look at, at most.
 
     Raises:
-        StateFileError: see `read_state`.
+        StateFileError: see `state.read_state`.
+        SessionError: see `session.read_state`.
         ArgumentError: the cache in it is empty, or sample is less than 1.
         UnsupportedError: the model has no KV cache, or one that is not modelled.
         ModelFileError: see `read_model_info`.
     """
     info = read_model_info(model)
-    state = read_state(path, info)
-    return _contents(info, str(path), state, sample, ["a saved state does not tell whether keys are less a mean"])
+    try:
+        ours = session.is_session(path)
+    except OSError:
+        ours = False  # which read_state puts into words
+    if not ours:
+        notes = ["a saved state does not tell whether keys are less a mean"]
+        return _contents(info, str(path), read_state(path, info), sample, notes)
+    saved, data = session.read_state(path, info)
+    notes = [_CENTRED] if saved.k_means else []
+    return _contents(info, str(path), parse_state(data, info, str(path), sequence=True), sample, notes)
 
 
 def _contents(info: ModelInfo, source: str, state: CacheState, sample: int, notes: list[str]) -> CacheContents:
