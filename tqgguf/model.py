@@ -31,6 +31,7 @@ from .errors import (
     TqggufError,
 )
 from .gguf_info import KVLayer, ModelInfo, read_model_info
+from .grammar import check_grammar
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
 from .session import Session, restore, save
 from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes
@@ -366,6 +367,21 @@ class Llama(_Stock):  # type: ignore[misc]
             self.n_tokens_read += len(tokens[start : start + step])
             if progress and len(tokens) > step:
                 progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
+
+    def detokenize(self, tokens: Sequence[int], prev_tokens: Any = None, special: bool = False) -> bytes:
+        """As the stock method, but for a token beyond the vocabulary, which would end the process.
+
+        Raises:
+            ArgumentError: there is one.
+        """
+        if wrong := [token for token in tokens if not 0 <= token < self._n_vocab]:
+            raise ArgumentError(f"token {wrong[0]} is not in the vocabulary, whose tokens are 0 to {self._n_vocab - 1}")
+        return bytes(super().detokenize(tokens, prev_tokens, special))
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if (grammar := kwargs.get("grammar")) is not None:
+            check_grammar(self._model.vocab, grammar._grammar, grammar._root)
+        return super()._init_sampler(*args, **kwargs)
 
     def _refuse_stopped(self) -> None:
         if self._control.stopped:
