@@ -138,6 +138,12 @@ class Llama(_Stock):  # type: ignore[misc]
                 if self._control.failure is not None:
                     raise self._control.failure from None
                 raise load_error(str(error), log, self._info) from error
+        # llama.cpp rounds a context up to 256 cells. The stock class fills them all, but made room for fewer tokens.
+        n_ctx = self.n_ctx()
+        if n_ctx > len(self.input_ids):  # type: ignore[has-type]
+            self.input_ids = np.zeros(n_ctx, np.intc)
+            if self._logits_all:
+                self.scores = np.zeros((n_ctx, self._n_vocab), np.float32)
         llama_cpp.llama_set_abort_callback(self.ctx, self._control.on_step, ctypes.addressof(self._control.flag))
         self._buffers: list[_KVBuffer] = []
         if not kwargs.get("vocab_only"):

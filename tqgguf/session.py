@@ -19,12 +19,10 @@ The precise tail is not in a session: restored tokens are read from their blocks
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import json
 import os
-import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -38,6 +36,7 @@ from ._native import abi_version_expected, import_llama_cpp
 from .config import CACHE_TYPES
 from .errors import ArgumentError, OutOfMemoryError, SessionError
 from .policy import model_hash
+from .whole_file import write_whole
 
 if TYPE_CHECKING:
     from .gguf_info import ModelInfo
@@ -307,39 +306,8 @@ def save(model: Llama, path: str | Path, extra: Mapping[str, Any]) -> Session:
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"extra must be what JSON can hold: {error}") from None
     head = _HEAD.pack(_MAGIC, SESSION_VERSION, len(header), hashlib.sha256(header).digest())
-    _replace(Path(path), (head, header, tokens, state))
+    write_whole(path, (head, header, tokens, state), what="session", private=True)  # it is a conversation
     return session
-
-
-def _replace(path: Path, parts: tuple[Any, ...]) -> None:
-    """Writes a file whole or not at all: whatever happens, the old or the new one is there."""
-    target = path.resolve()
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:  # it is a conversation
-            for piece in parts:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, part)
-        part.replace(target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        said = f"{error.strerror or error}; a session that was there is as it was"
-        raise OSError(error.errno, said, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut, where folders can be synced."""
-    with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
 
 
 # ---- Loading ----

@@ -87,6 +87,8 @@ def read_state(path: str | Path, info: ModelInfo) -> CacheState:
     """
     file = Path(path)
     try:
+        if file.exists() and not file.is_file():
+            raise StateFileError(f"cannot read the state {file}: it is no regular file")
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _file(file, memoryview(data), info)
     except (OSError, ValueError) as error:
@@ -104,7 +106,9 @@ def _file(file: Path, data: memoryview, info: ModelInfo) -> CacheState:
             magic: (version_, name) for (magic, version_), name in ((_SESSION, "session"), (_SEQUENCE, "sequence"))
         }
         if magic not in known:
-            raise StateFileError(f"{file} is no state of llama.cpp: it begins with neither ggsn nor ggsq")
+            raise StateFileError(
+                f"{file} is neither a session of tqgguf nor a state of llama.cpp (which begins with ggsn or ggsq)"
+            )
         if version != known[magic][0]:
             raise StateFileError(
                 f"{file} is a {known[magic][1]} file of version {version}, this tqgguf reads version "

@@ -291,6 +291,37 @@ def test_a_path_that_is_none() -> None:
             tqgguf.Llama(path)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("grammar", "said"),
+    [
+        ("root ::= broken (", "cannot be parsed: it must be GBNF, with a rule root"),
+        ('x ::= "a"', "cannot be parsed"),
+        ("root ::= root", "cannot be parsed"),
+        ("root ::= " + "(" * 257 + '"a"' + ")" * 257, "more than 256 brackets"),
+        ('root ::= "' + "a" * 2**18 + '"', "characters, at most 262,144"),
+    ],
+)
+def test_a_grammar_that_would_end_the_process(grammar: str, said: str) -> None:
+    from llama_cpp import LlamaGrammar
+
+    model = load(demo.MODEL_PATH)
+    with pytest.raises(ArgumentError, match=said):
+        model.create_completion("x", max_tokens=2, grammar=LlamaGrammar.from_string(grammar))
+    brackets = 'root ::= "' + "(" * 300 + '" | [' + "(" * 300 + '] "yes" # ' + "(" * 300
+    reply = model.create_completion("x", max_tokens=2, temperature=0, grammar=LlamaGrammar.from_string(brackets))
+    assert reply["choices"][0]["text"].startswith("(")
+    model.close()
+
+
+@pytest.mark.parametrize("token", [-1, 1280, 2**31 - 1])
+def test_a_token_beyond_the_vocabulary(token: int) -> None:
+    model = load(demo.MODEL_PATH)
+    with pytest.raises(ArgumentError, match=f"token {token} is not in the vocabulary, whose tokens are 0 to 1279"):
+        model.detokenize([5, token])
+    assert model.detokenize(model.tokenize(b" Paris", add_bos=False)).strip() == b"Paris"
+    model.close()
+
+
 def test_a_closed_model_says_so() -> None:
     model = load(demo.MODEL_PATH)
     model.close()

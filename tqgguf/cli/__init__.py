@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import TqggufError
+from .format import in_words
 
 __all__ = ["main"]
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("\ntqgguf: interrupted")
         return 130
     except (TqggufError, OSError, MemoryError) as error:
-        _say(f"tqgguf: error: {error}")
+        _say(f"tqgguf: error: {in_words(error)}")
         return 1
     except SystemExit:  # argparse, after a help text or a usage error
         try:

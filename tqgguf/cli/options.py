@@ -144,7 +144,17 @@ def add_model_options(parser: argparse.ArgumentParser, *, sampling: bool = True)
         parser.add_argument(
             "--temp", type=temperature, metavar="X", default=0.8, help="temperature, 0 is greedy (default: 0.8)"
         )
-    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: half of the processors)")
+    add_threads_option(parser)
+
+
+def add_threads_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --threads."""
+    parser.add_argument(
+        "--threads",
+        type=threads,
+        metavar="N",
+        help="threads (default: half of the processors, and all of them while a prompt is read)",
+    )
 
 
 def chosen_cache(args: argparse.Namespace) -> str | tuple[str, str]:
@@ -213,6 +223,7 @@ def load_model(args: argparse.Namespace, path: str, bar: Bar, *, chat_format: st
                 tail=args.tail,
                 n_ctx=n_ctx,
                 n_threads=args.threads,
+                n_threads_batch=args.threads,
                 chat_format=chat_format,
                 **({} if getattr(args, "seed", None) is None else {"seed": args.seed}),
                 progress=progress,

@@ -64,7 +64,8 @@ def call(args: argparse.Namespace) -> int:
     except StoppedError:
         raise KeyboardInterrupt from None
     except ValueError as error:
-        raise TqggufError(str(error)) from error
+        advice = "; --ctx gives more room" if "context window" in str(error) else ""
+        raise TqggufError(f"{error}{advice}") from error
     finally:
         bar.close()
     seconds = time.perf_counter() - start
@@ -74,5 +75,12 @@ def call(args: argparse.Namespace) -> int:
         print(to_json(answer))
         return 0
     print()
-    print(f"{len(pieces)} pieces in {seconds:.1f} s; {cache_line(info)}", file=sys.stderr)
+    cut = ""
+    if finish == "length":
+        cut = (
+            "; cut off: the context is full"
+            if model.n_tokens >= model.n_ctx() - 1
+            else f"; cut off by -n {args.n_predict}"
+        )
+    print(f"{len(pieces)} pieces in {seconds:.1f} s{cut}; {cache_line(info)}", file=sys.stderr)
     return 0
