@@ -32,6 +32,7 @@ from .errors import (
 )
 from .gguf_info import KVLayer, ModelInfo, read_model_info
 from .grammar import check_grammar
+from .memory import machine_memory
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
 from .session import Session, restore, save
 from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes
@@ -124,6 +125,7 @@ class Llama(_Stock):  # type: ignore[misc]
             )
         if not kwargs.get("vocab_only"):
             refuse_impossible(self._info, policy)
+            _refuse_too_long(self._info, policy, kwargs)
         k, v = base_types(policy, self._info)
         with load_lock, captured_log() as log, applied(policy), kept(self._tail):
             try:
@@ -449,7 +451,7 @@ def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
     """
     same = policy.uniform
     fits = policy.n_layer == info.n_layer
-    obstacle = info.obstacle(*same) if same and fits else policy.obstacle(info)
+    obstacle = info.obstacle(*same) if same and fits and not policy.ranges else policy.obstacle(info)
     if obstacle:
         raise CacheTypeError(f"{info.path.name} cannot have {_words(policy)}: {obstacle}")
     if policy.model_hash and policy.model_hash != model_hash(info):
@@ -457,6 +459,20 @@ def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
             f"this cache policy was measured on another model than {info.path.name}: "
             f"its types and mean keys may not suit it",
             stacklevel=3,
+        )
+
+
+def _refuse_too_long(info: ModelInfo, policy: CachePolicy, options: Mapping[str, Any]) -> None:
+    """Raises OutOfMemoryError for a context whose cache exceeds all memory, which llama.cpp would try to fill."""
+    n_ctx = options.get("n_ctx", 512) or info.n_ctx_train
+    have = machine_memory()
+    if have is None or (options.get("n_gpu_layers") and options.get("offload_kqv", True)):
+        return
+    need = policy.bytes(info, n_ctx, 0, swa_full=options.get("swa_full") is not False)
+    if need > have:
+        raise OutOfMemoryError(
+            f"the KV cache of {n_ctx:,} tokens of {info.path.name} takes {need:,} bytes, this machine has {have:,}: "
+            f"take a shorter context (`tqgguf fit` says how long it can be)"
         )
 
 

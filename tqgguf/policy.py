@@ -49,12 +49,16 @@ class CachePolicy:
         k_means: by layer, what is subtracted from every key before it is stored: (n_head_kv, head_dim_k) float32,
             after RoPE. Softmax does not notice, for all scores of a query move alike. Empty: keys are not centred.
         model_hash: of the model it was measured on (`model_hash`), or "" if it was not measured.
+        tail: newest tokens that were kept in f16 when it was measured; None if it was not. Nothing is set by it.
+        ranges: layers that were named together, by the words that named them; see `policy_from_ranges`.
     """
 
     types_k: tuple[str, ...]
     types_v: tuple[str, ...]
     k_means: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     model_hash: str = ""
+    tail: int | None = None
+    ranges: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.types_k) != len(self.types_v):
@@ -139,6 +143,11 @@ class CachePolicy:
         """Why this policy cannot be used with a model, or None if it can."""
         if self.n_layer != info.n_layer:
             return f"it is for {self.n_layer} layers, the model has {info.n_layer}"
+        cached = {layer.index for layer in info.layers}
+        for text, layers in self.ranges.items():
+            if cached.isdisjoint(layers):
+                which = f"layer {layers[0]} has" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]} have"
+                return f"range {text!r} names layers without a KV cache: {which} none"
         for layer in info.layers:
             k, v = self.types(layer.index)
             if info.mla and k != v:
@@ -173,6 +182,8 @@ class CachePolicy:
         with contextlib.closing(gguf.GGUFWriter(str(path), _ARCHITECTURE)) as writer:
             writer.add_uint32(f"{_ARCHITECTURE}.version", POLICY_VERSION)
             writer.add_string(f"{_ARCHITECTURE}.model_hash", self.model_hash)
+            if self.tail is not None:
+                writer.add_uint32(f"{_ARCHITECTURE}.tail", self.tail)
             writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
             writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
             for layer, mean in sorted(self.k_means.items()):
@@ -189,7 +200,7 @@ def policy_from_ranges(spec: Mapping[str, Any], n_layer: int) -> CachePolicy:
     """A policy from `{"default": TYPES, "layers": {RANGE: TYPES, ...}}`.
 
     TYPES is a type name, or a pair for K and V apart. RANGE is a layer ("3", "-1" the last), first and last ("0-1"), or
-    a Python slice ("-2:", ":4", "2:6").
+    a Python slice ("-2:", ":4", "2:6"). Layers in it may be without a KV cache, as in hybrid models, but not all.
 
     Raises:
         PolicyError: an unknown key, a range that is no range or names a layer the model does not have, or two ranges
@@ -212,7 +223,8 @@ def policy_from_ranges(spec: Mapping[str, Any], n_layer: int) -> CachePolicy:
                 raise PolicyError(f"ranges {owner[layer]!r} and {text!r} of a cache policy both name layer {layer}")
             owner[layer] = str(text)
             types[layer] = pair
-    return CachePolicy(tuple(k.name for k, _ in types), tuple(v.name for _, v in types))
+    named = {str(text): tuple(_layers(str(text), n_layer)) for text in ranges}
+    return CachePolicy(tuple(k.name for k, _ in types), tuple(v.name for _, v in types), ranges=named)
 
 
 def _layers(text: str, n_layer: int) -> range:
@@ -280,7 +292,14 @@ def read_policy(path: str | Path) -> CachePolicy:
                 )
             means[int(match[1])] = np.array(tensor.data, dtype=np.float32)
         hash_ = header.metadata.get(f"{_ARCHITECTURE}.model_hash")
-        return CachePolicy(tuple(types_k), tuple(types_v), means, hash_ if isinstance(hash_, str) else "")
+        tail = header.metadata.get(f"{_ARCHITECTURE}.tail")
+        return CachePolicy(
+            tuple(types_k),
+            tuple(types_v),
+            means,
+            hash_ if isinstance(hash_, str) else "",
+            tail if isinstance(tail, int) else None,
+        )
     except ModelNotFoundError:
         raise ModelNotFoundError(f"cache policy {file} does not exist") from None
     except ModelFileError as error:

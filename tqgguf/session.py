@@ -261,7 +261,9 @@ def check_target(path: str | Path) -> None:
     Raises:
         ArgumentError: its folder does not exist or cannot be written to, or there is something that is no session.
     """
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise ArgumentError(f"cannot save a session as {path}: it is a link that leads to itself")
     if not target.parent.is_dir():
         raise ArgumentError(f"cannot save a session as {path}: folder {target.parent} does not exist")
     if not os.access(target.parent, os.W_OK):

@@ -24,7 +24,7 @@ def write_whole(path: str | Path, parts: Iterable[Any], *, what: str, private: b
     Raises:
         OSError: it could not be written; what was there is as it was.
     """
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)) as file:

@@ -249,9 +249,11 @@ def test_a_message_in_quotes_is_no_command(chat: Callable[..., Any]) -> None:
 
 def test_sessions_that_are_refused(chat: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
     for args, said in (
         (("--session", "notes"), "exists and is no session: it is not overwritten"),
         (("--session", "none/talk"), "does not exist"),
+        (("--session", "loop"), "it is a link that leads to itself"),
     ):
         done = chat("hello\n", *args)
         assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1

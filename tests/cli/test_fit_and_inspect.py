@@ -145,6 +145,10 @@ def test_inspect_says_what_it_leaves_out(tqgguf: Command, text: Path) -> None:
     assert json.loads(done.stdout)["n_cells"] == 64
     n_tokens = re.search(r"note: of (\d+) tokens the first 64 are read; --ctx (\d+) reads all", done.stderr)
     assert n_tokens and n_tokens[1] == n_tokens[2] and int(n_tokens[1]) > 200
+    done = tqgguf(
+        "inspect", MODEL, "-f", str(text), "--ctx", "2000000000", "--json"
+    )  # no more cells than the text takes
+    assert json.loads(done.stdout)["n_cells"] == int(n_tokens[1]) and done.stderr == ""
     done = tqgguf("inspect", MODEL, "-f", str(text), "--ctx", n_tokens[1], "--json")
     assert json.loads(done.stdout)["n_cells"] == int(n_tokens[1]) and done.stderr == ""
 
@@ -220,6 +224,11 @@ def test_a_page_in_a_browser(tqgguf: Command, text: Path, tmp_path: Path, width:
 
 
 # ---- doctor ----
+
+
+def test_doctor_has_a_line_for_each_finding_where_it_is_piped(tqgguf: Command) -> None:
+    done = tqgguf("doctor", env={"COLUMNS": "40"})
+    assert all(line.startswith("ok  ") for line in done.stdout.splitlines()) and len(done.stdout.splitlines()) == 12
 
 
 def test_doctor_with_a_model(tqgguf: Command, random_model: Callable[..., Path]) -> None:

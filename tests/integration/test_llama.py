@@ -255,6 +255,19 @@ def test_bytes_that_do_not_fit_raise() -> None:
         module.verify_buffers([(2, "something else\n")], info, policy, 0)
 
 
+def test_more_than_the_machine_has_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqgguf import memory, model
+
+    assert 2**28 < memory.machine_memory() < 2**50
+    cells = resolve("pqo3", 4).bytes(tqgguf.read_model_info(demo.MODEL_PATH), 512, 0)
+    monkeypatch.setattr(model, "machine_memory", lambda: cells - 1)
+    said = f"cache of 512 tokens of demo.gguf takes {cells:,} bytes, this machine has {cells - 1:,}: take a shorter"
+    with pytest.raises(tqgguf.OutOfMemoryError, match=said):
+        load(demo.MODEL_PATH, cache="pqo3")
+    monkeypatch.setattr(model, "machine_memory", lambda: cells)
+    load(demo.MODEL_PATH, cache="pqo3").close()
+
+
 def test_too_large_a_context_is_a_memory_error(python: Callable[..., Any], random_model: Model) -> None:
     code = (
         "import resource, sys, tqgguf\n"

@@ -104,6 +104,8 @@ def _read_text(args: argparse.Namespace, sample: int) -> CacheContents:
         raise TextError(f"{args.file} is empty: there is nothing for the model to read")
     bar = Bar()
     n_ctx = args.ctx[0] if args.ctx else min(DEFAULT_CONTEXT, read_model_info(args.model).n_ctx_train)
+    data = text.encode()
+    n_ctx = min(n_ctx, len(data) + 8)  # a token has a byte; cells beyond would be allocated and stay empty
     with contextlib.closing(
         Llama(
             args.model,
@@ -116,7 +118,7 @@ def _read_text(args: argparse.Namespace, sample: int) -> CacheContents:
             verbose=False,
         )
     ) as model:
-        tokens = model.tokenize(text.encode())
+        tokens = model.tokenize(data)
         if len(tokens) > n_ctx:
             print(
                 f"tqgguf: note: of {len(tokens):,} tokens the first {n_ctx:,} are read; --ctx {len(tokens)} reads all",

@@ -156,6 +156,7 @@ def policy_json(tuning: Tuning) -> dict[str, Any]:
         "types_v": policy.types_v,
         "centred": sorted(policy.k_means),
         "model_hash": policy.model_hash,
+        "tail": policy.tail,
     }
 
 

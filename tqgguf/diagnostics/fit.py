@@ -170,7 +170,8 @@ class _Fitter:
     def row(self, cache: PolicySpec) -> FitRow:
         policy = resolve(cache, self.info.n_layer)
         name = policy.words or str(cache)
-        obstacle = self.info.obstacle(*policy.uniform) if policy.uniform else policy.obstacle(self.info)
+        same = None if policy.ranges else policy.uniform
+        obstacle = self.info.obstacle(*same) if same else policy.obstacle(self.info)
         if obstacle:
             return FitRow(name, obstacle, 0, None, 0, 0, 0)
         room = self.memory + self.vram - self.model.weights

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CacheTypeError
+from ..errors import CacheTypeError, OutOfMemoryError
 from ..gguf_info import ModelInfo, read_model_info
 from ..model import (
     LoadLog,
@@ -131,7 +131,13 @@ class PlannedModel:
             if context:
                 llama_cpp.llama_free(context)
         if not context:
-            raise load_error("no context", log, self.info)
+            error = load_error("no context", log, self.info)
+            if isinstance(error, OutOfMemoryError):
+                raise OutOfMemoryError(
+                    f"no memory to plan a context of {n_ctx:,} tokens of {self.info.path.name}: llama.cpp lists "
+                    f"its cells even where it allocates none; look at a shorter one"
+                )
+            raise error
         verify_buffers(log, self.info, policy, setup.tail)
         cache = setup.cache_bytes(self.info, policy, n_ctx)
         reported = _mib(log, _CACHE) + sum(int(m[1]) for _, text in log if (m := _TAIL.search(text)))
