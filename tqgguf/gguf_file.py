@@ -107,7 +107,7 @@ class _Reader:
             names.append(name)
             n_dims = self.number("I")
             if n_dims > 4:
-                raise ModelFileError(f"{self.path}: tensor {name!r} has {n_dims} dimensions, at most 4 are possible")
+                raise ModelFileError(f"{self.path}: tensor {name!r:.80} has {n_dims} dimensions, at most 4 are possible")
             count = 1
             for _ in range(n_dims):
                 count *= self.number("Q")
@@ -158,7 +158,7 @@ class _Reader:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            raise ModelFileError(f"{self.path}: key {key!r} has the unknown type {kind}; the file is damaged or newer")
+            raise ModelFileError(f"{self.path}: key {key!r:.80} has the unknown type {kind}; the file is damaged or newer")
         item, count = self.number("I"), self.number("Q")
         if item == _STRING:
             if count <= LONGEST_ARRAY:
@@ -166,10 +166,10 @@ class _Reader:
             self.skip_strings(count)
             return range(count)
         if item not in _SCALARS:
-            raise ModelFileError(f"{self.path}: key {key!r} is an array of the unsupported type {item}")
+            raise ModelFileError(f"{self.path}: key {key!r:.80} is an array of the unsupported type {item}")
         size = struct.calcsize("<" + _SCALARS[item])
         if count * size > self.size - self.at:
-            raise self.truncated(f"array {key!r} has {count} entries")
+            raise self.truncated(f"array {key!r:.80} has {count} entries")
         if count <= LONGEST_ARRAY:
             values = list(struct.unpack_from(f"<{count}{_SCALARS[item]}", self.data, self.at))
         self.at += count * size

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hmac
 import json
 import logging
@@ -291,8 +292,12 @@ def listen(host: str, port: int) -> socket.socket:
         bound.bind(address)
         bound.listen(128)  # clients that come while the model is loaded wait
     except OSError as error:
+        of_the_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        advice = (
+            "--port (0: any that is free)" if of_the_port else "--host (127.0.0.1: this machine; 0.0.0.0: all of it)"
+        )
         raise ArgumentError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port (0: any that is free)"
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another {advice}"
         ) from None
     return bound
 

@@ -166,6 +166,8 @@ def _parse(text: bytes, path: Path) -> Session:
         for key, kind in kinds.items():
             if type(data[key]) is not kind or (kind is int and data[key] < 0):
                 raise ValueError(f"{key} is {data[key]!r}")
+            if kind is list and not all(isinstance(name, str) for name in data[key]):
+                raise ValueError(f"{key} is {data[key]!r}")
         return Session(**{**data, "types_k": tuple(data["types_k"]), "types_v": tuple(data["types_v"])})
     except (ValueError, RecursionError) as error:
         raise SessionError(f"{path} has a header that cannot be read: {error}") from None

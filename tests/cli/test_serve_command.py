@@ -196,6 +196,8 @@ def test_what_is_refused_before_anything_loads(
         done = python("-m", "tqgguf", "serve", MODEL, "--port", port)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port" in done.stderr
+    done = python("-m", "tqgguf", "serve", MODEL, "--host", "1.2.3.4")
+    assert done.returncode == 1 and "; choose another --host (127.0.0.1: this machine; 0.0.0.0: all" in done.stderr
     done = python("-m", "tqgguf", "serve", str(random_model()))
     assert done.returncode == 1 and "has no chat template" in done.stderr and len(done.stderr.splitlines()) == 1
     (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError('no', name='fastapi')")

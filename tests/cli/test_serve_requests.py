@@ -184,6 +184,14 @@ def test_the_models_are_listed_while_an_answer_is_computed(serve: Callable[..., 
         asking.join(10)
 
 
+def test_a_server_for_everybody_says_so(serve: Callable[..., Any]) -> None:
+    server = serve(MODEL, "--threads", "1", "--host", "0.0.0.0")
+    server.url = server.url.replace("0.0.0.0", "127.0.0.1")
+    assert send(server, CHAT, {}, host="any.example")[0] == 400  # called by any name
+    server.end()
+    assert "note: whoever reaches this machine can use it: --api-key" in server.said
+
+
 @pytest.mark.parametrize("key", ["", "two words", "schlüssel"])
 def test_a_key_that_http_cannot_carry(tqgguf: Callable[..., Any], key: str) -> None:
     done = tqgguf("serve", MODEL, "--api-key", key)

@@ -222,6 +222,8 @@ def test_another_context(saved: Path, options: dict[str, Any], said: str) -> Non
         ({"n_tokens": True}, "n_tokens is True"),
         ({"n_state_bytes": 1}, "damaged"),
         ({"extra": []}, "extra is"),
+        ({"types_k": [1, 2]}, r"types_k is \[1, 2\]"),
+        ({"types_v": [["pqo3"]]}, "types_v is"),
         ({"more": 1}, "its keys are not those"),
         ({"sha256": "0" * 64}, "checksum of its contents"),
     ],

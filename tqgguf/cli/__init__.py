@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import TqggufError
-from .format import in_words
+from .format import in_words, printable
 
 __all__ = ["main"]
 
@@ -89,7 +89,7 @@ def _silence() -> None:
 def _say(text: str) -> None:
     """A line to stderr, if anybody still reads it."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 def _note(message: Warning | str, *_where: Any) -> None:

@@ -45,7 +45,7 @@ def call(args: argparse.Namespace) -> int:
         print(to_json({"question": QUESTION, "answer": answer, "cache": info}))
         return 0
     print(f"> {QUESTION}\n{answer}\n\n{cache_line(info)}", flush=True)
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         print("\nThe demo model knows capitals, and facts you tell it in the question.", file=sys.stderr)
         try:
             wanted = input("Chat with it? [Y/n] ").strip().lower() in ("", "y", "yes")

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..diagnostics.installation import Check, Installation, installation
-from .format import print_table, to_json
+from .format import print_table, printable, to_json
 from .options import add_cache_options, chosen_cache
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def render(result: Installation, path: AttentionPath | None) -> None:
     table.add_column(overflow="fold")
     for check in (*result.checks, *(_findings(path) if path else ())):
         mark = Text("ok", style="green") if check.ok else Text("WRONG", style="bold red")
-        table.add_row(mark, check.name, Text(check.detail))
-    if sys.stdout.isatty():
+        table.add_row(mark, check.name, Text(printable(check.detail)))
+    if sys.stdout is not None and sys.stdout.isatty():
         Console(highlight=False).print(table)
     else:
         print_table(table)  # a line for each finding, for grep and for reports

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheTypeError
 from ..tail import DEFAULT_TAIL
-from .format import print_table, size, to_json
+from .format import print_table, printable, size, to_json
 from .options import add_tail_option, cache_or_pair, memory_size, positive
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def render(result: Fit) -> None:
         ("context", f"{result.n_ctx:,} tokens wanted{sequences}; trained for {info.n_ctx_train:,}"),
         *(("note", note) for note in info.notes),
     ):
-        facts.add_row(name, Text(value))
+        facts.add_row(name, Text(printable(value)))
     console.print(facts)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,11 @@ def size(n_bytes: int) -> str:
         if value < 1024:
             break
     return f"{value:,.1f} {unit}"
+
+
+def printable(text: str) -> str:
+    """A text without the characters that a terminal obeys: a model's name or its answers are not to move the cursor."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 def in_words(error: BaseException) -> str:

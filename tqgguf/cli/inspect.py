@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import CACHE_TYPES
 from ..diagnostics.model_cache import ModelCache, model_cache
 from ..errors import TextError
-from .format import print_table, size, to_json
+from .format import print_table, printable, size, to_json
 from .options import DEFAULT_CONTEXT, add_cache_options, add_threads_option, chosen_cache, positive
 from .progress import Bar
 
@@ -140,7 +140,7 @@ def render_contents(result: CacheContents) -> None:
     console = Console(highlight=False)
     console.print(
         Text(
-            f"{result.info.name} ({result.info.architecture}): {result.n_cells:,} cells with tokens, "
+            f"{printable(result.info.name)} ({result.info.architecture}): {result.n_cells:,} cells with tokens, "
             f"{size(result.bytes)}; {result.n_sampled:,} looked at"
         )
     )
@@ -198,7 +198,7 @@ def render(result: ModelCache) -> None:
         ("head size", f"K {_each(r.head_dim_k for r in info.layers)}, V {_each(r.head_dim_v for r in info.layers)}"),
         *(("note", note) for note in info.notes),
     ):
-        facts.add_row(name, Text(value))
+        facts.add_row(name, Text(printable(value)))
     console.print(facts)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -71,6 +71,11 @@ def call(args: argparse.Namespace) -> int:
         host, number = bound.getsockname()[:2]
         app = create_app(model, name=args.name, api_key=args.api_key, origins=args.origin, local=is_loopback(host))
         print(cache_line(model.cache_info()), file=sys.stderr)
+        if not is_loopback(host) and not args.api_key:
+            print(
+                "tqgguf: note: whoever reaches this machine can use it: --api-key makes them prove themselves",
+                file=sys.stderr,
+            )
         print(f"listening on http://{f'[{host}]' if ':' in host else host}:{number}/v1 (Ctrl-C ends)", file=sys.stderr)
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it reports a stop as an error
         serve(app, model, bound)

@@ -117,6 +117,8 @@ def fit(
         ModelFileError, TqggufError: see `planned_model`.
     """
     check_tail(tail)
+    if isinstance(caches, str) or not isinstance(caches, Sequence):
+        raise ArgumentError(f"caches is {caches!r}, must be a list")
     for name, value, low, high in (
         ("memory", memory, 1, 2**63 - 1),
         ("vram", vram, 0, 2**63 - 1),
