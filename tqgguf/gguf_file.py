@@ -107,7 +107,7 @@ class _Reader:
             names.append(name)
             n_dims = self.number("I")
             if n_dims > 4:
-                raise ModelFileError(f"{self.path}: tensor {name!r:.80} has {n_dims} dimensions, at most 4 are possible")
+                raise ModelFileError(f"{self.path}: tensor {name!r:.80} has {n_dims} dimensions, at most 4 can be")
             count = 1
             for _ in range(n_dims):
                 count *= self.number("Q")
@@ -158,7 +158,7 @@ class _Reader:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            raise ModelFileError(f"{self.path}: key {key!r:.80} has the unknown type {kind}; the file is damaged or newer")
+            raise ModelFileError(f"{self.path}: key {key!r:.80} has the unknown type {kind}: it is damaged or newer")
         item, count = self.number("I"), self.number("Q")
         if item == _STRING:
             if count <= LONGEST_ARRAY:

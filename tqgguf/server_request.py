@@ -187,6 +187,10 @@ class Requests:
         stop = data.get("stop")
         if stop == "" or (isinstance(stop, list) and "" in stop):
             raise RefusedError("stop holds an empty text, which ends every answer before it begins", "stop")
+        if data.get("logit_bias") and data.get("min_tokens"):
+            raise RefusedError(
+                "logit_bias and min_tokens cannot be combined: llama_cpp would pass over both", "logit_bias"
+            )
         self._check_bias(data)
         if path.endswith("/chat/completions"):
             if "max_completion_tokens" in data:

@@ -130,7 +130,7 @@ def test_failures_are_one_line_each(compare: Command, tmp_path: Path, random_mod
     empty.write_text("\n")
     latin.write_bytes(b"caf\xe9")
     for args, said in (
-        ([MODEL, "-f", str(short)], "the text has 8 tokens, but a context of 2,048 needs as many"),
+        ([MODEL, "-f", str(short)], "the text has 27 bytes, but a context of 2,048 needs as many tokens"),
         ([MODEL, "-f", str(empty)], "the text is empty"),
         ([MODEL, "-f", str(latin)], "is not UTF-8 text"),
         ([MODEL, "-f", str(tmp_path / "missing")], "No such file"),

@@ -65,6 +65,7 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ({"messages": FRANCE, "logprobs": True}, "log probabilities"),
     ({"messages": FRANCE, "stop": ["Paris", ""]}, "stop holds an empty text"),
     ({"messages": FRANCE, "logit_bias": {"99999": 1}}, 'token "99999", must be a number from 0 to 1279'),
+    ({"messages": FRANCE, "logit_bias": {"5": 1}, "min_tokens": 2}, "logit_bias and min_tokens cannot be combined"),
     ({"messages": FRANCE, "logit_bias": {"-1": 1}}, 'token "-1", must be'),
     ({"messages": FRANCE, "grammar": "root ::= broken ("}, "the grammar cannot be parsed"),
     ({"messages": FRANCE, "grammar": "root ::= " + "(" * 90000 + "x" + ")" * 90000}, "more than 256 brackets"),

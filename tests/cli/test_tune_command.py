@@ -78,7 +78,7 @@ def test_a_failure_leaves_the_file_that_was_there(
     text.write_text("abcd " * 200)
     softcap = str(random_model(arch="gemma2"))
     for args, said in (
-        (["-f", str(short)], "the text has 8 tokens, but a context of 256 needs as many"),
+        (["-f", str(short)], "the text has 27 bytes, but a context of 256 needs as many tokens"),
         (["-f", str(empty)], "the text is empty"),
         (["-f", str(latin)], "is not UTF-8 text"),
         (["-f", str(tmp_path / "missing")], "No such file"),

@@ -356,14 +356,14 @@ def own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
     Raises:
         ArgumentError: it is another model, or would be more than MAX_OWN_TOKENS.
     """
+    if info.name != demo.MODEL_NAME:
+        raise ArgumentError(
+            f"{info.path.name} needs a text to be measured on (-f FILE): only the demo model has its own"
+        )
     if n_chunks * n_ctx > MAX_OWN_TOKENS:
         raise ArgumentError(
             f"the demo model's own text is of {MAX_OWN_TOKENS:,} tokens at most, not of {n_chunks:,} chunks "
             f"of {n_ctx:,}: give a shorter context, fewer chunks, or a text"
-        )
-    if info.name != demo.MODEL_NAME:
-        raise ArgumentError(
-            f"{info.path.name} needs a text to be measured on (-f FILE): only the demo model has its own"
         )
     n_turns = n_chunks * n_ctx // demo.CHAT_TURN_TOKENS + 1
     reach = n_ctx // demo.CHAT_TURN_TOKENS  # two facts a turn, so half of the context
