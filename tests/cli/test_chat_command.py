@@ -231,7 +231,6 @@ def test_two_chats_with_one_session(terminal: Callable[..., Any], tmp_path: Path
 
 def test_an_answer_that_is_cut_off_says_so(chat: Callable[..., Any], tqgguf: Callable[..., Any], endless: Any) -> None:
     assert "[cut off: it has as many tokens as -n allows]" in chat("What is the capital of Peru?\n", "-n", "3").stderr
-    assert "cut off" not in chat("What is the capital of Peru?\n").stderr
     small = (endless[0], "--ctx", "256", *endless[3:])
     done = tqgguf("chat", *small, "--chat-format", "chatml", stdin="hello\n")
     assert "[cut off: the context is full: /clear makes room]" in done.stderr

@@ -216,7 +216,7 @@ def test_files_of_another_kind(session: Path, tmp_path: Path, architecture: Mode
             read_state(path, info)
     with pytest.raises(StateFileError, match="No such file"):
         read_state(tmp_path / "missing", info)
-    with pytest.raises(StateFileError, match="directory"):
+    with pytest.raises(StateFileError, match="it is no regular file"):
         read_state(tmp_path, info)
     for other, said in ((architecture("qwen3"), "architecture 'llama'"), (random_model(n_layer=3), "4 layers")):
         with pytest.raises(StateFileError, match=said):
