@@ -90,7 +90,11 @@ class KVLayer:
     window: int = 0
 
     def bytes_per_token(self, k: CacheType, v: CacheType) -> int:
-        """Bytes that one token takes; raises ArgumentError where a type's block does not divide."""
+        """Bytes that one token takes with K in the type k and V in the type v.
+
+        Raises:
+            ArgumentError: a type's block does not divide the values.
+        """
         return k.row_bytes(self.n_head_kv * self.head_dim_k) + v.row_bytes(self.n_head_kv * self.head_dim_v)
 
     def cells(
@@ -111,7 +115,7 @@ class KVLayer:
         return min(total, _padded(min(total, self.window * (n_seq if unified else 1) + n_ubatch)))
 
     def obstacle(self, k: CacheType, v: CacheType) -> str | None:
-        """Why these types cannot be used for this layer, or None if they can."""
+        """Why K cannot have the type k, or V the type v, in this layer; None if they can."""
         for side, kind, head_dim in (("K", k, self.head_dim_k), ("V", v, self.head_dim_v)):
             if head_dim % kind.block:
                 return (
@@ -158,7 +162,7 @@ class ModelInfo:
     notes: tuple[str, ...]
 
     def obstacle(self, k: CacheType, v: CacheType) -> str | None:
-        """Why these types cannot be used with this model, naming the layer, or None if they can."""
+        """Why K cannot have the type k, or V the type v, in this model, naming the layer; None if they can."""
         if not self.layers and self.exact and (k.quantized or v.quantized):
             return f"architecture {self.architecture} has no KV cache"
         if self.mla and k != v:
@@ -171,14 +175,18 @@ class ModelInfo:
         return sum(layer.n_head_kv * (layer.head_dim_k + layer.head_dim_v) for layer in self.layers)
 
     def bytes_per_token(self, k: CacheType, v: CacheType) -> int:
-        """Bytes that one token takes in all layers together (while it is in every layer's window)."""
+        """Bytes that one token takes in all layers together, K in the type k, V in the type v, inside every window."""
         return sum(layer.bytes_per_token(k, v) for layer in self.layers)
 
     def cache_bytes(self, n_ctx: int, k: CacheType, v: CacheType, n_ubatch: int = 512, *, swa_full: bool = True) -> int:
-        """Bytes of K and V that llama.cpp allocates for a context of n_ctx tokens and one sequence, without a tail.
+        """Bytes of K and V that llama.cpp allocates for one sequence, without a tail.
 
-        Layers with a sliding window keep all tokens (swa_full), as `Llama` has it unless told otherwise, or their
-        window.
+        Args:
+            n_ctx: tokens of the context.
+            k: type of K.
+            v: type of V.
+            n_ubatch: tokens computed at once; they add to the cells of layers that keep their sliding window alone.
+            swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
         """
         return sum(
             layer.cells(n_ctx, n_ubatch, swa_full=swa_full) * layer.bytes_per_token(k, v) for layer in self.layers
@@ -187,6 +195,9 @@ class ModelInfo:
 
 def read_model_info(path: str | Path) -> ModelInfo:
     """Reads what a GGUF file says about its KV cache; loads no weights.
+
+    Args:
+        path: a GGUF file; of a model that is split, its first one.
 
     Raises:
         ModelNotFoundError: no such file.

@@ -175,6 +175,10 @@ class Llama(_Stock):  # type: ignore[misc]
     def add_context(self, cache: PolicySpec, *, tail: int | None = None) -> Any:
         """Makes a further context that lives as long as the model; see `further_context`.
 
+        Args:
+            cache: as for `Llama`.
+            tail: as for `Llama`; None for the model's own.
+
         Returns:
             A `llama_context` pointer for llama_cpp's low-level functions. It belongs to the model, which frees it in
             `close`.
@@ -298,6 +302,9 @@ class Llama(_Stock):  # type: ignore[misc]
 
         The precise tail is not saved: restored tokens are read from their blocks alone, so that an answer may differ
         from the one an uninterrupted conversation would have had, as rounding differs.
+
+        Args:
+            path: a file that `save_session` wrote.
 
         Returns:
             What the file says, with the `extra` that was saved.

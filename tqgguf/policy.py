@@ -98,7 +98,7 @@ class CachePolicy:
         return CACHE_TYPES[self.types_k[layer]], CACHE_TYPES[self.types_v[layer]]
 
     def bytes_per_token(self, info: ModelInfo) -> int:
-        """Bytes that one token takes in all layers of a model together."""
+        """Bytes that one token takes in all layers together of the model that info describes."""
         return sum(layer.bytes_per_token(*self.types(layer.index)) for layer in info.layers)
 
     @property
@@ -117,11 +117,16 @@ class CachePolicy:
         unified: bool = False,
         swa_full: bool = True,
     ) -> int:
-        """Bytes llama.cpp allocates for a context of n_ctx tokens, its tail of so many included.
+        """Bytes llama.cpp allocates for the KV cache of a context, its tail included.
 
-        n_ubatch, the tokens computed at once, adds to the cells of layers that keep their sliding window alone.
-        n_seq sequences share the context: each has a part of it to itself, or, unified, all share one cache. Layers
-        with a sliding window keep all tokens (swa_full), as `Llama` has it unless told otherwise, or their window.
+        Args:
+            info: the model.
+            n_ctx: tokens of all sequences together.
+            tail: newest tokens kept in f16.
+            n_ubatch: tokens computed at once; they add to the cells of layers that keep their sliding window alone.
+            n_seq: sequences that share the context.
+            unified: whether all share one cache, instead of a part of the context for each.
+            swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
         """
         total = 0
         n_stream = 1 if unified else n_seq
@@ -132,11 +137,11 @@ class CachePolicy:
         return total
 
     def bits(self, info: ModelInfo) -> float:
-        """Bits per value of a model's cache, over all its layers."""
+        """Bits per value of K and V, over all layers of the model that info describes, tails not counted."""
         return 8 * self.bytes_per_token(info) / info.values_per_token if info.layers else 0.0
 
     def obstacle(self, info: ModelInfo) -> str | None:
-        """Why this policy cannot be used with a model, or None if it can."""
+        """Why this policy cannot be used with the model that info describes, or None if it can."""
         if self.n_layer != info.n_layer:
             return f"it is for {self.n_layer} layers, the model has {info.n_layer}"
         for layer in info.layers:
@@ -155,6 +160,9 @@ class CachePolicy:
 
     def write(self, path: str | Path) -> None:
         """Writes a policy file, whole or not at all: a failure leaves a file that was there as it is.
+
+        Args:
+            path: the file; its name must end in .gguf to be taken as a policy file where a cache type is expected.
 
         Raises:
             OSError: it cannot be written.
@@ -251,6 +259,9 @@ def model_hash(model: str | Path | ModelInfo) -> str:
 
 def read_policy(path: str | Path) -> CachePolicy:
     """Reads a policy file.
+
+    Args:
+        path: a file that `CachePolicy.write` or `tqgguf tune` wrote.
 
     Raises:
         ModelNotFoundError: no such file.

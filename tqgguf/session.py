@@ -89,6 +89,9 @@ class Session:
 def read_session(path: str | Path) -> Session:
     """Reads the header of a session file, and checks that the file is as long as the header says.
 
+    Args:
+        path: a file that `Llama.save_session` wrote. What is behind the header is not read.
+
     Raises:
         FileNotFoundError: no such file.
         SessionError: no session, of another version, truncated, or a damaged header.

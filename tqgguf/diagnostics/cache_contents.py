@@ -119,7 +119,7 @@ class CacheContents:
     notes: tuple[str, ...]
 
     def side(self, side: str) -> tuple[TensorContents, ...]:
-        """The tensors of "K" or of "V"."""
+        """The tensors of one side, by layer: "K" or "V"."""
         return tuple(tensor for tensor in self.tensors if tensor.side == side)
 
 

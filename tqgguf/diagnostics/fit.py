@@ -95,8 +95,8 @@ def fit(
 ) -> Fit:
     """Finds the longest context that fits for each cache, as `tqgguf.Llama` would set it up.
 
-    A context is never longer than wanted. The program itself (50 to 100 MB) is not
-    counted, nor are copies that llama.cpp makes of weights it rearranges for a CPU while the file stays mapped.
+    A context is never longer than wanted. The program itself (50 to 100 MB) is not counted, nor are copies that
+    llama.cpp makes of weights it rearranges for a CPU while the file stays mapped.
 
     Args:
         path: a GGUF file.

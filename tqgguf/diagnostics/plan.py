@@ -64,7 +64,13 @@ class Setup:
     swa_full: bool = True
 
     def cache_bytes(self, info: ModelInfo, policy: CachePolicy, n_ctx: int) -> int:
-        """Bytes of K and V, tails included, for a context of n_ctx tokens."""
+        """Bytes of K and V, tails included, that a context of n_ctx tokens takes with a policy.
+
+        Args:
+            info: the model.
+            policy: the type of every layer's K and V.
+            n_ctx: tokens of all sequences together.
+        """
         return policy.bytes(info, n_ctx, self.tail, n_seq=self.n_seq, unified=self.unified, swa_full=self.swa_full)
 
 
