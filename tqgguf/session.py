@@ -42,12 +42,14 @@ from .policy import model_hash
 if TYPE_CHECKING:
     from .model import Llama
 
-__all__ = ["SESSION_VERSION", "Session", "check_target", "read_session", "restore", "save"]
+__all__ = ["MAGIC", "SESSION_VERSION", "Session", "check_target", "read_session", "restore", "save"]
 
 SESSION_VERSION: Final = 1
 """Of the layout above; another one is refused."""
 
-_MAGIC: Final = b"tqgguf\x00S"
+MAGIC: Final = b"tqgguf\x00S"
+"""What a session file begins with."""
+
 _HEAD: Final = struct.Struct("<8sII32s")
 
 
@@ -102,7 +104,7 @@ def read_session(path: str | Path) -> Session:
 
 def _read_header(file: BufferedReader, path: Path) -> Session:
     head = file.read(_HEAD.size)
-    if head[: len(_MAGIC)] != _MAGIC[: len(head)] or not head:
+    if head[: len(MAGIC)] != MAGIC[: len(head)] or not head:
         raise SessionError(f"{path} is not a session of tqgguf")
     if len(head) < _HEAD.size:
         raise SessionError(f"{path} is truncated: it has {len(head)} bytes, a session has at least {_HEAD.size}")
@@ -232,7 +234,7 @@ def check_target(path: str | Path) -> None:
         raise ArgumentError(f"cannot save a session as {path}: no permission to write to folder {target.parent}")
     if target.is_file():
         with target.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
+            if file.read(len(MAGIC)) != MAGIC:
                 raise ArgumentError(f"{path} exists and is no session: it is not overwritten")
     elif target.exists():
         raise ArgumentError(f"cannot save a session as {path}: it is no regular file")
@@ -269,7 +271,7 @@ def save(model: Llama, path: str | Path, extra: Mapping[str, Any]) -> Session:
         header = json.dumps(asdict(session)).encode()
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"extra must be what JSON can hold: {error}") from None
-    head = _HEAD.pack(_MAGIC, SESSION_VERSION, len(header), hashlib.sha256(header).digest())
+    head = _HEAD.pack(MAGIC, SESSION_VERSION, len(header), hashlib.sha256(header).digest())
     _replace(Path(path), (head, header, tokens, state))
     return session
 

@@ -1,4 +1,5 @@
-"""Reads the KV cache out of a state of llama.cpp: a session file, a sequence file, or the state of a live context.
+"""Reads the KV cache out of a state of llama.cpp: a session file of ours or of llama.cpp, a sequence file, or the state
+of a live context.
 
 A state is what `llama_state_save_file`, `llama_state_seq_save_file` and `llama_state_get_data` write: cells and rows of
 the cache, one cache after another (full attention, then windows), each with its streams. It says how long its rows are
@@ -9,6 +10,7 @@ Source of the format: `state_write` of llama.cpp's src/llama-kv-cache.cpp and it
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import struct
 from collections.abc import Sequence
@@ -20,8 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import CACHE_TYPES, CacheType
-from .errors import StateFileError, UnsupportedError
+from .errors import SessionError, StateFileError, UnsupportedError
 from .gguf_info import KVLayer, ModelInfo
+from .policy import model_hash
+from .session import MAGIC, read_session
 
 __all__ = ["CacheState", "StoredRows", "parse_state", "read_state"]
 
@@ -31,6 +35,9 @@ _SESSION: Final = (0x6767736E, 10)
 """LLAMA_SESSION_MAGIC and LLAMA_SESSION_VERSION."""
 _SEQUENCE: Final = (0x67677371, 3)
 """LLAMA_STATE_SEQ_MAGIC and LLAMA_STATE_SEQ_VERSION."""
+
+_SEQUENCE_DATA: Final = 0xAF143CD8
+"""`io_magic` of llama-context.cpp: what `llama_state_seq_get_data` begins with, before the number of the sequence."""
 
 _MAX_SEQUENCES: Final = 256
 _EXT_BYTES: Final = 12
@@ -77,10 +84,11 @@ class CacheState:
 
 
 def read_state(path: str | Path, info: ModelInfo) -> CacheState:
-    """Reads a session or sequence file that llama.cpp wrote with a model.
+    """Reads a session file of ours, or a session or sequence file that llama.cpp wrote, with the model it is of.
 
     Raises:
         StateFileError: there is no such file, it is no state file, of another version, damaged, or of another model.
+        SessionError: the same of a session of ours.
         UnsupportedError: see `parse_state`.
     """
     file = Path(path)
@@ -88,7 +96,7 @@ def read_state(path: str | Path, info: ModelInfo) -> CacheState:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _file(file, memoryview(data), info)
     except (OSError, ValueError) as error:
-        if isinstance(error, StateFileError):
+        if isinstance(error, (StateFileError, SessionError)):
             raise
         reason = error.strerror if isinstance(error, OSError) else "it is empty"
         raise StateFileError(f"cannot read the state {file}: {reason}") from None
@@ -97,12 +105,16 @@ def read_state(path: str | Path, info: ModelInfo) -> CacheState:
 def _file(file: Path, data: memoryview, info: ModelInfo) -> CacheState:
     with data:
         reader = _Reader(data, str(file))
+        if bytes(data[: len(MAGIC)]) == MAGIC:
+            return _session(file, reader, info)
         magic, version = reader.number("I"), reader.number("I")
         known = {
             magic: (version_, name) for (magic, version_), name in ((_SESSION, "session"), (_SEQUENCE, "sequence"))
         }
         if magic not in known:
-            raise StateFileError(f"{file} is no state of llama.cpp: it begins with neither ggsn nor ggsq")
+            raise StateFileError(
+                f"{file} is no session and no state of llama.cpp: it begins with neither ggsn nor ggsq"
+            )
         if version != known[magic][0]:
             raise StateFileError(
                 f"{file} is a {known[magic][1]} file of version {version}, this tqgguf reads version "
@@ -110,6 +122,21 @@ def _file(file: Path, data: memoryview, info: ModelInfo) -> CacheState:
             )
         reader.take(4 * reader.number("I"), "tokens")
         return _parse(reader, info, has_architecture=magic == _SESSION[0])
+
+
+def _session(file: Path, reader: _Reader, info: ModelInfo) -> CacheState:
+    """Of a session of ours, which holds what `llama_state_seq_get_data` gave."""
+    session = read_session(file)
+    if session.model_hash != model_hash(info):
+        raise SessionError(
+            f"{file} was saved with another model than {info.path.name}: {session.model} ({session.model_hash[:12]})"
+        )
+    reader.at = len(reader.data) - session.n_state_bytes
+    if hashlib.sha256(reader.data[reader.at - 4 * session.n_tokens :]).hexdigest() != session.sha256:
+        raise SessionError(f"{file} is damaged: the checksum of its contents does not match")
+    if (reader.number("I"), reader.number("i")) != (_SEQUENCE_DATA, 0):
+        raise reader.error("it does not begin as a sequence of llama.cpp does")
+    return _parse(reader, info, has_architecture=False)
 
 
 def parse_state(data: bytes | memoryview, info: ModelInfo) -> CacheState:

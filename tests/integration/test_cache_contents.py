@@ -15,7 +15,7 @@ import pytest
 import tqgguf
 from tqgguf import demo
 from tqgguf.diagnostics.cache_contents import inspect_cache, inspect_session
-from tqgguf.errors import ArgumentError, CacheClosedError, StateFileError, UnsupportedError
+from tqgguf.errors import ArgumentError, CacheClosedError, SessionError, StateFileError, UnsupportedError
 from tqgguf.gguf_info import read_model_info
 from tqgguf.model import llama_cpp
 from tqgguf.state import parse_state, read_state
@@ -203,6 +203,25 @@ def test_files_of_another_kind(session: Path, tmp_path: Path, architecture: Mode
             inspect_session(session, other)
     with pytest.raises(StateFileError, match="of 56 bytes, 112 expected"):
         inspect_session(session, random_model(n_layer=4, n_head_kv=4))
+
+
+def test_a_session_of_ours_holds_the_same(tmp_path: Path, random_model: Model) -> None:
+    path = tmp_path / "ours.session"
+    with read(demo.MODEL_PATH, "pqo3") as model:
+        live = inspect_cache(model)
+        model.save_session(path, {"note": "kept"})
+    found = inspect_session(path, demo.MODEL_PATH)
+    assert (found.n_cells, found.tensors) == (live.n_cells, live.tensors)
+    with pytest.raises(SessionError, match=r"saved with another model than .*: tqgguf demo"):
+        inspect_session(path, random_model(n_layer=4))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SessionError, match="checksum of its contents"):
+        inspect_session(path, demo.MODEL_PATH)
+    path.write_bytes(data[:-1])
+    with pytest.raises(SessionError, match="truncated"):
+        inspect_session(path, demo.MODEL_PATH)
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:

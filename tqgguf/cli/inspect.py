@@ -23,9 +23,9 @@ def add_parser(commands: Any) -> None:
         "inspect",
         help="what a model's KV cache takes, and what lies in one",
         description="Shows what a GGUF says about its KV cache, and its size in each cache type; loads no weights. "
-        "With --session it looks into a cache that llama.cpp saved, with --file into one that has read a text: norms, "
+        "With --session it looks into a cache that was saved, with --file into one that has read a text: norms, "
         "scales, code use, outlier channels and offsets of each head, and what a further bit would buy.",
-        epilog="example: tqgguf inspect model.gguf --session chat.session --html report.html",
+        epilog="example: tqgguf inspect model.gguf --session talk.session --html report.html",
     )
     parser.add_argument("model", help="a GGUF file")
     parser.add_argument(
@@ -33,7 +33,9 @@ def add_parser(commands: Any) -> None:
     )
     look = parser.add_argument_group("what lies in a cache")
     look.add_argument(
-        "--session", metavar="FILE", help="a session or sequence file that llama.cpp saved with this model"
+        "--session",
+        metavar="FILE",
+        help="a session of tqgguf, or a session or sequence file of llama.cpp, saved with this model",
     )
     look.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text for the model to read")
     look.add_argument("--sample", type=positive, metavar="N", help="cells to look at (default: 1024)")

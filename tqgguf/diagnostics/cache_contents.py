@@ -149,15 +149,15 @@ def inspect_cache(model: Llama, *, sample: int = DEFAULT_SAMPLE) -> CacheContent
 
 
 def inspect_session(path: str | Path, model: str | Path, *, sample: int = DEFAULT_SAMPLE) -> CacheContents:
-    """Looks at the KV cache in a session or sequence file of llama.cpp; loads no weights.
+    """Looks at the KV cache in a saved session; loads no weights.
 
     Args:
-        path: a file of `llama_state_save_file` or `llama_state_seq_save_file`.
+        path: a file of `Llama.save_session`, `llama_state_save_file` or `llama_state_seq_save_file`.
         model: the GGUF file of the model it was saved from.
         sample: cells to look at, at most.
 
     Raises:
-        StateFileError: see `read_state`.
+        StateFileError, SessionError: no session, damaged, of another version or of another model.
         ArgumentError: the cache in it is empty, or sample is less than 1.
         UnsupportedError: the model has no KV cache, or one that is not modelled.
         ModelFileError: see `read_model_info`.
