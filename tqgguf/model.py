@@ -219,7 +219,8 @@ class Llama(_Stock):  # type: ignore[misc]
             params.n_ubatch = min(params.n_batch, n_ubatch)
         if needs_flash(policy):
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        with load_lock, captured_log() as log, applied(policy), kept(n_tail), _rotation(rotate):
+        quiet = not rotate  # llama.cpp warns, each time, of the rotation that we ourselves switch off
+        with load_lock, captured_log(quiet) as log, applied(policy), kept(n_tail), _rotation(rotate):
             context = llama_cpp.llama_init_from_model(self.model, params)
         if not context:
             raise load_error("no context", log, self._info)

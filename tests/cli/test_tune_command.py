@@ -27,6 +27,7 @@ def tune(python: Callable[..., Any]) -> Command:
 def test_a_policy_is_written_and_used(tune: Command, python: Any, tmp_path: Path) -> None:
     done = tune(MODEL, "-o", "policy.gguf", "--budget", "4", *QUICK)
     assert done.returncode == 0, done.stderr
+    assert "rotation" not in done.stderr  # it is tune itself that switches it off
     policy = read_policy(tmp_path / "policy.gguf")
     assert policy.model_hash == model_hash(demo.MODEL_PATH)
     lines = done.stdout.splitlines()
