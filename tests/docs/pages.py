@@ -42,7 +42,10 @@ class Step:
 
 def pages() -> list[Path]:
     """README and every page by hand; docs/api.md holds signatures, and has a test of its own."""
-    return [REPOSITORY / "README.md", *(path for path in sorted((REPOSITORY / "docs").glob("*.md")) if path.name != "api.md")]
+    return [
+        REPOSITORY / "README.md",
+        *(path for path in sorted((REPOSITORY / "docs").glob("*.md")) if path.name != "api.md"),
+    ]
 
 
 def steps(path: Path) -> Iterator[Step]:

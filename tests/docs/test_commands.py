@@ -95,8 +95,12 @@ SMALL: Final = "--ctx 256 --chunks 2 --threads 1"
 
 RULES: Final[dict[str, Rule]] = {
     r"tqgguf demo": Rule(r"The capital of France is Paris\..*28\.4% of f16 in all"),
-    r"tqgguf chat \S+ .*--cache policy": Rule(r"16/64, 4 of 16 bits.*Paris|Paris.*16/64, 4 of 16 bits", f"--temp 0 {ONE}", "What is the capital of France?\n"),
-    r"tqgguf chat ": Rule(r"KV cache pqo3.*Paris|Paris.*KV cache pqo3", f"--temp 0 {ONE}", "What is the capital of France?\n"),
+    r"tqgguf chat \S+ .*--cache policy": Rule(
+        r"16/64, 4 of 16 bits.*Paris|Paris.*16/64, 4 of 16 bits", f"--temp 0 {ONE}", "What is the capital of France?\n"
+    ),
+    r"tqgguf chat ": Rule(
+        r"KV cache pqo3.*Paris|Paris.*KV cache pqo3", f"--temp 0 {ONE}", "What is the capital of France?\n"
+    ),
     r"tqgguf serve ": Rule(r"listening on (http://\S+)/v1 ", f"--port 0 {ONE}", serves=True),
     r"tqgguf run .*--cache-k pqo4 --cache-v pqo3": Rule(r"KV cache pqo4 \(K\) and pqo3 \(V\): .* 16/64", f"-n 8 {ONE}"),
     r"tqgguf fit .*--vram": Rule(r"\npqo4 +2,048 .* 5 +[\d.]+ MiB"),  # 4 layers and the output on the GPU
