@@ -98,6 +98,12 @@ RULES: Final[dict[str, Rule]] = {
     r"tqgguf chat \S+ .*--cache policy": Rule(
         r"16/64, 4 of 16 bits.*Paris|Paris.*16/64, 4 of 16 bits", f"--temp 0 {ONE}", "What is the capital of France?\n"
     ),
+    r"tqgguf chat .*--session talk.session": Rule(
+        r"KV cache pqo3.*Paris|Paris.*KV cache pqo3",
+        f"--temp 0 {ONE}",
+        "What is the capital of France?\n",
+        makes="talk.session",
+    ),
     r"tqgguf chat ": Rule(
         r"KV cache pqo3.*Paris|Paris.*KV cache pqo3", f"--temp 0 {ONE}", "What is the capital of France?\n"
     ),
@@ -123,7 +129,6 @@ RULES: Final[dict[str, Rule]] = {
     r"tqgguf doctor": Rule(r"ok +libllama +ours.*ok +attention +layers 0-3, pqo3: fused for a token"),
     r"curl .*/cache": Rule(r'^\{"model": "model"'),
     r"curl .*/metrics": Rule(r"# TYPE tqgguf_cache_bytes gauge"),
-    r"python examples/chat\.py": Rule(r"Paris", stdin="What is the capital of France?\n"),
 }
 """By how a command begins; the first that matches counts."""
 
