@@ -132,7 +132,7 @@ class ModelInfo:
     Attributes:
         path: the file.
         file_bytes: its size.
-        header_bytes: where its weights begin.
+        header_bytes: where its list of tensors ends; padding and the weights follow.
         name: `general.name`, or the file's name.
         architecture: `general.architecture`.
         n_layer: layers, with and without a cache.

@@ -46,7 +46,7 @@ def test_chat(example: Run) -> None:
 
 
 def test_compare_caches(example: Run) -> None:
-    case = demo.recall_prompt(1, 100)
+    case = demo.recall_prompt(1, 40)
     done = example("compare_caches.py", "model.gguf", case.prompt)
     assert done.stdout.count(case.answer) == 2 and done.stdout.endswith("the same words\n")
     used = {name: int(n.replace(",", "")) for name, n in re.findall(r"^(\w+): ([\d,]+) bytes", done.stdout, re.M)}
@@ -60,15 +60,15 @@ def test_compare_caches_marks_what_differs() -> None:
 
 
 def test_long_document(example: Run, tmp_path: Path) -> None:
-    case = demo.recall_prompt(1, 140)
+    case = demo.recall_prompt(1, 60)
     (tmp_path / "facts.txt").write_text(case.context)
-    asked = [case.facts[i] for i in (3, 70, 136)]
+    asked = [case.facts[i] for i in (3, 30, 56)]
     first = example("long_document.py", "model.gguf", "facts.txt", *(fact.question for fact in asked))
     assert [fact.code in answer for fact, answer in zip(asked, first.stdout.splitlines()[1::2], strict=True)] == 3 * [
         True
     ]
     read = [int(n) for n in re.findall(r"(\d+) of \d+ tokens were read", first.stderr)]
-    assert read[0] > 980 and max(read[1:]) < 20
+    assert read[0] > 420 and max(read[1:]) < 20
     again = example("long_document.py", "model.gguf", "facts.txt", asked[1].question)
     assert asked[1].code in again.stdout and "tokens taken up from facts.session" in again.stderr
     (n_read,) = re.findall(r"(\d+) of \d+ tokens were read", again.stderr)
