@@ -97,6 +97,11 @@ tools: build/installed ## patched llama-cli, -server, -bench, -perplexity and up
 wheel: build/installed ## the wheel, in dist/
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
+docs: build/installed ## docs/api.md from the docstrings, and the pictures of docs/ anew
+	$(BIN)/python docs/generate/api.py
+	$(BIN)/python docs/generate/figures.py
+	$(BIN)/python docs/generate/terminal.py
+
 check-patches: $(VENV)/ready ## clean apply, byte-equal re-export, idempotence, line budget
 	$(BIN)/python patches/tool.py check
 
@@ -126,4 +131,4 @@ build/installed: $(VENV)/ready $(sources)
 		for part in lib include _bindings; do rm -rf tqgguf/$$part && ln -s "$$site/tqgguf/$$part" tqgguf/$$part; done
 	@touch $@
 
-.PHONY: help demo test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean FORCE
+.PHONY: help demo docs test lint install cuda cuda-test cuda-bench cuda-compile conformance conformance-fast conformance-neon conformance-programs stock stock-tools stock-configured tools wheel check-patches clean FORCE
