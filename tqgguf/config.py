@@ -88,7 +88,7 @@ CACHE_TYPES: Final[dict[str, CacheType]] = {
         CacheType("pqo3", 300, 32, 14),
     )
 }
-"""Every type a KV cache may have, by name."""
+"""Every type a KV cache may have, by name: ours, and those of llama.cpp (f32, f16, bf16, q8_0 to iq4_nl)."""
 
 MEASURED_TYPES: Final = ("f16", "q8_0", "q5_0", "q4_0", "iq4_nl", "pqo4", "pqt4", "pqo3", "pqt3")
 """What `compare` and `recall` measure unless told otherwise; the first is the reference."""

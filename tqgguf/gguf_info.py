@@ -142,7 +142,7 @@ class ModelInfo:
         layers: those with a KV cache of their own.
         mla: whether K holds a compressed latent from which V is taken too.
         exact: whether `layers` is all that llama.cpp allocates for K and V.
-        centring_obstacle: see the function of that name.
+        centring_obstacle: why its keys cannot be stored less their mean (softcap, sinks, MLA), or None if they can.
         notes: what a reader should know: windows, recurrent layers, what is not modelled.
     """
 

@@ -50,8 +50,8 @@ class HeadContents:
         scale: median magnitude of the blocks' scales; None for a type not ours.
         codes: how often each index of the codebook is used, as fractions; empty for a type not ours.
         entropy: of `codes`, in bits; None for a type not ours.
-        outliers: channels whose RMS is more than `attention.OUTLIER_FACTOR` times the median channel's.
-        offset: norm of the mean vector relative to the RMS norm; see `attention.HeadFacts`.
+        outliers: channels whose RMS is more than 4 times the median channel's.
+        offset: norm of the mean vector relative to the RMS norm: 0 if they point everywhere, 1 if all are the same.
         nmse_3: estimated squared error at 3 bits (pqo3; pqt3 for a trellis type), relative to the squared values.
         nmse_4: the same at 4 bits.
     """

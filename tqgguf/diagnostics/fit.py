@@ -114,7 +114,8 @@ def fit(
     Raises:
         ArgumentError: memory that the weights alone exceed, or another number out of range.
         CacheTypeError: none of the caches can be used with this model.
-        ModelFileError, TqggufError: see `planned_model`.
+        ModelFileError: no GGUF file, truncated, or without the keys its architecture requires.
+        TqggufError: llama.cpp could not open the model or plan a context; the message carries its own errors.
     """
     check_tail(tail)
     for name, value, low, high in (
