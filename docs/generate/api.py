@@ -208,10 +208,8 @@ class Page:
                 said = " ".join(self.words(item.description) for item in section.value)
                 parts.append(f"**{kind.title()}** {said}\n")
             elif kind == "raises":
-                said = [
-                    f"- `{str(item.annotation).strip('()')}`: {self.words(item.description)}" for item in section.value
-                ]
-                parts.append("**Raises**\n\n" + "\n".join(said) + "\n")
+                errors = [(str(item.annotation).strip("()"), self.words(item.description)) for item in section.value]
+                parts.append("**Raises**\n\n" + "\n".join(f"- `{kind}`: {when}" for kind, when in errors) + "\n")
         if thing.is_class:
             parts.append(self.fields(thing, explained))
         return "\n".join(part for part in parts if part)

@@ -123,7 +123,8 @@ def facts() -> dict[str, float]:
 
 def crest(x: F32) -> npt.NDArray[Any]:
     """Largest magnitude of each block relative to its RMS."""
-    return np.abs(x).max(axis=1) / np.sqrt(np.square(x).mean(axis=1))
+    ratio: npt.NDArray[Any] = np.abs(x).max(axis=1) / np.sqrt(np.square(x).mean(axis=1))
+    return ratio
 
 
 def kurtosis(x: F32) -> float:
