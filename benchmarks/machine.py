@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -61,3 +62,14 @@ def facts() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "copy_gb_per_s": round(copy_bandwidth() / 1e9, 2),
     }
+
+
+def save(result: dict[str, Any], output: str) -> None:
+    """Writes a result as JSON to a file, or to stdout if output is "-"."""
+    text = json.dumps(result, indent=1) + "\n"
+    if output == "-":
+        print(text, end="")
+        return
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    Path(output).write_text(text, encoding="utf-8")
+    print(f"saved {output}")

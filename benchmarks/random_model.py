@@ -31,8 +31,9 @@ class Shape:
         return f"l{self.n_layer}-w{self.width}-h{self.n_head}-kv{self.n_head_kv}-d{self.head_dim}"
 
 
-def write(path: Path, shape: Shape, seed: int = 0) -> None:
-    """Writes a Q8_0 model without tokenizer (llama-bench feeds it random token numbers)."""
+def write(path: Path, shape: Shape, seed: int = 0, weights: str = "q8_0") -> None:
+    """Writes a model without tokenizer (llama-bench feeds it random token numbers), weights in q8_0, q4_0 or f16."""
+    kind = gguf.GGMLQuantizationType[weights.upper()]
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name(f"random {shape.name}")
@@ -48,12 +49,11 @@ def write(path: Path, shape: Shape, seed: int = 0) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape.n_vocab)
     writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
 
     def matrix(name: str, n_out: int, n_in: int) -> None:
-        weights = random.standard_normal((n_out, n_in), dtype=np.float32) / np.float32(np.sqrt(n_in))
-        q8_0 = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(name, gguf.quants.quantize(weights, q8_0), raw_dtype=q8_0)
+        values = random.standard_normal((n_out, n_in), dtype=np.float32) / np.float32(np.sqrt(n_in))
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
     def norm(name: str) -> None:
         writer.add_tensor(name, np.ones(shape.width, dtype=np.float32))

@@ -1,37 +1,32 @@
-"""Ask about a long document again and again, and read it once: python examples/session_resume.py MODEL DOCUMENT.TXT.
+"""A conversation that goes on where it stopped: python examples/session_resume.py MODEL MESSAGE [FILE].
 
-The first run reads the document and saves the cache beside it; later ones take it up and read only the question.
+Every run adds a message and its answer to the session in FILE. What was said before is not read again: its cache comes
+from the file, compressed as it lay in memory, and the messages with it.
 """
 
 import sys
-import time
 from pathlib import Path
 
 import tqgguf
 
 
-def main(model_path: str, document: str, question: str = "What is it about?") -> None:
-    model = tqgguf.Llama(model_path, cache="pqo3", n_ctx=0, verbose=False)  # 0: all it was trained for
-    text = Path(document).read_text(encoding="utf-8")
-    session = Path(document).with_suffix(".session")
-
-    start = time.perf_counter()
+def main(model_path: str, message: str, file: str = "talk.session") -> None:
+    model = tqgguf.Llama(model_path, cache="pqo3", n_ctx=2048, verbose=False)
+    session, messages = Path(file), []
     if session.exists():
-        n_tokens = model.load_session(session).n_tokens
-        how = "taken up"
-    else:
-        model.eval(model.tokenize(text.encode()))
-        n_tokens = model.save_session(session).n_tokens
-        how = "read and saved"
-    size = session.stat().st_size
-    print(f"{n_tokens} tokens {how} in {time.perf_counter() - start:.2f} s: {size:,} bytes", file=sys.stderr)
+        messages = model.load_session(session).extra["messages"]
+        print(f"{len(messages) // 2} answers taken up, {model.n_tokens} tokens", file=sys.stderr)
 
-    # What the prompt has in common with the cache is not read again.
-    answer = model.create_completion(f"{text}\n{question}", max_tokens=64, temperature=0)
-    print(answer["choices"][0]["text"].strip())
+    messages.append({"role": "user", "content": message})
+    reply = model.create_chat_completion(messages, temperature=0)
+    messages.append({"role": "assistant", "content": reply["choices"][0]["message"]["content"]})
+    print(messages[-1]["content"].strip())
+
+    model.save_session(session, {"messages": messages})
+    print(f"{model.n_tokens_read} of {model.n_tokens} tokens were read in this run", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:])

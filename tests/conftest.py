@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,16 @@ import pytest
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+if "TQGGUF_TEST_LIB" in os.environ:  # another build of libtqgguf to test: make sanitize
+    native_library: Any = importlib.import_module("tqgguf._native.library")  # the package has a function of that name
+    installed = native_library.library_path
+    native_library.library_path = lambda name="tqgguf": (
+        Path(os.environ["TQGGUF_TEST_LIB"]) if name == "tqgguf" else installed(name)
+    )
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's `make test &`: Ctrl-C is to be tested there, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KERNELS = ("portable", "avx2", "avx512", "neon")
 
@@ -72,6 +86,59 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return call
 
 
+class Worker:
+    """`tqgguf worker`, or another command that is one, in a process of its own, with one thread.
+
+    Attributes:
+        name: "host:port", as clients are told.
+        allocated: bytes of each buffer that clients had it allocate, in their order.
+    """
+
+    def __init__(self, log: Path, *args: str, port: int = 0) -> None:
+        self.log = log
+        command = [sys.executable, *(args or ("-m", "tqgguf", "worker", "--threads", "1")), "--port", str(port)]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, env={**os.environ, "GGML_RPC_DEBUG": "1"}, stdout=output, stderr=output
+            )
+        self.name = self.wait(r"listening on (127\.0\.0\.1:\d+)")[1]
+        self.port = int(self.name.partition(":")[2])
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, pattern: str) -> re.Match[str]:
+        end = time.monotonic() + 20
+        while not (match := re.search(pattern, self.said)):
+            assert time.monotonic() < end and self.process.poll() is None, self.said
+            time.sleep(0.01)
+        return match
+
+    @property
+    def allocated(self) -> list[int]:
+        return [int(size) for size in re.findall(r"\[alloc_buffer\] device: 0, size: (\d+)", self.said)]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
+    """Starts workers; those that are still there when the tests of a file are done are killed."""
+    pytest.importorskip("tqgguf.workers")
+    folder, started = tmp_path_factory.mktemp("workers"), []
+
+    def start(*args: str, **options: Any) -> Worker:
+        started.append(Worker(folder / f"{len(started)}.log", *args, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+
+
 def write_model(
     path: Path,
     *,
@@ -84,13 +151,15 @@ def write_model(
     arch: str = "llama",
     key_bias: float = 0.0,
     n_word: int = 0,
+    n_rot: int | None = None,
 ) -> Path:
     """Writes a model with random f32 weights and a byte vocabulary: its words are noise, its shapes are real.
 
     With n_word it also has so many whole words and, at temperature 0, says nothing else and never ends.
 
-    arch may also be "refact" (ALiBi), "gemma2" (softcap; windows of 48 tokens in every other layer) or "qwen2", whose
-    keys have a constant added, N(0, key_bias) a channel, which RoPE turns too slowly to change.
+    arch may also be "refact" (ALiBi), "gemma2" (softcap; windows of 48 tokens in every other layer), "qwen2", whose
+    keys have a constant added, N(0, key_bias) a channel, which RoPE turns too slowly to change, or "stablelm", where
+    RoPE turns the first n_rot values of a head.
     """
     import gguf
 
@@ -110,13 +179,15 @@ def write_model(
     writer.add_head_count_kv(n_head_kv)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(n_rot or head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     if arch == "gemma2":
         writer.add_sliding_window(48)
         writer.add_attn_logit_softcapping(2.0)
     if arch == "qwen2":
         writer.add_rope_freq_base(1e30)
+    if arch == "stablelm":
+        writer.add_layer_norm_eps(1e-5)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
@@ -148,10 +219,15 @@ def write_model(
         tensor(f"blk.{i}.ffn_gate.weight", n_ff, n_embd)
         tensor(f"blk.{i}.ffn_up.weight", n_ff, n_embd)
         tensor(f"blk.{i}.ffn_down.weight", n_embd, n_ff)
+        if arch == "stablelm":
+            for norm in ("attn_norm", "ffn_norm"):
+                writer.add_tensor(f"blk.{i}.{norm}.bias", np.zeros(n_embd, np.float32))
         if arch == "gemma2":
             tensor(f"blk.{i}.post_attention_norm.weight", n_embd)
             tensor(f"blk.{i}.post_ffw_norm.weight", n_embd)
     tensor("output_norm.weight", n_embd)
+    if arch == "stablelm":
+        writer.add_tensor("output_norm.bias", np.zeros(n_embd, np.float32))
     if arch != "gemma2":  # whose output is its embedding
         tensor("output.weight", len(tokens), n_embd)
     writer.write_header_to_file()

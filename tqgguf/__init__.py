@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         TextError,
         TqggufError,
         UnsupportedError,
+        WorkerError,
     )
     from .gguf_info import ModelInfo, read_model_info
     from .model import Llama
@@ -92,6 +93,7 @@ _HOME = {
     "TextError": "errors",
     "TqggufError": "errors",
     "UnsupportedError": "errors",
+    "WorkerError": "errors",
 }
 
 __all__ = [
@@ -128,6 +130,7 @@ __all__ = [
     "Tuning",
     "TypeQuality",
     "UnsupportedError",
+    "WorkerError",
     "__version__",
     "compare",
     "dequantize",

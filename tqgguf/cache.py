@@ -118,7 +118,18 @@ class PqoCache:
             return k_out.astype(k.dtype, copy=False), v_out.astype(v.dtype, copy=False)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Appends tokens to a layer, as `prefill` does, and returns nothing."""
+        """Appends tokens to a layer and returns nothing, which spares decoding what was there before.
+
+        Args:
+            layer: 0 to n_layer - 1.
+            k: (n_tokens, n_head_kv, head_dim).
+            v: (n_tokens, n_head_kv, head_dim).
+
+        Raises:
+            ArgumentError: layer out of range, wrong shape or dtype.
+            OutOfMemoryError: nothing was appended.
+            CacheClosedError: the cache is closed.
+        """
         with self._lock:
             handle, index = self._open(), self._layer(layer)
             k32, v32 = self._tokens(k, "k"), self._tokens(v, "v")
@@ -170,7 +181,11 @@ class PqoCache:
             return out.astype(q.dtype, copy=False)
 
     def dequantize(self, layer: int) -> tuple[Any, Any]:
-        """The whole layer decoded: K and V, each (seq_len, n_head_kv, head_dim) float32, in NumPy arrays."""
+        """The whole layer decoded.
+
+        Returns:
+            K and V, each (seq_len, n_head_kv, head_dim) float32, in NumPy arrays.
+        """
         with self._lock:
             handle, index = self._open(), self._layer(layer)
             k_out = np.empty((self.seq_len(index), self.config.n_head_kv, self.config.head_dim), dtype=np.float32)

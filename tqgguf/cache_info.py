@@ -15,6 +15,7 @@ class LayerCacheInfo:
         layer: number of the layer.
         type_k: storage type of K.
         type_v: storage type of V.
+        device: where it lies: "CPU", another device of llama.cpp's, or a worker, "host:port".
         cells: tokens it has room for.
         cells_used: tokens in it.
         bytes_per_token: K and V together.
@@ -26,6 +27,7 @@ class LayerCacheInfo:
     layer: int
     type_k: str
     type_v: str
+    device: str
     cells: int
     cells_used: int
     bytes_per_token: int

@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 Mode = Literal["search", "maxnorm", "l2norm"]
+"""How the scale of a block is found (docs/formats.md)."""
 MODES: Final[tuple[Mode, ...]] = ("search", "maxnorm", "l2norm")
 
 CacheSpec = str | Sequence[str]
@@ -87,7 +88,7 @@ CACHE_TYPES: Final[dict[str, CacheType]] = {
         CacheType("pqo3", 300, 32, 14),
     )
 }
-"""Every type a KV cache may have, by name."""
+"""Every type a KV cache may have, by name: ours, and those of llama.cpp (f32, f16, bf16, q8_0 to iq4_nl)."""
 
 MEASURED_TYPES: Final = ("f16", "q8_0", "q5_0", "q4_0", "iq4_nl", "pqo4", "pqt4", "pqo3", "pqt3")
 """What `compare` and `recall` measure unless told otherwise; the first is the reference."""
@@ -106,7 +107,10 @@ def cache_type(name: Any) -> CacheType:
 
 
 def parse_cache(spec: CacheSpec) -> tuple[CacheType, CacheType]:
-    """K and V type of a `cache=` specification: "pqo3" for both, ("pqo4", "pqo3") for K and V apart.
+    """K and V type of a `cache=` specification.
+
+    Args:
+        spec: the name of a type for both, or a pair of names for K and V apart, such as ("pqo4", "pqo3").
 
     Raises:
         ArgumentError: neither a name nor a pair of names, or an unknown name.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ._native.cuda import LEGACY_STREAM, Memory, Queue, cuda_library
+from ._native.cuda import LEGACY_STREAM, PER_THREAD_STREAM, Memory, Queue, cuda_library
 from .cache import PqoCache, as_integer, as_scale
 from .config import MODES
 from .device import FLOAT32, Borrowed, DeviceArray, Dtype, Tensor, borrow
@@ -56,6 +56,10 @@ class CudaPqoCache(PqoCache):
         number = LEGACY_STREAM if stream is None else as_integer(stream, "stream") or LEGACY_STREAM
         if not 0 < number < 2**64:
             raise ArgumentError(f"stream is {number}, must be a cudaStream_t as a number")
+        if number == PER_THREAD_STREAM:
+            raise ArgumentError(
+                "stream is 2, the per-thread default stream, which is another one in each thread: give another"
+            )
         self._native_cuda = cuda_library()
         self._queue: Queue = self._native_cuda.queue(int(match.group(1) or 0), number)
         self._token_bytes = self.config.bytes_per_token // 2

@@ -17,6 +17,7 @@ __all__ = [
     "TextError",
     "TqggufError",
     "UnsupportedError",
+    "WorkerError",
 ]
 
 
@@ -70,6 +71,10 @@ class ModelFileError(TqggufError, ValueError):
 
 class ModelNotFoundError(ModelFileError, FileNotFoundError):
     """A model file does not exist or is no regular file."""
+
+
+class WorkerError(TqggufError, ConnectionError):
+    """A worker cannot be reached or used, or the connection to it was lost."""
 
 
 class TextError(TqggufError, ValueError):

@@ -7,6 +7,7 @@ Source of the format: ggml's docs/gguf.md.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -15,10 +16,16 @@ from typing import Any, Final
 
 from .errors import ModelFileError, ModelNotFoundError
 
-__all__ = ["GgufHeader", "read_header"]
+__all__ = ["GgufHeader", "GgufTensor", "read_header"]
 
 LONGEST_ARRAY: Final = 4096
 """Longer arrays (vocabularies) are stepped over; what a KV cache depends on has an entry per layer at most."""
+
+LARGEST_HEADER: Final = 1 << 27
+"""Bytes. A vocabulary of a quarter of a million words takes 20 MB; more is damage, and must not be read for ever."""
+
+MOST_ENTRIES: Final = 1 << 17
+"""Keys, and tensors: the largest models have some thousands."""
 
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING: Final = 8
@@ -35,6 +42,25 @@ _TENSOR_BLOCKS: Final = {kind: (n, size) for n, sizes in _BLOCK_BYTES.items() fo
 
 
 @dataclass(frozen=True)
+class GgufTensor:
+    """A tensor in a GGUF file, found to lie within it if its type is known here.
+
+    Attributes:
+        name: its name.
+        type: ggml's number of its type.
+        shape: its sizes, the fastest dimension last.
+        begin: its first byte in the file.
+        bytes: its size; 0 for a type that is not known here.
+    """
+
+    name: str
+    type: int
+    shape: tuple[int, ...]
+    begin: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
     """What a GGUF file says about itself.
 
@@ -42,18 +68,14 @@ class GgufHeader:
         path: the file.
         file_bytes: its size.
         metadata: every key; arrays of more than `LONGEST_ARRAY` entries appear as their length, in a `range`.
-        n_tensors: tensors in this file (a model may be split over several files).
-        tensors: their names.
-        tensor_bytes: their sizes; 0 for a type that is not known here.
+        tensors: those in this file (a model may be split over several files).
         header_bytes: length of what precedes the tensors' data.
     """
 
     path: Path
     file_bytes: int
     metadata: dict[str, Any]
-    n_tensors: int
-    tensors: tuple[str, ...]
-    tensor_bytes: tuple[int, ...]
+    tensors: tuple[GgufTensor, ...]
     header_bytes: int
 
 
@@ -84,6 +106,7 @@ class _Reader:
         self.path = path
         self.data = data
         self.size = len(data)
+        self.end = min(self.size, LARGEST_HEADER)  # of what is read here
         self.at = 4
 
     def header(self) -> GgufHeader:
@@ -94,62 +117,69 @@ class _Reader:
             raise ModelFileError(f"{self.path} has GGUF version {version}; versions 2 and 3 can be read")
         n_tensors, n_keys = self.number("Q"), self.number("Q")
         # Each entry takes more than 12 bytes: a larger count is damage, and must not be looped over.
-        if (n_tensors + n_keys) * 12 > self.size:
+        if (n_tensors + n_keys) * 12 > self.size or max(n_tensors, n_keys) > MOST_ENTRIES:
             raise self.truncated(f"it announces {n_tensors} tensors and {n_keys} keys")
         metadata: dict[str, Any] = {}
         for _ in range(n_keys):
             key = self.string()
             metadata[key] = self.value(self.number("I"), key)
-        end = 0
-        names, sizes = [], []
+        found = []
         for _ in range(n_tensors):
             name = self.string()
-            names.append(name)
             n_dims = self.number("I")
             if n_dims > 4:
-                raise ModelFileError(f"{self.path}: tensor {name!r} has {n_dims} dimensions, at most 4 are possible")
-            count = 1
-            for _ in range(n_dims):
-                count *= self.number("Q")
-            block, size = _TENSOR_BLOCKS.get(self.number("I"), (1, 0))
-            sizes.append(count // block * size)
-            end = max(end, self.number("Q") + sizes[-1])
+                raise ModelFileError(
+                    f"{self.path}: tensor {name!r:.80} has {n_dims} dimensions, at most 4 are possible"
+                )
+            shape = tuple(self.number("Q") for _ in range(n_dims))[::-1]
+            if math.prod(max(n, 1) for n in shape) >= 1 << 63:  # which llama.cpp would end the process over
+                raise ModelFileError(f"{self.path}: tensor {name!r:.80} has the impossible shape {shape}")
+            kind, offset = self.number("I"), self.number("Q")
+            block, size = _TENSOR_BLOCKS.get(kind, (1, 0))
+            found.append((name, kind, shape, offset, math.prod(shape) // block * size))
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ModelFileError(f"{self.path}: general.alignment is {alignment!r}, must be a positive integer")
-        needed = (self.at + alignment - 1) // alignment * alignment + end if n_tensors else self.at
+        begin = (self.at + alignment - 1) // alignment * alignment
+        tensors = tuple(GgufTensor(name, kind, shape, begin + at, n) for name, kind, shape, at, n in found)
+        needed = max((tensor.begin + tensor.bytes for tensor in tensors), default=self.at)
         if needed > self.size:
             raise self.truncated(f"its tensors need {needed} bytes")
-        return GgufHeader(self.path, self.size, metadata, n_tensors, tuple(names), tuple(sizes), self.at)
+        return GgufHeader(self.path, self.size, metadata, tensors, self.at)
 
     def truncated(self, why: str) -> ModelFileError:
         return ModelFileError(f"{self.path} is truncated or damaged: {why}, the file has {self.size} bytes")
 
+    def too_long(self, why: str) -> ModelFileError:
+        if self.end < self.size:
+            why += f" of the {LARGEST_HEADER} that a header may take"
+        return self.truncated(why)
+
     def number(self, kind: str) -> Any:
-        try:
-            (value,) = struct.unpack_from("<" + kind, self.data, self.at)
-        except struct.error:
-            raise self.truncated(f"its header goes on at byte {self.at}") from None
-        self.at += struct.calcsize("<" + kind)
+        size = struct.calcsize("<" + kind)
+        if size > self.end - self.at:
+            raise self.too_long(f"its header goes on at byte {self.at}")
+        (value,) = struct.unpack_from("<" + kind, self.data, self.at)
+        self.at += size
         return value
 
     def string(self) -> str:
         length = self.number("Q")
-        if length > self.size - self.at:
-            raise self.truncated(f"a text of {length} bytes begins at byte {self.at}")
+        if length > self.end - self.at:
+            raise self.too_long(f"a text of {length} bytes begins at byte {self.at}")
         self.at += length
         return self.data[self.at - length : self.at].decode("utf-8", "replace")
 
     def skip_strings(self, count: int) -> None:
         # The one loop over a vocabulary: 0.15 s for 450,000 texts.
-        unpack, data, at, size = struct.Struct("<Q").unpack_from, self.data, self.at, self.size
+        unpack, data, at, end = struct.Struct("<Q").unpack_from, self.data, self.at, self.end
         for _ in range(count):
-            if at + 8 > size:
+            if at + 8 > end:
                 self.at = at
-                raise self.truncated(f"its header goes on at byte {at}")
+                raise self.too_long(f"its header goes on at byte {at}")
             at += 8 + unpack(data, at)[0]
-        if at > size:
-            raise self.truncated("an array of texts goes beyond its end")
+        if at > end:
+            raise self.too_long(f"an array of texts ends at byte {at}")
         self.at = at
 
     def value(self, kind: int, key: str) -> Any:
@@ -158,7 +188,7 @@ class _Reader:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            raise ModelFileError(f"{self.path}: key {key!r} has the unknown type {kind}; the file is damaged or newer")
+            raise ModelFileError(f"{self.path}: key {key!r:.80} has the unknown type {kind}: it is damaged or newer")
         item, count = self.number("I"), self.number("Q")
         if item == _STRING:
             if count <= LONGEST_ARRAY:
@@ -166,10 +196,10 @@ class _Reader:
             self.skip_strings(count)
             return range(count)
         if item not in _SCALARS:
-            raise ModelFileError(f"{self.path}: key {key!r} is an array of the unsupported type {item}")
+            raise ModelFileError(f"{self.path}: key {key!r:.80} is an array of the unsupported type {item}")
         size = struct.calcsize("<" + _SCALARS[item])
-        if count * size > self.size - self.at:
-            raise self.truncated(f"array {key!r} has {count} entries")
+        if count * size > self.end - self.at:
+            raise self.too_long(f"array {key!r:.80} has {count} entries from byte {self.at} on")
         if count <= LONGEST_ARRAY:
             values = list(struct.unpack_from(f"<{count}{_SCALARS[item]}", self.data, self.at))
         self.at += count * size

@@ -37,7 +37,7 @@ _SWA_PERIOD: Final = {
     "plamo3": (8, False),
     "smallthinker": (4, True),
 }
-_SWA_FROM_PATTERN: Final = {"gemma4", "granite-swa", "maple", "mimo2", "spark2-5", "step35"}
+_SWA_FROM_PATTERN: Final = {"gemma4", "granite_swa", "maple", "mimo2", "spark2_5", "step35"}
 _SWA_WINDOW: Final = {"gemma2": 4096, "llama4": 8192}
 _SWA_IGNORED: Final = {"llama", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2"}
 
@@ -61,7 +61,7 @@ _NOT_MODELLED: Final = {
     "gemma4-assistant": "a cache shared with another model",
     "glm-dsa": "a sparse-attention index beside the cache",
     "glm5-next": "hybrid linear attention",
-    "hy-v4": "a sparse-attention index beside the cache",
+    "hy_v4": "a sparse-attention index beside the cache",
     "kimi-k3": "hybrid linear attention",
     "minimax-m3": "a sparse-attention index beside the cache",
     "nanbeige": "layers that are repeated",
@@ -90,7 +90,11 @@ class KVLayer:
     window: int = 0
 
     def bytes_per_token(self, k: CacheType, v: CacheType) -> int:
-        """Bytes that one token takes; raises ArgumentError where a type's block does not divide."""
+        """Bytes that one token takes with K in the type k and V in the type v.
+
+        Raises:
+            ArgumentError: a type's block does not divide the values.
+        """
         return k.row_bytes(self.n_head_kv * self.head_dim_k) + v.row_bytes(self.n_head_kv * self.head_dim_v)
 
     def cells(
@@ -111,7 +115,7 @@ class KVLayer:
         return min(total, _padded(min(total, self.window * (n_seq if unified else 1) + n_ubatch)))
 
     def obstacle(self, k: CacheType, v: CacheType) -> str | None:
-        """Why these types cannot be used for this layer, or None if they can."""
+        """Why K cannot have the type k, or V the type v, in this layer; None if they can."""
         for side, kind, head_dim in (("K", k, self.head_dim_k), ("V", v, self.head_dim_v)):
             if head_dim % kind.block:
                 return (
@@ -128,7 +132,7 @@ class ModelInfo:
     Attributes:
         path: the file.
         file_bytes: its size.
-        header_bytes: where its weights begin.
+        header_bytes: where its list of tensors ends; padding and the weights follow.
         name: `general.name`, or the file's name.
         architecture: `general.architecture`.
         n_layer: layers, with and without a cache.
@@ -138,7 +142,7 @@ class ModelInfo:
         layers: those with a KV cache of their own.
         mla: whether K holds a compressed latent from which V is taken too.
         exact: whether `layers` is all that llama.cpp allocates for K and V.
-        centring_obstacle: see the function of that name.
+        centring_obstacle: why its keys cannot be stored less their mean (softcap, sinks, MLA), or None if they can.
         notes: what a reader should know: windows, recurrent layers, what is not modelled.
     """
 
@@ -158,11 +162,13 @@ class ModelInfo:
     notes: tuple[str, ...]
 
     def obstacle(self, k: CacheType, v: CacheType) -> str | None:
-        """Why these types cannot be used with this model, naming the layer, or None if they can."""
+        """Why K cannot have the type k, or V the type v, in this model, naming the layer; None if they can."""
         if not self.layers and self.exact and (k.quantized or v.quantized):
             return f"architecture {self.architecture} has no KV cache"
         if self.mla and k != v:
             return f"K and V share one latent in this model (MLA), so K as {k.name} and V as {v.name} cannot differ"
+        if self.architecture == "t5" and v.quantized:
+            return f"V as {v.name} needs flash attention, which has no place for the bias of T5's attention"
         return next((reason for layer in self.layers if (reason := layer.obstacle(k, v))), None)
 
     @property
@@ -171,14 +177,18 @@ class ModelInfo:
         return sum(layer.n_head_kv * (layer.head_dim_k + layer.head_dim_v) for layer in self.layers)
 
     def bytes_per_token(self, k: CacheType, v: CacheType) -> int:
-        """Bytes that one token takes in all layers together (while it is in every layer's window)."""
+        """Bytes that one token takes in all layers together, K in the type k, V in the type v, inside every window."""
         return sum(layer.bytes_per_token(k, v) for layer in self.layers)
 
     def cache_bytes(self, n_ctx: int, k: CacheType, v: CacheType, n_ubatch: int = 512, *, swa_full: bool = True) -> int:
-        """Bytes of K and V that llama.cpp allocates for a context of n_ctx tokens and one sequence, without a tail.
+        """Bytes of K and V that llama.cpp allocates for one sequence, without a tail.
 
-        Layers with a sliding window keep all tokens (swa_full), as `Llama` has it unless told otherwise, or their
-        window.
+        Args:
+            n_ctx: tokens of the context.
+            k: type of K.
+            v: type of V.
+            n_ubatch: tokens computed at once; they add to the cells of layers that keep their sliding window alone.
+            swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
         """
         return sum(
             layer.cells(n_ctx, n_ubatch, swa_full=swa_full) * layer.bytes_per_token(k, v) for layer in self.layers
@@ -187,6 +197,9 @@ class ModelInfo:
 
 def read_model_info(path: str | Path) -> ModelInfo:
     """Reads what a GGUF file says about its KV cache; loads no weights.
+
+    Args:
+        path: a GGUF file; of a model that is split, its first one.
 
     Raises:
         ModelNotFoundError: no such file.
@@ -204,9 +217,9 @@ def centring_obstacle(header: GgufHeader) -> str | None:
     arch = header.metadata.get("general.architecture")
     if header.metadata.get(f"{arch}.attn_logit_softcapping"):
         return "keys cannot be centred: this model caps its attention scores (softcap)"
-    if any(".attn_sinks" in name for name in header.tensors):
+    if any(".attn_sinks" in tensor.name for tensor in header.tensors):
         return "keys cannot be centred: this model has attention sinks, which take part in the softmax"
-    if header.metadata.get(f"{arch}.attention.key_length_mla") is not None:
+    if header.metadata.get(f"{arch}.attention.key_length_mla"):
         return "keys cannot be centred: K and V share one latent in this model (MLA)"
     return None
 
@@ -218,6 +231,8 @@ class _Keys:
         arch = self.metadata.get("general.architecture")
         if not isinstance(arch, str) or not arch:
             raise self.error("key general.architecture is missing: this is no language model")
+        if len(arch) > 64 or not arch.isprintable():
+            raise self.error(f"key general.architecture is {arch!r:.80}, no name")
         self.arch: str = arch
         if arch in ("clip", "mmproj") or self.metadata.get("general.type") in ("mmproj", "adapter", "imatrix"):
             raise self.error(f"it holds a {self.metadata.get('general.type', arch)}, not a language model")
@@ -255,7 +270,9 @@ class _Keys:
         heads = self.per_layer("attention.head_count", n_layer, [0] * n_layer if recurrent else None)
         n_head = next((n for n in heads if n), 0)
         notes: list[str] = []
-        mla = self.get("attention.key_length_mla") is not None
+        mla = bool(
+            self.integer("attention.key_length_mla", 0)
+        )  # llama.cpp, saving a model, writes 0 where there is none
         layers: tuple[KVLayer, ...] = ()
         exact = self.arch not in _NOT_MODELLED
         if self.arch in _NO_CACHE:
@@ -279,7 +296,7 @@ class _Keys:
             path=self.header.path,
             file_bytes=self.header.file_bytes,
             header_bytes=self.header.header_bytes,
-            name=name if isinstance(name, str) and name else self.header.path.stem,
+            name=_printable(name) if isinstance(name, str) and name else self.header.path.stem,
             architecture=self.arch,
             n_layer=n_layer,
             n_ctx_train=self.integer("context_length"),
@@ -304,7 +321,7 @@ class _Keys:
         has_kv = self.has_kv(n_layer, heads_kv, notes)
         if mla:
             notes.append("MLA: each layer keeps one latent per token as K, and V is taken from it")
-        elif self.get("attention.kv_lora_rank") is not None:
+        elif self.integer("attention.kv_lora_rank", 0):
             notes.append(
                 "MLA model, but this file stores full K and V: conversion by a newer llama.cpp saves most of it"
             )
@@ -327,7 +344,13 @@ class _Keys:
         has = [n > 0 for n in heads_kv]
         if self.arch in _INTERVAL:
             interval = self.integer("full_attention_interval", _INTERVAL[self.arch]) or 1
-            has = [kv and (i + 1) % interval == 0 for i, kv in enumerate(has)]
+            recurrent = self.get("attention.recurrent_layers", [(i + 1) % interval != 0 for i in range(n_layer)])
+            if not isinstance(recurrent, list) or len(recurrent) < n_layer:
+                raise self.error(f"key {self.arch}.attention.recurrent_layers has fewer than {n_layer} entries")
+            has = [kv and not state for kv, state in zip(has, recurrent, strict=False)]
+        if self.arch in ("nemotron_h", "nemotron_h_moe"):  # a layer with a feed-forward width is that and nothing else
+            widths = self.per_layer("feed_forward_length", n_layer, [0] * n_layer)
+            has = [kv and not width for kv, width in zip(has, widths, strict=True)]
         n_next = self.integer("nextn_predict_layers", 0)
         if 0 < n_next < n_layer:
             has = [kv and i < n_layer - n_next for i, kv in enumerate(has)]
@@ -371,6 +394,11 @@ class _Keys:
 
 def _v(mla: bool, head_dim: int) -> int:
     return 0 if mla else head_dim
+
+
+def _printable(name: str) -> str:
+    """A name as it can be shown: what would move a terminal's cursor or colour it is replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[:256])
 
 
 def _padded(n: int) -> int:

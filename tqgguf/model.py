@@ -7,11 +7,8 @@ import ctypes
 import difflib
 import inspect
 import os
-import re
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +16,7 @@ import numpy as np
 
 from ._native import import_llama_cpp
 from .cache_info import CacheInfo, LayerCacheInfo
-from .config import CACHE_TYPES, CacheType, parse_cache
+from .config import CACHE_TYPES, parse_cache
 from .control import Control, Progress
 from .errors import (
     ArgumentError,
@@ -29,11 +26,30 @@ from .errors import (
     OutOfMemoryError,
     StoppedError,
     TqggufError,
+    UnsupportedError,
+    WorkerError,
 )
-from .gguf_info import KVLayer, ModelInfo, read_model_info
+from .gguf_info import ModelInfo, read_model_info
+from .grammar import check_grammar
+from .load_log import (
+    KVBuffer,
+    base_types,
+    buffer_of,
+    cache_words,
+    captured_log,
+    devices,
+    load_error,
+    load_lock,
+    needs_flash,
+    rotation,
+    verify_buffers,
+)
+from .memory import machine_memory
 from .policy import CachePolicy, PolicySpec, applied, model_hash, resolve
+from .prefix import take_back
 from .session import Session, restore, save
-from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes
+from .tail import DEFAULT_TAIL, check_tail, kept, tail_batch, tail_bytes, warn_unread
+from .workers import Workers, check_split
 
 __all__ = ["CacheInfo", "LayerCacheInfo", "Llama", "refuse_impossible"]
 
@@ -68,17 +84,22 @@ class Llama(_Stock):  # type: ignore[misc]
             them those in the first four cells); 0 turns it off. Saved states do not hold them. `eval` reads a prompt in
             batches of as many tokens: in longer ones most tokens would not find their neighbours in the tail.
         flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
+        rpc: workers (`tqgguf worker`), each "host:port", that hold the model's layers and their cache in its place; the
+            first layers go to the first. For networks that are trusted only: nothing is encrypted, nobody is asked for
+            a password. All layers lie on workers unless `n_gpu_layers` says how many; `tensor_split` says in which
+            proportions, otherwise their free memory does. `offload_kqv=False` keeps the cache here.
         progress: called as progress(title, done, total) while the model is loaded, from 0 to 100, and while a prompt of
             more than one batch is read, in tokens. What it raises ends that, and is raised.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
 
     Attributes:
-        n_tokens_read: tokens computed since the model was loaded, of prompts and answers.
+        n_tokens_read: tokens computed since the model was first loaded, of prompts and answers.
 
     Raises:
         ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given,
             `flash_attn=False` with types that need it, an option that the stock class does not have, or a number
-            that llama.cpp cannot take.
+            that llama.cpp cannot take; more workers than layers.
+        WorkerError: a worker that cannot be reached, is of another version, lacks the types, or went away.
         ModelNotFoundError: no such file, or no such file as `lora_path` names.
         ModelFileError: not GGUF, truncated, or without the keys its architecture requires.
         CacheTypeError: a head size is no multiple of the type's block (the message names layer and value), or llama.cpp
@@ -95,11 +116,16 @@ class Llama(_Stock):  # type: ignore[misc]
         cache: PolicySpec = "pqo3",
         tail: int = DEFAULT_TAIL,
         flash_attn: bool | None = None,
+        rpc: Sequence[str] | None = None,
         progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
+        self._arguments: dict[str, Any] = {**kwargs, "model_path": model_path, "cache": cache, "tail": tail}
+        self._arguments |= {"flash_attn": flash_attn, "rpc": rpc, "progress": progress}
+        self._workers: Workers | None = None
         self._control = Control(progress)
         self.n_tokens_read = 0
+        self._n_last = 1  # tokens computed last, whose logits llama.cpp has
         # The stock destructor closes this stack, also when a check below has raised before the stock constructor ran.
         self._stack = contextlib.ExitStack()
         self._closed = False
@@ -118,11 +144,19 @@ class Llama(_Stock):  # type: ignore[misc]
         with_flash = needs_flash(policy)
         if flash_attn is False and with_flash:
             raise ArgumentError(
-                f"flash_attn=False cannot be combined with {_words(policy)}: "
+                f"flash_attn=False cannot be combined with {cache_words(policy)}: "
                 f"a quantized V, and every type of tqgguf, needs flash attention"
             )
         if not kwargs.get("vocab_only"):
             refuse_impossible(self._info, policy)
+            if rpc is None:
+                _refuse_too_long(self._info, policy, kwargs)
+        warn_unread(self._tail if policy.ours else 0, self._info.architecture)
+        if rpc is not None:
+            check_split(rpc, self._info, kwargs)
+            if not kwargs.get("vocab_only"):
+                here = kwargs.get("offload_kqv") is False  # then no worker sees a cache
+                self._workers = Workers(rpc, policy.ours and not here)
         k, v = base_types(policy, self._info)
         with load_lock, captured_log() as log, applied(policy), kept(self._tail):
             try:
@@ -134,15 +168,26 @@ class Llama(_Stock):  # type: ignore[misc]
                     **kwargs,
                 )
             except (ValueError, RuntimeError) as error:
+                if self._workers is not None:
+                    self._workers.release()
                 if self._control.failure is not None:
                     raise self._control.failure from None
+                self._refuse_lost()
                 raise load_error(str(error), log, self._info) from error
+        # llama.cpp rounds a context up to 256 cells. The stock class fills them all, but made room for fewer tokens.
+        n_ctx = self.n_ctx()
+        if n_ctx > len(self.input_ids):  # type: ignore[has-type]
+            self.input_ids = np.zeros(n_ctx, np.intc)
+            if self._logits_all:
+                self.scores = np.zeros((n_ctx, self._n_vocab), np.float32)
         llama_cpp.llama_set_abort_callback(self.ctx, self._control.on_step, ctypes.addressof(self._control.flag))
-        self._buffers: list[_KVBuffer] = []
+        self._buffers: list[KVBuffer] = []
+        self._devices = devices(log)
         if not kwargs.get("vocab_only"):
             try:
+                self._refuse_lost()
                 self._buffers = verify_buffers(log, self._info, policy, self._tail)
-            except CacheTypeError:
+            except (CacheTypeError, WorkerError):
                 self.close()
                 raise
 
@@ -165,6 +210,8 @@ class Llama(_Stock):  # type: ignore[misc]
     def model_params(self, params: Any) -> None:
         if self._control.progress is not None:
             params.progress_callback = self._control.on_load
+        if self._workers is not None:
+            params.devices = ctypes.addressof(self._workers.devices)
         self._model_params = params
 
     @property
@@ -174,6 +221,10 @@ class Llama(_Stock):  # type: ignore[misc]
 
     def add_context(self, cache: PolicySpec, *, tail: int | None = None) -> Any:
         """Makes a further context that lives as long as the model; see `further_context`.
+
+        Args:
+            cache: as for `Llama`.
+            tail: as for `Llama`; None for the model's own.
 
         Returns:
             A `llama_context` pointer for llama_cpp's low-level functions. It belongs to the model, which frees it in
@@ -213,9 +264,12 @@ class Llama(_Stock):  # type: ignore[misc]
         params.type_k, params.type_v = (kind.number for kind in base_types(policy, self._info))
         if n_ubatch is not None:
             params.n_ubatch = min(params.n_batch, n_ubatch)
+        if self._workers is not None and policy.ours and params.offload_kqv:
+            self._workers.need_types()
         if needs_flash(policy):
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        with load_lock, captured_log() as log, applied(policy), kept(n_tail), _rotation(rotate):
+        quiet = not rotate  # llama.cpp warns, each time, of the rotation that we ourselves switch off
+        with load_lock, captured_log(quiet) as log, applied(policy), kept(n_tail), rotation(rotate):
             context = llama_cpp.llama_init_from_model(self.model, params)
         if not context:
             raise load_error("no context", log, self._info)
@@ -238,7 +292,7 @@ class Llama(_Stock):  # type: ignore[misc]
         used = self._cells_used()
         layers: list[LayerCacheInfo] = []
         for layer in self._info.layers:
-            buffer = _buffer_of(layer, self._info, self._buffers)
+            buffer = buffer_of(layer, self._info, self._buffers)
             if buffer is None:
                 continue
             cells = buffer.cells * buffer.n_stream
@@ -250,6 +304,7 @@ class Llama(_Stock):  # type: ignore[misc]
                     layer=layer.index,
                     type_k=k.name,
                     type_v=v.name,
+                    device=self._place(layer.index),
                     cells=cells,
                     cells_used=min(used, cells),
                     bytes_per_token=per_token,
@@ -299,6 +354,9 @@ class Llama(_Stock):  # type: ignore[misc]
         The precise tail is not saved: restored tokens are read from their blocks alone, so that an answer may differ
         from the one an uninterrupted conversation would have had, as rounding differs.
 
+        Args:
+            path: a file that `save_session` wrote.
+
         Returns:
             What the file says, with the `extra` that was saved.
 
@@ -309,21 +367,21 @@ class Llama(_Stock):  # type: ignore[misc]
             OutOfMemoryError: no memory to read it into.
             CacheClosedError: the model was closed.
         """
-        self._refuse_closed()
-        return restore(self, path)
+        with self.watched():
+            return restore(self, path)
 
     def save_state(self) -> Any:
         """As the stock method, which the prefix caches call, but without a matrix of logits that nothing has written.
 
         With a vocabulary of 128,000 that matrix takes 262 MB, many times what the compressed cache does.
         """
-        self._refuse_closed()
-        if self._logits_all:
-            return super().save_state()
-        size = llama_cpp.llama_state_get_size(self.ctx)
-        state = (ctypes.c_uint8 * size)()
-        if llama_cpp.llama_state_get_data(self.ctx, state, size) != size:
-            raise TqggufError("llama.cpp could not write its state")
+        with self.watched():
+            if self._logits_all:
+                return super().save_state()
+            size = llama_cpp.llama_state_get_size(self.ctx)
+            state = (ctypes.c_uint8 * size)()
+            if llama_cpp.llama_state_get_data(self.ctx, state, size) != size:
+                raise TqggufError("llama.cpp could not write its state")
         return llama_cpp.LlamaState(
             input_ids=self.input_ids.copy(),
             scores=np.zeros((1, self.n_vocab()), np.float32),  # load_state spreads it over all rows
@@ -332,6 +390,18 @@ class Llama(_Stock):  # type: ignore[misc]
             llama_state_size=size,
             seed=self._seed,
         )
+
+    def load_state(self, state: Any) -> None:
+        """As the stock method.
+
+        Args:
+            state: what `save_state` gave.
+
+        Raises:
+            WorkerError: a worker is lost.
+        """
+        with self.watched():
+            super().load_state(state)
 
     # ---- Computing ----
 
@@ -350,22 +420,94 @@ class Llama(_Stock):  # type: ignore[misc]
     def eval(self, tokens: Sequence[int]) -> None:
         """Reads tokens behind those in the cache, in batches that suit the tail; reports progress between them.
 
+        Where tokens were taken back that the cache cannot do without (see `prefix`), all are read again first.
+
         Raises:
             StoppedError: `stop` was called.
+            UnsupportedError: they cannot be read again, because there may be pictures among them.
+            CacheClosedError: the model was closed.
         """
+        self._refuse_closed()
+        self._refuse_stopped()
+        if not take_back(self.ctx, self.n_tokens):
+            before = self.input_ids[: self.n_tokens].tolist()
+            if hasattr(self.chat_handler, "_mtmd_cpp"):
+                raise UnsupportedError("the cache no longer holds this prompt's beginning: load with swa_full=True")
+            self.reset()
+            self.eval(before)
         progress = self._control.progress
         most = min(self.context_params.n_ubatch, self.n_batch) if progress else self.n_batch
         step = tail_batch(self._tail if self._policy.ours else 0, most)
+        if self.draft_model is not None and self.n_tokens:
+            step = most  # what is drafted is sampled from one batch
         for start in range(0, len(tokens), step):
             self._refuse_stopped()
             try:
-                super().eval(tokens[start : start + step])
+                with self.watched():
+                    super().eval(tokens[start : start + step])
             except RuntimeError:
                 self._refuse_stopped()
                 raise
-            self.n_tokens_read += len(tokens[start : start + step])
+            self._n_last = len(tokens[start : start + step])
+            self.n_tokens_read += self._n_last
             if progress and len(tokens) > step:
                 progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
+
+    def detokenize(
+        self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
+    ) -> bytes:
+        """As the stock method, but a number that is no token is an error, where llama.cpp ends the process.
+
+        Args:
+            tokens: of the text that is wanted.
+            prev_tokens: those before, which decide whether it begins with a space.
+            special: whether control tokens are written out.
+
+        Raises:
+            ArgumentError: a number is no token of the model.
+        """
+        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < self.n_vocab():
+            wrong = next(token for token in tokens if not 0 <= token < self.n_vocab())
+            raise ArgumentError(f"{wrong} is no token of this model, whose tokens are 0 to {self.n_vocab() - 1:,}")
+        text: bytes = super().detokenize(tokens, prev_tokens, special)
+        return text
+
+    def _init_sampler(self, *args: Any, grammar: Any = None, **kwargs: Any) -> Any:
+        if grammar is not None:
+            check_grammar(self, grammar)
+        return super()._init_sampler(*args, grammar=grammar, **kwargs)
+
+    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
+        """As the stock method.
+
+        Args:
+            *args: as there.
+            idx: the token of the last batch after which to sample; None for the last one.
+            **kwargs: as there.
+
+        Raises:
+            ArgumentError: the draft model drafted more tokens than a batch takes; llama.cpp would end the process.
+        """
+        if idx is not None and idx < self.n_tokens - self._n_last:
+            raise ArgumentError(
+                f"the draft model drafts more than the {self.n_batch - 1} tokens that fit in a batch beside the last "
+                f"one: let it draft fewer, or give a larger n_batch"
+            )
+        token: int = super().sample(*args, idx=idx, **kwargs)
+        return token
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method.
+
+        Args:
+            *args: as there.
+            **kwargs: as there.
+
+        Raises:
+            WorkerError: a worker is lost.
+        """
+        with self.watched():
+            return super().embed(*args, **kwargs)
 
     def _refuse_stopped(self) -> None:
         if self._control.stopped:
@@ -376,6 +518,7 @@ class Llama(_Stock):  # type: ignore[misc]
         del state["type_k"], state["type_v"]
         same = self._policy.uniform
         state["tail"] = self._tail
+        state["rpc"] = self._arguments["rpc"]
         state["cache"] = tuple(kind.name for kind in same) if same else self._policy
         return state
 
@@ -395,10 +538,73 @@ class Llama(_Stock):  # type: ignore[misc]
         """Frees weights and cache. A second call does nothing."""
         self._closed = True
         super().close()
+        if self._workers is not None:
+            self._workers.release()
 
     def _refuse_closed(self) -> None:
         if self._closed:
             raise CacheClosedError(f"the model {self._info.path.name} was closed")
+
+    # ---- Workers ----
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The workers the model lies on, "host:port" each; none if it lies here."""
+        return self._workers.names if self._workers else ()
+
+    @property
+    def lost(self) -> str:
+        """Which of its workers the model has lost, and what to do; "" if none, and where there are no workers."""
+        return self._workers.lost() if self._workers else ""
+
+    def reload(self) -> None:
+        """Loads the model again, as it was first loaded: after `WorkerError`, when the worker is back.
+
+        What was read is forgotten. Prefix caches (`set_cache`) are kept.
+
+        Raises:
+            WorkerError: a worker cannot be reached or used. The model is as it was.
+            TqggufError: as when it was first loaded. The model is closed then; it can be tried again.
+        """
+        if self._workers is not None:
+            self._workers.greet()
+        workers, control, prefixes, n_read = self._workers, self._control, self.cache, self.n_tokens_read
+        self.close()
+        try:
+            type(self).__init__(self, **self._arguments)
+        except BaseException:
+            self._closed, self._workers = True, workers  # what was lost still is
+            raise
+        self.set_cache(prefixes)
+        self.n_tokens_read = n_read
+        self._control.stopped |= control.stopped
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """For calls of llama_cpp's low-level functions: raises WorkerError if a worker is lost, before or in the end.
+
+        llama.cpp itself returns zeros then, and no error. The methods of this class need no such care.
+
+        Raises:
+            WorkerError: a worker is lost; nothing that was computed is of any use.
+            CacheClosedError: the model was closed.
+        """
+        self._refuse_lost()
+        self._refuse_closed()
+        try:
+            yield
+        finally:
+            if self._workers is not None:
+                llama_cpp.llama_synchronize(self.ctx)
+            self._refuse_lost()
+
+    def _refuse_lost(self) -> None:
+        if message := self.lost:
+            raise WorkerError(message)
+
+    def _place(self, layer: int) -> str:
+        device = self._devices.get(layer, "CPU")
+        return self._workers.place(device) if self._workers else device
 
     def _cells_used(self) -> int:
         memory = llama_cpp.llama_get_memory(self.ctx)
@@ -427,9 +633,9 @@ def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
     """
     same = policy.uniform
     fits = policy.n_layer == info.n_layer
-    obstacle = info.obstacle(*same) if same and fits else policy.obstacle(info)
+    obstacle = info.obstacle(*same) if same and fits and not policy.ranges else policy.obstacle(info)
     if obstacle:
-        raise CacheTypeError(f"{info.path.name} cannot have {_words(policy)}: {obstacle}")
+        raise CacheTypeError(f"{info.path.name} cannot have {cache_words(policy)}: {obstacle}")
     if policy.model_hash and policy.model_hash != model_hash(info):
         warnings.warn(
             f"this cache policy was measured on another model than {info.path.name}: "
@@ -438,169 +644,20 @@ def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
         )
 
 
-# ---- What llama.cpp reports while it allocates its cache ----
-
-LoadLog = list[tuple[int, str]]
-"""llama.cpp's log as (level, text)."""
-
-load_lock = threading.Lock()
-"""The log callback is one per process, so only one model is loaded at a time."""
-
-_LOG_WARN: Final = 3
-_LOG_ERROR: Final = 4
-_LOG_CONT: Final = 5
-
-# llama_kv_cache: size = 0.88 MiB ( 2048 cells, 4 layers, 1/1 seqs), K (pqo3): 0.44 MiB, V (pqo3): 0.44 MiB
-_KV_LINE: Final = re.compile(
-    r"llama_kv_cache: size = +[\d.]+ MiB "
-    r"\( *(?P<cells>\d+) cells, +(?P<layers>\d+) layers, +\d+/(?P<streams>\d+) seqs\), "
-    r"K \((?P<k>[^)]+)\): +(?P<k_mib>[\d.]+) MiB, V \((?P<v>[^)]+)\): +(?P<v_mib>[\d.]+) MiB"
-)
-
-
-# llama_kv_cache: tail = 1081344 bytes (128 cells in f16)
-_TAIL_LINE: Final = re.compile(r"llama_kv_cache: tail = (\d+) bytes")
-
-
-@dataclass(frozen=True)
-class _KVBuffer:
-    """One `llama_kv_cache` as llama.cpp reported it; sizes are its own text, in MiB with two digits."""
-
-    cells: int
-    n_layer: int
-    n_stream: int
-    type_k: str
-    type_v: str
-    k_mib: str
-    v_mib: str
-
-
-@contextlib.contextmanager
-def captured_log(quiet: bool = False) -> Iterator[LoadLog]:
-    """Collects llama.cpp's log and, unless quiet, still hands it on to whoever listened before."""
-    lines: LoadLog = []
-    before, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user_data))
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def callback(level: int, text: bytes, data: Any) -> None:
-        if level == _LOG_CONT and lines:
-            lines[-1] = (lines[-1][0], lines[-1][1] + text.decode("utf-8", "replace"))
-        else:
-            lines.append((level, text.decode("utf-8", "replace")))
-        if before and not quiet:
-            before(level, text, user_data)
-
-    llama_cpp.llama_log_set(callback, None)
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(before, user_data)
-
-
-@contextlib.contextmanager
-def _rotation(allowed: bool) -> Iterator[None]:
-    """While it lasts, contexts made by this process are rotated or not; upstream reads it from the environment."""
-    name = "LLAMA_ATTN_ROT_DISABLE"
-    before = os.environ.get(name)
-    if not allowed:
-        os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if not allowed:
-            os.environ.pop(name)
-            if before is not None:
-                os.environ[name] = before
-
-
-def verify_buffers(log: LoadLog, info: ModelInfo, policy: CachePolicy, tail: int) -> list[_KVBuffer]:
-    """The KV buffers llama.cpp reported; raises CacheTypeError unless they are what was asked for."""
-    k, v = base_types(policy, info)
-    buffers = [
-        _KVBuffer(int(m["cells"]), int(m["layers"]), int(m["streams"]), m["k"], m["v"], m["k_mib"], m["v_mib"])
-        for _, text in log
-        if (m := _KV_LINE.search(text))
-    ]
-    if not buffers:
-        if info.layers:
-            raise CacheTypeError(
-                f"llama.cpp reported no KV buffer for {info.path.name}: cannot verify that it has {_words(policy)}"
-            )
-        return buffers
-    for buffer in buffers:
-        if (buffer.type_k, buffer.type_v) != (k.name, v.name):
-            raise CacheTypeError(
-                f"llama.cpp stored K as {buffer.type_k} and V as {buffer.type_v}, asked for were {k.name} and {v.name}"
-            )
-    if not info.exact:
-        return buffers
-    for buffer in buffers:
-        mine = [layer for layer in info.layers if _buffer_of(layer, info, buffers) is buffer]
-        cells = buffer.cells * buffer.n_stream
-        for side, reported, per_token in (
-            ("K", buffer.k_mib, sum(policy.types(x.index)[0].row_bytes(x.n_head_kv * x.head_dim_k) for x in mine)),
-            ("V", buffer.v_mib, sum(policy.types(x.index)[1].row_bytes(x.n_head_kv * x.head_dim_v) for x in mine)),
-        ):
-            expected = cells * per_token
-            if abs(float(reported) - expected / 2**20) > 0.0051:
-                raise CacheTypeError(
-                    f"the {side} cache of {buffer.cells} cells takes {reported} MiB, "
-                    f"but of {_words(policy)} it must take {expected} bytes: the type was not honoured"
-                )
-    expected = sum(
-        buffer.n_stream * tail_bytes(layer, *policy.types(layer.index), tail, buffer.cells)
-        for layer in info.layers
-        for buffer in (_buffer_of(layer, info, buffers),)
-        if buffer
-    )
-    got = sum(int(m[1]) for _, text in log if (m := _TAIL_LINE.search(text)))
-    if got != expected:
-        raise CacheTypeError(
-            f"llama.cpp allocated {got} bytes for a tail of {tail} tokens, "
-            f"it must take {expected}: the tail was not honoured"
+def _refuse_too_long(info: ModelInfo, policy: CachePolicy, options: Mapping[str, Any]) -> None:
+    """Raises OutOfMemoryError for a context whose cache exceeds all memory, which llama.cpp would try to fill."""
+    n_ctx = options.get("n_ctx", 512) or info.n_ctx_train
+    have = machine_memory()
+    if have is None or (options.get("n_gpu_layers") and options.get("offload_kqv", True)):
+        return
+    need = policy.bytes(info, n_ctx, 0, swa_full=options.get("swa_full") is not False)
+    if need > have:
+        raise OutOfMemoryError(
+            f"the KV cache of {n_ctx:,} tokens of {info.path.name} takes {need:,} bytes, this machine has {have:,}: "
+            f"take a shorter context (`tqgguf fit` says how long it can be)"
         )
-    return buffers
-
-
-def _buffer_of(layer: KVLayer, info: ModelInfo, buffers: list[_KVBuffer]) -> _KVBuffer | None:
-    """The buffer a layer lives in. With sliding windows llama.cpp makes two: full attention first, then windows."""
-    if len(buffers) == 1:
-        return buffers[0]
-    if len(buffers) == 2 and any(other.window for other in info.layers):
-        return buffers[1 if layer.window else 0]
-    return None
-
-
-def load_error(error: str, log: LoadLog, info: ModelInfo) -> TqggufError:
-    """What llama.cpp said when it gave up, as an exception; an OutOfMemoryError if it was memory."""
-    causes = [text.strip() for level, text in log if level in (_LOG_WARN, _LOG_ERROR) and text.strip()]
-    errors = [text.strip() for level, text in log if level == _LOG_ERROR and text.strip()]
-    said = "; ".join(errors[-3:]) or error
-    message = f"llama.cpp could not load {info.path}: {said}"
-    if re.search(r"failed to allocate|out of memory|bad_alloc|unable to allocate", " ".join(causes), re.IGNORECASE):
-        return OutOfMemoryError(message)
-    return TqggufError(message)
-
-
-def needs_flash(policy: CachePolicy) -> bool:
-    """Whether a cache can be used with flash attention alone: one with a type of ours, or a quantized V."""
-    types = (policy.types(layer) for layer in range(policy.n_layer))
-    return any(k.ours or v.quantized for k, v in types)
-
-
-def base_types(policy: CachePolicy, info: ModelInfo) -> tuple[CacheType, CacheType]:
-    """The types llama.cpp is asked for, and prints: those of the first layer that has a cache."""
-    return policy.types(info.layers[0].index if info.layers else 0)
 
 
 def _shared_name(names: Sequence[str]) -> str:
     """The name that all layers share, or "mixed"."""
     return names[0] if len(set(names)) == 1 else "mixed"
-
-
-def _words(policy: CachePolicy) -> str:
-    if policy.uniform is None:
-        return "a KV cache with this policy"
-    k, v = policy.uniform
-    return f"a {k.name} KV cache" if k == v else f"a {k.name} (K) and {v.name} (V) KV cache"

@@ -34,6 +34,7 @@ POLICY_VERSION: Final = 1
 """Of the file format; another one is refused."""
 
 _ARCHITECTURE: Final = "tqgguf-policy"
+_F32: Final = 0
 _HASHED_BYTES: Final = 1 << 20
 _LARGEST_MEAN: Final = 65504.0
 """The largest f16: no key that can be stored is larger."""
@@ -49,12 +50,16 @@ class CachePolicy:
         k_means: by layer, what is subtracted from every key before it is stored: (n_head_kv, head_dim_k) float32,
             after RoPE. Softmax does not notice, for all scores of a query move alike. Empty: keys are not centred.
         model_hash: of the model it was measured on (`model_hash`), or "" if it was not measured.
+        tail: newest tokens that were kept in f16 when it was measured; None if it was not. Nothing is set by it.
+        ranges: layers that were named together, by the words that named them; see `policy_from_ranges`.
     """
 
     types_k: tuple[str, ...]
     types_v: tuple[str, ...]
     k_means: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     model_hash: str = ""
+    tail: int | None = None
+    ranges: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.types_k) != len(self.types_v):
@@ -98,7 +103,7 @@ class CachePolicy:
         return CACHE_TYPES[self.types_k[layer]], CACHE_TYPES[self.types_v[layer]]
 
     def bytes_per_token(self, info: ModelInfo) -> int:
-        """Bytes that one token takes in all layers of a model together."""
+        """Bytes that one token takes in all layers together of the model that info describes."""
         return sum(layer.bytes_per_token(*self.types(layer.index)) for layer in info.layers)
 
     @property
@@ -117,11 +122,16 @@ class CachePolicy:
         unified: bool = False,
         swa_full: bool = True,
     ) -> int:
-        """Bytes llama.cpp allocates for a context of n_ctx tokens, its tail of so many included.
+        """Bytes llama.cpp allocates for the KV cache of a context, its tail included.
 
-        n_ubatch, the tokens computed at once, adds to the cells of layers that keep their sliding window alone.
-        n_seq sequences share the context: each has a part of it to itself, or, unified, all share one cache. Layers
-        with a sliding window keep all tokens (swa_full), as `Llama` has it unless told otherwise, or their window.
+        Args:
+            info: the model.
+            n_ctx: tokens of all sequences together.
+            tail: newest tokens kept in f16.
+            n_ubatch: tokens computed at once; they add to the cells of layers that keep their sliding window alone.
+            n_seq: sequences that share the context.
+            unified: whether all share one cache, instead of a part of the context for each.
+            swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
         """
         total = 0
         n_stream = 1 if unified else n_seq
@@ -132,13 +142,18 @@ class CachePolicy:
         return total
 
     def bits(self, info: ModelInfo) -> float:
-        """Bits per value of a model's cache, over all its layers."""
+        """Bits per value of K and V, over all layers of the model that info describes, tails not counted."""
         return 8 * self.bytes_per_token(info) / info.values_per_token if info.layers else 0.0
 
     def obstacle(self, info: ModelInfo) -> str | None:
-        """Why this policy cannot be used with a model, or None if it can."""
+        """Why this policy cannot be used with the model that info describes, or None if it can."""
         if self.n_layer != info.n_layer:
             return f"it is for {self.n_layer} layers, the model has {info.n_layer}"
+        cached = {layer.index for layer in info.layers}
+        for text, layers in self.ranges.items():
+            if cached.isdisjoint(layers):
+                which = f"layer {layers[0]} has" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]} have"
+                return f"range {text!r} names layers without a KV cache: {which} none"
         for layer in info.layers:
             k, v = self.types(layer.index)
             if info.mla and k != v:
@@ -155,6 +170,9 @@ class CachePolicy:
 
     def write(self, path: str | Path) -> None:
         """Writes a policy file, whole or not at all: a failure leaves a file that was there as it is.
+
+        Args:
+            path: the file; its name must end in .gguf to be taken as a policy file where a cache type is expected.
 
         Raises:
             OSError: it cannot be written.
@@ -173,6 +191,8 @@ class CachePolicy:
         with contextlib.closing(gguf.GGUFWriter(str(path), _ARCHITECTURE)) as writer:
             writer.add_uint32(f"{_ARCHITECTURE}.version", POLICY_VERSION)
             writer.add_string(f"{_ARCHITECTURE}.model_hash", self.model_hash)
+            if self.tail is not None:
+                writer.add_uint32(f"{_ARCHITECTURE}.tail", self.tail)
             writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
             writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
             for layer, mean in sorted(self.k_means.items()):
@@ -189,7 +209,7 @@ def policy_from_ranges(spec: Mapping[str, Any], n_layer: int) -> CachePolicy:
     """A policy from `{"default": TYPES, "layers": {RANGE: TYPES, ...}}`.
 
     TYPES is a type name, or a pair for K and V apart. RANGE is a layer ("3", "-1" the last), first and last ("0-1"), or
-    a Python slice ("-2:", ":4", "2:6").
+    a Python slice ("-2:", ":4", "2:6"). Layers in it may be without a KV cache, as in hybrid models, but not all.
 
     Raises:
         PolicyError: an unknown key, a range that is no range or names a layer the model does not have, or two ranges
@@ -212,7 +232,8 @@ def policy_from_ranges(spec: Mapping[str, Any], n_layer: int) -> CachePolicy:
                 raise PolicyError(f"ranges {owner[layer]!r} and {text!r} of a cache policy both name layer {layer}")
             owner[layer] = str(text)
             types[layer] = pair
-    return CachePolicy(tuple(k.name for k, _ in types), tuple(v.name for _, v in types))
+    named = {str(text): tuple(_layers(str(text), n_layer)) for text in ranges}
+    return CachePolicy(tuple(k.name for k, _ in types), tuple(v.name for _, v in types), ranges=named)
 
 
 def _layers(text: str, n_layer: int) -> range:
@@ -252,12 +273,13 @@ def model_hash(model: str | Path | ModelInfo) -> str:
 def read_policy(path: str | Path) -> CachePolicy:
     """Reads a policy file.
 
+    Args:
+        path: a file that `CachePolicy.write` or `tqgguf tune` wrote.
+
     Raises:
         ModelNotFoundError: no such file.
         PolicyError: not a policy file, of another version, damaged, or with an unknown type.
     """
-    import gguf
-
     file = Path(path)
     try:
         header = read_header(file)
@@ -272,15 +294,24 @@ def read_policy(path: str | Path) -> CachePolicy:
         if not (isinstance(types_k, list) and isinstance(types_v, list)):
             raise PolicyError(f"{file} has no types")
         means = {}
-        for tensor in gguf.GGUFReader(file).tensors:
-            match = re.fullmatch(r"blk\.(\d+)\.k_mean", tensor.name)
-            if not match or tensor.tensor_type != gguf.GGMLQuantizationType.F32 or int(match[1]) >= len(types_k):
+        for tensor in header.tensors:
+            match = re.fullmatch(r"blk\.([0-9]{1,4})\.k_mean", tensor.name)
+            layer = int(match[1]) if match else -1
+            if (tensor.type, len(tensor.shape)) != (_F32, 2) or not 0 <= layer < len(types_k) or layer in means:
                 raise PolicyError(
-                    f"{file} holds the tensor {tensor.name!r}: no policy for {len(types_k)} layers has that"
+                    f"{file} holds the tensor {tensor.name!r:.80}: no policy for {len(types_k)} layers has that"
                 )
-            means[int(match[1])] = np.array(tensor.data, dtype=np.float32)
+            values = np.fromfile(file, "<f4", tensor.bytes // 4, offset=tensor.begin)
+            means[layer] = values.astype(np.float32).reshape(tensor.shape)
         hash_ = header.metadata.get(f"{_ARCHITECTURE}.model_hash")
-        return CachePolicy(tuple(types_k), tuple(types_v), means, hash_ if isinstance(hash_, str) else "")
+        tail = header.metadata.get(f"{_ARCHITECTURE}.tail")
+        return CachePolicy(
+            tuple(types_k),
+            tuple(types_v),
+            means,
+            hash_ if isinstance(hash_, str) else "",
+            tail if isinstance(tail, int) else None,
+        )
     except ModelNotFoundError:
         raise ModelNotFoundError(f"cache policy {file} does not exist") from None
     except ModelFileError as error:

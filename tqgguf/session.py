@@ -19,12 +19,10 @@ The precise tail is not in a session: restored tokens are read from their blocks
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import json
 import os
-import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -36,8 +34,10 @@ import numpy as np
 
 from ._native import abi_version_expected, import_llama_cpp
 from .config import CACHE_TYPES
-from .errors import ArgumentError, OutOfMemoryError, SessionError
+from .errors import ArgumentError, OutOfMemoryError, SessionError, StateFileError, UnsupportedError
 from .policy import model_hash
+from .state import cell_positions
+from .whole_file import write_whole
 
 if TYPE_CHECKING:
     from .gguf_info import ModelInfo
@@ -50,6 +50,8 @@ SESSION_VERSION: Final = 1
 
 _MAGIC: Final = b"tqgguf\x00S"
 _HEAD: Final = struct.Struct("<8sII32s")
+_LARGEST_HEADER: Final = 1 << 24
+"""Bytes. A conversation that fills a context of a million tokens takes a third of it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class Session:
 
 def read_session(path: str | Path) -> Session:
     """Reads the header of a session file, and checks that the file is as long as the header says.
+
+    Args:
+        path: a file that `Llama.save_session` wrote. What is behind the header is not read.
 
     Raises:
         FileNotFoundError: no such file.
@@ -130,6 +135,8 @@ def _read_header(file: BufferedReader, path: Path) -> Session:
     _, version, n_header, digest = _HEAD.unpack(head)
     if version != SESSION_VERSION:
         raise SessionError(f"{path} has session version {version}, this tqgguf reads {SESSION_VERSION}: save it again")
+    if n_header > _LARGEST_HEADER:
+        raise SessionError(f"{path} is damaged: its header has {n_header:,} bytes, at most {_LARGEST_HEADER:,} can be")
     n_file = os.fstat(file.fileno()).st_size
     if n_file < _HEAD.size + n_header:
         raise SessionError(f"{path} is truncated: it has {n_file:,} bytes, its header alone ends at byte {n_header:,}")
@@ -166,7 +173,12 @@ def _parse(text: bytes, path: Path) -> Session:
             raise ValueError("its keys are not those of a session")
         for key, kind in kinds.items():
             if type(data[key]) is not kind or (kind is int and data[key] < 0):
-                raise ValueError(f"{key} is {data[key]!r}")
+                raise ValueError(f"{key} is {data[key]!r:.80}")
+            if kind is list and not all(type(name) is str for name in data[key]):
+                raise ValueError(f"{key} is {data[key]!r:.80}")
+        for name in (data["model"], data["model_hash"], *data["types_k"], *data["types_v"], *data["settings"]):
+            if not name.isprintable() or len(name) > 256:  # these are shown
+                raise ValueError(f"{name!r:.80} is no name")
         return Session(**{**data, "types_k": tuple(data["types_k"]), "types_v": tuple(data["types_v"])})
     except (ValueError, RecursionError) as error:
         raise SessionError(f"{path} has a header that cannot be read: {error}") from None
@@ -229,11 +241,12 @@ def _refuse_other(session: Session, model: Llama, path: Path) -> None:
         ("holds llama.cpp state version", session.state, mine["state"]),
     ):
         if there != here:
-            raise SessionError(f"{path} {what} {there}, this installation needs {here}")
+            raise SessionError(f"{path} {what} {there!r:.200}, this installation needs {here!r}")
     for name in sorted({*session.settings, *mine["settings"]}):
         then, now = session.settings.get(name), mine["settings"].get(name)
         if then != now:
-            raise SessionError(f"{path} was saved with {name}={then}, this model was loaded with {name}={now}")
+            then_, now_ = f"{name}={then!r:.80}", f"{name}={now!r}"
+            raise SessionError(f"{path} was saved with {then_}, this model was loaded with {now_}")
     if session.n_tokens > model.input_ids.size:
         raise SessionError(
             f"{path} holds {session.n_tokens:,} tokens, the context has {model.input_ids.size:,}: "
@@ -262,7 +275,9 @@ def check_target(path: str | Path) -> None:
     Raises:
         ArgumentError: its folder does not exist or cannot be written to, or there is something that is no session.
     """
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise ArgumentError(f"cannot save a session as {path}: it is a link that leads to itself")
     if not target.parent.is_dir():
         raise ArgumentError(f"cannot save a session as {path}: folder {target.parent} does not exist")
     if not os.access(target.parent, os.W_OK):
@@ -289,7 +304,9 @@ def save(model: Llama, path: str | Path, extra: Mapping[str, Any]) -> Session:
         state = (ctypes.c_uint8 * size)()
     except MemoryError:
         raise OutOfMemoryError(f"no memory for a copy of the cache of {size:,} bytes, which saving needs") from None
-    if size == 0 or llama_cpp.llama_state_seq_get_data(model.ctx, state, size, 0) != size:
+    with model.watched():
+        n_written = llama_cpp.llama_state_seq_get_data(model.ctx, state, size, 0)
+    if size == 0 or n_written != size:
         raise SessionError("llama.cpp could not write the state of its cache")
     tokens = model.input_ids[: model.n_tokens].astype("<i4").tobytes()
     digest = hashlib.sha256(tokens)
@@ -306,40 +323,11 @@ def save(model: Llama, path: str | Path, extra: Mapping[str, Any]) -> Session:
         header = json.dumps(asdict(session)).encode()
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"extra must be what JSON can hold: {error}") from None
+    if len(header) > _LARGEST_HEADER:
+        raise ArgumentError(f"extra takes {len(header):,} bytes as JSON; a session holds {_LARGEST_HEADER:,} at most")
     head = _HEAD.pack(_MAGIC, SESSION_VERSION, len(header), hashlib.sha256(header).digest())
-    _replace(Path(path), (head, header, tokens, state))
+    write_whole(path, (head, header, tokens, state), what="session", private=True)  # it is a conversation
     return session
-
-
-def _replace(path: Path, parts: tuple[Any, ...]) -> None:
-    """Writes a file whole or not at all: whatever happens, the old or the new one is there."""
-    target = path.resolve()
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:  # it is a conversation
-            for piece in parts:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, part)
-        part.replace(target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        said = f"{error.strerror or error}; a session that was there is as it was"
-        raise OSError(error.errno, said, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut, where folders can be synced."""
-    with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
 
 
 # ---- Loading ----
@@ -355,6 +343,7 @@ def restore(model: Llama, path: str | Path) -> Session:
     tokens = np.frombuffer(body, "<i4", session.n_tokens)
     if session.n_tokens and not 0 <= tokens.min() <= tokens.max() < model.n_vocab():
         raise SessionError(f"{path} is damaged: it names tokens beyond the {model.n_vocab():,} of the vocabulary")
+    _refuse_positions(memoryview(body)[4 * session.n_tokens :], session, model, file_path)
     model.reset()
     if not _set_state(model, body, session):
         model.reset()
@@ -362,6 +351,17 @@ def restore(model: Llama, path: str | Path) -> Session:
     model.input_ids[: session.n_tokens] = tokens
     model.n_tokens = session.n_tokens
     return session
+
+
+def _refuse_positions(state: memoryview, session: Session, model: Llama, path: Path) -> None:
+    """Raises SessionError if a cell is of no token of the session. llama.cpp takes what it is given."""
+    try:
+        positions = cell_positions(state, model.model_info)
+    except (StateFileError, UnsupportedError):
+        return  # of a layout that is not modelled here, or damaged: llama.cpp checks its counts, types and sizes
+    wrong = positions[(positions < 0) | (positions >= session.n_tokens)]
+    if wrong.size:
+        raise SessionError(f"{path} is damaged: it has a cell of token {wrong[0]}, and {session.n_tokens:,} tokens")
 
 
 def _set_state(model: Llama, body: bytearray, session: Session) -> bool:

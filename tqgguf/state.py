@@ -23,7 +23,7 @@ from .config import CACHE_TYPES, CacheType
 from .errors import StateFileError, UnsupportedError
 from .gguf_info import KVLayer, ModelInfo
 
-__all__ = ["CacheState", "StoredRows", "parse_state", "read_state"]
+__all__ = ["CacheState", "StoredRows", "cell_positions", "parse_state", "read_state"]
 
 U8 = npt.NDArray[np.uint8]
 
@@ -71,11 +71,13 @@ class CacheState:
         n_cells: cells of the cache that has the most of them, over all streams.
         n_stream: streams: 1, or one for each sequence.
         tensors: K and V of each layer, K of all layers of a cache first.
+        positions: of the cells of every cache, one cache after another.
     """
 
     n_cells: int
     n_stream: int
     tensors: tuple[StoredRows, ...]
+    positions: npt.NDArray[np.int32]
 
 
 def read_state(path: str | Path, info: ModelInfo) -> CacheState:
@@ -87,6 +89,8 @@ def read_state(path: str | Path, info: ModelInfo) -> CacheState:
     """
     file = Path(path)
     try:
+        if file.exists() and not file.is_file():
+            raise StateFileError(f"cannot read the state {file}: it is no regular file")
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _file(file, memoryview(data), info)
     except (OSError, ValueError) as error:
@@ -104,7 +108,9 @@ def _file(file: Path, data: memoryview, info: ModelInfo) -> CacheState:
             magic: (version_, name) for (magic, version_), name in ((_SESSION, "session"), (_SEQUENCE, "sequence"))
         }
         if magic not in known:
-            raise StateFileError(f"{file} is no state of llama.cpp: it begins with neither ggsn nor ggsq")
+            raise StateFileError(
+                f"{file} is neither a session of tqgguf nor a state of llama.cpp (which begins with ggsn or ggsq)"
+            )
         if version != known[magic][0]:
             raise StateFileError(
                 f"{file} is a {known[magic][1]} file of version {version}, this tqgguf reads version "
@@ -135,6 +141,19 @@ def parse_state(
     return _parse(reader, info, has_architecture=not sequence)
 
 
+def cell_positions(data: bytes | memoryview, info: ModelInfo) -> npt.NDArray[np.int32]:
+    """The position of every cell in what `llama_state_seq_get_data` gave for a model, one cache after another.
+
+    llama.cpp takes positions from a state as they are, and looks at those of the windows' cache alone afterwards.
+
+    Raises:
+        StateFileError, UnsupportedError: as `parse_state`.
+    """
+    reader = _Reader(memoryview(data), "the sequence's state", with_rows=False)
+    reader.take(8, "marks")  # a magic number and the sequence's, which llama.cpp reads
+    return _parse(reader, info, has_architecture=False).positions
+
+
 def _parse(reader: _Reader, info: ModelInfo, has_architecture: bool) -> CacheState:
     if not info.layers or not info.exact:
         what = "is not modelled here" if info.layers else "does not exist"
@@ -161,34 +180,27 @@ def _parse(reader: _Reader, info: ModelInfo, has_architecture: bool) -> CacheSta
     if reader.left and not any("hybrid" in note for note in info.notes):
         raise reader.error(f"{reader.left} bytes follow its last row")
     return CacheState(
-        max(n_cells for n_cells, _, _ in found),
+        max(len(positions) for positions, _, _ in found),
         max(n_stream for _, n_stream, _ in found),
         tuple(tensor for _, _, tensors in found for tensor in tensors),
+        np.concatenate([positions for positions, _, _ in found]),
     )
 
 
 def _cache(
     reader: _Reader, layers: Sequence[KVLayer], info: ModelInfo, ext_bytes: int
-) -> tuple[int, int, list[StoredRows]]:
-    """Cells, streams and rows of one cache, the streams' rows one after another."""
+) -> tuple[npt.NDArray[np.int32], int, list[StoredRows]]:
+    """Positions of the cells, number of streams and rows of one cache, the streams' one after another."""
     n_stream = reader.number("I")
     if not 1 <= n_stream <= _MAX_SEQUENCES:
         raise reader.error(f"it has {n_stream} streams, allowed are 1 to {_MAX_SEQUENCES}")
     parts: dict[tuple[str, int], list[tuple[CacheType, U8]]] = {}
-    total = 0
+    positions = [np.empty(0, np.int32)]
     for _ in range(n_stream):
         n_cells = reader.number("I")
         if n_cells == 0:
             continue
-        if n_cells * (8 + ext_bytes) > reader.left:
-            raise reader.error(f"it announces {n_cells} cells")
-        total += n_cells
-        for _ in range(n_cells):
-            reader.number("i")
-            n_seq = reader.number("I")
-            if n_seq > _MAX_SEQUENCES:
-                raise reader.error(f"a cell is of {n_seq} sequences, allowed are {_MAX_SEQUENCES}")
-            reader.take(ext_bytes + 4 * n_seq, "cells")
+        positions.append(_cells(reader, n_cells, ext_bytes))
         transposed, n_layer = reader.number("I"), reader.number("I")
         if transposed > 1 or n_layer != len(layers):
             raise reader.error(f"it has {n_layer} layers where {info.path.name} has {len(layers)}")
@@ -202,8 +214,37 @@ def _cache(
         if any(other != kind for other, _ in pieces):
             raise reader.error(f"layer {index} has {side} of several types")
         layer = next(layer for layer in layers if layer.index == index)
-        tensors.append(StoredRows(layer, side, kind, np.concatenate([rows for _, rows in pieces])))
-    return total, n_stream, tensors
+        rows = pieces[0][1] if len(pieces) == 1 else np.concatenate([rows for _, rows in pieces])
+        tensors.append(StoredRows(layer, side, kind, rows))
+    return np.concatenate(positions), n_stream, tensors
+
+
+def _cells(reader: _Reader, n_cells: int, ext_bytes: int) -> npt.NDArray[np.int32]:
+    """Positions of cells."""
+    if n_cells * (8 + ext_bytes) > reader.left:
+        raise reader.error(f"it announces {n_cells} cells")
+    positions = np.empty(n_cells, np.int32)
+    size = 12 + ext_bytes
+    if n_cells * size <= reader.left:  # all of one sequence, as nearly always: at once
+        words = _words(reader, n_cells, size)
+        if (words[:, 1] == 1).all():
+            reader.take(n_cells * size, "cells")
+            positions[:] = words[:, 0]
+            return positions
+    for i in range(n_cells):
+        positions[i] = reader.number("i")
+        n_seq = reader.number("I")
+        if n_seq > _MAX_SEQUENCES:
+            raise reader.error(f"a cell is of {n_seq} sequences, allowed are {_MAX_SEQUENCES}")
+        reader.take(ext_bytes + 4 * n_seq, "cells")
+    return positions
+
+
+def _words(reader: _Reader, n: int, size: int) -> npt.NDArray[np.int32]:
+    """The first two words of n records that begin here: a copy, so that an error may outlive the file's mapping."""
+    records = np.frombuffer(reader.data, np.uint8, n * size, reader.at).reshape(n, size)
+    words: npt.NDArray[np.int32] = records[:, :8].copy().view("<i4")
+    return words
 
 
 def _rows(reader: _Reader, layer: KVLayer, side: str, n_cells: int, transposed: bool) -> tuple[CacheType, U8]:
@@ -222,18 +263,24 @@ def _rows(reader: _Reader, layer: KVLayer, side: str, n_cells: int, transposed: 
             raise reader.error(
                 f"layer {layer.index} has {n} rows of V of {size} bytes, {width} of {kind.bytes} expected"
             )
-        columns = np.frombuffer(reader.take(n_cells * row_bytes, "V"), np.uint8).reshape(width, n_cells, size)
+        found = reader.take(n_cells * row_bytes, "V")
+        if not reader.with_rows:
+            return kind, np.empty((n_cells, 0), np.uint8)
+        columns = np.frombuffer(found, np.uint8).reshape(width, n_cells, size)
         return kind, columns.transpose(1, 0, 2).reshape(n_cells, row_bytes)
     given = reader.number("Q")
     if given != row_bytes:
         raise reader.error(f"layer {layer.index} has rows of {side} of {given} bytes, {row_bytes} expected")
-    data = np.frombuffer(reader.take(n_cells * row_bytes, side), np.uint8)
+    found = reader.take(n_cells * row_bytes, side)
+    if not reader.with_rows:
+        return kind, np.empty((n_cells, 0), np.uint8)
+    data = np.frombuffer(found, np.uint8)
     return kind, data.reshape(n_cells, row_bytes).copy()
 
 
 class _Reader:
-    def __init__(self, data: memoryview, name: str) -> None:
-        self.data, self.name, self.at = data, name, 0
+    def __init__(self, data: memoryview, name: str, with_rows: bool = True) -> None:
+        self.data, self.name, self.with_rows, self.at = data, name, with_rows, 0
 
     @property
     def left(self) -> int:

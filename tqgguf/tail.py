@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import warnings
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -22,6 +23,9 @@ DEFAULT_TAIL: Final = 128
 """Newest tokens kept in f16 unless told otherwise."""
 
 MAX_TAIL: Final = 2**20
+
+READ_IN_PART: Final = frozenset({"deepseek4", "minimax-m3"})
+"""Architectures whose sparse layers gather their keys before they attend, and so read blocks where a row is kept."""
 
 _FIRST: Final = 4
 """As TQ_GGML_TAIL_FIRST."""
@@ -38,6 +42,16 @@ def check_tail(n: Any) -> int:
             f"tail is {n!r}, must be an integer between 0 and {MAX_TAIL}: the newest tokens kept in f16"
         )
     return int(n.__index__())
+
+
+def warn_unread(n: int, architecture: str) -> None:
+    """Warns if a tail of n tokens is kept for a model that reads it in a part of its layers only."""
+    if n and architecture in READ_IN_PART:
+        warnings.warn(
+            f"layers with sparse attention do not read the precise tail, and {architecture} has them: "
+            f"tail=0 saves its memory",
+            stacklevel=4,
+        )
 
 
 def tail_batch(n: int, most: int) -> int:

@@ -7,7 +7,7 @@
 
 /* ---- Kernels ---- */
 
-/* One for each of our types on both sides and DK = 32 BLOCKS, 64 or 128; the last, TQ_ANY, for all other pairs and head sizes. */
+/* One for each of our types on both sides and DK = DV = 32 BLOCKS, 64 or 128; the last, TQ_ANY, for all other pairs and head sizes. */
 template <int T, int NT, int BLOCKS> TQ_KERNEL(TQ_ATTENTION_THREADS, TQ_ATTENTION_BLOCKS) tq_attend_kernel(TQ_PARAMETER tq_attention p) {
     TQ_SHARED(shared);
     tq_attend<T, T, NT, BLOCKS>(p, shared);
@@ -35,10 +35,10 @@ template <int NT, int BLOCKS> static tq_attention_kernel kernel_of_type(int type
 }
 
 template <int NT> static tq_attention_kernel kernel_of(const tq_attention & p) {
-    if (p.one_table && p.k.n_blocks == 4) {
+    if (p.blocks == 4) {
         return kernel_of_type<NT, 4>(p.k.type);
     }
-    if (p.one_table && p.k.n_blocks == 2) {
+    if (p.blocks == 2) {
         return kernel_of_type<NT, 2>(p.k.type);
     }
     return tq_attend_kernel<TQ_ANY, NT, 0>;

@@ -21,8 +21,8 @@
 #ifndef TQ_ATTENTION_CUH
 #define TQ_ATTENTION_CUH
 
-#include "attention_plan.h"
 #include "slices.cuh"
+#include "tiles.cuh"
 #include "transform.cuh"
 
 #define TQ_WEIGHT 1024.0f
@@ -32,20 +32,14 @@ struct alignas(16) tq_quad {
     uint32_t word[4];
 };
 
-/* Where a block of threads works. */
-struct tq_task {
-    int stream, kv_stream, kv_head, vec0, split;
-    int begin, end; /* keys */
-};
-
 /* What a thread knows of the query vector whose softmax it helps with. */
 struct tq_row {
     int             vec;    /* of the block's 8 or 16 */
     int             first;  /* of its tokens in a tile; the others are step further on each */
     int             step;
     bool            valid;
+    bool            any;    /* whether the warp has a vector: what columns without one hold, nobody looks at */
     const uint8_t * mask;
-    float           slope, factor; /* factor: score = factor * what scores() finds */
     float           max, sum;      /* sum: of this thread's tokens alone, in units of WEIGHT */
 };
 
@@ -54,7 +48,8 @@ struct tq_buffers {
     tq_quad * q;       /* (n_tiles, n_blocks of K, 32 lanes): fragments */
     float *   scores;  /* (vectors, tile + 4) */
     uint16_t *weights; /* (vectors, tile + 8), f16 */
-    float *   factors; /* (vectors): what earlier results are multiplied by; four such arrays */
+    float *   factors; /* (vectors): what earlier results are multiplied by; then more such arrays: */
+    float *   max, *sum, *scale, *slope; /* at the end; a score is scale * what scores() finds, and slope * mask */
     uint8_t * stages;
 };
 
@@ -67,80 +62,26 @@ TQ_D tq_buffers tq_carve(const tq_attention & p, bool one_table, unsigned char *
     w.scores  = (float *) (void *) (shared + p.at_scores);
     w.weights = (uint16_t *) (void *) (shared + p.at_weights);
     w.factors = (float *) (void *) (shared + p.at_vectors);
+    w.max     = w.factors + 8 * p.n_tiles;
+    w.sum     = w.max + 8 * p.n_tiles;
+    w.scale   = w.sum + 8 * p.n_tiles;
+    w.slope   = w.scale + 8 * p.n_tiles;
     w.stages  = shared + p.at_stages;
     return w;
 }
 
-TQ_D tq_task tq_task_of(const tq_attention & p) {
-    tq_task k;
-    k.kv_head   = tq_block_x() % p.n_head_kv; /* fastest: the heads of a token share sectors */
-    k.split     = tq_block_x() / p.n_head_kv;
-    k.vec0      = tq_block_y() * 8 * p.n_tiles;
-    k.stream    = tq_block_z();
-    k.kv_stream = k.stream / p.streams_per_kv;
-    k.begin     = k.split * p.split;
-    k.end       = p.n_kv - k.begin < p.split ? p.n_kv : k.begin + p.split;
-    return k;
-}
+/* ---- Tables ---- */
 
-/* ---- Memory ---- */
-
-/* How far a head's rows in shared memory lie behind a multiple of 16 bytes. */
-TQ_D int tq_lead(const tq_operand & x, const tq_task & k) { return x.grain == 16 ? (int) (k.kv_head * x.stride_head) & 15 : 0; }
-
-/* A thread copies the same unit, a unit being what is copied at once, of every rows_on-th row: up to 256 % units threads have
- * nothing to do, but where a thread goes on takes two additions rather than a division. units: that this head needs. */
-template <int BYTES> TQ_D void tq_copy_rows(const tq_operand & x, const uint8_t * from, int n, int units, uint8_t * to) {
-    const int first = (int) tq_multiply_high((uint32_t) tq_thread(), x.units_inverse);
-    const int unit  = tq_thread() - first * x.units;
-    from += first * x.stride_token + unit * BYTES;
-    to += first * x.stride_shared + unit * BYTES;
-    TQ_NO_UNROLL
-    for (int row = first < x.rows_on ? first : n; row < n; row += x.rows_on) {
-        if (BYTES >= 16) {
-            if (unit < units) {
-                tq_copy_async<16>(to, from);
-            }
-        }
-        TQ_NO_UNROLL
-        for (int i = unit; BYTES < 16 && i < units; i += TQ_ATTENTION_THREADS) { /* once, but for the longest rows */
-            if (BYTES == 2) {
-                *(uint16_t *) (void *) (to + (i - unit) * BYTES) = *(const uint16_t *) (const void *) (from + (i - unit) * BYTES);
-            } else {
-                tq_copy_async<BYTES == 8 ? 8 : 4>(to + (i - unit) * BYTES, from + (i - unit) * BYTES);
-            }
-        }
-        from += x.rows_on * x.stride_token;
-        to += x.rows_on * x.stride_shared;
-    }
-}
-
-TQ_D void tq_load_operand(const tq_operand & x, const tq_task & k, int t0, int n, uint8_t * to) {
-    const uint8_t * from = x.data + k.kv_stream * x.stride_stream + k.kv_head * x.stride_head + t0 * x.stride_token;
-    if (x.grain == 16) {
-        const int lead = tq_lead(x, k);
-        tq_copy_rows<16>(x, from - lead, n, (lead + x.row_bytes + 15) / 16, to);
-    } else if (x.grain == 8) {
-        tq_copy_rows<8>(x, from, n, x.units, to);
-    } else if (x.grain == 4) {
-        tq_copy_rows<4>(x, from, n, x.units, to);
-    } else {
-        tq_copy_rows<2>(x, from, n, x.units, to);
-    }
-}
-
-/* Starts to load the tile at t0, K and V. */
-TQ_D void tq_load_tile(const tq_attention & p, const tq_task & k, int t0, uint8_t * stage) {
-    const int n = k.end - t0 < p.tile ? k.end - t0 : p.tile;
-    tq_load_operand(p.k, k, t0, n, stage);
-    tq_load_operand(p.v, k, t0, n, stage + p.v_in_stage);
-    tq_copy_commit();
-}
-
+/* An entry is found once and stored in all its copies, 16 bytes at a time, each thread beginning at another bank. */
 template <typename T> TQ_D void tq_fill_table(const float * levels, uint32_t * table) {
-    TQ_NO_UNROLL
-    for (int i = tq_thread(); i < T::ENTRIES * TQ_LANES; i += TQ_ATTENTION_THREADS) {
-        table[i] = T::entry(levels, i / TQ_LANES);
+    const int n = T::ENTRIES > 0 ? T::ENTRIES : 1, n_quads = TQ_LANES / 4, i = tq_thread() % n;
+    if (T::ENTRIES > 0) {
+        const uint32_t x = T::entry(levels, i);
+        const tq_quad  copies = { { x, x, x, x } };
+        TQ_UNROLL
+        for (int first = 0; first < n_quads; first += TQ_ATTENTION_THREADS / n) {
+            ((tq_quad *) (void *) table)[i * n_quads + (i + first + tq_thread() / n) % n_quads] = copies;
+        }
     }
 }
 
@@ -154,16 +95,26 @@ TQ_HD float tq_power_for(float amax, float * inverse) {
     return tq_bits_float((uint32_t) (127 + 6 - e) << 23);
 }
 
-/* Writes the q fragments and, for each query vector, what its scores must be multiplied by: factors. A warp takes a vector. */
+/* ALiBi: Press et al., arXiv:2108.12409, extended to head counts that are no power of two as llama.cpp does. */
+TQ_HD float tq_slope(const tq_attention & p, int head) {
+    if (p.max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    int n = 1;
+    while (2 * n <= p.n_head) {
+        n *= 2;
+    }
+    return head < n ? exp2f(-p.max_bias / (float) n * (float) (head + 1)) : exp2f(-p.max_bias / 2.0f / (float) n * (float) (2 * (head - n) + 1));
+}
+
+/* Writes the q fragments and, for each query vector, scale and slope. A warp takes a vector. */
 template <typename T> TQ_D void tq_load_queries(const tq_attention & p, const tq_task & k, const tq_buffers & w) {
     const int  lane   = tq_thread() % 32;
     uint16_t * halves = (uint16_t *) (void *) w.q;
-    for (int i = tq_thread() / 32; i < 8 * p.n_tiles; i += TQ_WARPS) {
-        const int     vec   = k.vec0 + i;
-        const bool    valid = vec < p.n_vec;
-        const float * q     = (const float *) (const void *) (p.q + k.stream * p.q_stride_stream +
-                                                          (int64_t) (valid ? k.kv_head * p.group + vec % p.group : 0) * p.q_stride_head +
-                                                          (int64_t) (valid ? vec / p.group : 0) * p.q_stride_row);
+    for (int i = tq_thread() / 32; i < 8 * p.n_tiles && k.vec0 + i < p.n_vec; i += TQ_WARPS) {
+        const int     row = (k.vec0 + i) / p.group, head = k.kv_head * p.group + k.vec0 + i - row * p.group;
+        const float * q   = (const float *) (const void *) (p.q + k.stream * p.q_stride_stream + (int64_t) head * p.q_stride_head +
+                                                          (int64_t) row * p.q_stride_row);
         float         amax  = 0.0f, inverse;
         for (int b = 0; b < p.k.n_blocks; ++b) {
             amax = fmaxf(amax, fabsf(q[b * TQ_BLOCK + lane]));
@@ -178,35 +129,25 @@ template <typename T> TQ_D void tq_load_queries(const tq_attention & p, const tq
             if (p.k.ours) {
                 x = tq_transform_warp(p.k.signs_first, x, lane);
             }
-            /* which part of the block's four holds this value, and as its which */
-            const bool trellis = T::dim(0, 2) != 2;
-            const int  part    = trellis ? lane % 8 / 2 : lane / 8;
-            const int  n       = trellis ? 2 * (lane / 8) + lane % 2 : lane % 8;
-            const int  at      = (((i / 8) * p.k.n_blocks + b) * 32 + 4 * (i % 8) + part) * 8 + n;
-            halves[at]         = (uint16_t) (valid ? tq_half2(x, 0.0f) : 0u);
+            const tq_spot spot = tq_spot_of(T::dim(0, 2) != 2, lane);
+            const int     at   = (((i / 8) * p.k.n_blocks + b) * 32 + 4 * (i % 8) + spot.part) * 8 + spot.n;
+            halves[at]        = (uint16_t) tq_half2(x, 0.0f);
         }
         if (lane == 0) {
-            w.factors[i] = inverse * (p.softcap > 0.0f ? p.scale / p.softcap : p.scale) / T::unit();
+            w.scale[i] = inverse * (p.softcap > 0.0f ? p.scale / p.softcap : p.scale) / T::unit();
+            w.slope[i] = tq_slope(p, head);
         }
     }
 }
 
 /* ---- Scores ---- */
 
-/* ALiBi: Press et al., arXiv:2108.12409, extended to head counts that are no power of two as llama.cpp does. */
-TQ_HD float tq_slope(const tq_attention & p, int head) {
-    if (p.max_bias <= 0.0f) {
-        return 1.0f;
-    }
-    int n = 1;
-    while (2 * n <= p.n_head) {
-        n *= 2;
-    }
-    return head < n ? exp2f(-p.max_bias / (float) n * (float) (head + 1)) : exp2f(-p.max_bias / 2.0f / (float) n * (float) (2 * (head - n) + 1));
-}
+/* BLOCKS, here and below: of K and of V if the kernel is made for that number, otherwise 0. */
+template <int BLOCKS> TQ_D int tq_blocks(const tq_operand & x) { return BLOCKS > 0 ? BLOCKS : x.n_blocks; }
+template <int BLOCKS> TQ_D int tq_stride(const tq_operand & x) { return BLOCKS > 0 ? TQ_FIXED_STRIDE(BLOCKS) : x.stride_shared; }
 
-/* scores <- K q. KEPT: the number of K blocks, whose q fragments are in registers, q; 0: any number, and q is read from w. */
-template <typename T, int NT, int KEPT>
+/* scores <- K q, whose fragments are in registers, q, or in w if BLOCKS is 0. */
+template <typename T, int NT, int BLOCKS>
 TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const tq_quad (*q)[NT], const uint8_t * tile) {
     const int        lane = tq_thread() % 32, warp = tq_thread() / 32, g = lane / 4, t = lane % 4;
     const int        ld   = p.tile + 4;
@@ -214,15 +155,15 @@ TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const tq_quad 
     if (16 * warp >= p.tile) {
         return;
     }
-    const uint32_t * row0 = (const uint32_t *) (const void *) (tile + (16 * warp + g) * p.k.stride_shared);
-    const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + 8 * p.k.stride_shared);
+    const uint32_t * row0 = (const uint32_t *) (const void *) (tile + (16 * warp + g) * tq_stride<BLOCKS>(p.k));
+    const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + 8 * tq_stride<BLOCKS>(p.k));
     float            sum[NT][4];
     TQ_UNROLL
     for (int i = 0; i < NT; ++i) {
         sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
     }
-    const int n_blocks = KEPT > 0 ? KEPT : p.k.n_blocks;
-    TQ_UNROLL_BY(KEPT > 0 ? KEPT : 1)
+    const int n_blocks = tq_blocks<BLOCKS>(p.k);
+    TQ_UNROLL_BY(BLOCKS > 0 ? BLOCKS : 1)
     for (int b = 0; b < n_blocks; ++b) {
         const typename T::slice s0 = T::load(row0, b, t), s1 = T::load(row1, b, t);
         const uint32_t          d  = tq_scales<T>(row0, row1, b);
@@ -235,7 +176,7 @@ TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const tq_quad 
         }
         TQ_UNROLL
         for (int i = 0; i < NT; ++i) {
-            const tq_quad x    = KEPT > 0 ? q[KEPT > 0 ? b : 0][i] : w.q[(i * n_blocks + b) * 32 + lane];
+            const tq_quad x    = BLOCKS > 0 ? q[BLOCKS > 0 ? b : 0][i] : w.q[(i * n_blocks + b) * 32 + lane];
             float         c[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
             tq_mma(c, a[0], a[1], a[2], a[3], x.word[0], x.word[1]);
             tq_mma(c, a[4], a[5], a[6], a[7], x.word[2], x.word[3]);
@@ -263,14 +204,16 @@ TQ_D tq_row tq_row_of(const tq_attention & p, const tq_task & k, int n_tiles) {
     r.vec   = tq_thread() / r.step;
     r.first = tq_thread() % r.step;
     r.valid = k.vec0 + r.vec < p.n_vec;
-    const int vec = r.valid ? k.vec0 + r.vec : 0, head = k.kv_head * p.group + vec % p.group;
-    r.slope  = tq_slope(p, head);
-    r.mask   = p.mask == NULL ? NULL
-                              : p.mask + (int64_t) (vec / p.group) * p.mask_stride_row + (int64_t) (head % p.n_mask_head) * p.mask_stride_head +
-                                    (int64_t) (k.stream % p.n_mask_stream) * p.mask_stride_stream;
-    r.factor = 0.0f;
-    r.max    = -INFINITY;
-    r.sum    = 0.0f;
+    r.any   = k.vec0 + tq_thread() / 32 * n_tiles < p.n_vec;
+    r.mask  = NULL;
+    if (p.mask != NULL) { /* divisions take some 25 instructions: as few as can be */
+        const int vec = r.valid ? k.vec0 + r.vec : 0, row = vec / p.group, head = k.kv_head * p.group + vec - row * p.group;
+        r.mask        = p.mask + (int64_t) row * p.mask_stride_row;
+        r.mask += p.n_mask_head > 1 ? (int64_t) (head % p.n_mask_head) * p.mask_stride_head : 0;
+        r.mask += p.n_mask_stream > 1 ? (int64_t) (k.stream % p.n_mask_stream) * p.mask_stride_stream : 0;
+    }
+    r.max   = -INFINITY;
+    r.sum   = 0.0f;
     return r;
 }
 
@@ -286,17 +229,26 @@ TQ_D bool tq_owns_row(const tq_attention & p, const tq_task & k, int t) {
 /* The mask of this thread's tokens of the tile at t0; returns whether it lets any be seen. Keys that do not exist are hidden,
  * too, and what is hidden does not count, whatever it is. */
 template <int NT> TQ_D int tq_load_mask(const tq_attention & p, const tq_task & k, const tq_row & r, int t0, uint16_t * mask) {
-    int seen = 0;
+    const int        left = !r.valid ? 0 : (k.end - t0 < p.tile ? k.end - t0 : p.tile) - r.first;
+    const uint16_t * from = (const uint16_t *) (const void *) r.mask + t0 + r.first;
+    int              seen = 0;
+    if (!r.any) {
+        return seen;
+    }
     TQ_UNROLL
     for (int i = 0; i < 4 * NT; ++i) {
-        const int j = r.first + i * r.step;
-        mask[i]     = TQ_F16_NEGATIVE_INFINITY;
-        if (j < p.tile && r.valid && t0 + j < k.end) {
-            mask[i] = r.mask == NULL ? (uint16_t) 0 : ((const uint16_t *) (const void *) r.mask)[t0 + j];
-            if (p.n_recent > 0 && tq_owns_row(p, k, t0 + j)) {
+        mask[i] = i * r.step < left ? (r.mask == NULL ? (uint16_t) 0 : from[i * r.step]) : (uint16_t) TQ_F16_NEGATIVE_INFINITY;
+    }
+    if (p.n_recent > 0) {
+        TQ_UNROLL
+        for (int i = 0; i < 4 * NT; ++i) {
+            if (mask[i] != TQ_F16_NEGATIVE_INFINITY && tq_owns_row(p, k, t0 + r.first + i * r.step)) {
                 mask[i] = TQ_F16_NEGATIVE_INFINITY;
             }
         }
+    }
+    TQ_UNROLL
+    for (int i = 0; i < 4 * NT; ++i) {
         seen |= mask[i] != TQ_F16_NEGATIVE_INFINITY;
     }
     return seen;
@@ -307,16 +259,24 @@ template <int NT> TQ_D int tq_load_mask(const tq_attention & p, const tq_task & 
 template <int NT> TQ_D void tq_softmax(const tq_attention & p, const tq_buffers & w, const uint16_t * mask, tq_row * r) {
     const float * s = w.scores + r->vec * (p.tile + 4);
     float         x[4 * NT], top = r->max;
+    if (!r->any) {
+        return;
+    }
+    const float scale = w.scale[r->vec], slope = w.slope[r->vec];
     TQ_UNROLL
     for (int i = 0; i < 4 * NT; ++i) {
-        const int j = r->first + i * r->step;
-        x[i]        = -INFINITY;
-        if (mask[i] != TQ_F16_NEGATIVE_INFINITY) {
-            x[i] = s[j] * r->factor;
-            x[i] = p.softcap > 0.0f ? p.softcap * tanhf(x[i]) : x[i];
-            x[i] += r->slope * tq_half_to_float(mask[i]);
+        x[i] = s[r->first + i * r->step] * scale; /* beyond a small tile, whatever is there */
+    }
+    if (p.softcap > 0.0f) {
+        TQ_UNROLL
+        for (int i = 0; i < 4 * NT; ++i) {
+            x[i] = p.softcap * tanhf(x[i]);
         }
-        top = fmaxf(top, x[i]);
+    }
+    TQ_UNROLL
+    for (int i = 0; i < 4 * NT; ++i) {
+        x[i] = mask[i] != TQ_F16_NEGATIVE_INFINITY ? x[i] + slope * tq_half_to_float(mask[i]) : -INFINITY;
+        top  = fmaxf(top, x[i]);
     }
     TQ_UNROLL
     for (int h = 1; h < 32 / NT; h *= 2) {
@@ -348,8 +308,8 @@ struct tq_share {
     bool any;
 };
 
-TQ_D tq_share tq_share_of(const tq_attention & p) {
-    const int n_units = (p.v.n_blocks + 1) / 2, warp = tq_thread() / 32;
+template <int BLOCKS> TQ_D tq_share tq_share_of(const tq_attention & p) {
+    const int n_units = (tq_blocks<BLOCKS>(p.v) + 1) / 2, warp = tq_thread() / 32;
     tq_share  s;
     s.n_parts = n_units == 1 ? 8 : n_units == 2 ? 4 : n_units <= 4 ? 2 : 1;
     s.unit    = warp % n_units;
@@ -359,10 +319,11 @@ TQ_D tq_share tq_share_of(const tq_attention & p) {
 }
 
 /* Zeroes rows of f16 V that have no weight: they may hold infinities, which a weight of 0 does not cancel. */
-TQ_D void tq_drop_unseen(const tq_attention & p, const tq_buffers & w, uint8_t * tile) {
+TQ_D void tq_drop_unseen(const tq_attention & p, const tq_task & k, const tq_buffers & w, uint8_t * tile) {
+    const int n_vec = p.n_vec - k.vec0 < 8 * p.n_tiles ? p.n_vec - k.vec0 : 8 * p.n_tiles;
     for (int j = tq_thread(); j < p.tile; j += TQ_ATTENTION_THREADS) {
         uint32_t any = 0;
-        for (int i = 0; i < 8 * p.n_tiles; ++i) {
+        for (int i = 0; i < n_vec; ++i) {
             any |= w.weights[i * (p.tile + 8) + j];
         }
         for (int i = 0; i < p.v.row_bytes / 4 && any == 0; ++i) {
@@ -372,9 +333,9 @@ TQ_D void tq_drop_unseen(const tq_attention & p, const tq_buffers & w, uint8_t *
 }
 
 /* o <- factors o + V^T weights; o[i][j]: the lane's part of dimensions n = 2 j, 2 j + 1 of its slice */
-template <typename T, int NT>
+template <typename T, int NT, int BLOCKS>
 TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_share & share, const uint8_t * tile, float (*o)[4][4]) {
-    const int        lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = p.tile + 8;
+    const int        lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = p.tile + 8, stride = tq_stride<BLOCKS>(p.v);
     const uint32_t * table = w.v_table;
     if (!share.any) {
         return;
@@ -391,9 +352,9 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
         }
     }
     const int        column = 2 * share.unit + g / 4, part = g % 4;
-    const uint32_t   keep   = column < p.v.n_blocks ? 0xffffffffu : 0u; /* the last unit of an odd number of blocks is half empty */
+    const uint32_t   keep   = column < tq_blocks<BLOCKS>(p.v) ? 0xffffffffu : 0u; /* the last unit of an odd number of blocks is half empty */
     const int        b      = keep ? column : 0;
-    const uint8_t *  rows   = tile + (16 * share.part + 2 * t) * p.v.stride_shared;
+    const uint8_t *  rows   = tile + (16 * share.part + 2 * t) * stride;
     const uint16_t * from   = w.weights + g * ld + 16 * share.part + 2 * t;
     TQ_NO_UNROLL
     for (int t0 = 16 * share.part; t0 < p.tile; t0 += 16 * share.n_parts) {
@@ -401,8 +362,8 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
         uint32_t           d[2];
         TQ_UNROLL
         for (int i = 0; i < 2; ++i) { /* tokens 2 t + 8 i and the next one */
-            const uint32_t * row0 = (const uint32_t *) (const void *) (rows + 8 * i * p.v.stride_shared);
-            const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + p.v.stride_shared);
+            const uint32_t * row0 = (const uint32_t *) (const void *) (rows + 8 * i * stride);
+            const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + stride);
             m[i]                  = T::merge(T::load(row0, b, part), T::load(row1, b, part));
             d[i]                  = tq_scales<T>(row0, row1, b) & keep;
         }
@@ -426,34 +387,36 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
                 tq_mma(o[i][j], a[0], a[1], a[2], a[3], weights[i][0], weights[i][1]);
             }
         }
-        rows += 16 * share.n_parts * p.v.stride_shared;
+        rows += 16 * share.n_parts * stride;
         from += 16 * share.n_parts;
     }
 }
 
 /* ---- Results ---- */
 
-/* Adds the parts of the warps: out: (vectors, DV), in the memory that the tiles were in. */
-template <typename T, int NT>
-TQ_D void tq_add_parts(const tq_attention & p, const tq_share & share, const float (*o)[4][4], float * out) {
-    const int lane = tq_thread() % 32, g = lane / 4, t = lane % 4, dv = p.v.n_blocks * TQ_BLOCK;
-    const int column = 2 * share.unit + g / 4;
+/* Adds the parts of the warps, in the memory that the tiles were in. */
+template <int NT, int BLOCKS> TQ_D void tq_add_parts(const tq_attention & p, const tq_share & share, float (*o)[4][4], float * sums) {
+    const int lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = tq_sum_stride(tq_blocks<BLOCKS>(p.v));
+    float *   mine = sums + 2 * t * ld + share.unit * 64 + g;
     for (int part = 0; part < share.n_parts; ++part) {
-        if (share.any && share.part == part && column < p.v.n_blocks) {
+        if (share.any && share.part == part) {
             TQ_UNROLL
-            for (int i = 0; i < NT; ++i) {
-                TQ_UNROLL
-                for (int j = 0; j < 4; ++j) {
-                    TQ_UNROLL
-                    for (int r = 0; r < 4; ++r) {
-                        float * to = out + (8 * i + 2 * t + r % 2) * dv + column * TQ_BLOCK + T::dim(g % 4, 2 * j + r / 2);
-                        *to        = part == 0 ? o[i][j][r] : *to + o[i][j][r];
-                    }
-                }
+            for (int i = 0; i < 16 * NT && part > 0; ++i) {
+                o[i / 16][i / 4 % 4][i % 4] += mine[(i / 16 * 8 + i % 2) * ld + 8 * (i / 2 % 8)];
+            }
+            TQ_UNROLL
+            for (int i = 0; i < 16 * NT; ++i) {
+                mine[(i / 16 * 8 + i % 2) * ld + 8 * (i / 2 % 8)] = o[i / 16][i / 4 % 4][i % 4];
             }
         }
         tq_sync();
     }
+}
+
+/* Value lane of block b of a vector's sum. */
+TQ_D float tq_sum_of(const tq_attention & p, const float * sums, int vec, int b, int lane) {
+    const tq_spot spot = tq_spot_of(tq_is_trellis(p.v.type), lane);
+    return sums[vec * tq_sum_stride(p.v.n_blocks) + (b / 2 * 8 + spot.n) * 8 + 4 * (b % 2) + spot.part];
 }
 
 /* Adds the sink; returns what the sum of weighted values must be multiplied by. */
@@ -479,31 +442,31 @@ TQ_D void tq_write_output(const tq_attention & p, const tq_task & k, int vec, in
 }
 
 /* One range of keys, from beginning to end. */
-template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attention & p, unsigned char * shared) {
+template <int KT, int VT, int NT, int BLOCKS> TQ_D void tq_attend(const tq_attention & p, unsigned char * shared) {
     const tq_task    k     = tq_task_of(p);
     const tq_buffers w     = tq_carve(p, KT != TQ_ANY && KT == VT, shared);
-    const tq_share   share = tq_share_of(p);
+    const tq_share   share = tq_share_of<BLOCKS>(p);
     const int        lane = tq_thread() % 32, warp = tq_thread() / 32;
     const int        k_lead = tq_lead(p.k, k), v_lead = tq_lead(p.v, k);
     float            o[NT][4][4];
-    tq_quad          q[KEPT > 0 ? KEPT : 1][NT];
+    tq_quad          q[BLOCKS > 0 ? BLOCKS : 1][NT];
 
+    tq_loader loaders[2] = { tq_loader_of(p.k, k, 0), tq_loader_of(p.v, k, p.v_in_stage) };
     if (k.begin < k.end) {
-        tq_load_tile(p, k, k.begin, w.stages);
+        tq_load_tile(p, k, loaders, k.begin, w.stages);
     }
     TQ_WITH_TYPE(KT, p.k.type, tq_fill_table<TQ>(p.k.levels, w.k_table));
-    if (!p.one_table) {
+    if (BLOCKS == 0 && !p.one_table) {
         TQ_WITH_TYPE(VT, p.v.type, tq_fill_table<TQ>(p.v.levels, w.v_table));
     }
     TQ_WITH_TYPE(KT, p.k.type, tq_load_queries<TQ>(p, k, w));
     tq_sync();
     tq_row row = tq_row_of(p, k, NT);
-    row.factor = w.factors[row.vec];
     TQ_UNROLL
-    for (int b = 0; b < KEPT; ++b) {
+    for (int b = 0; b < BLOCKS; ++b) {
         TQ_UNROLL
         for (int i = 0; i < NT; ++i) {
-            q[b][i] = w.q[(i * KEPT + b) * 32 + lane];
+            q[b][i] = w.q[(i * BLOCKS + b) * 32 + lane];
         }
     }
     TQ_UNROLL
@@ -526,22 +489,22 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
         const int seen = tq_sync_or(any); /* the tile is there, and the one before it is done with */
         if (more && p.n_stages == 2) {
             stage ^= 1;
-            tq_load_tile(p, k, t0 + p.tile, w.stages + stage * p.stage_bytes);
+            tq_load_tile(p, k, loaders, t0 + p.tile, w.stages + stage * p.stage_bytes);
         }
         if (seen) {
-            TQ_WITH_TYPE(KT, p.k.type, (tq_scores<TQ, NT, KEPT>(p, w, q, k_tile)));
+            TQ_WITH_TYPE(KT, p.k.type, (tq_scores<TQ, NT, BLOCKS>(p, w, q, k_tile)));
             tq_sync();
             tq_softmax<NT>(p, w, mask, &row);
             tq_sync();
             if (VT == TQ_ANY && !p.v.ours) {
-                tq_drop_unseen(p, w, v_tile);
+                tq_drop_unseen(p, k, w, v_tile);
                 tq_sync();
             }
-            TQ_WITH_TYPE(VT, p.v.type, (tq_accumulate<TQ, NT>(p, w, share, v_tile, o)));
+            TQ_WITH_TYPE(VT, p.v.type, (tq_accumulate<TQ, NT, BLOCKS>(p, w, share, v_tile, o)));
         }
         if (more && p.n_stages == 1) {
             tq_sync();
-            tq_load_tile(p, k, t0 + p.tile, w.stages);
+            tq_load_tile(p, k, loaders, t0 + p.tile, w.stages);
         }
     }
 
@@ -549,29 +512,29 @@ template <int KT, int VT, int NT, int KEPT> TQ_D void tq_attend(const tq_attenti
     for (int h = 1; h < 32 / NT; h *= 2) {
         row.sum += tq_exchange(row.sum, h);
     }
-    const int n = 8 * NT, dv = p.v.n_blocks * TQ_BLOCK;
-    float *   out = (float *) (void *) w.stages, *max = w.factors + n, *sum = max + n;
+    const int n = 8 * NT, n_blocks = tq_blocks<BLOCKS>(p.v), dv = n_blocks * TQ_BLOCK;
+    float *   sums = (float *) (void *) w.stages;
     tq_sync();
     if (row.first == 0) {
-        max[row.vec] = row.max;
-        sum[row.vec] = row.sum;
+        w.max[row.vec] = row.max;
+        w.sum[row.vec] = row.sum;
     }
-    TQ_WITH_TYPE(VT, p.v.type, (tq_add_parts<TQ, NT>(p, share, o, out)));
+    tq_add_parts<NT, BLOCKS>(p, share, o, sums);
     const int64_t vec0 = ((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + k.vec0;
-    for (int i = warp; i < n * p.v.n_blocks; i += TQ_WARPS) {
-        const int vec = i / p.v.n_blocks, b = i % p.v.n_blocks;
+    for (int i = warp; i < n * n_blocks; i += TQ_WARPS) {
+        const int vec = i / n_blocks, b = i % n_blocks;
         if (k.vec0 + vec >= p.n_vec) {
             break;
         }
-        const float x = out[vec * dv + b * TQ_BLOCK + lane];
+        const float x = tq_sum_of(p, sums, vec, b, lane);
         if (p.n_parts == 1) {
             const int head = k.kv_head * p.group + (k.vec0 + vec) % p.group;
-            tq_write_output(p, k, k.vec0 + vec, b, x * tq_normalizer(p, head, max[vec], sum[vec]));
+            tq_write_output(p, k, k.vec0 + vec, b, x * tq_normalizer(p, head, w.max[vec], w.sum[vec]));
         } else {
             const int64_t at                              = (vec0 + vec) * p.n_parts + k.split;
             p.partials[at * dv + b * TQ_BLOCK + lane] = x;
             if (b == 0 && lane < 2) {
-                p.stats[2 * at + lane] = lane == 0 ? max[vec] : sum[vec];
+                p.stats[2 * at + lane] = lane == 0 ? w.max[vec] : w.sum[vec];
             }
         }
     }
@@ -611,6 +574,7 @@ TQ_D void tq_merge_splits(const tq_attention & p, unsigned char * shared) {
     for (int b = warp; b < p.v.n_blocks; b += TQ_MERGE_THREADS / 32) {
         const float * from = p.partials + first * dv + b * TQ_BLOCK + lane;
         float         x    = 0.0f;
+        TQ_UNROLL_BY(8) /* as many loads on their way at once */
         for (int s = 0; s < p.n_parts; ++s) {
             x += factors[s] * from[(int64_t) s * dv];
         }

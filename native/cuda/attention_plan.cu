@@ -1,6 +1,8 @@
 /* attention_plan.cu: checks the arguments of attention and decides on tiles and splits. Host code only. */
 #include "attention_plan.h"
 
+#include <initializer_list>
+
 static int64_t round_up(int64_t n, int64_t unit) {
     return (n + unit - 1) / unit * unit;
 }
@@ -68,6 +70,7 @@ static int check_operand(const char * name, const tq_attn_operand * x, tq_operan
     o->grain         = wide && (uintptr_t) x->data % 16 == 0 ? 16 : grain_of(all) == 16 ? 8 : grain_of(all);
     o->units         = (int) (o->grain == 16 ? bytes : o->row_bytes) / o->grain;
     o->rows_on       = o->units < TQ_ATTENTION_THREADS ? TQ_ATTENTION_THREADS / o->units : 1;
+    o->step          = o->rows_on * o->stride_token;
     o->units_inverse = (uint32_t) (((1ull << 32) + (unsigned) o->units - 1) / (unsigned) o->units); /* a row has several units */
     return TQ_OK;
 }
@@ -124,6 +127,15 @@ static int same_table(const tq_operand & k, const tq_operand & v) {
     return k.type == v.type && memcmp(k.levels, v.levels, sizeof k.levels) == 0;
 }
 
+/* The number of blocks that a kernel is made for, or 0. */
+static int fixed_blocks(const tq_operand & k, const tq_operand & v) {
+    const int n = k.n_blocks;
+    return same_table(k, v) && (n == 2 || n == 4) && v.n_blocks == n && k.stride_shared <= TQ_FIXED_STRIDE(n) &&
+                   v.stride_shared <= TQ_FIXED_STRIDE(n)
+               ? n
+               : 0;
+}
+
 static int table_bytes(const tq_operand & x) {
     switch (x.type) {
         case TQ_TYPE_PQO3: return 64 * 128;
@@ -136,7 +148,7 @@ static int table_bytes(const tq_operand & x) {
 
 /* Shared memory for a choice of tile and stages. */
 static void lay_out(tq_attention * a, int tile, int n_stages) {
-    const int n  = 8 * a->n_tiles, dv = a->v.n_blocks * TQ_BLOCK;
+    const int n  = 8 * a->n_tiles;
     int       at = 0;
     a->tile       = tile;
     a->n_stages   = n_stages;
@@ -147,11 +159,11 @@ static void lay_out(tq_attention * a, int tile, int n_stages) {
     a->at_q       = at; at += a->n_tiles * a->k.n_blocks * 512;
     a->at_scores  = at; at += n * (tile + 4) * 4;
     a->at_weights = at; at += n * (tile + 8) * 2;
-    a->at_vectors = at; at += (int) round_up(4 * n * 4, 16);
+    a->at_vectors = at; at += (int) round_up(5 * n * 4, 16);
     a->at_stages  = at;
     a->v_in_stage = (int) round_up(tile * a->k.stride_shared + 16, 16); /* unaligned reads go up to 8 bytes beyond a row */
     a->stage_bytes = a->v_in_stage + (int) round_up(tile * a->v.stride_shared + 16, 16);
-    const int stages = n_stages * a->stage_bytes, out = n * dv * 4;
+    const int stages = n_stages * a->stage_bytes, out = n * tq_sum_stride(a->v.n_blocks) * 4;
     a->shared_bytes  = at + (stages > out ? stages : out);
 }
 
@@ -229,6 +241,12 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
     a->streams_per_kv     = (int) (q.n_stream / k.n_stream);
     a->n_tiles            = a->n_vec <= 8 ? 1 : 2;
 
+    a->blocks = fixed_blocks(a->k, a->v);
+    for (tq_operand * x : { &a->k, &a->v }) {
+        x->stride_shared = a->blocks > 0 ? TQ_FIXED_STRIDE(a->blocks) : x->stride_shared;
+        x->step_shared   = x->rows_on * x->stride_shared;
+    }
+
     /* Large tiles have fewer barriers per key, two stages hide the memory's latency; both matter less than a second block of
      * threads on the multiprocessor. Few keys: small tiles, so that there is work for more multiprocessors. */
     static const int choices[][2] = { { 128, 2 }, { 64, 2 }, { 128, 1 }, { 64, 1 }, { 32, 1 } };
@@ -259,6 +277,8 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
     const int64_t each   = (tiles + splits - 1) / splits;
     a->split             = (int) (each * a->tile);
     a->n_splits          = (int) ((tiles + each - 1) / each);
+    a->k.step_tile       = a->tile * a->k.stride_token;
+    a->v.step_tile       = a->tile * a->v.stride_token;
     status               = plan_tails(k, v, a);
     if (status == TQ_OK && ((int64_t) a->n_parts * a->n_head_kv > INT32_MAX || a->n_stream > 65535)) {
         return tqi_cuda_fail(TQ_E_ARGUMENT, "%d streams of %d KV heads in %d ranges are more than a launch takes", a->n_stream,

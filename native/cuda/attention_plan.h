@@ -21,6 +21,9 @@ extern "C" {
 #define TQ_MAX_TILE          128  /* keys */
 #define TQ_MAX_SPLITS        1024
 #define TQ_MERGE_THREADS     128
+/* Kernels for one type on both sides, and heads of 64 or 128: the bytes from row to row in shared memory are a constant, too,
+ * so that loads need one address, and no bank is met twice (see check_operand). */
+#define TQ_FIXED_STRIDE(blocks) ((blocks) == 4 ? 80 : 48)
 #define TQ_TAIL_SLOTS        32   /* rows of a tail per block of threads, whose 128 threads keep eight query vectors */
 #define TQ_TAIL_ATTENTION_THREADS 128
 #define TQ_MAX_TILES         2    /* tensor-core tiles of eight query vectors per block of threads */
@@ -45,6 +48,9 @@ struct tq_operand {
     int             stride_shared; /* of rows in shared memory */
     int             units;         /* grains per row; with 16, which take a row's neighbours along, the most that a head needs */
     int             rows_on;       /* rows that 256 threads copy at once */
+    int             step_shared;   /* bytes from a row to the one that is rows_on further, in shared memory */
+    int64_t         step;          /* and in data */
+    int64_t         step_tile;     /* bytes of data from tile to tile */
     uint32_t        units_inverse; /* 2^32 / units, rounded up: a division by multiplication, below 256 */
     float           levels[TQI_MAX_LEVELS];
     tq_tail         tail;
@@ -70,6 +76,7 @@ struct tq_attention {
     int             tile;     /* keys in shared memory at once: 128, 64 or 32 */
     int             n_stages; /* tiles in flight or in use */
     int             one_table; /* K and V share their table of levels */
+    int             blocks;    /* of K and of V, where there is a kernel for that: TQ_FIXED_STRIDE; otherwise 0 */
     int             n_splits; /* ranges of keys, each of */
     int             split;    /* keys, whole tiles */
     int             n_parts;  /* to be merged: n_splits, and those of the tails */
@@ -80,6 +87,10 @@ struct tq_attention {
     int             stage_bytes, v_in_stage;
     int             shared_bytes;
 };
+
+/* Floats per query vector while parts are added: (units, 8 dimensions of a slice, 8 lanes g), and four so that the lanes of a
+ * warp, g and t, write to different banks. */
+TQ_HD int tq_sum_stride(int n_blocks) { return (n_blocks + 1) / 2 * 64 + 4; }
 
 /* What of the device matters. */
 struct tqi_cuda_limits {

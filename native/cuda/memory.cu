@@ -20,7 +20,7 @@ struct tq_cuda_memory {
 extern "C" int tq_cuda_device_swap(int i) {
     int       before = 0;
     const int status = tqi_cuda_check(cudaGetDevice(&before), "asking for the current CUDA device");
-    if (status != TQ_OK || before == i) {
+    if (status != TQ_OK || before == i || i < 0) {
         return status != TQ_OK ? status : before;
     }
     const int set = tqi_cuda_check(cudaSetDevice(i), "selecting the CUDA device");
@@ -91,7 +91,7 @@ static void release(tq_cuda_memory * m) {
 #else
 
 extern "C" int tq_cuda_device_swap(int i) {
-    return i == 0 ? 0 : tqi_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there is 1", i);
+    return i <= 0 ? 0 : tqi_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there is 1", i);
 }
 
 extern "C" int tq_cuda_device_of(const void * data) {

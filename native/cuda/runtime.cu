@@ -53,11 +53,16 @@ extern "C" int tq_cuda_device_ready(void) {
     if (status != TQ_OK || (device < KNOWN && ready[device].load(std::memory_order_relaxed))) {
         return status;
     }
-    if (cudaFuncGetAttributes(&attributes, tq_probe_kernel) != cudaSuccess) {
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, tq_probe_kernel);
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorInvalidKernelImage) {
         (void) cudaGetLastError();
         status = tqi_cuda_check(cudaGetDeviceProperties(&prop, device), "reading the CUDA device's properties");
         return status != TQ_OK ? status
                                : tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, prop.name, prop.major, prop.minor, prop.major, prop.minor);
+    }
+    status = tqi_cuda_check(error, "loading the kernels"); /* an exclusive device in use, PTX newer than the driver, a lost device */
+    if (status != TQ_OK) {
+        return status;
     }
     if (device < KNOWN) {
         ready[device].store(true, std::memory_order_relaxed);

@@ -160,14 +160,26 @@ inline int tqi_cuda_check(cudaError_t error, const char * what) {
     return tqi_cuda_fail(status, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
+/* More than 48 KiB of dynamic shared memory must be allowed first. Always as much as the device has, never what this launch
+ * takes: the limit is the kernel's, and a thread that lowered it would make another's larger launch, or a graph's, fail. */
+inline int tqi_cuda_allow_shared(const void * kernel, size_t shared, const char * name) {
+    int device = 0, most = 0;
+    if (shared <= 48 * 1024) {
+        return TQ_OK;
+    }
+    int status = tqi_cuda_check(cudaGetDevice(&device), name);
+    status     = status != TQ_OK ? status
+                                 : tqi_cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+    return status != TQ_OK ? status
+                           : tqi_cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+}
+
+/* kernel: without static shared memory if it is given more than 48 KiB. */
 template <typename P>
 int tq_launch(void (*kernel)(P), const char * name, tq_grid grid, int threads, size_t shared, void * stream, const P & parameter) {
-    if (shared > 48 * 1024) {
-        const int status =
-            tqi_cuda_check(cudaFuncSetAttribute((const void *) kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) shared), name);
-        if (status != TQ_OK) {
-            return status;
-        }
+    const int status = tqi_cuda_allow_shared((const void *) kernel, shared, name);
+    if (status != TQ_OK) {
+        return status;
     }
     kernel<<<dim3(grid.x, grid.y, grid.z), (unsigned) threads, shared, (cudaStream_t) stream>>>(parameter);
     return tqi_cuda_check(cudaGetLastError(), name);

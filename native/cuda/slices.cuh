@@ -23,11 +23,11 @@
 
 /* Word i of the bytes from offset byte on in block b of a row in shared memory; rows begin at multiples of four. Two blocks are
  * a whole number of words, so that where a lane's bytes lie in a word depends on b's parity alone: written so that the compiler
- * sees it and computes two shifts, not one for each block. */
-template <int BYTES> TQ_D uint32_t tq_load_word(const uint32_t * row, int b, int byte, int i) {
-    const int        at   = byte + (b & 1 ? BYTES : 0);
-    const uint32_t * from = row + BYTES / 2 * (b >> 1) + (at >> 2) + i;
-    return tq_funnel(from[0], from[1], 8 * (at & 3));
+ * sees it and computes two shifts, not one for each block. UP: bits that the word is shifted to the left. */
+template <int BYTES, int UP> TQ_D uint32_t tq_load_word(const uint32_t * row, int b, int byte, int i) {
+    const int        at   = 8 * (byte + (b & 1 ? BYTES : 0)) - UP;
+    const uint32_t * from = row + BYTES / 2 * (b >> 1) + (at >> 5) + i;
+    return tq_funnel(from[0], from[1], at & 31);
 }
 
 /* Entry (word >> shift) & (ENTRIES - 1) of this lane's copy. Shift and multiplication are one, and the lane is put in by the
@@ -38,13 +38,17 @@ template <int ENTRIES> TQ_D uint32_t tq_look_up(const uint32_t * table, uint32_t
     return *(const uint32_t *) (const void *) ((const uint8_t *) table + at);
 }
 
+/* Bits of a where mask has ones, of b elsewhere; in one instruction, which nvcc does not find in (a & mask) | (b & ~mask). */
+TQ_HD uint32_t tq_select(uint32_t mask, uint32_t a, uint32_t b) { return b ^ ((a ^ b) & mask); }
+
 TQ_D uint16_t tq_load_half(const uint32_t * row, int byte) { return ((const uint16_t *) (const void *) row)[byte >> 1]; }
 
 /* Types of ours whose slice is one word of eight indices of BITS bits. */
 template <int BITS> struct tq_packed {
     static const int SCALED = 1;
     static const int ENTRIES = 1 << (2 * BITS);
-    static const uint32_t EVEN = BITS == 3 ? 0x1c71c7u : 0x0f0f0f0fu; /* indices 0, 2, 4, 6 */
+    static const int UP = BITS == 3 ? 7 : 0; /* where index 0 begins: 24 bits leave room to spare the first look-up its shift */
+    static const uint32_t EVEN = (BITS == 3 ? 0x1c71c7u : 0x0f0f0f0fu) << UP; /* indices 0, 2, 4, 6 */
     typedef uint32_t slice;
     struct merged {
         uint32_t even, odd; /* index n of two tokens side by side */
@@ -58,30 +62,31 @@ template <int BITS> struct tq_packed {
     }
 
     /* values n, n + 1 of a slice; n even */
-    static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) { return tq_look_up<ENTRIES>(table, s, BITS * n); }
+    static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) { return tq_look_up<ENTRIES>(table, s, UP + BITS * n); }
 
+    /* Bits beyond the eight indices are whatever they are: look_up takes none of them. */
     static TQ_D merged merge(const slice & a, const slice & b) {
         merged m;
-        m.even = (a & EVEN) | (b & EVEN) << BITS;
-        m.odd  = (a >> BITS & EVEN) | (b & EVEN << BITS);
+        m.even = tq_select(EVEN, a, b << BITS);
+        m.odd  = tq_select(EVEN, a >> BITS, b);
         return m;
     }
 
     /* value n of two slices */
     static TQ_D uint32_t across(const uint32_t * table, const merged & m, int n) {
-        return tq_look_up<ENTRIES>(table, n & 1 ? m.odd : m.even, BITS * (n & ~1));
+        return tq_look_up<ENTRIES>(table, n & 1 ? m.odd : m.even, UP + BITS * (n & ~1));
     }
 };
 
 struct tq_pqo3 : tq_packed<3> {
     static const int BYTES = TQI_PQO3_BYTES;
-    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES>(row, b, 2 + 3 * part, 0); }
+    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES, UP>(row, b, 2 + 3 * part, 0); }
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
 
 struct tq_pqo4 : tq_packed<4> {
     static const int BYTES = TQI_PQO4_BYTES;
-    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES>(row, b, 2 + 4 * part, 0); }
+    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES, UP>(row, b, 2 + 4 * part, 0); }
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
 
@@ -91,7 +96,7 @@ template <int BITS> TQ_D void tq_trellis_slice(const uint32_t * row, int b, int 
     uint32_t words[4] = { 0, 0, 0, 0 };
     TQ_UNROLL
     for (int j = 0; j < BITS; ++j) {
-        words[j] = tq_load_word<4 * BITS + 2>(row, b, 2, j);
+        words[j] = tq_load_word<4 * BITS + 2, 0>(row, b, 2, j);
     }
     const uint32_t low = tq_subset_low(words[0]) >> (2 * part), high = tq_subset_high(words[0]) >> (2 * part);
     *even = (words[1] >> (2 * part) << 2 & 0x0c0c0c0cu) | (high << 1 & 0x02020202u) | (low & 0x01010101u);
@@ -194,6 +199,20 @@ struct tq_f16 {
 
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
+
+/* The same the other way round: in which part value i of a block is, and as its which. */
+struct tq_spot {
+    int part, n;
+};
+
+TQ_HD tq_spot tq_spot_of(bool trellis, int i) {
+    tq_spot s;
+    s.part = trellis ? i % 8 / 2 : i / 8;
+    s.n    = trellis ? 2 * (i / 8) + i % 2 : i % 8;
+    return s;
+}
+
+TQ_HD bool tq_is_trellis(int type) { return type == TQ_TYPE_PQT3 || type == TQ_TYPE_PQT4; }
 
 template <int TYPE> struct tq_type_of {
     typedef tq_f16 type;

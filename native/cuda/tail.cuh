@@ -22,7 +22,7 @@ TQ_D float tq_token_value(const tq_operand & x, const tq_task & k, int token, in
     if (!x.ours) {
         return tq_half_to_float(((const uint16_t *) (const void *) from)[i]);
     }
-    const bool      trellis = x.type == TQ_TYPE_PQT3 || x.type == TQ_TYPE_PQT4;
+    const bool      trellis = tq_is_trellis(x.type);
     const int       bits    = x.type == TQ_TYPE_PQO3 || x.type == TQ_TYPE_PQT3 ? 3 : 4, n = i % TQ_BLOCK;
     const uint8_t * block   = from + i / TQ_BLOCK * (x.row_bytes / x.n_blocks);
     uint32_t        words[4];

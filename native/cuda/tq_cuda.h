@@ -59,8 +59,9 @@ typedef struct tq_cuda_device {
 TQ_CUDA_API int tq_cuda_device_count(void);
 /* Describes device i; an error if no kernel of this build can run on it. Makes it current if that is not so. */
 TQ_CUDA_API int tq_cuda_device_use(int i, tq_cuda_device * device);
-/* Makes device i current for the calling thread and returns the one that was, or a negative status. Programs that use CUDA
- * themselves see the current device, too: it must be put back. */
+/* Makes device i current for the calling thread and returns the one that was, or a negative status; i < 0 only asks. Programs
+ * that use CUDA themselves see the current device, too: it must be put back. What becomes current gets a context, some hundred
+ * MB on the device, if it has none. */
 TQ_CUDA_API int tq_cuda_device_swap(int i);
 /* The device whose memory data points into, or TQ_E_ARGUMENT. */
 TQ_CUDA_API int tq_cuda_device_of(const void * data);

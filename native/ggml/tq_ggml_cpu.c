@@ -5,6 +5,8 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#define TQ_GGML_LIBRARY "libggml-cpu"
+#include "tq_ggml_abi.h"
 #include "tqgguf.h"
 
 #include <string.h>

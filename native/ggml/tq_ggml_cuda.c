@@ -126,6 +126,12 @@ static bool copy_supported(const struct ggml_tensor * node) {
         return refuse("copying %s to %s%s is not done on CUDA; ours to and from f32, f16, bf16 and each other is", ggml_type_name(from),
                       ggml_type_name(node->type), from == node->type ? " with other strides" : "");
     }
+    for (int i = 0; i < 2; i++) {
+        const struct ggml_tensor * t = i == 0 ? node->src[0] : node;
+        if (tq_ggml_is_ours(t->type) && t->nb[0] != ggml_type_size(t->type)) {
+            return refuse("copying %s whose blocks do not lie side by side is not done on CUDA", ggml_type_name(t->type));
+        }
+    }
     return true;
 }
 
@@ -145,9 +151,12 @@ static bool attention_supported(const struct ggml_tensor * node) {
                           ggml_type_name(k->type), ggml_type_name(v->type));
         }
     }
-    if (q->type != GGML_TYPE_F32 || (mask && (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(ggml_fp16_t)))) {
+    if (q->type != GGML_TYPE_F32 || (mask && mask->type != GGML_TYPE_F16)) {
         return refuse("attention with q of %s and a mask of %s is not done on CUDA; f32 and f16 is", ggml_type_name(q->type),
                       mask ? ggml_type_name(mask->type) : "none");
+    }
+    if (q->nb[0] != sizeof(float) || (mask && mask->nb[0] != sizeof(ggml_fp16_t))) {
+        return refuse("attention with a q or a mask whose rows do not lie in one piece is not done on CUDA");
     }
     const struct tq_attn a = tq_ggml_attention(node);
     return tq_cuda_attn_supported(&a) == TQ_OK ? true : refuse("%s", tq_cuda_last_error());

@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 /* Up to so many query vectors per KV head (rows times heads that share a KV head) the fused kernel reads the blocks, 16 vectors
- * at a time. With more, K and V are decoded to f16 once and upstream's kernel reads them, which costs about 2.5 passes of the
+ * at a time. With more, K and V are decoded to f16 once and upstream's kernel reads them, which costs 2.5 to 3 passes of the
  * fused one at 32k tokens by the reckoning in docs/cuda.md. No GPU has measured it. */
 #define TQ_GGML_CUDA_FUSED_VECTORS 32
 

@@ -37,6 +37,11 @@ const char * tq_ggml_graph_obstacle(struct ggml_cgraph * graph) {
         for (int j = 0; j < GGML_MAX_SRC && !is_view(node); j++) {
             const struct ggml_tensor * t   = node->src[j] && node->src[j]->view_src ? node->src[j]->view_src : node->src[j];
             ggml_backend_dev_t         dev = t ? device_of(t) : NULL;
+            if (dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META) {
+                snprintf(message, sizeof(message), "%s is of type %s, which is not cut into the devices' parts (split mode tensor); "
+                         "choose split mode layer or another type", ggml_get_name(t), ggml_type_name(t->type));
+                return message;
+            }
             if (dev && !ggml_backend_dev_supports_op(dev, node)) {
                 snprintf(message, sizeof(message), "%s cannot do %s with %s, which is of type %s: %s; keep the KV cache on the CPU "
                          "(offload_kqv = False, --no-kv-offload) or choose other types", ggml_backend_dev_name(dev), ggml_op_desc(node),

@@ -2,6 +2,8 @@
  * pointers here, so that an error from libtqgguf is a bug and ends the process with its message. */
 #include "tq_ggml.h"
 
+#define TQ_GGML_LIBRARY "libggml-base"
+#include "tq_ggml_abi.h"
 #include "tqgguf.h"
 
 #include <assert.h>

@@ -150,7 +150,7 @@ typedef struct tq_attn_operand {
  * and exp(sink_h) added to the softmax's denominator. A row whose keys are all masked gives zeros. Relative L2 error of the
  * output against exact arithmetic on the decoded K and V, for normal q, K and V: 5e-5 at most, and 1e-3 with the kernel avx512,
  * which sums 16-bit integers where a KV head has few query vectors. There a score's error is 1e-4 of |q| |k|, so it shows more
- * where scores are large. NaN in q, or in a key that is seen, gives NaN. */
+ * where scores are large. NaN in q, or in a key that is seen, and scores beyond the range of f32 give NaN. */
 typedef struct tq_attn {
     /* q: f32, (n_stream, n_head, n_q, head_dim_k) by strides; stride_token steps through the query rows */
     tq_attn_operand  q;

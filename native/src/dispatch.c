@@ -23,6 +23,17 @@ static const tqi_kernels * const kernels[] = {
 
 static _Atomic(const tqi_kernels *) active;
 
+/* CPUID, asked once: in a virtual machine it takes 20 us. */
+static int usable(int i) {
+    static atomic_int known[N_KERNELS]; /* 0: not yet, 1: no, 2: yes */
+    int               answer = atomic_load_explicit(&known[i], memory_order_relaxed);
+    if (answer == 0) {
+        answer = kernels[i]->supported() ? 2 : 1;
+        atomic_store_explicit(&known[i], answer, memory_order_relaxed);
+    }
+    return answer == 2;
+}
+
 int tq_kernel_count(void) {
     return N_KERNELS;
 }
@@ -35,12 +46,12 @@ int tq_kernel_supported(int i) {
     if (i < 0 || i >= N_KERNELS) {
         return tqi_fail(TQ_E_ARGUMENT, "kernel number %d given; allowed are 0 to %d", i, N_KERNELS - 1);
     }
-    return kernels[i]->supported();
+    return usable(i);
 }
 
 static const tqi_kernels * best(void) {
     for (int i = 0; i < N_KERNELS; ++i) {
-        if (kernels[i]->supported()) {
+        if (usable(i)) {
             return kernels[i];
         }
     }
@@ -53,7 +64,7 @@ static const tqi_kernels * find(const char * name) {
     size_t length    = strlen(list);
     int    built     = 0;
     for (int i = 0; i < N_KERNELS; ++i) {
-        if (kernels[i]->supported()) {
+        if (usable(i)) {
             if (strcmp(kernels[i]->name, name) == 0) {
                 return kernels[i];
             }

@@ -1,7 +1,8 @@
-"""Commands run to their end, and a terminal for those that talk to one."""
+"""Commands run to their end, a terminal for those that talk to one, and a server."""
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,3 +101,47 @@ def endless(random_model: Callable[..., Path]) -> tuple[str, ...]:
     """Options for a model that talks noise until its long context is full, and reads slowly."""
     path = random_model(n_layer=12, n_head=16, n_head_kv=8, head_dim=128, n_ctx=65536, n_word=64)
     return (str(path), "--ctx", "65536", "--threads", "1", "--temp", "0")
+
+
+class Server:
+    """`tqgguf serve` in a process of its own."""
+
+    def __init__(self, *args: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tqgguf", "serve", *args, "--port", "0"], stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr
+        self.said = ""
+        while not (match := re.search(r"listening on (http://\S+/v1) ", self.said)):
+            line = self.process.stderr.readline()
+            assert line, self.said
+            self.said += line
+        self.url = match[1]
+
+    def client(self) -> Any:
+        import openai
+
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
+
+    def get(self, path: str, **headers: str) -> tuple[str, str]:
+        request = urllib.request.Request(self.url.removesuffix("/v1") + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.headers["content-type"], response.read().decode()
+
+    def figures(self) -> dict[str, Any]:
+        return json.loads(self.get("/cache")[1])
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[float, str]:
+        """Seconds it took to end, and all that it said after it began to listen."""
+        start = time.monotonic()
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=20)
+        return time.monotonic() - start, errors
+
+
+@pytest.fixture(scope="session")
+def serve() -> type[Server]:
+    """Starts `tqgguf serve` with arguments; the caller ends it."""
+    for name in ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "openai"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements-dev.txt")
+    return Server

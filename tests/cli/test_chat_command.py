@@ -208,11 +208,51 @@ def test_a_session_is_saved_after_every_answer(terminal: Callable[..., Any], tmp
     assert "Paris" in read_session(tmp_path / "talk").extra["messages"][-1]["content"]
 
 
+def test_two_chats_with_one_session(terminal: Callable[..., Any], tmp_path: Path) -> None:
+    first, second = terminal(*CHAT, "--session", "talk"), terminal(*CHAT, "--session", "talk")
+    first.expect("> ")
+    second.expect("> ")
+    first.type("What is the capital of France?\n")
+    first.expect("Paris.*> ")
+    second.type("What is the capital of Peru?\n")
+    second.expect(
+        "Lima.*not saved: talk was changed by another program since .*/save OTHER keeps this conversation.*> "
+    )
+    second.type("/save other\n/exit\n")
+    assert second.end() == 1
+    first.type("What is the capital of Spain?\n")
+    first.expect("Madrid.*> ")
+    first.type("/exit\n")
+    assert first.end() == 0
+    said = {name: str(read_session(tmp_path / name).extra["messages"]) for name in ("talk", "other")}
+    assert "Paris" in said["talk"] and "Madrid" in said["talk"] and "Lima" not in said["talk"]
+    assert "Lima" in said["other"] and "Paris" not in said["other"]
+
+
+def test_an_answer_that_is_cut_off_says_so(chat: Callable[..., Any], tqgguf: Callable[..., Any], endless: Any) -> None:
+    assert "[cut off: it has as many tokens as -n allows]" in chat("What is the capital of Peru?\n", "-n", "3").stderr
+    small = (endless[0], "--ctx", "256", *endless[3:])
+    done = tqgguf("chat", *small, "--chat-format", "chatml", stdin="hello\n")
+    assert "[cut off: the context is full: /clear makes room]" in done.stderr
+    assert "; cut off: the context is full; KV cache" in tqgguf("run", *small, "-p", "hello", "-n", "9999").stderr
+    assert "; cut off by -n 5; KV cache" in tqgguf("run", *small, "-p", "hello", "-n", "5").stderr
+    done = tqgguf("run", MODEL, "-p", "word " * 3000)
+    assert done.returncode == 1 and "exceed context window of 2048; --ctx gives more room" in done.stderr
+
+
+def test_a_message_in_quotes_is_no_command(chat: Callable[..., Any]) -> None:
+    done = chat('"""/exit What is the capital of Peru?"""\n/system x\n/system\n/load nowhere\n', "--session", "talk")
+    assert "." in done.stdout and "system message set" in done.stderr and "system message taken away" in done.stderr
+    assert "tqgguf: error: nowhere: No such file or directory" in done.stderr
+
+
 def test_sessions_that_are_refused(chat: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
     for args, said in (
         (("--session", "notes"), "exists and is no session: it is not overwritten"),
         (("--session", "none/talk"), "does not exist"),
+        (("--session", "loop"), "it is a link that leads to itself"),
     ):
         done = chat("hello\n", *args)
         assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -184,11 +183,3 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
     command = f"'{sys.executable}' -m tqgguf inspect '{MODEL}' --json 2>'{tmp_path}/err' | true; cat '{tmp_path}/err'"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == ""
-
-
-def test_the_example_chat(python: Callable[..., Any]) -> None:
-    script = Path(__file__).parents[2] / "examples" / "chat.py"
-    done = python(str(script), MODEL, stdin="What is the capital of Japan?\n")
-    assert done.returncode == 0, done.stderr
-    assert "Tokyo" in done.stdout
-    assert len(script.read_text().splitlines()) <= 45

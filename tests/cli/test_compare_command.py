@@ -78,6 +78,26 @@ def test_plot_labels_and_positions(tmp_path: Path) -> None:
     assert figure.axes[0].get_yscale() == "log"
 
 
+def test_plot_labels_do_not_cover_each_other() -> None:
+    text = pytest.importorskip("matplotlib.text")
+    from tqgguf import Comparison, Divergence, TypeQuality
+    from tqgguf.cli.plot import figure_of
+
+    kinds = {"f16": (2048, 0.0), "q4_0": (576, 0.0661), "pqt4+128": (576, 0.064), "pqo4": (576, 0.066)}
+    kinds |= {"iq4_nl": (590, 0.065), "policy": (450, 0.185), "policy (2)": (460, 0.19), "pqo3": (448, 0.19)}
+    rows = tuple(
+        TypeQuality(name, 0, 0, 0, 2048 * size, 1, 0, Divergence(kld, kld / 10, kld, kld, kld, kld), 1, 1)
+        for name, (size, kld) in kinds.items()
+    )
+    figure = figure_of(Comparison("m.gguf", 2048, 8, 8184, 1, rows, ()))
+    figure.draw_without_rendering()
+    labels = figure.axes[0].findobj(text.Annotation)
+    boxes = [text.Text.get_window_extent(label) for label in labels]
+    assert len(boxes) == 7
+    assert not [(i, j) for i in range(7) for j in range(i) if boxes[i].overlaps(boxes[j])]
+    assert all(abs(label.get_position()[1]) < 40 for label in labels)  # points: near what they name
+
+
 def test_plot_without_matplotlib_says_what_to_install(compare: Command, tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     done = compare(MODEL, "--plot", "a.png", env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"})
@@ -110,7 +130,7 @@ def test_failures_are_one_line_each(compare: Command, tmp_path: Path, random_mod
     empty.write_text("\n")
     latin.write_bytes(b"caf\xe9")
     for args, said in (
-        ([MODEL, "-f", str(short)], "the text has 8 tokens, but a context of 2,048 needs as many"),
+        ([MODEL, "-f", str(short)], "the text has 27 bytes, but a context of 2,048 needs as many tokens"),
         ([MODEL, "-f", str(empty)], "the text is empty"),
         ([MODEL, "-f", str(latin)], "is not UTF-8 text"),
         ([MODEL, "-f", str(tmp_path / "missing")], "No such file"),

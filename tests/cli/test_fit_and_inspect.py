@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tqgguf import demo
+from tqgguf.diagnostics.installation import _FLAGS
 
 pytestmark = pytest.mark.model
 
@@ -41,6 +42,35 @@ def test_fit(tqgguf: Command) -> None:
     assert command[:2] == ["tqgguf", "chat"] and command[-4:] == ["--cache", "pqo3", "--ctx", "2048"]
     answer = tqgguf(*command[1:], "--temp", "0", "--threads", "1", stdin="What is the capital of Peru?\n")
     assert "Lima" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "ends"),
+    [
+        (["--cache", "pqo4/pqo3", "--tail", "0"], "--cache-k pqo4 --cache-v pqo3 --tail 0 --ctx 2048"),
+        (["--window-only"], None),  # what is counted is not what chat would take
+        (["--vram", "1M"], None),
+        (["--parallel", "2"], None),
+    ],
+)
+def test_the_command_that_fit_recommends(tqgguf: Command, args: list[str], ends: str | None) -> None:
+    out = tqgguf("fit", MODEL, "--memory", "1G", *args).stdout.strip()
+    assert out.endswith(ends) if ends else "tqgguf chat" not in out, out
+
+
+def test_no_figure_is_cut_short(tqgguf: Command, text: Path) -> None:
+    for args, wanted in (
+        (
+            ["fit", MODEL, "--memory", "1G", "--vram", "1M"],
+            ["layers on GPU", "video memory", "pqo3     2,048   1.1 MiB"],
+        ),
+        (["inspect", MODEL], ["bytes/token", "pqo3          3.5          448       1.1 MiB"]),
+        (["inspect", MODEL, "-f", str(text)], ["layer     type  norm  scale  entropy  outliers  offset"]),
+    ):
+        done = tqgguf(*args, env={"COLUMNS": "20"})
+        assert done.returncode == 0 and "…" not in done.stdout
+        for part in wanted:
+            assert part in done.stdout, done.stdout
 
 
 def test_fit_json(tqgguf: Command) -> None:
@@ -110,6 +140,32 @@ def test_inspect_a_text_and_write_a_page(tqgguf: Command, text: Path, tmp_path: 
         assert rule in content
 
 
+def test_inspect_says_what_it_leaves_out(tqgguf: Command, text: Path) -> None:
+    done = tqgguf("inspect", MODEL, "-f", str(text), "--ctx", "64", "--json")
+    assert json.loads(done.stdout)["n_cells"] == 64
+    n_tokens = re.search(r"note: of (\d+) tokens the first 64 are read; --ctx (\d+) reads all", done.stderr)
+    assert n_tokens and n_tokens[1] == n_tokens[2] and int(n_tokens[1]) > 200
+    done = tqgguf(
+        "inspect", MODEL, "-f", str(text), "--ctx", "2000000000", "--json"
+    )  # no more cells than the text takes
+    assert json.loads(done.stdout)["n_cells"] == int(n_tokens[1]) and done.stderr == ""
+
+
+def test_a_page_is_written_whole_or_not_at_all(python: Callable[..., Any], text: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    code = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+from tqgguf.cli import main
+sys.exit(main(["inspect", {MODEL!r}, "-f", {str(text)!r}, "--html", {str(page)!r}]))
+"""
+    done = python("-c", code)
+    assert done.returncode == 1 and f"tqgguf: error: {page}: File too large; a page that was there" in done.stderr
+    assert page.read_text() == "old" and not list(tmp_path.glob(".*.part"))
+
+
 def test_inspect_json_says_the_same(tqgguf: Command, text: Path) -> None:
     options = ["-f", str(text), "--cache", "pqo4", "--ctx", "256", "--threads", "1", "--json"]
     data = json.loads(tqgguf("inspect", MODEL, *options).stdout)
@@ -137,7 +193,12 @@ def test_inspect_names_that_are_markup(tqgguf: Command, text: Path, tmp_path: Pa
         (["--session", "missing", "--html", "no/such/r.html"], 1, "does not exist"),
         (["--session", "missing", "--html", "."], 1, "is a folder"),
         (["-f", "missing"], 1, "missing"),
-        (["--session", MODEL], 1, "neither ggsn nor ggsq"),
+        (["--session", MODEL], 1, "neither a session of tqgguf nor a state of llama.cpp"),
+        (["--session", "/dev/null"], 1, "it is no regular file"),
+        (["--session", "a", "--ctx", "64"], 2, "--ctx is for --file or for sizes"),
+        (["--cache", "pqo4"], 2, "are for the model that reads --file"),
+        (["--session", "a", "--threads", "1"], 2, "are for the model that reads --file"),
+        (["-f", "/dev/null"], 1, "/dev/null is empty"),
     ],
 )
 def test_inspect_mistakes(tqgguf: Command, args: list[str], status: int, said: str) -> None:
@@ -161,6 +222,11 @@ def test_a_page_in_a_browser(tqgguf: Command, text: Path, tmp_path: Path, width:
 
 
 # ---- doctor ----
+
+
+def test_doctor_has_a_line_for_each_finding_where_it_is_piped(tqgguf: Command) -> None:
+    done = tqgguf("doctor", env={"COLUMNS": "40"})
+    assert all(line.startswith("ok  ") for line in done.stdout.splitlines()) and len(done.stdout.splitlines()) == 12
 
 
 def test_doctor_with_a_model(tqgguf: Command, random_model: Callable[..., Path]) -> None:
@@ -200,3 +266,29 @@ print([check.detail for check in installation.installation().checks if not check
 """
     done = python("-c", code)
     assert "without the patches of tqgguf: reinstall" in done.stdout, done.stderr
+
+
+def test_doctor_compares_ggml_with_the_processor(python: Callable[..., Any], tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from tqgguf.diagnostics import installation
+installation._CPUINFO = Path(sys.argv[1])
+installation._FLAGS["QUANTUM"] = "quantum"
+(cpu,) = (check for check in installation.installation().checks if check.name == "cpu")
+print("ok" if cpu.ok else "WRONG", cpu.detail)
+"""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name: none\n")
+    said = python("-c", code, str(cpuinfo)).stdout
+    assert said.startswith("ok") and "QUANTUM" not in said
+    used = set(re.findall(r"\w+", said.split("ggml uses ")[1]))
+    cpuinfo.write_text(f"flags : fpu {' '.join(_FLAGS.values())} quantum\n")
+    said = python("-c", code, str(cpuinfo)).stdout
+    assert said.startswith("ok") and "QUANTUM, which the processor has as well" in said.split(", not ")[1]
+    if "AVX" not in used:
+        pytest.skip("ggml uses no AVX here, so that no processor lacks what it uses")
+    cpuinfo.write_text("flags : fpu avx\n")
+    said = python("-c", code, str(cpuinfo)).stdout
+    lacks = said.split("this processor has no ")[1].split(": ggml was compiled for another one")[0].split(", ")
+    assert said.startswith("WRONG") and set(lacks) == (used & set(_FLAGS)) - {"AVX"} and "SIGILL" in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -25,63 +24,20 @@ pytestmark = pytest.mark.model
 
 MODEL = str(demo.MODEL_PATH)
 REPOSITORY = Path(__file__).parents[2]
-PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "openai")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def packages() -> None:
-    for name in PACKAGES:
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements-dev.txt")
-
-
-class Server:
-    """`tqgguf serve` in a process of its own."""
-
-    def __init__(self, *args: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tqgguf", "serve", *args, "--port", "0"], stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stderr
-        self.said = ""
-        while not (match := re.search(r"listening on (http://\S+/v1) ", self.said)):
-            line = self.process.stderr.readline()
-            assert line, self.said
-            self.said += line
-        self.url = match[1]
-
-    def client(self) -> Any:
-        import openai
-
-        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
-
-    def get(self, path: str, **headers: str) -> tuple[str, str]:
-        request = urllib.request.Request(self.url.removesuffix("/v1") + path, headers=headers)
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return response.headers["content-type"], response.read().decode()
-
-    def figures(self) -> dict[str, Any]:
-        return json.loads(self.get("/cache")[1])
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[float, str]:
-        """Seconds it took to end, and all that it said after it began to listen."""
-        start = time.monotonic()
-        self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=20)
-        return time.monotonic() - start, errors
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server(MODEL, "--threads", "1")
+def server(serve: Callable[..., Any]) -> Iterator[Any]:
+    server = serve(MODEL, "--threads", "1")
     yield server
     seconds, said = server.end()
     assert (server.process.returncode, said) == (0, "") and seconds < 1
 
 
 @pytest.fixture
-def busy(endless: tuple[str, ...]) -> Iterator[Server]:
+def busy(endless: tuple[str, ...], serve: Callable[..., Any]) -> Iterator[Any]:
     """A server whose model answers without end."""
-    server = Server(*endless[:-2], "--chat-format", "chatml")
+    server = serve(*endless[:-2], "--chat-format", "chatml")
     yield server
     if server.process.poll() is None:
         server.process.kill()
@@ -97,7 +53,7 @@ def ask(client: Any, text: str, **options: Any) -> str:
     return reply.choices[0].message.content
 
 
-def test_answers(server: Server) -> None:
+def test_answers(server: Any) -> None:
     client = server.client()
     assert [model.id for model in client.models.list()] == ["demo"]
     assert "Paris" in ask(client, "What is the capital of France?")
@@ -106,7 +62,7 @@ def test_answers(server: Server) -> None:
     assert text.usage.completion_tokens == 2
 
 
-def test_two_clients_at_once_get_whole_answers(server: Server) -> None:
+def test_two_clients_at_once_get_whole_answers(server: Any) -> None:
     asked = {"France": "Paris", "Peru": "Lima", "Spain": "Madrid", "Japan": "Tokyo"}
     answers: dict[tuple[str, bool], str] = {}
 
@@ -125,7 +81,7 @@ def test_two_clients_at_once_get_whole_answers(server: Server) -> None:
         assert answer.strip() == f"The capital of {country} is {asked[country]}."
 
 
-def test_the_figures_of_the_cache(server: Server) -> None:
+def test_the_figures_of_the_cache(server: Any) -> None:
     before = server.figures()
     ask(server.client(), "What is the capital of Kenya?")
     kind, text = server.get("/cache")
@@ -149,7 +105,7 @@ def test_the_figures_of_the_cache(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_prompt_that_does_not_fit(server: Server, stream: bool) -> None:
+def test_a_prompt_that_does_not_fit(server: Any, stream: bool) -> None:
     import openai
 
     with pytest.raises(openai.APIError, match=r"2048"):
@@ -157,7 +113,7 @@ def test_a_prompt_that_does_not_fit(server: Server, stream: bool) -> None:
     assert "Paris" in ask(server.client(), "What is the capital of France?", stream=stream)
 
 
-def test_a_client_that_goes_away_frees_its_place(busy: Server) -> None:
+def test_a_client_that_goes_away_frees_its_place(busy: Any) -> None:
     stream = busy.client().chat.completions.create(
         model="x", messages=[{"role": "user", "content": "hello"}], stream=True, temperature=0
     )
@@ -179,7 +135,7 @@ def test_a_client_that_goes_away_frees_its_place(busy: Server) -> None:
 
 
 @pytest.mark.parametrize(("stream", "prompt"), [(False, "hello"), (True, "hello"), (False, "so " * 15000)])
-def test_it_ends_within_a_second_whatever_it_computes(busy: Server, stream: bool, prompt: str) -> None:
+def test_it_ends_within_a_second_whatever_it_computes(busy: Any, stream: bool, prompt: str) -> None:
     outcome: list[Any] = []
 
     def talk() -> None:
@@ -202,10 +158,10 @@ def test_it_ends_within_a_second_whatever_it_computes(busy: Server, stream: bool
     assert len(outcome) == 2
 
 
-def test_an_api_key(tmp_path: Path) -> None:
+def test_an_api_key(serve: Callable[..., Any]) -> None:
     import openai
 
-    server = Server(MODEL, "--threads", "1", "--api-key", "secret", "--name", "mine")
+    server = serve(MODEL, "--threads", "1", "--api-key", "secret", "--name", "mine")
     try:
         with pytest.raises(openai.AuthenticationError):
             server.client().models.list()
@@ -217,9 +173,9 @@ def test_an_api_key(tmp_path: Path) -> None:
         server.end()
 
 
-def test_a_prompt_cache_spares_clients_that_take_turns() -> None:
+def test_a_prompt_cache_spares_clients_that_take_turns(serve: Callable[..., Any]) -> None:
     prompts = [demo.recall_prompt(seed, 25).prompt for seed in (1, 2)]
-    server = Server(MODEL, "--threads", "1", "--prompt-cache", "16")
+    server = serve(MODEL, "--threads", "1", "--prompt-cache", "16")
     try:
         answers = [ask(server.client(), prompt, max_tokens=20) for prompt in prompts]
         before = server.figures()["tokens_read"]
@@ -240,6 +196,8 @@ def test_what_is_refused_before_anything_loads(
         done = python("-m", "tqgguf", "serve", MODEL, "--port", port)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port" in done.stderr
+    done = python("-m", "tqgguf", "serve", MODEL, "--host", "1.2.3.4")
+    assert done.returncode == 1 and "; choose another --host (127.0.0.1: this machine; 0.0.0.0: all" in done.stderr
     done = python("-m", "tqgguf", "serve", str(random_model()))
     assert done.returncode == 1 and "has no chat template" in done.stderr and len(done.stderr.splitlines()) == 1
     (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError('no', name='fastapi')")
@@ -250,14 +208,51 @@ def test_what_is_refused_before_anything_loads(
     assert python("-m", "tqgguf", "serve", MODEL, "--port", "70000").returncode == 2
 
 
-def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
+def benchmark(folder: Path, name: str, *args: str) -> tuple[int, dict[str, Any], str]:
+    """Status, result and errors of a program of benchmarks/."""
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "benchmarks" / "serve_load.py"), "--requests", "24", "--json"],
-        cwd=tmp_path,
+        [sys.executable, str(REPOSITORY / "benchmarks" / name), *args, "--output", "-"],
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
+    status, result, said = benchmark(tmp_path, "serve_load.py", "--requests", "24")
+    assert status == 0, said
     assert (result["answered"], result["wrong"]) == (24, 0)
+
+
+def test_a_soak_sees_a_leak_and_nothing_else(tmp_path: Path) -> None:
+    status, result, said = benchmark(
+        tmp_path, "soak.py", "--minutes", "0.12", "--clients", "3", "--leak", "5000000", "--max-slope", "100"
+    )
+    assert status == 1 and len(result["failures"]) == 1, said
+    assert result["failures"][0].startswith("memory grows by ") and result["slope_mib_per_1000_requests"] > 100
+    kinds = {"whole", "stream", "long", "story", "session", "too long", "leave", "abort"}
+    assert result["requests"].keys() == kinds and result["wrong"] == 0
+
+
+EARLY = """
+import signal, sys, uvicorn
+from tqgguf.cli import main
+run = uvicorn.Server.run
+
+
+def early(*args, **options):
+    signal.raise_signal(signal.SIGTERM)
+    run(*args, **options)
+
+
+uvicorn.Server.run = early
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_before_it_takes_requests_is_not_lost(python: Callable[..., Any]) -> None:
+    done = python("-c", EARLY, "serve", MODEL, "--threads", "1", "--port", "0", timeout=30)
+    assert done.returncode == 0 and "listening" in done.stderr

@@ -48,6 +48,15 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path, args: list[str]) -> None:
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr and "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize("args", [["doctor"], ["demo"]], ids=" ".join)
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_is_closed(tmp_path: Path, args: list[str], closed: str) -> None:
+    command = f"{sys.executable} -m tqgguf {' '.join(args)} {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert bool(done.stdout) == (closed != ">&-")
+
+
 @pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
 def test_a_terminal_without_colour_or_unicode(python: Callable[..., Any], args: list[str]) -> None:
     done = python("-m", "tqgguf", *args, env=POOR)
@@ -68,6 +77,25 @@ def test_a_name_the_terminal_cannot_write(python: Callable[..., Any], tmp_path: 
     for args in (["fit", str(path), "--memory", "1G"], ["inspect", str(path)], ["doctor", str(path)]):
         done = python("-m", "tqgguf", *args, env=POOR)
         assert done.returncode == 0 and "d?m? modl" in done.stdout, done.stderr
+
+
+def test_a_name_that_a_terminal_would_obey(
+    python: Callable[..., Any], terminal: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(demo.MODEL_PATH.read_bytes().replace(b"tqgguf demo", b"tq\x1b[31m\x07dem", 1))
+    for args in (["fit", str(path), "--memory", "1G"], ["inspect", str(path)], ["doctor", str(path)]):
+        done = python("-m", "tqgguf", *args)
+        assert done.returncode == 0 and "tq\ufffd[31m\ufffd" in done.stdout and "\x1b" not in done.stdout, done.stderr
+    # The second half of Paris, for the demo model one token, becomes a sequence that dims what follows.
+    loud = tmp_path / "loud.gguf"
+    prefix = b"\x04\0\0\0\0\0\0\0"
+    loud.write_bytes(demo.MODEL_PATH.read_bytes().replace(prefix + b"aris", prefix + b"\x1b[2m", 1))
+    ask = ["run", str(loud), "-p", "What is the capital of France?", "--temp", "0", "--threads", "1"]
+    screen = terminal(*ask)
+    screen.expect(r"of France is P\?\[2m")
+    assert screen.end() == 0
+    assert "of France is P\x1b[2m" in python("-m", "tqgguf", *ask).stdout  # a file gets what the model said
 
 
 NATIVE = """

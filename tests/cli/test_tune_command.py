@@ -27,6 +27,7 @@ def tune(python: Callable[..., Any]) -> Command:
 def test_a_policy_is_written_and_used(tune: Command, python: Any, tmp_path: Path) -> None:
     done = tune(MODEL, "-o", "policy.gguf", "--budget", "4", *QUICK)
     assert done.returncode == 0, done.stderr
+    assert "rotation" not in done.stderr  # it is tune itself that switches it off
     policy = read_policy(tmp_path / "policy.gguf")
     assert policy.model_hash == model_hash(demo.MODEL_PATH)
     lines = done.stdout.splitlines()
@@ -78,7 +79,7 @@ def test_a_failure_leaves_the_file_that_was_there(
     text.write_text("abcd " * 200)
     softcap = str(random_model(arch="gemma2"))
     for args, said in (
-        (["-f", str(short)], "the text has 8 tokens, but a context of 256 needs as many"),
+        (["-f", str(short)], "the text has 27 bytes, but a context of 256 needs as many tokens"),
         (["-f", str(empty)], "the text is empty"),
         (["-f", str(latin)], "is not UTF-8 text"),
         (["-f", str(tmp_path / "missing")], "No such file"),

@@ -13,7 +13,7 @@ import tqgguf
 from tqgguf import demo
 from tqgguf.diagnostics.attention_path import MAX_FUSED, attention_path
 from tqgguf.errors import ArgumentError
-from tqgguf.model import captured_log
+from tqgguf.load_log import captured_log
 
 pytestmark = pytest.mark.model
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 from tqgguf import _native
+from tqgguf._native.library import declarations, read_header
 
 pytestmark = pytest.mark.model
 
@@ -99,17 +103,84 @@ def test_importing_loads_nothing_heavy(python: Python) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_a_tree_that_is_not_built_says_what_to_type(python: Python, tmp_path: Path) -> None:
+def linked_tree(root: Path, *without: str) -> tuple[Path, dict[str, str]]:
+    """A tqgguf of links to the real one, less some entries, and the environment in which Python finds it."""
     source = _native.LIB_DIR.parent
-    tree = tmp_path / "tree" / "tqgguf"
+    tree = root / "tree" / "tqgguf"
     tree.mkdir(parents=True)
     for entry in source.iterdir():
-        if entry.name not in ("lib", "_bindings", "__pycache__"):
+        if entry.name not in (*without, "__pycache__"):
             (tree / entry.name).symlink_to(entry.resolve())
-    env = {"PYTHONPATH": os.pathsep.join([str(tree.parent), *filter(None, sys.path)])}
+    return tree, {"PYTHONPATH": os.pathsep.join([str(tree.parent), *filter(None, sys.path)])}
+
+
+def test_a_tree_that_is_not_built_says_what_to_type(python: Python, tmp_path: Path) -> None:
+    _, env = linked_tree(tmp_path, "lib", "_bindings")
     for code in ("tqgguf.Llama", "tqgguf.quantize(__import__('numpy').ones(32, 'f4'), 'pqo3')"):
         done = python("-c", f"import tqgguf; {code}", env=env)
         assert done.returncode != 0
         assert "not built" in done.stderr and "type `make`" in done.stderr, done.stderr
     done = python("-c", "import tqgguf; print(tqgguf.reference.BLOCK)", env=env)
     assert done.stdout.strip() == "32", done.stderr
+
+
+@pytest.fixture(scope="module")
+def other_abi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A tqgguf whose libtqgguf is of another ABI version, and does nothing else."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    tree, env = linked_tree(tmp_path_factory.mktemp("abi"), "lib")
+    (tree / "lib").mkdir()
+    for library in _native.LIB_DIR.iterdir():
+        if library.name != _native.library_path().name:
+            (tree / "lib" / library.name).symlink_to(library.resolve())
+    source = tree.parent / "other.c"
+    names = {*re.findall(r"\b(tq_\w+)\(", declarations(read_header()))} - {"tq_abi_version"}
+    assert len(names) > 20
+    source.write_text("int tq_abi_version(void) { return 99; }" + "".join(f"void {name}(void) {{}}" for name in names))
+    library = tree / "lib" / _native.library_path().name
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return tree, {**env, "LLAMA_CPP_LIB_PATH": str(tree / "lib")}  # this process has set it for itself
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tqgguf, numpy; tqgguf.quantize(numpy.ones(32, 'f4'), 'pqo3')",
+        "import tqgguf; tqgguf.Llama",
+        "import tqgguf, llama_cpp",
+    ],
+)
+def test_a_libtqgguf_of_another_abi_is_an_error(
+    python: Python, other_abi: tuple[Path, dict[str, str]], code: str
+) -> None:
+    tree, env = other_abi
+    done = python("-c", code, env=env)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "LibraryError" in said
+    assert f"{tree / 'lib' / _native.library_path().name} has ABI version 99" in said
+    assert f"needs {_native.abi_version_expected()}" in said and "rebuild" in said
+
+
+def test_commands_tell_of_another_abi(python: Python, other_abi: tuple[Path, dict[str, str]]) -> None:
+    _, env = other_abi
+    done = python("-m", "tqgguf", "demo", env=env)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "has ABI version 99" in done.stderr
+    done = python("-m", "tqgguf", "doctor", env=env)
+    assert done.returncode == 1 and done.stdout.count("has ABI version 99") >= 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["ggml-base", "ggml-cpu"])
+def test_libggml_refuses_another_abi_where_no_python_asks(
+    python: Python, other_abi: tuple[Path, dict[str, str]], name: str
+) -> None:
+    tree, _ = other_abi
+    for directory, status in ((_native.LIB_DIR, 0), (tree / "lib", 1)):
+        path = directory / _native.library_path(name).name
+        done = python("-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1]); print('loaded')", str(path))
+        assert done.returncode == status and (done.stdout == "loaded\n") == (status == 0)
+    # libggml-cpu needs libggml-base, which is asked first
+    expected = f"was built for ABI version {_native.abi_version_expected()} of libtqgguf, but loaded one with 99"
+    assert f"tqgguf: libggml-base {expected}" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert f"lib{name} was built for ABI version".encode() in _native.library_path(name).read_bytes()

@@ -208,7 +208,7 @@ def test_files_of_another_kind(session: Path, tmp_path: Path, architecture: Mode
     path = tmp_path / "other"
     for content, said in (
         (b"", "empty"),
-        (b"GGUF" + bytes(100), "neither ggsn nor ggsq"),
+        (b"GGUF" + bytes(100), "neither a session of tqgguf nor a state of llama.cpp"),
         (data[:4] + struct.pack("<I", 9) + data[8:], "version 9, this tqgguf reads version 10"),
     ):
         path.write_bytes(content)
@@ -216,7 +216,7 @@ def test_files_of_another_kind(session: Path, tmp_path: Path, architecture: Mode
             read_state(path, info)
     with pytest.raises(StateFileError, match="No such file"):
         read_state(tmp_path / "missing", info)
-    with pytest.raises(StateFileError, match="directory"):
+    with pytest.raises(StateFileError, match="it is no regular file"):
         read_state(tmp_path, info)
     for other, said in ((architecture("qwen3"), "architecture 'llama'"), (random_model(n_layer=3), "4 layers")):
         with pytest.raises(StateFileError, match=said):

@@ -153,8 +153,40 @@ def test_progress_counts_every_token_of_every_type() -> None:
 
 
 def test_a_text_too_short_says_how_long_it_is() -> None:
-    with pytest.raises(TextError, match=r"the text has 5 tokens, but a context of 256 needs as many"):
-        tqgguf.compare(demo.MODEL_PATH, text="The code of Anna", n_ctx=256)
+    text = "The capital of France is Paris. " * 10
+    n_tokens = len(tqgguf.Llama(demo.MODEL_PATH, vocab_only=True, verbose=False).tokenize(text.encode()))
+    with pytest.raises(TextError, match=f"the text has {n_tokens} tokens, but a context of 256 needs as many"):
+        tqgguf.compare(demo.MODEL_PATH, ["f16", "pqo3"], text, n_ctx=256, n_threads=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"caches": "pqo3"}, "caches is 'pqo3', must be a list"),
+        ({"caches": 3}, "caches is 3, must be a list"),
+        ({"tails": 128}, "tails is 128, must be a list"),
+        ({"n_ctx": 256.0}, "n_ctx is 256.0, must be an integer"),
+        ({"n_ctx": 2**32}, "n_ctx is 4294967296, must be at most 2147483647"),
+        ({"n_chunks": True}, "n_chunks is True, must be an integer"),
+        ({"n_batch": "8"}, "n_batch is '8', must be an integer"),
+        ({"text": 5}, "text is of type int, must be a str"),
+        ({"n_ctx": 2**21}, "own text is of 1,048,576 tokens at most"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        tqgguf.compare(demo.MODEL_PATH, **options)
+    if options.keys() <= {"caches", "tails"} or isinstance(options.get("n_ctx"), float):
+        with pytest.raises(ArgumentError, match=said):
+            tqgguf.recall(demo.MODEL_PATH, **options)
+
+
+def test_a_text_too_short_is_told_before_a_context_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqgguf.diagnostics import compare
+
+    monkeypatch.setattr(compare, "load", None)
+    with pytest.raises(TextError, match="the text has 4 bytes, but a context of 5,000,000 needs as many tokens"):
+        tqgguf.compare(demo.MODEL_PATH, ["f16", "pqo3"], "abcd", n_ctx=5_000_000)
 
 
 def test_a_context_beyond_the_trained_one_is_noted(random_model: Model) -> None:

@@ -14,7 +14,7 @@ from tqgguf import CACHE_TYPES, demo
 from tqgguf.diagnostics.fit import FITTED_TYPES, fit
 from tqgguf.diagnostics.plan import ContextPlan, Setup, planned_model
 from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, TqggufError
-from tqgguf.model import captured_log, llama_cpp
+from tqgguf.load_log import captured_log, llama_cpp
 from tqgguf.policy import resolve
 from tqgguf.tail import kept
 
@@ -192,6 +192,7 @@ def test_a_model_that_cannot_have_a_type(random_model: Model, architecture: Mode
         ({"memory": 2**40, "n_seq": 0}, "n_seq is 0"),
         ({"memory": 2**40, "n_seq": 257}, "n_seq is 257"),
         ({"memory": 2**40, "n_ctx": 2, "n_seq": 4}, "n_ctx is 2, must be an integer between 4"),
+        ({"memory": 2**40, "caches": "pqo3"}, "caches is 'pqo3', must be a list"),
         ({"memory": 2**40, "tail": -1}, "tail is -1"),
         ({"memory": 2**40, "vram": -1}, "vram is -1"),
         ({"memory": 2**40, "caches": ["q9"]}, "unknown cache type 'q9'"),

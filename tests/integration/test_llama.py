@@ -255,6 +255,19 @@ def test_bytes_that_do_not_fit_raise() -> None:
         module.verify_buffers([(2, "something else\n")], info, policy, 0)
 
 
+def test_more_than_the_machine_has_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqgguf import memory, model
+
+    assert 2**28 < memory.machine_memory() < 2**50
+    cells = resolve("pqo3", 4).bytes(tqgguf.read_model_info(demo.MODEL_PATH), 512, 0)
+    monkeypatch.setattr(model, "machine_memory", lambda: cells - 1)
+    said = f"cache of 512 tokens of demo.gguf takes {cells:,} bytes, this machine has {cells - 1:,}: take a shorter"
+    with pytest.raises(tqgguf.OutOfMemoryError, match=said):
+        load(demo.MODEL_PATH, cache="pqo3")
+    monkeypatch.setattr(model, "machine_memory", lambda: cells)
+    load(demo.MODEL_PATH, cache="pqo3").close()
+
+
 def test_too_large_a_context_is_a_memory_error(python: Callable[..., Any], random_model: Model) -> None:
     code = (
         "import resource, sys, tqgguf\n"
@@ -289,6 +302,38 @@ def test_a_path_that_is_none() -> None:
     for path in (None, 3, b"model.gguf"):
         with pytest.raises(ArgumentError, match="model_path must be a path"):
             tqgguf.Llama(path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("grammar", "said"),
+    [
+        ("root ::= broken (", "must be GBNF"),
+        ('x ::= "a"', "have a rule 'root'"),
+        ("root ::= x", "name no rule that is not there"),
+        ('root ::= root root | "a"', "begins with itself"),
+        ("root ::= " + "(" * 257 + '"a"' + ")" * 257, "257 brackets within each other, at most 256"),
+        ('root ::= "' + "a" * 2**18 + '"', "262,155 bytes, at most 262,144"),
+    ],
+)
+def test_a_grammar_that_would_end_the_process(grammar: str, said: str) -> None:
+    from llama_cpp import LlamaGrammar
+
+    model = load(demo.MODEL_PATH)
+    with pytest.raises(ArgumentError, match=said):
+        model.create_completion("x", max_tokens=2, grammar=LlamaGrammar.from_string(grammar))
+    brackets = 'root ::= "' + "(" * 300 + '" | [' + "(" * 300 + '] "yes" # ' + "(" * 300
+    reply = model.create_completion("x", max_tokens=2, temperature=0, grammar=LlamaGrammar.from_string(brackets))
+    assert reply["choices"][0]["text"].startswith("(")
+    model.close()
+
+
+@pytest.mark.parametrize("token", [-1, 1280, 2**31 - 1])
+def test_a_token_beyond_the_vocabulary(token: int) -> None:
+    model = load(demo.MODEL_PATH)
+    with pytest.raises(ArgumentError, match=f"{token} is no token of this model, whose tokens are 0 to 1,279"):
+        model.detokenize([5, token])
+    assert model.detokenize(model.tokenize(b" Paris", add_bos=False)).strip() == b"Paris"
+    model.close()
 
 
 def test_a_closed_model_says_so() -> None:

@@ -139,6 +139,20 @@ def test_size_follows_the_tokens_not_the_context(tmp_path: Path) -> None:
     assert (tmp_path / "512").stat().st_size == (tmp_path / "2048").stat().st_size
 
 
+@pytest.mark.parametrize("logits_all", [False, True])
+def test_a_context_that_is_no_multiple_of_256_is_saved_to_its_last_token(tmp_path: Path, logits_all: bool) -> None:
+    """llama.cpp makes it 512 cells, which are filled."""
+    model = load(n_ctx=300, logits_all=logits_all)
+    model.create_completion("The", max_tokens=1000, temperature=0)
+    assert model.n_ctx() == 512 and model.n_tokens > 500
+    tokens = model.input_ids[: model.n_tokens].tolist()
+    assert len(tokens) == model.n_tokens and set(tokens[300:500]) == {tokens[299]} != {0}  # it repeats itself
+    model.save_session(tmp_path / "s")
+    model.reset()
+    assert model.load_session(tmp_path / "s").n_tokens == len(tokens)
+    assert model.input_ids[: len(tokens)].tolist() == tokens
+
+
 def test_an_empty_session(model: Any, tmp_path: Path) -> None:
     model.reset()
     model.save_session(tmp_path / "s")
@@ -174,10 +188,19 @@ def test_another_cache(saved: Path, cache: Any, said: str) -> None:
     other.close()
 
 
+def test_a_context_too_short(tmp_path: Path) -> None:
+    model = load()
+    model.eval([7] * 300)
+    model.save_session(tmp_path / "s")
+    with pytest.raises(
+        SessionError, match="holds 300 tokens, the context has 256: load the model with n_ctx=300 or more"
+    ):
+        load(n_ctx=64).load_session(tmp_path / "s")  # llama.cpp rounds it up
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"n_ctx": 64}, "holds 100 tokens, the context has 64: load the model with n_ctx=100 or more"),
         ({"rope_freq_base": 5000.0}, r"saved with rope_freq_base=0\.0, this model was loaded with rope_freq_base=5000"),
     ],
 )
@@ -199,6 +222,8 @@ def test_another_context(saved: Path, options: dict[str, Any], said: str) -> Non
         ({"n_tokens": True}, "n_tokens is True"),
         ({"n_state_bytes": 1}, "damaged"),
         ({"extra": []}, "extra is"),
+        ({"types_k": [1, 2]}, r"types_k is \[1, 2\]"),
+        ({"types_v": [["pqo3"]]}, "types_v is"),
         ({"more": 1}, "its keys are not those"),
         ({"sha256": "0" * 64}, "checksum of its contents"),
     ],

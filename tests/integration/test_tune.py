@@ -56,6 +56,17 @@ def test_the_opposite_order_is_far_worse(tuned: Tuning) -> None:
     assert own.kld.mean < 0.6 * turned.kld.mean
 
 
+def test_a_policy_knows_the_tail_it_was_tuned_with(tuned: Tuning, tmp_path: Path) -> None:
+    path = tmp_path / "policy.gguf"
+    tuned.policy.write(path)
+    assert tqgguf.read_policy(path).tail == tuned.tail == tuned.policy.tail
+    other = tuned.tail + 16
+    notes = tqgguf.compare(
+        demo.MODEL_PATH, ["f16", path], tails=[tuned.tail, other], n_ctx=256, n_chunks=1, n_threads=1
+    ).notes
+    assert [note for note in notes if "tuned" in note] == [f"policy+{other} was tuned with a tail of {tuned.tail}"]
+
+
 def test_what_is_said_of_how_it_was_found(tuned: Tuning) -> None:
     assert (tuned.n_ctx, tuned.n_tuning, tuned.n_held_out, tuned.types) == (512, 2, 2, ("pqo3", "pqo4", "q8_0"))
     assert tuned.policy.model_hash == model_hash(demo.MODEL_PATH)
@@ -136,8 +147,15 @@ def test_a_mixture_that_does_not_pay_is_not_made(monkeypatch: pytest.MonkeyPatch
         ({"budget": 4, "n_chunks": 1}, ArgumentError, "n_chunks is 1, must be at least 2"),
         ({"budget": 4, "n_parallel": 0}, ArgumentError, "n_parallel is 0, must be at least 1"),
         ({"budget": 4, "n_ctx": 64}, ArgumentError, "a context of 64 tokens is too short"),
+        ({"budget": 4, "n_ctx": 2**21}, ArgumentError, "own text is of 1,048,576 tokens at most, not of 2 chunks"),
+        ({"budget": 4, "n_ctx": "256"}, ArgumentError, "n_ctx is '256', must be an integer of at least 1"),
+        ({"budget": 4, "n_batch": 1.5}, ArgumentError, "n_batch is 1.5, must be an integer"),
+        ({"budget": "4"}, ArgumentError, "budget is '4', must be a positive number"),
+        ({"budget": 4, "types": "pqo3"}, ArgumentError, "types is 'pqo3', must be a list"),
+        ({"budget": 4, "text": b"abcd"}, ArgumentError, "text is of type bytes, must be a str"),
+        ({"budget": 4, "tail": "x"}, ArgumentError, "tail is 'x', must be an integer"),
         ({"budget": 4, "text": ""}, TextError, "the text is empty"),
-        ({"budget": 4, "text": "abcd"}, TextError, "but a context of 256 needs as many"),
+        ({"budget": 4, "text": "abcd"}, TextError, "4 bytes, but a context of 256 needs as many tokens"),
         ({"budget": 4, "text": "The code of Anna is falcon. " * 60}, TextError, "less than two chunks of 256 tokens"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tqgguf
-from tqgguf import CACHE_TYPES, reference
+from tqgguf import CACHE_TYPES, _native, reference
 from tqgguf._native.ggml import Tensor, op_name, read_tensor, round_trip
 from tqgguf._native.library import library_path
 from tqgguf.diagnostics.attention import HeadError, attention_error, head_facts
@@ -212,7 +212,8 @@ def test_the_cache_is_written_with_the_codec(name: str) -> None:
 
 
 def test_reading_a_permuted_tensor() -> None:
-    base, cpu = (ctypes.CDLL(str(library_path(name))) for name in ("ggml-base", "ggml-cpu"))
+    _native.import_llama_cpp()
+    base, cpu = (ctypes.CDLL(str(path)) for path in (library_path("ggml-base"), _native.cpu_backend_path()))
     for function in (base.ggml_init, base.ggml_new_tensor_3d, base.ggml_permute, cpu.ggml_backend_cpu_init):
         function.restype = ctypes.c_void_p
     base.ggml_backend_alloc_ctx_tensors.restype = ctypes.c_void_p

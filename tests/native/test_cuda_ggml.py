@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tqgguf import reference
+from tqgguf import _native, reference
 from tqgguf._native import library_path
 from tqgguf.config import CACHE_TYPES
 
@@ -94,7 +94,8 @@ class Ggml:
 
     def __init__(self, adapter: Path) -> None:
         self.base = ctypes.CDLL(str(library_path("ggml-base")))
-        self.cpu = ctypes.CDLL(str(library_path("ggml-cpu")))
+        _native.import_llama_cpp()
+        self.cpu = ctypes.CDLL(str(_native.cpu_backend_path()))
         self.adapter = ctypes.CDLL(str(adapter))
         self.base.ggml_init.restype = ctypes.c_void_p
         self.base.ggml_row_size.restype = ctypes.c_size_t
@@ -383,6 +384,12 @@ def test_what_is_refused_is_named(ggml: Ggml) -> None:
     row = ggml.row_size("pqo3", 64)
     part = ggml.view(k, (64, 64, 1, 1), (2 * row, 128 * row, 128 * row))
     assert "other strides" in ggml.refusal(ggml.call("cpy", part, ggml.new("pqo3", 64, 64)))
+    for turned in (ggml.call("transpose", k), ggml.call("permute", k, *(ctypes.c_int(i) for i in (2, 1, 0, 3)))):
+        node = ggml.call("cpy", turned, ggml.new("f32", *turned.contents.ne))
+        assert "do not lie side by side" in ggml.refusal(node)
+    node = attention_node(ggml, k, k, ("pqo3", "pqo3"), (64, 64), 4, 2, 1, 64)
+    node.contents.src[0].contents.nb[0] = 8
+    assert "in one piece" in ggml.refusal(node)
 
 
 def test_a_cache_in_host_memory_is_left_to_the_cpu(ggml: Ggml) -> None:

@@ -24,8 +24,11 @@ pytestmark = pytest.mark.skipif(not library_path("ggml-base").exists(), reason="
 
 N_CELLS = 256
 NUMBERS = {"f32": 0, "i64": 27} | {name: kind.number for name, kind in CACHE_TYPES.items()}
+GPU, META = 1, 4
+"""Of enum ggml_backend_dev_type; META is several devices that share every tensor: split mode tensor."""
 
 NAME = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+KIND = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 HOST = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
 SUPPORTS = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p)
 PROC_ADDRESS = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
@@ -37,11 +40,13 @@ class InitParams(ctypes.Structure):
 
 
 class Device(ctypes.Structure):
-    """struct ggml_backend_device of ggml-backend-impl.h; two of its fifteen functions matter."""
+    """struct ggml_backend_device of ggml-backend-impl.h; three of its fifteen functions matter."""
 
     _fields_: ClassVar = [
         ("get_name", NAME),
-        ("unused", ctypes.c_void_p * 8),
+        ("unused", ctypes.c_void_p * 2),
+        ("get_type", KIND),
+        ("others", ctypes.c_void_p * 5),
         ("supports_op", SUPPORTS),
         ("more", ctypes.c_void_p * 5),
         ("reg", ctypes.c_void_p),
@@ -86,7 +91,9 @@ class Buffer(ctypes.Structure):
 class Made:
     """A device that supports the operations for which allowed says so, what it was asked, and a buffer on it."""
 
-    def __init__(self, base: Any, allowed: Callable[[str], bool], *, host: bool, reason: bytes | None) -> None:
+    def __init__(
+        self, base: Any, allowed: Callable[[str], bool], *, host: bool, kind: int, reason: bytes | None
+    ) -> None:
         self.names: list[str] = []
 
         def supports(_: int, node: int) -> bool:
@@ -100,6 +107,7 @@ class Made:
         self.registry = Registry(0, (ctypes.c_void_p * 3)(), proc, None)
         self.device = Device(
             get_name=NAME(lambda _: ctypes.addressof(self.texts[0])),
+            get_type=KIND(lambda _: kind),
             supports_op=SUPPORTS(supports),
             reg=ctypes.addressof(self.registry),
         )
@@ -153,12 +161,13 @@ def obstacle(
     allowed: Callable[[str], bool],
     *,
     host: bool = False,
+    kind: int = GPU,
     reason: bytes | None = None,
     flash: bool = True,
 ) -> tuple[str | None, list[str]]:
     """What is said of a graph, and what the device was asked."""
     ggml = Ggml()
-    made = Made(ggml.base, allowed, host=host, reason=reason)
+    made = Made(ggml.base, allowed, host=host, kind=kind, reason=reason)
     said = ggml.base.tq_ggml_graph_obstacle(ggml.layer(types, made.buffer, flash=flash))
     ggml.base.ggml_free(ggml.context)
     return (said.decode() if said else None), made.names
@@ -185,6 +194,15 @@ def test_what_is_missing_is_named(op: str) -> None:
     said, _ = obstacle(("pqo3", "pqo4"), lambda name: name != op, reason=b"because of the moon")
     assert said is not None
     assert "because of the moon" in said
+
+
+def test_caches_are_not_cut_up_between_devices() -> None:
+    said, names = obstacle(("f16", "pqo3"), lambda _: True, kind=META)
+    assert said is not None
+    assert not names
+    for text in ("cache_v_l0", "type pqo3", "split mode tensor"):
+        assert text in said
+    assert obstacle(("f16", "q8_0"), lambda _: True, kind=META) == (None, [])
 
 
 def test_without_flash_attention_the_product_is_asked_for() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 
 PATCHES = Path(__file__).parents[2] / "patches"
 LINES = [f"line {i}\n" for i in range(1, 41)]
+MARKS = "".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in ("table", "releases"))
+VERSION = {"MAJOR": 1, "MINOR": 2, "PATCH": 3}
 HEADER = "Subject.\n\nWhat: x\nWhy not in native/: x\nRelies on: x\nTested by: x\n\n"
 
 
@@ -26,12 +29,15 @@ class Project:
         self.root = root
         self.patches = root / "patches"
         self.work = root / "build" / "upstream"
+        self.downloads = root / "build" / "download"
+        self.downloads.mkdir(parents=True)
         self.patches.mkdir()
         self.tree = {"ggml/include/ggml.h": "".join(LINES), "src/other.c": "".join(LINES), "README.md": "hello\n"}
+        self.tree["ggml/CMakeLists.txt"] = "".join(f"set(GGML_VERSION_{p} {i})\n" for p, i in VERSION.items())
         self.sdist = root / "thing-1.0.tar.gz"
         self.write_sdist(self.sdist, self.tree)
         self.write_pin(hashlib.sha256(self.sdist.read_bytes()).hexdigest())
-        (self.patches / "README.md").write_text("<!-- table: begin -->\n<!-- table: end -->\n")
+        (self.patches / "README.md").write_text(MARKS)
         (self.patches / "series").write_text("# two\n0001-first.patch\n0002-second.patch\n")
         (self.patches / "0001-first.patch").write_text(HEADER)
         (self.patches / "0002-second.patch").write_text(HEADER)
@@ -42,8 +48,9 @@ class Project:
         self.edit("src/other.c", "line 3\n", "line three\n")
         self.run("export", "--into", "0002")
 
-    def write_sdist(self, path: Path, tree: dict[str, str]) -> None:
-        files = {f"thing-1.0/vendor/llama.cpp/{name}": text for name, text in tree.items()}
+    def write_sdist(self, path: Path, tree: dict[str, str], more: dict[str, str] | None = None) -> None:
+        files = {f"thing-1.0/{name}": text for name, text in (more or {}).items()}
+        files |= {f"thing-1.0/vendor/llama.cpp/{name}": text for name, text in tree.items()}
         files["thing-1.0/llama_cpp/__init__.py"] = "bindings = True\n"
         files["thing-1.0/LICENSE.md"] = "licence\n"
         files["thing-1.0/vendor/llama.cpp/.git"] = "gitdir: elsewhere\n"
@@ -55,11 +62,17 @@ class Project:
 
     def write_pin(self, sha256: str, max_lines: int = 10) -> None:
         (self.patches / "upstream.toml").write_text(
-            f'package = "thing"\nversion = "1.0"\nsha256 = "{sha256}"\nsubdir = "vendor/llama.cpp"\nggml = "1"\n'
+            f'package = "thing"\nversion = "1.0"\nsha256 = "{sha256}"\nsubdir = "vendor/llama.cpp"\nggml = "1.2.3"\n'
             f"max_lines = {max_lines}\n"
         )
 
-    def run(self, *arguments: str, status: int = 0, upstream: Path | None = None) -> str:
+    def run(
+        self,
+        *arguments: str,
+        status: int = 0,
+        upstream: Path | str | None = None,
+        env: dict[str, str] | None = None,
+    ) -> str:
         done = subprocess.run(
             [
                 sys.executable,
@@ -70,7 +83,12 @@ class Project:
                 str(self.work),
                 *arguments,
             ],
-            env={**os.environ, "TQGGUF_UPSTREAM": str(upstream or self.sdist)},
+            env={
+                **os.environ,
+                "TQGGUF_UPSTREAM": str(self.sdist if upstream is None else upstream),
+                "TQGGUF_DOWNLOADS": str(self.downloads),
+                **(env or {}),
+            },
             capture_output=True,
             text=True,
             check=False,
@@ -238,24 +256,136 @@ def test_check_passes_and_finds_what_is_wrong(project: Project) -> None:
     assert "0003-stray.patch: not listed in series" in project.run("check", status=1)
 
 
-def test_report_tells_clean_offset_and_failure_apart(project: Project) -> None:
+def test_report_tells_clean_offset_context_and_failure_apart(project: Project) -> None:
     moved = project.root / "moved.tar.gz"
-    broken = project.root / "broken" / "vendor" / "llama.cpp"
-    shifted = {**project.tree, "ggml/include/ggml.h": "new\nnew\n" + "".join(LINES)}
-    project.write_sdist(moved, shifted)
-    for name, text in project.tree.items():
-        (broken / name).parent.mkdir(parents=True, exist_ok=True)
-        (broken / name).write_text(text.replace("line 4\n", "line four\n") if name == "src/other.c" else text)
+    project.write_sdist(moved, {**project.tree, "ggml/include/ggml.h": "new\nnew\n" + "".join(LINES)})
     assert project.run("report", str(project.sdist)).count("clean") == 2
     assert project.run("report", str(moved)).count("offset +2") == 2
-    text = project.run("report", str(moved), str(broken.parents[1]), status=1)
-    assert "FAIL" in text
-    assert "0002-second.patch: src/other.c: hunk 1" in text
+    for old, new, word, said in (
+        ("line 5\n", "line five\n", "context 1 of 2", "applies without 2 of its context lines"),
+        ("line 3\n", "line drei\n", "FAIL 1 of 2", "does not apply"),
+    ):
+        tree = project.root / word.split()[0] / "vendor" / "llama.cpp"
+        for name, text in project.tree.items():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_text(text.replace(old, new) if name == "src/other.c" else text)
+        text = project.run("report", str(moved), str(tree.parents[1]), status=1)
+        assert f"| `0002-second.patch` | offset +2 | {word} |" in text
+        assert "0002-second.patch: src/other.c: hunk 1" in text and said in text
+
+
+def test_a_hunk_that_fits_in_two_places_with_less_context_fits_nowhere(project: Project) -> None:
+    twice = "".join(LINES).replace("line 6\n", "line 6\nline 1\nline 2\nline 3\nline 4\nx\n").replace("line 5\n", "y\n")
+    path = project.root / "twice.tar.gz"
+    project.write_sdist(path, {**project.tree, "src/other.c": twice})
+    assert "FAIL 1 of 2" in project.run("report", str(path), status=1)
 
 
 def test_usage_errors_have_status_two(project: Project) -> None:
     project.run("frobnicate", status=2)
-    project.run("report", status=2)
+    project.run("move", status=2)
+    project.run("report", "--write", str(project.sdist), status=2)
+    assert "nothing.tar.gz is no version, and no file" in project.run("report", "nothing.tar.gz", status=1)
+
+
+def test_the_pin_moves_and_moves_back(project: Project) -> None:
+    other = "".join(LINES).replace("line 3\n", "line drei\n")
+    header = ("new\n" + "".join(LINES)).replace("line 17\n", "line seventeen\n").replace("line 18\n", "")
+    project.write_sdist(
+        project.downloads / "thing-1.1.tar.gz", {**project.tree, "ggml/include/ggml.h": header, "src/other.c": other}
+    )
+    shutil.copy(project.sdist, project.downloads / "thing-1.0.tar.gz")
+    digest = hashlib.sha256((project.downloads / "thing-1.1.tar.gz").read_bytes()).hexdigest()
+    before, pin = project.series(), (project.patches / "upstream.toml").read_text()
+    said = project.run("move", "1.1", upstream="")
+    assert "0001-first.patch: context 1 of 1" in said and "0002-second.patch: FAIL 1 of 2" in said
+    assert f'version = "1.1"\nsha256 = "{digest}"' in (project.patches / "upstream.toml").read_text()
+    assert f'"1.1" = "{digest}"' in (project.patches / "releases.toml").read_text()
+    rejected = (project.work.parent / "rejects" / "0002-second.patch").read_text()
+    assert "--- a/src/other.c\n" in rejected and "-line 3\n+line three\n" in rejected and "ggml.h" not in rejected
+    assert "added by first\nadded by second\n" in (project.work / "llama.cpp/ggml/include/ggml.h").read_text()
+    project.edit("src/other.c", "line drei\n", "line three\n")
+    project.run("export", "--into", "0002", upstream="")
+    assert project.series() != before
+    project.run("check", upstream="")
+    said = project.run("move", "1.0", upstream="")
+    assert "FAIL 1 of 2" in said  # what was repaired for one release need not fit the other
+    project.edit("src/other.c", "line 3\n", "line three\n")
+    project.run("export", "--into", "0002", upstream="")
+    assert project.series() == before and (project.patches / "upstream.toml").read_text() == pin
+    project.run("check", upstream="")
+
+
+def test_move_takes_no_file_whose_hash_is_another(project: Project) -> None:
+    project.write_sdist(project.downloads / "thing-1.1.tar.gz", project.tree)
+    (project.patches / "releases.toml").write_text(f'"1.1" = "{"0" * 64}"\n')
+    before, pin = project.series(), (project.patches / "upstream.toml").read_text()
+    assert f"expected {'0' * 64}" in project.run("move", "1.1", upstream="", status=1)
+    assert project.series() == before and (project.patches / "upstream.toml").read_text() == pin
+
+
+def test_report_writes_the_table_of_the_recorded_releases(project: Project) -> None:
+    digests = []
+    for version, tree in (("0.9", {**project.tree, "src/other.c": "new\n" + "".join(LINES)}), ("1.0", project.tree)):
+        path = project.downloads / f"thing-{version}.tar.gz"
+        project.write_sdist(path, tree)
+        digests.append(f'"{version}" = "{hashlib.sha256(path.read_bytes()).hexdigest()}"\n')
+    (project.patches / "releases.toml").write_text("# oldest first\n" + "".join(digests))
+    project.run("report", "--write", upstream="")
+    readme = (project.patches / "README.md").read_text()
+    assert "| patch | 0.9, ggml 1.2.3 | 1.0, ggml 1.2.3 |\n" in readme
+    assert "| `0001-first.patch` | clean | clean |\n| `0002-second.patch` | offset +1 | clean |\n" in readme
+    assert "| together, at most 10 |" in readme  # the other table is as it was
+
+
+def test_code_of_a_download_runs_only_if_its_hash_is_the_pinned_one(project: Project) -> None:
+    served, marker = project.root / "served", project.root / "backend-ran"
+    served.mkdir()
+    backend = (
+        f"open({str(marker)!r}, 'w')\nimport os\n"
+        "def prepare_metadata_for_build_wheel(folder, config_settings=None):\n"
+        "    os.makedirs(folder + '/thing-1.0.dist-info')\n"
+        "    with open(folder + '/thing-1.0.dist-info/METADATA', 'w') as file:\n"
+        "        file.write('Metadata-Version: 2.1\\nName: thing\\nVersion: 1.0\\n')\n"
+        "    return 'thing-1.0.dist-info'\n"
+    )
+    build = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    more = {"pyproject.toml": build, "backend.py": backend}
+    more["PKG-INFO"] = "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n"
+    sdist = served / "thing-1.0.tar.gz"
+    project.write_sdist(sdist, project.tree, more)
+    env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(served), "PIP_CONFIG_FILE": os.devnull}
+    project.write_pin("0" * 64)
+    said = project.run("fetch", upstream="", status=1, env=env)
+    assert "pip could not download thing 1.0" in said and not marker.exists()
+    assert not (project.downloads / sdist.name).exists()
+    project.write_pin(hashlib.sha256(sdist.read_bytes()).hexdigest())
+    assert str(project.downloads / sdist.name) in project.run("fetch", upstream="", env=env)
+    assert marker.exists() and (project.downloads / sdist.name).read_bytes() == sdist.read_bytes()
+
+
+def test_the_committed_table_of_releases_is_true() -> None:
+    """For the releases whose sdists lie in build/download."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import json, tool, release; from pathlib import Path\n"
+        "p = Path(sys.argv[1]); pin = tool.read_pin(p / 'upstream.toml'); there = release.read_releases(p)\n"
+        "have = [v for v in there if (release.DOWNLOADS / release.replace(pin, version=v).sdist).is_file()]\n"
+        "found, _ = tool.report(p, have) if have else ({}, [])\n"
+        "print(json.dumps([pin.version, [*there], {k: [o.word for o in v] for k, v in found.items()}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(PATCHES)], capture_output=True, text=True, check=True)
+    pinned, versions, found = json.loads(done.stdout)
+    readme = (PATCHES / "README.md").read_text()
+    region = readme.split("<!-- releases: begin -->\n")[1].split("<!-- releases: end -->")[0]
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in region.splitlines())
+    assert [name.split(",")[0] for name in head[1:]] == versions, "run: python patches/tool.py report --write"
+    assert pinned in versions and len(versions) >= 3
+    column = head.index(next(name for name in head[1:] if name.startswith(f"{pinned},")))
+    assert {row[column] for row in rows} == {"clean"}
+    for name, words in found.items():
+        assert [row[head.index(name)] for row in rows] == words, "run: python patches/tool.py report --write"
+    if not found:
+        pytest.skip("no sdist of a recorded release in build/download")
 
 
 def test_the_real_readme_table_and_line_budget_are_current(tmp_path: Path) -> None:

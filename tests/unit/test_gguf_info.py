@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,14 @@ def test_recurrent_and_hybrid_models(tmp_path: Path) -> None:
     mamba = read(tmp_path, "mamba", **{"attention.head_count": None})
     assert mamba.layers == () and "recurrent" in mamba.notes[0]
     assert "no KV cache" in str(mamba.obstacle(PQO3, PQO3)) and mamba.obstacle(F16, F16) is None
+    named = read(tmp_path, "qwen35", attention__recurrent_layers=[1, 1, 0, 1, 0, 1])
+    assert [layer.index for layer in named.layers] == [2, 4]
+    with pytest.raises(ModelFileError, match=r"recurrent_layers has fewer than 6 entries"):
+        read(tmp_path, "qwen35", attention__recurrent_layers=[1, 0])
+    # In Nemotron-H a layer is attention, a recurrent state, or feed-forward.
+    heads, widths = [16, 0, 16, 16, 0, 16], [0, 0, 64, 0, 0, 64]
+    one_job = read(tmp_path, "nemotron_h", attention__head_count_kv=heads, feed_forward_length=widths)
+    assert [layer.index for layer in one_job.layers] == [0, 3]
     hybrid = read(tmp_path, "qwen3next", full_attention_interval=3)
     assert [layer.index for layer in hybrid.layers] == [2, 5] and "hybrid" in hybrid.notes[0]
     bert = read(tmp_path, "bert")
@@ -214,3 +223,19 @@ def test_the_demo_model() -> None:
     info = gguf_info.read_model_info(demo.MODEL_PATH)
     assert {(layer.n_head_kv, layer.head_dim_k, layer.head_dim_v) for layer in info.layers} == {(2, 64, 64)}
     assert info.n_head == 4 and info.n_ctx_train >= 2048 and info.exact
+
+
+def test_a_latent_of_no_width_is_none(tmp_path: Path) -> None:
+    # llama.cpp writes the key whenever it saves a model.
+    info = read(tmp_path, attention__key_length_mla=0, attention__kv_lora_rank=0)
+    assert not info.mla and info.layers[0].head_dim_v == 64 and info.notes == () and info.centring_obstacle is None
+
+
+def test_every_architecture_named_here_is_one_of_llama_cpps() -> None:
+    source = Path(__file__).parents[2] / "build/upstream/llama.cpp/src/llama-arch.cpp"
+    if not source.exists():
+        pytest.skip("the upstream source is not unpacked")
+    known = set(re.findall(r'\{ LLM_ARCH_\w+, *"([^"]+)"', source.read_text()))
+    tables = [value for name, value in vars(gguf_info).items() if re.fullmatch("_[A-Z_]+", name)]
+    named = {arch for table in tables if isinstance(table, (set, dict)) for arch in table}
+    assert len(named) > 50 and named <= known, named - known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import tqgguf.gguf_file
 from tqgguf import demo
 from tqgguf.errors import ArgumentError, ModelNotFoundError, PolicyError, TqggufError
 from tqgguf.gguf_info import centring_obstacle
+from tqgguf.model import refuse_impossible
 from tqgguf.policy import CachePolicy, model_hash, policy_from_ranges, read_policy, resolve
 
 
@@ -80,6 +82,7 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     assert policy.types_k == ("pqo4",) * 4 and policy.types_v == ("pqo3",) * 4 and policy.model_hash == "abc"
     assert sorted(policy.k_means) == [1, 3]
     np.testing.assert_array_equal(policy.k_means[3], -np.arange(128, dtype=np.float32).reshape(2, 64))
+    assert policy.tail is None and read_policy(written(tmp_path / "t.gguf", tail=0)).tail == 0
     for form in (str(tmp_path / "policy.gguf"), tmp_path / "policy.gguf", policy):
         assert resolve(form, 4).types_k == policy.types_k
 
@@ -142,6 +145,25 @@ def test_a_hash_tells_models_apart(tmp_path: Path) -> None:
     data[header + 1000] ^= 1
     other.write_bytes(data)
     assert model_hash(other) != model_hash(demo.MODEL_PATH)
+
+
+def test_a_range_of_layers_without_a_cache_is_named() -> None:
+    info = tqgguf.read_model_info(demo.MODEL_PATH)
+    hybrid = replace(info, layers=tuple(layer for layer in info.layers if layer.index in (1, 3)))
+    for layers, said in (
+        ({"0": "q8_0"}, "range '0' names layers without a KV cache: layer 0 has none"),
+        ({"3": "f16", "-2": "q8_0"}, "range '-2' names layers without a KV cache: layer 2 has none"),
+        ({"0": "pqo3"}, "range '0' names layers"),  # the default's own type, but somebody thought otherwise
+        ({"0-1": "q8_0", "2:": "f16"}, None),
+    ):
+        policy = resolve({"default": "pqo3", "layers": layers}, 4)
+        assert policy.obstacle(info) is None
+        assert (policy.obstacle(hybrid) or "").startswith(said or "") and (policy.obstacle(hybrid) is None) == (
+            not said
+        )
+        if said:
+            with pytest.raises(tqgguf.errors.CacheTypeError, match=said):
+                refuse_impossible(hybrid, policy)
 
 
 def test_obstacles_name_the_layer(tmp_path: Path) -> None:

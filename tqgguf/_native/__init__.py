@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .backends import cpu_backend_path, cpu_variants
 from .bindings import claim_llama_cpp, import_llama_cpp
 from .library import LIB_DIR, abi_version_expected, check, library, library_path, loaded_libraries
 
@@ -10,6 +11,8 @@ __all__ = [
     "abi_version_expected",
     "check",
     "claim_llama_cpp",
+    "cpu_backend_path",
+    "cpu_variants",
     "import_llama_cpp",
     "library",
     "library_path",

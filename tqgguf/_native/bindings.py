@@ -22,6 +22,7 @@ from typing import Final
 
 from ..config import CACHE_TYPES
 from ..errors import LibraryError
+from .backends import load_backends
 from .library import LIB_DIR, PACKAGE_DIR, library, library_path, loaded_libraries
 
 BINDINGS_DIR: Final = PACKAGE_DIR / "_bindings"
@@ -34,11 +35,14 @@ _NOT_BUILT = (
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads the bundled bindings and looks at once which libraries came with them."""
+    """Loads the bundled bindings and ggml's backends, and looks at once which libraries they are; first of all at
+    libtqgguf's version, for a wrong one would end the process when libggml meets it."""
 
     def exec_module(self, module: ModuleType) -> None:
+        library()
         super().exec_module(module)
         verify_libraries()
+        load_backends()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -91,10 +95,10 @@ def _refuse_other_libraries() -> None:
 
 
 def import_llama_cpp() -> ModuleType:
-    """The bundled `llama_cpp`, verified to run on our libraries.
+    """The bundled `llama_cpp`, verified to run on our libraries, with ggml's backends loaded.
 
     Raises:
-        LibraryError: the libraries are not built, or other ones are loaded.
+        LibraryError: the libraries are not built, other ones are loaded, or no CPU backend runs here.
     """
     if not library_path("llama").exists():
         raise LibraryError(_NOT_BUILT.format(path=library_path("llama")))
@@ -103,6 +107,7 @@ def import_llama_cpp() -> ModuleType:
     library()
     module = importlib.import_module("llama_cpp")
     verify_libraries()
+    load_backends()  # already done, unless somebody else imported llama_cpp on our libraries
     return module
 
 

@@ -21,6 +21,9 @@ __all__ = ["CudaLibrary", "Memory", "Queue", "cuda_library", "cuda_library_path"
 LEGACY_STREAM: Final = 1
 """cudaStreamLegacy: the stream that is everybody's unless told otherwise, by a number that DLPack uses, too."""
 
+PER_THREAD_STREAM: Final = 2
+"""cudaStreamPerThread: memory freed by another thread would be freed in the order of another stream."""
+
 HINT: Final = "PqoCache(device='cuda') needs an NVIDIA GPU and a driver as new as the CUDA toolkit it was built with"
 
 
@@ -117,7 +120,7 @@ class CudaLibrary:
         count = lib.tq_cuda_device_count()
         if count < 0:
             raise UnsupportedError(f"{self.error(count)}; {HINT}")
-        before = self.check(lib.tq_cuda_device_swap(0))
+        before = self.check(lib.tq_cuda_device_swap(-1))
         info = ffi.new("tq_cuda_device *")
         try:
             self.check(lib.tq_cuda_device_use(index, info))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..config import CacheType
 from ..errors import ArgumentError, UnsupportedError
+from .backends import cpu_backend_path
 from .bindings import import_llama_cpp
 from .library import library_path
 
@@ -69,7 +70,7 @@ def _base() -> Any:
 @functools.cache
 def _cpu() -> Any:
     _base()
-    lib = ctypes.CDLL(str(library_path("ggml-cpu")))
+    lib = ctypes.CDLL(str(cpu_backend_path()))
     lib.ggml_get_type_traits_cpu.argtypes = [ctypes.c_int]
     # struct ggml_type_traits_cpu begins with from_float, and that is all that is needed of it.
     lib.ggml_get_type_traits_cpu.restype = ctypes.POINTER(ctypes.c_void_p)

@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import TqggufError
+from .format import in_words, printable
 
 __all__ = ["main"]
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("\ntqgguf: interrupted")
         return 130
     except (TqggufError, OSError, MemoryError) as error:
-        _say(f"tqgguf: error: {error}")
+        _say(f"tqgguf: error: {in_words(error)}")
         return 1
     except SystemExit:  # argparse, after a help text or a usage error
         try:
@@ -60,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tqgguf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     # Here and not above, for they take a tenth of a second to import, in which Ctrl-C should do what it does later.
-    from . import chat, compare, demo, doctor, fit, inspect, run, serve, tune
+    from . import chat, compare, demo, doctor, fit, inspect, run, serve, tune, worker
 
-    for command in (run, chat, serve, fit, inspect, compare, tune, demo, doctor):
+    for command in (run, chat, serve, worker, fit, inspect, compare, tune, demo, doctor):
         command.add_parser(commands)
     return parser
 
@@ -88,7 +89,7 @@ def _silence() -> None:
 def _say(text: str) -> None:
     """A line to stderr, if anybody still reads it."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 def _note(message: Warning | str, *_where: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import SessionError, StoppedError, TqggufError
-from .format import cache_line, sparkline
+from .format import cache_line, in_words, sparkline
 from .interrupt import stopping
 from .live import LiveView, PlainView
 from .options import add_chat_format_option, add_model_options, check_template, load_model, positive
@@ -130,6 +130,7 @@ class Conversation:
         self.bar = bar or Bar()
         self.messages: list[dict[str, str]] = []
         self.unsaved = False
+        self.known: Session | None = None
         if session and session.exists():
             self.load(session)
         if system is not None:
@@ -153,7 +154,7 @@ class Conversation:
                 print("\n(Ctrl-C again, /exit or Ctrl-D ends)", file=sys.stderr)
                 continue
             interrupted = False
-            if line.startswith("/"):
+            if line.startswith("/") and not prompt.block:
                 if not self.command(line):
                     break
             elif line:
@@ -179,6 +180,7 @@ class Conversation:
                 self.show_cache()
             elif name == "/system":
                 self.set_system(rest)
+                print(f"system message {'set' if rest else 'taken away'}: from the next answer on", file=sys.stderr)
             elif name == "/regen":
                 self.regenerate()
             elif name in ("/save", "/load") and not rest:
@@ -191,7 +193,7 @@ class Conversation:
             else:
                 print(f"unknown command {name}; {', '.join(COMMANDS)}", file=sys.stderr)
         except (TqggufError, OSError) as error:
-            print(f"tqgguf: error: {error}", file=sys.stderr)
+            print(f"tqgguf: error: {in_words(error)}", file=sys.stderr)
         return True
 
     # ---- What the commands do ----
@@ -229,8 +231,22 @@ class Conversation:
             print(f"mean scale of K's blocks, {layers}: {bars} up to {max(scales.values()):.3g}")
 
     def save(self, path: Path) -> None:
-        """Saves the conversation and its cache."""
+        """Saves the conversation and its cache.
+
+        Raises:
+            SessionError: it is this conversation's own file, and somebody else has written to it since.
+        """
+        from ..session import read_session
+
+        mine = path == self.session
+        if mine and path.exists() and (self.known is None or read_session(path) != self.known):
+            raise SessionError(
+                f"{path} was changed by another program since this conversation read or saved it, and is left as it "
+                f"is; /save OTHER keeps this conversation"
+            )
         self.model.save_session(path, {"messages": self.messages})
+        if mine:
+            self.known = read_session(path)
 
     def load(self, path: Path) -> None:
         """Takes up a conversation; if that fails, the present one goes on."""
@@ -240,6 +256,8 @@ class Conversation:
         session = self.model.load_session(path)
         self.messages = messages
         self.unsaved = path != self.session
+        if not self.unsaved:
+            self.known = session
         turns = sum(1 for message in messages if message["role"] == "assistant")
         print(f"resumed {path}: {turns} answers, {session.n_tokens:,} tokens", file=sys.stderr)
 
@@ -249,20 +267,21 @@ class Conversation:
             try:
                 self.save(self.session)
             except (TqggufError, OSError) as error:
-                print(f"tqgguf: error: the conversation is not saved: {error}", file=sys.stderr)
+                print(f"tqgguf: error: the conversation is not saved: {in_words(error)}", file=sys.stderr)
                 return False
             self.unsaved = False
         return True
 
     def answer(self) -> None:
         """Streams the answer to the last message; a stopped one is kept as far as it came."""
-        text = ""
+        text, finish = "", None
         self.view.begin()
         try:
             with stopping(self.model):
                 for chunk in self.model.create_chat_completion(
                     self.messages, stream=True, seed=self.seed, **self.options
                 ):
+                    finish = chunk["choices"][0]["finish_reason"] or finish
                     piece = chunk["choices"][0]["delta"].get("content") or ""
                     if not text:
                         piece = piece.lstrip()
@@ -281,6 +300,10 @@ class Conversation:
             return
         else:
             self.view.end()
+            if finish == "length":
+                full = self.model.n_tokens >= self.model.n_ctx() - 1
+                why = "the context is full: /clear makes room" if full else "it has as many tokens as -n allows"
+                print(f"[cut off: {why}]", file=sys.stderr)
         if text:
             self.messages.append({"role": "assistant", "content": text})
         else:

@@ -14,7 +14,7 @@ from ..errors import TqggufError
 from ..gguf_info import read_model_info
 from ..tail import DEFAULT_TAIL
 from . import compare_attention
-from .format import to_json
+from .format import print_table, to_json
 from .options import cache_or_pair, positive, tail, threads
 from .plot import check_plot, plot
 
@@ -220,13 +220,3 @@ def table_of(*titles: str) -> Any:
     for title in titles:
         table.add_column(title, justify="left" if title == "cache" else "right", no_wrap=True)
     return table
-
-
-def print_table(table: Any) -> None:
-    """Prints a table in full width, also where the terminal is narrower: a figure cut short would be a wrong one."""
-    from rich.console import Console
-
-    needed = Console(width=1000).measure(table).maximum
-    console = Console(highlight=False)
-    console.width = max(console.width, needed)
-    console.print(table)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .format import to_json
+from .format import print_table, to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +104,7 @@ def _render_layer(console: Console, layer: LayerAttention) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for name, errors in layer.errors.items():
         table.add_row(name, *(_cell(errors, figure) for _, figure in FIGURES))
-    console.print(table)
+    print_table(table)
 
 
 def _cell(errors: Sequence[HeadError], figure: str) -> str:

@@ -35,17 +35,24 @@ def call(args: argparse.Namespace) -> int:
     if not demo.MODEL_PATH.is_file():
         raise ModelNotFoundError(f"the demo model {demo.MODEL_PATH} is missing from this installation")
     model = Llama(demo.MODEL_PATH, cache=chosen_cache(args), tail=args.tail, n_ctx=2048, verbose=False)
+    if not args.json:
+        print(f"> {QUESTION}", flush=True)
+    pieces: list[str] = []
     try:
-        reply = model.create_chat_completion([{"role": "user", "content": QUESTION}], temperature=0.0, max_tokens=32)
+        messages = [{"role": "user", "content": QUESTION}]
+        for chunk in model.create_chat_completion(messages, temperature=0.0, max_tokens=32, stream=True):
+            piece = chunk["choices"][0]["delta"].get("content") or ""
+            pieces.append(piece if any(pieces) else piece.lstrip())
+            if not args.json:
+                print(pieces[-1], end="", flush=True)
     except ValueError as error:
         raise TqggufError(str(error)) from error
-    answer = str(reply["choices"][0]["message"]["content"]).strip()
     info = model.cache_info()
     if args.json:
-        print(to_json({"question": QUESTION, "answer": answer, "cache": info}))
+        print(to_json({"question": QUESTION, "answer": "".join(pieces).strip(), "cache": info}))
         return 0
-    print(f"> {QUESTION}\n{answer}\n\n{cache_line(info)}", flush=True)
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    print(f"\n\n{cache_line(info)}", flush=True)
+    if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         print("\nThe demo model knows capitals, and facts you tell it in the question.", file=sys.stderr)
         try:
             wanted = input("Chat with it? [Y/n] ").strip().lower() in ("", "y", "yes")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ..diagnostics.installation import Check, Installation, installation
-from .format import to_json
+from .format import print_table, printable, to_json
 from .options import add_cache_options, chosen_cache
 
 if TYPE_CHECKING:
@@ -63,8 +64,11 @@ def render(result: Installation, path: AttentionPath | None) -> None:
     table.add_column(overflow="fold")
     for check in (*result.checks, *(_findings(path) if path else ())):
         mark = Text("ok", style="green") if check.ok else Text("WRONG", style="bold red")
-        table.add_row(mark, check.name, Text(check.detail))
-    Console(highlight=False).print(table)
+        table.add_row(mark, check.name, Text(printable(check.detail)))
+    if sys.stdout is not None and sys.stdout.isatty():
+        Console(highlight=False).print(table)
+    else:
+        print_table(table)  # a line for each finding, for grep and for reports
 
 
 def _findings(path: AttentionPath) -> list[Check]:

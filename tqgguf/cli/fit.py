@@ -7,7 +7,8 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheTypeError
-from .format import size, to_json
+from ..tail import DEFAULT_TAIL
+from .format import print_table, printable, size, to_json
 from .options import add_tail_option, cache_or_pair, memory_size, positive
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def render(result: Fit) -> None:
         ("context", f"{result.n_ctx:,} tokens wanted{sequences}; trained for {info.n_ctx_train:,}"),
         *(("note", note) for note in info.notes),
     ):
-        facts.add_row(name, Text(value))
+        facts.add_row(name, Text(printable(value)))
     console.print(facts)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -117,7 +118,7 @@ def render(result: Fit) -> None:
         table.add_column(title, justify="left" if title == "cache" else "right", no_wrap=True)
     for row in result.rows:
         table.add_row(*_cells(result, row, states), style="bold" if row is result.recommended else "")
-    console.print(table)
+    print_table(table)
     for row in result.rows:
         if row.obstacle:
             console.print(Text(f"{row.cache}: {row.obstacle}"))
@@ -127,8 +128,11 @@ def render(result: Fit) -> None:
         console.print(Text(f"Nothing to recommend: {result.reason}. Give more memory, or take a smaller model."))
         return
     console.print(Text(f"Recommended: {best.cache}, {best.n_ctx:,} tokens: {result.reason}."))
-    if result.setup.n_seq == 1 and "/" not in best.cache:
-        command = ["tqgguf", "chat", str(info.path), "--cache", best.cache, "--ctx", str(best.n_ctx)]
+    if setup.n_seq == 1 and setup.swa_full and not result.vram:  # as chat has it
+        k, _, v = best.cache.partition("/")
+        types = ["--cache-k", k, "--cache-v", v] if v and not best.cache.endswith(".gguf") else ["--cache", best.cache]
+        tail = [] if setup.tail == DEFAULT_TAIL else ["--tail", str(setup.tail)]
+        command = ["tqgguf", "chat", str(info.path), *types, *tail, "--ctx", str(best.n_ctx)]
         console.print(Text("  " + shlex.join(command)), soft_wrap=True)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..errors import TqggufError
 
 if TYPE_CHECKING:
     from ..cache_info import CacheInfo
@@ -24,6 +27,18 @@ def size(n_bytes: int) -> str:
     return f"{value:,.1f} {unit}"
 
 
+def printable(text: str) -> str:
+    """A text without the characters that a terminal obeys: a model's name or its answers are not to move the cursor."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says; of one of the system's, the file and the reason, without its number."""
+    if isinstance(error, OSError) and not isinstance(error, TqggufError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
 def to_json(data: Any) -> str:
     """A dataclass, or a dict holding some, as indented JSON."""
 
@@ -35,6 +50,16 @@ def to_json(data: Any) -> str:
         raise TypeError(f"{value.__class__.__name__} has no JSON form")
 
     return json.dumps(data, indent=2, default=plain)
+
+
+def print_table(table: Any) -> None:
+    """Prints a table in full width, also where the terminal is narrower: a figure cut short would be a wrong one."""
+    from rich.console import Console
+
+    needed = Console(width=1000).measure(table).maximum
+    console = Console(highlight=False)
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def cache_line(info: CacheInfo) -> str:

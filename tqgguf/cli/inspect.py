@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import CACHE_TYPES
 from ..diagnostics.model_cache import ModelCache, model_cache
-from .format import size, to_json
-from .options import DEFAULT_CONTEXT, add_cache_options, chosen_cache, positive, threads
+from ..errors import TextError
+from .format import print_table, printable, size, to_json
+from .options import DEFAULT_CONTEXT, add_cache_options, add_threads_option, chosen_cache, positive
+from .progress import Bar
 
 if TYPE_CHECKING:
     from ..diagnostics.cache_contents import CacheContents
@@ -25,7 +27,7 @@ def add_parser(commands: Any) -> None:
         description="Shows what a GGUF says about its KV cache, and its size in each cache type; loads no weights. "
         "With --session it looks into a cache that was saved, with --file into one that has read a text: norms, "
         "scales, code use, outlier channels and offsets of each head, and what a further bit would buy.",
-        epilog="example: tqgguf inspect model.gguf --session chat.session --html report.html",
+        epilog="example: tqgguf inspect model.gguf --session talk.session --html report.html",
     )
     parser.add_argument("model", help="a GGUF file")
     parser.add_argument(
@@ -37,9 +39,9 @@ def add_parser(commands: Any) -> None:
     look.add_argument("--sample", type=positive, metavar="N", help="cells to look at (default: 1024)")
     look.add_argument("--html", type=Path, metavar="FILE", help="also write a page with heat maps")
     add_cache_options(parser)
-    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: half of the processors)")
+    add_threads_option(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.set_defaults(call=call, usage_error=parser.error)
+    parser.set_defaults(call=call, usage_error=parser.error, cache=None)
 
 
 def contexts(text: str) -> tuple[int, ...]:
@@ -51,6 +53,11 @@ def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.session and args.file:
         args.usage_error("--session and --file are two sources, give one")
+    if args.session and args.ctx:
+        args.usage_error("--ctx is for --file or for sizes: a session has the context it was saved with")
+    if not args.file and any((args.cache, args.cache_k, args.cache_v, args.threads)):
+        args.usage_error("--cache, --cache-k, --cache-v and --threads are for the model that reads --file")
+    args.cache = args.cache or "pqo3"
     if args.session or args.file:
         return _call_contents(args)
     if args.html or args.sample:
@@ -65,6 +72,7 @@ def call(args: argparse.Namespace) -> int:
 
 def _call_contents(args: argparse.Namespace) -> int:
     from ..diagnostics import cache_contents
+    from ..whole_file import write_whole
     from .report import check_report, page
 
     if args.html:
@@ -75,7 +83,7 @@ def _call_contents(args: argparse.Namespace) -> int:
     else:
         result = _read_text(args, sample)
     if args.html:
-        args.html.write_text(page(result), encoding="utf-8")
+        write_whole(args.html, (page(result).encode(),), what="page")
         print(f"written: {args.html}", file=sys.stderr)
     if args.json:
         print(to_json(result))
@@ -92,7 +100,12 @@ def _read_text(args: argparse.Namespace, sample: int) -> CacheContents:
     from ..model import Llama
 
     text = read_text(args.file)
+    if not text.strip():
+        raise TextError(f"{args.file} is empty: there is nothing for the model to read")
+    bar = Bar()
     n_ctx = args.ctx[0] if args.ctx else min(DEFAULT_CONTEXT, read_model_info(args.model).n_ctx_train)
+    data = text.encode()
+    n_ctx = min(n_ctx, len(data) + 8)  # a token has a byte; cells beyond would be allocated and stay empty
     with contextlib.closing(
         Llama(
             args.model,
@@ -101,10 +114,20 @@ def _read_text(args: argparse.Namespace, sample: int) -> CacheContents:
             n_ctx=n_ctx,
             n_threads=args.threads,
             n_threads_batch=args.threads,
+            progress=bar,
             verbose=False,
         )
     ) as model:
-        model.eval(model.tokenize(text.encode())[:n_ctx])
+        tokens = model.tokenize(data)
+        if len(tokens) > n_ctx:
+            print(
+                f"tqgguf: note: of {len(tokens):,} tokens the first {n_ctx:,} are read; --ctx {len(tokens)} reads all",
+                file=sys.stderr,
+            )
+        try:
+            model.eval(tokens[:n_ctx])
+        finally:
+            bar.close()
         return inspect_cache(model, sample=sample)
 
 
@@ -117,7 +140,7 @@ def render_contents(result: CacheContents) -> None:
     console = Console(highlight=False)
     console.print(
         Text(
-            f"{result.info.name} ({result.info.architecture}): {result.n_cells:,} cells with tokens, "
+            f"{printable(result.info.name)} ({result.info.architecture}): {result.n_cells:,} cells with tokens, "
             f"{size(result.bytes)}; {result.n_sampled:,} looked at"
         )
     )
@@ -144,7 +167,7 @@ def render_contents(result: CacheContents) -> None:
             f"{sum(head.nmse_4 for head in heads) / n:.4f}",
             f"{sum(head.bit_gain for head in heads) / n:.1f}",
         )
-    console.print(table)
+    print_table(table)
     console.print()
     console.print(
         Text(
@@ -175,7 +198,7 @@ def render(result: ModelCache) -> None:
         ("head size", f"K {_each(r.head_dim_k for r in info.layers)}, V {_each(r.head_dim_v for r in info.layers)}"),
         *(("note", note) for note in info.notes),
     ):
-        facts.add_row(name, Text(value))
+        facts.add_row(name, Text(printable(value)))
     console.print(facts)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -190,7 +213,7 @@ def render(result: ModelCache) -> None:
         else:
             cells += [f"{row.bytes_per_token:,}", *(size(n) for n in row.bytes)]
         table.add_row(*cells)
-    console.print(table)
+    print_table(table)
     for reason in reasons:
         console.print(Text(reason))
 

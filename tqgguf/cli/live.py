@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from .format import size, sparkline
+from .format import printable, size, sparkline
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,6 +24,7 @@ class PlainView:
     def __init__(self, model: Llama) -> None:
         self.model = model
         self.speed = 0.0
+        self._terminal = sys.stdout is not None and sys.stdout.isatty()
         self._first, self._start = 0, 0.0
 
     def begin(self) -> None:
@@ -35,7 +37,7 @@ class PlainView:
             self._first, self._start = self.model.n_tokens, time.perf_counter()
         elif self.model.n_tokens > self._first:
             self.speed = (self.model.n_tokens - self._first) / (time.perf_counter() - self._start)
-        self._show(piece)
+        self._show(printable(piece) if self._terminal else piece)
 
     def end(self) -> None:
         """It has ended."""

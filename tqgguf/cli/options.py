@@ -139,12 +139,38 @@ def add_model_options(parser: argparse.ArgumentParser, *, sampling: bool = True)
     parser.add_argument(
         "--ctx", type=context, metavar="N", help=f"context in tokens (default: {DEFAULT_CONTEXT} at most)"
     )
+    parser.add_argument(
+        "--rpc",
+        type=workers,
+        metavar="HOST:PORT,...",
+        help="workers (`tqgguf worker`) that hold the model and its cache, on networks you trust: nothing is encrypted",
+    )
     if sampling:
         parser.add_argument("--seed", type=seed, metavar="N", help="seed of the sampler (default: random)")
         parser.add_argument(
             "--temp", type=temperature, metavar="X", default=0.8, help="temperature, 0 is greedy (default: 0.8)"
         )
-    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: half of the processors)")
+    add_threads_option(parser)
+
+
+def add_threads_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --threads."""
+    parser.add_argument(
+        "--threads",
+        type=threads,
+        metavar="N",
+        help="threads (default: half of the processors, and all of them while a prompt is read)",
+    )
+
+
+def workers(text: str) -> list[str]:
+    """argparse type: workers, "host:port" each, with commas between them."""
+    from ..workers import parse_workers
+
+    try:
+        return list(parse_workers(text.split(",")))
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def chosen_cache(args: argparse.Namespace) -> str | tuple[str, str]:
@@ -211,8 +237,10 @@ def load_model(args: argparse.Namespace, path: str, bar: Bar, *, chat_format: st
                 path,
                 cache=chosen_cache(args),
                 tail=args.tail,
+                rpc=args.rpc,
                 n_ctx=n_ctx,
                 n_threads=args.threads,
+                n_threads_batch=args.threads,
                 chat_format=chat_format,
                 **({} if getattr(args, "seed", None) is None else {"seed": args.seed}),
                 progress=progress,

@@ -48,7 +48,8 @@ def figure_of(comparison: Comparison) -> Any:
     """The picture: mean divergence (log axis) over bytes per token, a labelled point for each cache but the reference.
 
     Bytes are those that the cache takes for a chunk, tail included, divided by its tokens.
-    Points of the same size are labelled right and left in turn, in order of divergence, so that labels keep apart.
+    Points of the same size are labelled right and left in turn, in order of divergence; labels that would still cover
+    each other move up and down.
     """
     from matplotlib.figure import Figure
 
@@ -57,11 +58,12 @@ def figure_of(comparison: Comparison) -> Any:
     axes: Any = figure.add_subplot()
     axes.set_yscale("log")
     sides: dict[float, int] = {}
+    labels = []
     place = {row.type: row.bytes / comparison.n_ctx for row in comparison.rows}
     for row in sorted((row for row in rows if row.kld.mean > 0), key=lambda row: row.kld.mean):
         x = place[row.type]
         side = sides[x] = -sides.get(x, -1)
-        _point(axes, row, x, side)
+        labels.append(_point(axes, row, x, side))
     axes.set_xlim(0, 1.08 * max(place.values()))
     axes.margins(y=0.12)
     axes.axvline(place[reference.type], color=_STOCK, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
@@ -101,11 +103,34 @@ def figure_of(comparison: Comparison) -> Any:
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(_STOCK)
+    _separate(figure, labels)
     return figure
 
 
-def _point(axes: Any, row: TypeQuality, x: float, side: int) -> None:
-    """One cache: a point, its error bar, and a label to the right (side 1) or left (-1)."""
+def _separate(figure: Any, labels: list[Any]) -> None:
+    """Moves labels up and down until none covers another."""
+    from matplotlib.text import Text
+
+    labels = sorted(labels, key=lambda label: label.xy[1])
+    for _ in range(100):
+        figure.draw_without_rendering()
+        boxes = [Text.get_window_extent(label) for label in labels]  # without its line
+        moved = False
+        for i, low in enumerate(boxes):
+            for j in range(i + 1, len(boxes)):
+                high = boxes[j]
+                overlap = low.y1 - high.y0
+                if low.x0 < high.x1 and high.x0 < low.x1 and overlap > 0 and low.y0 < high.y1:
+                    for label, sign in ((labels[i], -1), (labels[j], 1)):
+                        x, y = label.get_position()
+                        label.set_position((x, y + sign * (overlap / 2 + 1) * 72 / figure.dpi))
+                    moved = True
+        if not moved:
+            return
+
+
+def _point(axes: Any, row: TypeQuality, x: float, side: int) -> Any:
+    """One cache: a point, its error bar, and a label to the right (side 1) or left (-1), which is returned."""
     ours = row.type not in CACHE_TYPES or CACHE_TYPES[row.type].ours
     color = _OURS if ours else _STOCK
     error = min(2 * row.kld.mean_error, 0.9 * row.kld.mean)  # a log axis has no room below zero
@@ -123,11 +148,12 @@ def _point(axes: Any, row: TypeQuality, x: float, side: int) -> None:
         elinewidth=1.2,
         zorder=3 if ours else 2,
     )
-    axes.annotate(
+    return axes.annotate(
         row.type,
         (x, row.kld.mean),
         xytext=(11 * side, 0),
         textcoords="offset points",
+        arrowprops={"arrowstyle": "-", "color": _STOCK, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
         horizontalalignment="left" if side > 0 else "right",
         verticalalignment="center",
         color=color if ours else _INK,

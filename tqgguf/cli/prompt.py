@@ -13,9 +13,13 @@ class Prompt:
     r"""Reads messages from standard input.
 
     A line that ends with \ goes on in the next one. A message that begins with three double quotes ends with three.
+
+    Attributes:
+        block: whether the newest message was one in quotes, and so is no command.
     """
 
     def __init__(self) -> None:
+        self.block = False
         self.terminal = sys.stdin is not None and sys.stdin.isatty()
         if self.terminal:
             with contextlib.suppress(ImportError):
@@ -31,7 +35,8 @@ class Prompt:
             KeyboardInterrupt: Ctrl-C was typed.
         """
         line = self._line("> ")
-        if line.lstrip().startswith(BLOCK):
+        self.block = line.lstrip().startswith(BLOCK)
+        if self.block:
             return self._block(line.lstrip()[len(BLOCK) :])
         while line.endswith("\\"):
             try:

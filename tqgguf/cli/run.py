@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from ..errors import ArgumentError, StoppedError, TqggufError
-from .format import cache_line, to_json
+from .format import cache_line, printable, to_json
 from .interrupt import stopping
 from .options import add_model_options, load_model, positive
 from .progress import Bar
@@ -42,6 +42,7 @@ def call(args: argparse.Namespace) -> int:
         raise ArgumentError("the prompt is not valid UTF-8") from None
     start, finish = time.perf_counter(), None
     pieces: list[str] = []
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     options = {"max_tokens": args.n_predict, "temperature": args.temp, "seed": args.seed, "stream": True}
     try:
         with stopping(model):
@@ -60,11 +61,12 @@ def call(args: argparse.Namespace) -> int:
                     continue
                 pieces.append(piece)
                 if not args.json:
-                    print(piece, end="", flush=True)
+                    print(printable(piece) if terminal else piece, end="", flush=True)
     except StoppedError:
         raise KeyboardInterrupt from None
     except ValueError as error:
-        raise TqggufError(str(error)) from error
+        advice = "; --ctx gives more room" if "context window" in str(error) else ""
+        raise TqggufError(f"{error}{advice}") from error
     finally:
         bar.close()
     seconds = time.perf_counter() - start
@@ -74,5 +76,12 @@ def call(args: argparse.Namespace) -> int:
         print(to_json(answer))
         return 0
     print()
-    print(f"{len(pieces)} pieces in {seconds:.1f} s; {cache_line(info)}", file=sys.stderr)
+    cut = ""
+    if finish == "length":
+        cut = (
+            "; cut off: the context is full"
+            if model.n_tokens >= model.n_ctx() - 1
+            else f"; cut off by -n {args.n_predict}"
+        )
+    print(f"{len(pieces)} pieces in {seconds:.1f} s{cut}; {cache_line(info)}", file=sys.stderr)
     return 0

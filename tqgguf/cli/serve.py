@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from typing import Any
 
@@ -27,7 +28,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="port; 0: any free one (default: 8000)")
     parser.add_argument("--name", help="what clients know the model by (default: its file's name)")
-    parser.add_argument("--api-key", metavar="KEY", help="what clients must send")
+    parser.add_argument("--api-key", type=api_key, metavar="KEY", help="what clients must send")
+    parser.add_argument(
+        "--origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="web pages that may use the server besides those of this machine, such as https://chat.example; can be "
+        "given several times; * for all",
+    )
     parser.add_argument(
         "--prompt-cache",
         type=positive,
@@ -39,18 +48,34 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(call=call, own_interrupt=True)
 
 
+def api_key(text: str) -> str:
+    """argparse type: a key that HTTP can carry."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError("must be one or more ASCII characters, none of them a space")
+    return text
+
+
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     from ..server import create_app, listen, serve
+    from ..server_request import host_of, is_loopback
 
+    for origin in args.origin:
+        if origin != "*":
+            host_of(origin)
     check_template(args.model, args.chat_format)
     with listen(args.host, args.port) as bound:
         model = load_model(args, args.model, Bar(), chat_format=args.chat_format)
         if args.prompt_cache:
             model.set_cache(import_llama_cpp().LlamaRAMCache(capacity_bytes=args.prompt_cache << 20))
-        app = create_app(model, name=args.name, api_key=args.api_key)
         host, number = bound.getsockname()[:2]
+        app = create_app(model, name=args.name, api_key=args.api_key, origins=args.origin, local=is_loopback(host))
         print(cache_line(model.cache_info()), file=sys.stderr)
+        if not is_loopback(host) and not args.api_key:
+            print(
+                "tqgguf: note: whoever reaches this machine can use it: --api-key makes them prove themselves",
+                file=sys.stderr,
+            )
         print(f"listening on http://{f'[{host}]' if ':' in host else host}:{number}/v1 (Ctrl-C ends)", file=sys.stderr)
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it reports a stop as an error
         serve(app, model, bound)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, PolicyError
-from .compare import print_table, progress_bars, render_rows, table_of
-from .format import to_json
+from .compare import progress_bars, render_rows, table_of
+from .format import print_table, to_json
 from .options import add_tail_option, cache_name, positive, threads
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def policy_json(tuning: Tuning) -> dict[str, Any]:
         "types_v": policy.types_v,
         "centred": sorted(policy.k_means),
         "model_hash": policy.model_hash,
+        "tail": policy.tail,
     }
 
 

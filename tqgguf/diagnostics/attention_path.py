@@ -18,7 +18,7 @@ from ..config import CacheType
 from ..errors import TqggufError
 from ..gguf_file import read_header
 from ..gguf_info import ModelInfo, read_model_info
-from ..model import needs_flash
+from ..load_log import needs_flash
 from ..policy import CachePolicy, PolicySpec, resolve
 from ..tail import DEFAULT_TAIL
 from .plan import Setup, planned_model
@@ -137,9 +137,9 @@ def _way(info: ModelInfo, n_head_kv: int, k: CacheType, v: CacheType, flash: boo
 def _notes(info: ModelInfo, policy: CachePolicy, tail: int) -> Iterator[str]:
     header = read_header(info.path)
     softcap = header.metadata.get(f"{info.architecture}.attn_logit_softcapping")
-    if softcap:
+    if isinstance(softcap, float) and softcap:
         yield f"scores are capped at {softcap:g} (softcap); every path applies it"
-    if any(".attn_sinks" in name for name in header.tensors):
+    if any(".attn_sinks" in tensor.name for tensor in header.tensors):
         yield "attention sinks take part in the softmax; every path applies them"
     if info.mla:
         yield "MLA: all query heads share one latent, and V is read from K"

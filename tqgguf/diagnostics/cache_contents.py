@@ -52,8 +52,8 @@ class HeadContents:
         scale: median magnitude of the blocks' scales; None for a type not ours.
         codes: how often each index of the codebook is used, as fractions; empty for a type not ours.
         entropy: of `codes`, in bits; None for a type not ours.
-        outliers: channels whose RMS is more than `attention.OUTLIER_FACTOR` times the median channel's.
-        offset: norm of the mean vector relative to the RMS norm; see `attention.HeadFacts`.
+        outliers: channels whose RMS is more than 4 times the median channel's.
+        offset: norm of the mean vector relative to the RMS norm: 0 if they point everywhere, 1 if all are the same.
         nmse_3: estimated squared error at 3 bits (pqo3; pqt3 for a trellis type), relative to the squared values.
         nmse_4: the same at 4 bits.
     """
@@ -121,7 +121,11 @@ class CacheContents:
     notes: tuple[str, ...]
 
     def side(self, side: str) -> tuple[TensorContents, ...]:
-        """The tensors of "K" or of "V"."""
+        """The tensors of one side.
+
+        Args:
+            side: "K" or "V".
+        """
         return tuple(tensor for tensor in self.tensors if tensor.side == side)
 
 
@@ -151,7 +155,7 @@ def inspect_cache(model: Llama, *, sample: int = DEFAULT_SAMPLE) -> CacheContent
 
 
 def inspect_session(path: str | Path, model: str | Path, *, sample: int = DEFAULT_SAMPLE) -> CacheContents:
-    """Looks at the KV cache in a session, or in a session or sequence file of llama.cpp; loads no weights.
+    """Looks at the KV cache in a saved session; loads no weights.
 
     Args:
         path: a file of `Llama.save_session`, `llama_state_save_file` or `llama_state_seq_save_file`.
@@ -159,8 +163,7 @@ def inspect_session(path: str | Path, model: str | Path, *, sample: int = DEFAUL
         sample: cells to look at, at most.
 
     Raises:
-        StateFileError: see `state.read_state`.
-        SessionError: see `session.read_state`.
+        StateFileError, SessionError: no session, damaged, of another version or of another model.
         ArgumentError: the cache in it is empty, or sample is less than 1.
         UnsupportedError: the model has no KV cache, or one that is not modelled.
         ModelFileError: see `read_model_info`.

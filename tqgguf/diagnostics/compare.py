@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from .. import demo
 from .._native import import_llama_cpp
 from ..config import MEASURED_TYPES
+from ..count import check_count
 from ..errors import ArgumentError, TextError, TqggufError
 from ..gguf_info import ModelInfo, read_model_info
 from ..model import Llama, refuse_impossible
@@ -63,6 +64,9 @@ number of keys that compete, so a context of a few hundred tokens shows too litt
 MIN_CONTEXT: Final = 128
 UBATCH: Final = 512
 """Tokens that llama.cpp computes at once by itself."""
+
+MAX_OWN_TOKENS: Final = 2**20
+"""Of the demo model's own text; making it takes a second."""
 
 DEFAULT_CHUNKS: Final = 8
 """Chunks of the demo model's own text; of another text all are read."""
@@ -214,8 +218,8 @@ def compare(
         TqggufError: llama.cpp failed, or gave logits that are not finite; otherwise as `Llama`.
     """
     for name, value in (("n_chunks", n_chunks), ("n_batch", n_batch)):
-        if value is not None and value < 1:
-            raise ArgumentError(f"{name} is {value}, must be at least 1")
+        if value is not None:
+            check_count(name, value)
     info = read_model_info(path)
     named = compared_caches(caches, info.n_layer, tails)
     for cache in named:
@@ -225,8 +229,7 @@ def compare(
     if text is None:
         n_chunks = n_chunks or DEFAULT_CHUNKS
         text = own_text(info, n_ctx, n_chunks)
-    if not text:
-        raise TextError("the text is empty")
+    refuse_short(text, n_ctx)
     # llama.cpp's tools, too, keep sliding windows no longer than needed: swa_full.
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(
@@ -243,7 +246,7 @@ def compare(
             n_scored=len(chunks) * (n_ctx - 1 - n_ctx // 2),
             n_threads=model.n_threads_batch,
             rows=tuple(reader.quality(info, n_ctx, chunks.size) for reader in readers),
-            notes=_notes(info, n_ctx, own),
+            notes=(*_notes(info, n_ctx, own), *_policy_notes(named)),
         )
 
 
@@ -259,6 +262,9 @@ def compared_caches(
             tail, one given twice, or one that is no number of tokens.
         PolicyError, ModelNotFoundError: as `resolve`.
     """
+    for name, value in (("caches", caches), ("tails", tails)):
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+            raise ArgumentError(f"{name} is {value!r}, must be a list")
     lengths = [check_tail(tail) for tail in tails]
     if not lengths or len(set(lengths)) < len(lengths):
         raise ArgumentError(f"tails are {list(tails)}, must be at least one and none twice")
@@ -294,7 +300,7 @@ def context_length(info: ModelInfo, n_ctx: int | None) -> int:
     Raises:
         ArgumentError: it is below MIN_CONTEXT.
     """
-    length = min(DEFAULT_CONTEXT, info.n_ctx_train) if n_ctx is None else n_ctx
+    length = min(DEFAULT_CONTEXT, info.n_ctx_train) if n_ctx is None else check_count("n_ctx", n_ctx)
     if length < MIN_CONTEXT:
         raise ArgumentError(f"a context of {length} tokens is too short to compare caches: {MIN_CONTEXT} at least")
     return length
@@ -348,15 +354,39 @@ def own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
     """The demo model's: a conversation of at least n_chunks * n_ctx tokens whose questions reach back n_ctx/2 tokens.
 
     Raises:
-        ArgumentError: it is another model.
+        ArgumentError: it is another model, or would be more than MAX_OWN_TOKENS.
     """
     if info.name != demo.MODEL_NAME:
         raise ArgumentError(
             f"{info.path.name} needs a text to be measured on (-f FILE): only the demo model has its own"
         )
+    if n_chunks * n_ctx > MAX_OWN_TOKENS:
+        raise ArgumentError(
+            f"the demo model's own text is of {MAX_OWN_TOKENS:,} tokens at most, not of {n_chunks:,} chunks "
+            f"of {n_ctx:,}: give a shorter context, fewer chunks, or a text"
+        )
     n_turns = n_chunks * n_ctx // demo.CHAT_TURN_TOKENS + 1
     reach = n_ctx // demo.CHAT_TURN_TOKENS  # two facts a turn, so half of the context
     return demo.chat_text(0, n_turns, reach=min(reach, len(demo.NAMES) * len(demo.KINDS)))
+
+
+def refuse_short(text: Any, n_ctx: int) -> None:
+    """Raises before a context is made for it, if a text cannot have as many tokens: each has a byte, but for the first.
+
+    Raises:
+        ArgumentError: it is no text.
+        TextError: it is empty, or too short.
+    """
+    if not isinstance(text, str):
+        raise ArgumentError(f"text is of type {type(text).__name__}, must be a str")
+    if not text:
+        raise TextError("the text is empty")
+    n_bytes = len(text.encode())
+    if n_bytes + 8 < n_ctx:
+        raise TextError(
+            f"the text has {n_bytes:,} bytes, but a context of {n_ctx:,} needs as many tokens: "
+            f"give a longer text or a shorter context"
+        )
 
 
 def text_chunks(model: Llama, text: str, n_ctx: int, n_chunks: int | None, special: bool) -> npt.NDArray[np.int32]:
@@ -387,6 +417,15 @@ def _notes(info: ModelInfo, n_ctx: int, own: bool) -> tuple[str, ...]:
             "its perplexity is high and says little; compare the divergence"
         )
     return tuple(notes)
+
+
+def _policy_notes(caches: Sequence[NamedCache]) -> list[str]:
+    """Where a policy was measured with another tail than here."""
+    return [
+        f"{cache.label} was tuned with a tail of {cache.policy.tail}"
+        for cache in caches
+        if cache.policy.tail not in (None, cache.tail)
+    ]
 
 
 # ---- Reading in lock-step ----

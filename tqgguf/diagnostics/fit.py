@@ -95,8 +95,8 @@ def fit(
 ) -> Fit:
     """Finds the longest context that fits for each cache, as `tqgguf.Llama` would set it up.
 
-    A context is never longer than wanted. The program itself (50 to 100 MB) is not
-    counted, nor are copies that llama.cpp makes of weights it rearranges for a CPU while the file stays mapped.
+    A context is never longer than wanted. The program itself (50 to 100 MB) is not counted, nor are copies that
+    llama.cpp makes of weights it rearranges for a CPU while the file stays mapped.
 
     Args:
         path: a GGUF file.
@@ -114,9 +114,12 @@ def fit(
     Raises:
         ArgumentError: memory that the weights alone exceed, or another number out of range.
         CacheTypeError: none of the caches can be used with this model.
-        ModelFileError, TqggufError: see `planned_model`.
+        ModelFileError: no GGUF file, truncated, or without the keys its architecture requires.
+        TqggufError: llama.cpp could not open the model or plan a context; the message carries its own errors.
     """
     check_tail(tail)
+    if isinstance(caches, str) or not isinstance(caches, Sequence):
+        raise ArgumentError(f"caches is {caches!r}, must be a list")
     for name, value, low, high in (
         ("memory", memory, 1, 2**63 - 1),
         ("vram", vram, 0, 2**63 - 1),
@@ -170,7 +173,8 @@ class _Fitter:
     def row(self, cache: PolicySpec) -> FitRow:
         policy = resolve(cache, self.info.n_layer)
         name = policy.words or str(cache)
-        obstacle = self.info.obstacle(*policy.uniform) if policy.uniform else policy.obstacle(self.info)
+        same = None if policy.ranges else policy.uniform
+        obstacle = self.info.obstacle(*same) if same else policy.obstacle(self.info)
         if obstacle:
             return FitRow(name, obstacle, 0, None, 0, 0, 0)
         room = self.memory + self.vram - self.model.weights
@@ -242,18 +246,20 @@ def _layer_weights(info: ModelInfo, total: int) -> tuple[list[int], int]:
     The embedding of tokens stays there, and where the output is the embedding, video memory gets a copy.
     """
     header = read_header(info.path)
-    if sum(header.tensor_bytes) < 0.9 * total:
+    if sum(tensor.bytes for tensor in header.tensors) < 0.9 * total:
         raise TqggufError(f"{info.path.name} is split over several files, or of types unknown here: leave --vram out")
     sizes = [0] * (info.n_layer + 1)
     copied = 0
-    for name, size in zip(header.tensors, header.tensor_bytes, strict=True):
+    names = {tensor.name for tensor in header.tensors}
+    for tensor in header.tensors:
+        name, size = tensor.name, tensor.bytes
         kind, _, rest = name.partition(".")
         number = rest.partition(".")[0]
-        if kind == "blk" and number.isdecimal() and int(number) < info.n_layer:
+        if kind == "blk" and number.isdecimal() and len(number) < 5 and int(number) < info.n_layer:
             sizes[int(number)] += size
         elif name.startswith("output"):
             sizes[-1] += size
-        elif name == "token_embd.weight" and "output.weight" not in header.tensors:
+        elif name == "token_embd.weight" and "output.weight" not in names:
             copied = size
     sizes[-1] += copied
     return sizes, copied

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from .. import __version__, _native
+from .._native import backends
 from .._native.cuda import cuda_library, cuda_library_path
 from ..errors import TqggufError
 
@@ -30,6 +31,23 @@ _MARKS: Final = {
     "llama": b"tq_ggml_policy_type_k\0",
 }
 """Names that the patched libraries define or call, and stock ones do not have."""
+
+_FLAGS: Final = {
+    "AVX": "avx",
+    "F16C": "f16c",
+    "FMA": "fma",
+    "AVX2": "avx2",
+    "BMI2": "bmi2",
+    "AVX_VNNI": "avx_vnni",
+    "AVX512": "avx512f",
+    "AVX512_VBMI": "avx512vbmi",
+    "AVX512_VNNI": "avx512_vnni",
+    "AVX512_BF16": "avx512_bf16",
+    "AMX_INT8": "amx_int8",
+}
+"""What ggml calls the instructions it may be compiled for, and Linux in /proc/cpuinfo."""
+
+_CPUINFO: Final = Path("/proc/cpuinfo")
 
 _BUILD_ID: Final = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0"
 """What precedes the 20 bytes of an ELF file's build id (readelf -n)."""
@@ -113,11 +131,6 @@ def installation() -> Installation:
             raise TqggufError(f"not of this package: {', '.join(map(str, foreign))}; unset LD_LIBRARY_PATH, LD_PRELOAD")
         return f"{len(files)}, all from {files[0].parent}"
 
-    def cpu() -> str:
-        told = _native.import_llama_cpp().llama_print_system_info().decode("utf-8", "replace")
-        features = re.findall(r"(\w+) = 1", told)
-        return f"{os.cpu_count()} processors; ggml uses {', '.join(features) or 'no extensions'}"
-
     for name, look in (
         ("libtqgguf", libtqgguf),
         ("kernel", kernel),
@@ -127,14 +140,64 @@ def installation() -> Installation:
         checks.append(_look(name, look))
     for name in _MARKS:
         checks.append(_look(f"lib{name}", lambda name=name: _library(name)))  # type: ignore[misc]
-    checks.append(_look("cpu", cpu))
+    checks.append(_look("cpu", _cpu))
     checks.append(_look("cuda", _cuda))
     return Installation(tuple(checks), kernels, active)
 
 
 def _library(name: str) -> str:
     """Which build a library is, and that it is patched and loaded; raises TqggufError if it is not as it should be."""
-    path = _native.library_path(name)
+    if name == "ggml-cpu" and _native.cpu_variants():
+        return _variants()
+    return _build(name, _native.library_path(name))
+
+
+def _variants() -> str:
+    """The variants of the CPU backend, and that the best one is loaded or the one asked for."""
+    variants = _native.cpu_variants()
+    _native.import_llama_cpp()
+    loaded = _native.cpu_backend_path()
+    chosen = next((name for name, path in variants.items() if loaded and loaded.samefile(path)), None)
+    if loaded is None or chosen is None:
+        raise TqggufError(f"the CPU backend is {loaded or 'not loaded'}, none of {', '.join(variants)}")
+    builds = {name: _build("ggml-cpu", path, loaded=name == chosen) for name, path in variants.items()}
+    scores = {name: backends.score(path) for name, path in variants.items()}
+    best = max(scores, key=lambda name: scores[name])
+    listed = ", ".join(name + ("" if scores[name] else " (not on this machine)") for name in variants)
+    found = f"{chosen}; built in: {listed}; {builds[chosen]}"
+    if scores[best] == scores[chosen]:
+        return found
+    if os.environ.get(backends.VARIABLE) == chosen:
+        return f"{backends.VARIABLE}={chosen}, though {best} is better here; {found}"
+    raise TqggufError(f"{best} is better here and was not chosen: import tqgguf before other users of ggml; {found}")
+
+
+def _cpu() -> str:
+    """What the processor has and ggml uses of it; raises if ggml was compiled for what it does not have."""
+    told = _native.import_llama_cpp().llama_print_system_info().decode("utf-8", "replace")
+    used = set(re.findall(r"(\w+) = 1", told))
+    found = f"{os.cpu_count()} processors; ggml uses {', '.join(sorted(used)) or 'no extensions'}"
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", _CPUINFO.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        flags = None
+    if flags is None:
+        return found
+    has = {feature for feature, flag in _FLAGS.items() if flag in flags[1].split()}
+    beyond = [feature for feature in _FLAGS if feature in used - has]
+    if beyond:
+        raise TqggufError(
+            f"{found}; this processor has no {', '.join(beyond)}: ggml was compiled for another one and may end the "
+            f"process with SIGILL; build on this machine or take the wheel for any processor (docs/wheels.md)"
+        )
+    if "AVX512_VNNI" in used:
+        has.discard("AVX_VNNI")  # the same for narrower registers
+    unused = [feature for feature in _FLAGS if feature in has - used]
+    return found + (f", not {', '.join(unused)}, which the processor has as well" if unused else "")
+
+
+def _build(name: str, path: Path, loaded: bool = True) -> str:
+    """Which build a file is; raises TqggufError if it is not patched, or not loaded though it should be."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -142,10 +205,10 @@ def _library(name: str) -> str:
     if _MARKS[name] not in data:
         raise TqggufError(f"{path} was built without the patches of tqgguf: reinstall tqgguf")
     mapped = _native.loaded_libraries()
-    loaded = mapped is None or any(
+    found = mapped is None or any(
         file.exists() and file.samefile(path) for files in mapped.values() for file in files if file.name == path.name
     )
-    if not loaded:
+    if loaded and not found:
         raise TqggufError(f"{path} is there, but not loaded: llama_cpp was not loaded, or from elsewhere")
     at = data.find(_BUILD_ID)
     build = data[at + len(_BUILD_ID) : at + len(_BUILD_ID) + 20].hex()[:12] if at >= 0 else "none"

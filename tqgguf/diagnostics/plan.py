@@ -16,19 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CacheTypeError
+from ..errors import CacheTypeError, OutOfMemoryError
 from ..gguf_info import ModelInfo, read_model_info
-from ..model import (
-    LoadLog,
-    base_types,
-    captured_log,
-    llama_cpp,
-    load_error,
-    load_lock,
-    needs_flash,
-    refuse_impossible,
-    verify_buffers,
-)
+from ..load_log import LoadLog, base_types, captured_log, load_error, load_lock, needs_flash, verify_buffers
+from ..model import llama_cpp, refuse_impossible
 from ..policy import CachePolicy, applied
 from ..tail import kept
 
@@ -64,7 +55,13 @@ class Setup:
     swa_full: bool = True
 
     def cache_bytes(self, info: ModelInfo, policy: CachePolicy, n_ctx: int) -> int:
-        """Bytes of K and V, tails included, for a context of n_ctx tokens."""
+        """Bytes of K and V, tails included, that a context of n_ctx tokens takes with a policy.
+
+        Args:
+            info: the model.
+            policy: the type of every layer's K and V.
+            n_ctx: tokens of all sequences together.
+        """
         return policy.bytes(info, n_ctx, self.tail, n_seq=self.n_seq, unified=self.unified, swa_full=self.swa_full)
 
 
@@ -131,7 +128,13 @@ class PlannedModel:
             if context:
                 llama_cpp.llama_free(context)
         if not context:
-            raise load_error("no context", log, self.info)
+            error = load_error("no context", log, self.info)
+            if isinstance(error, OutOfMemoryError):
+                raise OutOfMemoryError(
+                    f"no memory to plan a context of {n_ctx:,} tokens of {self.info.path.name}: llama.cpp lists "
+                    f"its cells even where it allocates none; look at a shorter one"
+                )
+            raise error
         verify_buffers(log, self.info, policy, setup.tail)
         cache = setup.cache_bytes(self.info, policy, n_ctx)
         reported = _mib(log, _CACHE) + sum(int(m[1]) for _, text in log if (m := _TAIL.search(text)))

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from .. import demo
 from ..config import MEASURED_TYPES
+from ..count import check_count
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..gguf_info import read_model_info
 from ..model import Llama, refuse_impossible
@@ -114,8 +115,7 @@ def recall(
         TqggufError: llama.cpp failed; otherwise as `Llama`.
     """
     for name, value in (("n_prompts", n_prompts), ("n_predict", n_predict)):
-        if value < 1:
-            raise ArgumentError(f"{name} is {value}, must be at least 1")
+        check_count(name, value)
     info = read_model_info(path)
     named = compared_caches(caches, info.n_layer, tails)
     for cache in named:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import CacheType, cache_type
+from ..count import check_count
 from ..errors import ArgumentError, TextError, UnsupportedError
 from ..gguf_info import ModelInfo, read_model_info
 from ..model import Llama, refuse_impossible
@@ -36,6 +37,7 @@ from .compare import (
     load,
     own_text,
     read_chunks,
+    refuse_short,
     standard_error,
     text_chunks,
 )
@@ -208,8 +210,8 @@ def tune(
     """
     kinds = _kinds(types)
     for name, value in (("n_batch", n_batch), ("n_parallel", n_parallel), ("n_chunks", n_chunks)):
-        if value is not None and value < (least := 2 if name == "n_chunks" else 1):
-            raise ArgumentError(f"{name} is {value}, must be at least {least}")
+        if value is not None:
+            check_count(name, value, 2 if name == "n_chunks" else 1)
     info = read_model_info(path)
     if not info.layers or info.mla:
         reason = "keeps V within K (MLA)" if info.mla else "has no KV cache"
@@ -223,8 +225,8 @@ def tune(
     own = text is None
     if text is None:
         text = own_text(info, n_ctx, n_chunks)
-    if not text:
-        raise TextError("the text is empty")
+    refuse_short(text, n_ctx)
+    check_tail(tail)
     f16 = NamedCache("f16", resolve("f16", info.n_layer))
     with contextlib.closing(load(path, f16, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
         chunks = text_chunks(model, text, n_ctx, n_chunks, own)
@@ -234,7 +236,7 @@ def tune(
                 f"give a longer text or a shorter context"
             )
         n_tuning = (len(chunks) + 1) // 2
-        bench = _Bench(model, f16, chunks[:n_tuning], chunks[n_tuning:], check_tail(tail), n_parallel, progress)
+        bench = _Bench(model, f16, chunks[:n_tuning], chunks[n_tuning:], tail, n_parallel, progress)
         return _Tuner(bench, kinds, centre).run(budget, max_kld)
 
 
@@ -246,6 +248,8 @@ def log_line(a: tuple[float, float], b: tuple[float, float], bits: float) -> flo
 
 def _kinds(names: Sequence[str]) -> tuple[CacheType, ...]:
     """The types to choose from, smallest first."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ArgumentError(f"types is {names!r}, must be a list of cache types")
     kinds = tuple(cache_type(name) for name in names)
     twice = sorted({kind.name for kind in kinds if kinds.count(kind) > 1})
     if twice:
@@ -262,8 +266,10 @@ def _check_goal(budget: float | None, max_kld: float | None, kinds: Sequence[Cac
             + ("not both" if budget is not None else "one of the two")
         )
     for name, value in (("budget", budget), ("max_kld", max_kld)):
-        if value is not None and not 0 < value < math.inf:
-            raise ArgumentError(f"{name} is {value}, must be a positive number")
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ArgumentError(f"{name} is {value!r}, must be a positive number")
     least = resolve(kinds[0].name, info.n_layer).bits(info)
     if budget is not None and budget < least:
         raise ArgumentError(
@@ -356,7 +362,7 @@ class _Tuner:
             assert max_kld is not None
             policy = self._smallest(max_kld, options, single)
             measured = float(self.bench.klds("policy on the tuning part", [policy])[0].mean())
-        policy = replace(policy, model_hash=self.hash)
+        policy = replace(policy, model_hash=self.hash, tail=self.bench.tail)
         own = [self.bench.named("policy", policy)]
         rows = self.bench.qualities("held-out part", own if single else [*own, *self.uniform])
         rows += single[1:]

@@ -1,16 +1,15 @@
 /* kernels_avx2.c: AVX2 + FMA + F16C. One block is four vectors of eight values.
  *
  * encode and decode follow the portable order of operations exactly (no FMA there); the attention steps use FMA. */
+#include "features_x86.h"
 #include "kernels.h"
 #include "trellis.h"
 
-#include <cpuid.h>
 #include <immintrin.h>
 #include <math.h>
 
 static int supported(void) {
-    unsigned a, b, c, d;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    return tqi_has_avx2_fma_f16c();
 }
 
 #define INLINE static inline __attribute__((always_inline))

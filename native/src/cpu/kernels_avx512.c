@@ -2,16 +2,15 @@
  *
  * Both formats decode alike: vpermb brings each lane its two bytes, a variable shift brings the index down, vpermps looks
  * it up in 16 levels (3 bits: the eight levels twice, so bit 3 need not be cleared). */
+#include "features_x86.h"
 #include "kernels.h"
 #include "trellis.h"
 
-#include <cpuid.h>
 #include <immintrin.h>
 #include <math.h>
 
 static int supported(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+    return tqi_has_avx512();
 }
 
 #define INLINE static inline __attribute__((always_inline))

@@ -1,0 +1,35 @@
+"""Questions about a long document, which is read once: python examples/long_document.py MODEL DOCUMENT QUESTION ...
+
+The first run reads the document and saves the cache beside it; later ones, and every further question, read no more
+than the question: a prompt that begins like what is in the cache is read from where they part.
+"""
+
+import sys
+from pathlib import Path
+
+import tqgguf
+
+
+def main(model_path: str, document: str, *questions: str) -> None:
+    model = tqgguf.Llama(model_path, cache="pqo3", n_ctx=0, verbose=False)  # 0: as long as it was trained for
+    text = Path(document).read_text(encoding="utf-8").strip()
+    session = Path(document).with_suffix(".session")
+    if session.exists():
+        print(f"{model.load_session(session).n_tokens} tokens taken up from {session.name}", file=sys.stderr)
+
+    for question in questions:
+        before = model.n_tokens_read
+        reply = model.create_chat_completion(
+            [{"role": "user", "content": f"{text} {question}"}], temperature=0, max_tokens=200
+        )
+        print(f"{question}\n  {reply['choices'][0]['message']['content'].strip()}")
+        print(f"  {model.n_tokens_read - before} of {model.n_tokens} tokens were read", file=sys.stderr)
+        if not session.exists():
+            model.save_session(session)
+            print(f"saved to {session.name}: {session.stat().st_size:,} bytes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

@@ -1,0 +1,10 @@
+# The toolchain of `make wheel`: Clang as Zig packages it (pip install ziglang), which links against the symbols of an old
+# glibc and brings a C++ library of its own, so that the wheel runs wherever that glibc or a newer one is (docs/wheels.md).
+find_program(TQGGUF_ZIG python-zig HINTS ${CMAKE_CURRENT_LIST_DIR}/../.venv/bin REQUIRED)
+set(CMAKE_C_COMPILER ${TQGGUF_ZIG} cc)
+set(CMAKE_CXX_COMPILER ${TQGGUF_ZIG} c++)
+# -O3 already where CMake first looks at the compiler: without it Zig would compile its C++ library twice.
+set(flags "-target ${CMAKE_HOST_SYSTEM_PROCESSOR}-linux-gnu.2.28 -O3")
+set(CMAKE_C_FLAGS_INIT ${flags})
+set(CMAKE_CXX_FLAGS_INIT ${flags})
+set(CCACHE OFF CACHE FILEPATH "ccache takes all versions of this compiler for the same; Zig has a cache of its own")

@@ -1,0 +1,71 @@
+"""docs/api.md is what the docstrings say, and nothing public goes without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tqgguf
+
+pytest.importorskip("griffe", reason="griffe is not installed: pip install -r requirements-dev.txt")
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "docs" / "generate" / "api.py"
+
+
+@pytest.fixture
+def generator() -> Any:
+    spec = importlib.util.spec_from_file_location("generate_api", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_docstrings_say() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_in_it() -> None:
+    page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^### ([\w.]+)$", page, re.MULTILINE)) | set(re.findall(r"^- \*\*(\w+)\*\*", page, re.M))
+    assert set(tqgguf.__all__) - {"__version__", "reference"} <= named
+    assert {"fit", "FitRow", "ContextPlan"} <= {name.rsplit(".", 1)[-1] for name in named}  # what results are made of
+    assert "tail: int = 128" in page  # constants are shown as what they are
+
+
+def test_what_nothing_is_said_about_is_an_error(generator: Any) -> None:
+    for name, change, missing in (
+        ("quantize", lambda thing: setattr(thing, "docstring", None), "tqgguf.codec.quantize"),
+        (
+            "CacheInfo",
+            lambda thing: setattr(thing.members["ratio"], "docstring", None),
+            "tqgguf.cache_info.CacheInfo.ratio",
+        ),
+        ("CacheInfo", lambda thing: rewrite(thing, "cells_used", "x"), "tqgguf.cache_info.CacheInfo.cells_used"),
+        ("compare", lambda thing: rewrite(thing, "n_batch", "x"), "tqgguf.diagnostics.compare.compare(n_batch)"),
+    ):
+        page = generator.Page()
+        change(page.target(name))
+        with pytest.raises(generator.MissingDocstringError, match=re.escape(missing)):
+            page.text()
+
+
+def test_a_new_public_name_needs_a_chapter(generator: Any) -> None:
+    page = generator.Page()
+    page.public.append("model_hash")
+    with pytest.raises(generator.MissingDocstringError, match="model_hash"):
+        page.text()
+
+
+def rewrite(thing: Any, old: str, new: str) -> None:
+    """Names something by another name in a docstring."""
+    thing.docstring.value = thing.docstring.value.replace(old, new)
+    thing.docstring.__dict__.pop("parsed", None)

@@ -1,0 +1,93 @@
+"""The figures that README.md and docs/faq.md quote are those of the pages and results that they come from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+import tqgguf
+from tqgguf import CACHE_TYPES, demo
+
+REPOSITORY: Final = Path(__file__).parents[2]
+README: Final = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+FAQ: Final = " ".join((REPOSITORY / "docs" / "faq.md").read_text(encoding="utf-8").split())
+QUALITY: Final = (REPOSITORY / "docs" / "quality.md").read_text(encoding="utf-8")
+
+TYPES: Final = ("f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
+
+
+def mean_kld(type: str, tail: str) -> float:
+    """Of docs/quality.md."""
+    row = re.search(rf"^\| (?:\*\*)?{type}(?:\*\*)? \| {tail} *\|(.*)$", QUALITY, re.M)
+    assert row, (type, tail)
+    return float(row[1].split("|")[3])
+
+
+def results(name: str) -> Any:
+    return json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def readme_rows() -> dict[str, list[str]]:
+    rows = re.findall(rf"^\| (?:\*\*)?({'|'.join(TYPES)})(?:\*\*)? \|(.*)\|$", README, re.M)
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+
+
+def test_the_table_of_readme() -> None:
+    table = readme_rows()
+    assert tuple(table) == TYPES
+    measured = {row["type"]: row for name in ("demo_quality", "demo_quality_trellis") for row in results(name)["types"]}
+    speeds = {row["cache"]: row["ratio"] for row in results("cpu_llama_gqa2")["speeds"] if row["test"] == "tg32 @ 4096"}
+    for name, (bits, share, _, kld, kept, same, recalled, speed) in table.items():
+        assert float(bits) == CACHE_TYPES[name].bits
+        assert share == f"{CACHE_TYPES[name].bits / 16:.0%}".replace("%", " %")
+        assert same.split()[0] == f"{50 * measured[name]['same_text']:.0f}"
+        scores = {score["task"]: score for score in measured[name]["scores"]}
+        right = [scores[f"recall, 140 facts, {n} names"]["right"] for n in (124, 35)]
+        assert recalled.split()[0] == str(sum(right))
+        if name != "f16":
+            tail = "0" if CACHE_TYPES[name].ours else ""
+            assert float(kld) == pytest.approx(mean_kld(name, tail), abs=6e-4)
+        if kept:
+            assert float(kept) == pytest.approx(mean_kld(name, "128"), abs=6e-4)
+        if speed.endswith("times"):
+            assert float(speed.split()[0]) == pytest.approx(speeds[name], abs=0.06)
+    missed = {name: sum(score["n"] - score["right"] for score in row["scores"]) for name, row in measured.items()}
+    assert {name: n for name, n in missed.items() if n} == {"pqo3": 3, "pqt3": 1}
+    assert "pqo3 missed 3 questions of 556, pqt3\n  one, the other types none" in README
+    assert sum(score["n"] for score in measured["pqo3"]["scores"]) == 556
+
+
+def test_what_readme_says_of_memory() -> None:
+    per_token = {name: 2 * CACHE_TYPES[name].row_bytes(32 * 8 * 128) for name in TYPES}
+    gib = [per_token[name] * 131072 / 2**30 for name in ("f16", "pqo3", "pqo4")]
+    assert "takes 16 GiB of it for 131,072\ntokens in f16" in README and "3.5 or 4.5 GiB for the same" in README
+    assert gib == [16, 3.5, 4.5]
+
+
+def test_the_figures_of_the_questions() -> None:
+    quoted = re.search(r"\(\.(\d+) against \.(\d+)\) and a sixth with it \(\.(\d+)\)", FAQ)
+    assert quoted
+    pqt4, q4_0, kept = (float(f"0.{digits}") for digits in quoted.groups())
+    assert (pqt4, kept) == (round(mean_kld("pqt4", "0"), 3), round(mean_kld("pqt4", "128"), 3))
+    assert q4_0 == round(mean_kld("q4_0", ""), 3)
+    assert pqt4 / q4_0 == pytest.approx(1 / 2, abs=0.05) and kept / q4_0 == pytest.approx(1 / 6, abs=0.02)
+    ratios = {row["test"]: row["ratio"] for row in results("cpu_llama_gqa2")["speeds"] if row["cache"] == "pqo3"}
+    said = re.search(
+        r"`pqo3` decodes ([\d.]+) times as fast as f16 after 512 tokens and ([\d.]+) times after 4,096", FAQ
+    )
+    assert said
+    for text, test in zip(said.groups(), ("tg32 @ 512", "tg32 @ 4096"), strict=True):
+        assert float(text) == pytest.approx(ratios[test], abs=0.06)
+
+
+@pytest.mark.model
+def test_the_tail_in_a_long_context() -> None:
+    with contextlib.closing(tqgguf.Llama(demo.MODEL_PATH, cache="pqo3", n_ctx=32768, verbose=False)) as model:
+        ratio = model.cache_info().ratio
+    assert f"at 32,768 tokens the whole is {100 * ratio:.1f} %" in FAQ
+    assert f"{14 / 64:.1%}".replace("%", " %") in FAQ
