@@ -37,7 +37,7 @@ def variants(unpacked: Path) -> list[str]:
 def test_every_library_is_there_and_nothing_else(unpacked: Path) -> None:
     files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     libraries = {Path(name).name for name in files if ".so" in name}
-    known = {f"lib{name}.so" for name in ("tqgguf", "ggml-base", "ggml", "llama", "mtmd")}
+    known = {f"lib{name}.so" for name in ("tqgguf", "ggml-base", "ggml", "ggml-rpc", "llama", "mtmd")}
     assert libraries == known | {f"libggml-cpu-{name}.so" for name in variants(unpacked)}
     assert "sse42" in variants(unpacked) and len(variants(unpacked)) > 2
     folders = {name.split("/")[0] for name in files}
