@@ -81,7 +81,11 @@ class Library:
         probe = cffi.FFI()
         probe.cdef("int tq_abi_version(void);")
         try:
-            found = int(probe.dlopen(str(path)).tq_abi_version())
+            opened = probe.dlopen(str(path))
+            try:
+                found = int(opened.tq_abi_version())
+            finally:
+                probe.dlclose(opened)  # one that is refused must not stay in the process
         except (OSError, AttributeError) as error:
             raise LibraryError(f"cannot load {path}: {error}") from None
         expected = abi_version_expected()
