@@ -79,7 +79,7 @@ fuzz: build/installed ## every fuzz target for FUZZ_SECONDS (60); needs clang
 		build/fuzz/fuzz_$$target $(FUZZ_OPTIONS) -len_control=0 -max_len=$$most build/fuzz/corpus/native-$$target \
 			$$(ls -d tests/fuzz/corpus/$$target tests/fuzz/regressions/$$target 2>/dev/null) >build/fuzz/$$target.log 2>&1 || \
 			{ tail -40 build/fuzz/$$target.log; exit 1; }; grep number_of_executed_units build/fuzz/$$target.log; done
-	@$(if $(FUZZ_FILES),$(BIN)/pip install --quiet atheris==3.0.0)
+	@$(if $(FUZZ_FILES),$(BIN)/pip install --quiet --require-hashes -r requirements-fuzz.txt)
 	@for target in $(FUZZ_FILES); do mkdir -p build/fuzz/corpus/files-$$target; echo "fuzzing the reader of $$target"; \
 		$(BIN)/python tests/fuzz/drive.py $$target $(FUZZ_OPTIONS) build/fuzz/corpus/files-$$target tests/fuzz/corpus/$$target \
 			>build/fuzz/files-$$target.log 2>&1 || { tail -40 build/fuzz/files-$$target.log; exit 1; }; \

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from jinja2 import TemplateError
 
 from ._native import import_llama_cpp
 from .cache_info import CacheInfo, LayerCacheInfo
@@ -22,6 +23,7 @@ from .errors import (
     ArgumentError,
     CacheClosedError,
     CacheTypeError,
+    ModelFileError,
     ModelNotFoundError,
     OutOfMemoryError,
     StoppedError,
@@ -174,6 +176,9 @@ class Llama(_Stock):  # type: ignore[misc]
                     raise self._control.failure from None
                 self._refuse_lost()
                 raise load_error(str(error), log, self._info) from error
+            except TemplateError as error:  # read last, when all else is loaded
+                self.close()
+                raise ModelFileError(f"{model_path} has a chat template that is none: {error}") from error
         # llama.cpp rounds a context up to 256 cells. The stock class fills them all, but made room for fewer tokens.
         n_ctx = self.n_ctx()
         if n_ctx > len(self.input_ids):  # type: ignore[has-type]

@@ -12,6 +12,7 @@ import ctypes
 import re
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -193,11 +194,13 @@ def _ask(name: str, endpoint: str) -> Protocol:
         ) from None
     answer = b""
     size = 4 + _CAPABILITIES
+    end = time.monotonic() + PATIENCE
     with connection:
         try:
             connection.sendall(struct.pack(f"<BQ{_CAPABILITIES}x", _HELLO, _CAPABILITIES))
             while len(answer) < 8 + size and (part := connection.recv(8 + size - len(answer))):
                 answer += part
+                connection.settimeout(max(0.001, end - time.monotonic()))  # of the whole answer, not of each piece
         except TimeoutError:
             raise WorkerError(
                 f"worker {name} takes the connection but does not answer within {PATIENCE:g} s: it serves another "

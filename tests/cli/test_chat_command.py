@@ -271,9 +271,10 @@ def test_a_session_of_another_program(chat: Callable[..., Any], tmp_path: Path) 
     import tqgguf
 
     model = tqgguf.Llama(MODEL, n_ctx=256, n_threads=1, verbose=False)
-    model.save_session(tmp_path / "s", {"messages": [{"role": "wizard", "content": "x"}]})
+    for message in ({"role": "wizard", "content": "x"}, {"role": "user", "content": "half a letter: \ud83d"}):
+        model.save_session(tmp_path / "s", {"messages": [message]})
+        assert "holds no conversation" in chat("hello\n", "--session", "s").stderr
     model.close()
-    assert "holds no conversation" in chat("hello\n", "--session", "s").stderr
 
 
 # ---- Interrupting, JSON, figures ----

@@ -184,3 +184,21 @@ def test_libggml_refuses_another_abi_where_no_python_asks(
     expected = f"was built for ABI version {_native.abi_version_expected()} of libtqgguf, but loaded one with 99"
     assert f"tqgguf: libggml-base {expected}" in done.stderr and len(done.stderr.splitlines()) == 1
     assert f"lib{name} was built for ABI version".encode() in _native.library_path(name).read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_LIBRARY_PATH is read on Linux")
+@pytest.mark.parametrize("which", ["another build", "another version"])
+def test_other_libraries_on_the_search_path_are_an_error(python: Python, tmp_path: Path, which: str) -> None:
+    """LD_LIBRARY_PATH goes before what our libraries say of where the others lie."""
+    for path in _native.LIB_DIR.glob("libggml*"):
+        if which == "another build":
+            shutil.copy(path, tmp_path)
+        elif compiler := shutil.which("cc"):
+            shared = (compiler, "-shared", f"-Wl,-soname,{path.name}", "-o", str(tmp_path / path.name), "-xc", "-")
+            subprocess.run(shared, input=b"int of_another_version;", check=True)
+        else:
+            pytest.skip("needs a C compiler")
+    done = python("-m", "tqgguf", "demo", env={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert done.returncode == 1 and done.stderr.startswith("tqgguf: error: ")
+    assert done.stderr.rstrip().endswith("LD_LIBRARY_PATH may lead to other libraries: unset it, or take them out")
+    assert ("undefined symbol" if which == "another version" else f"{tmp_path}/libggml-base") in done.stderr

@@ -343,3 +343,13 @@ def test_a_closed_model_says_so() -> None:
     for use in (model.cache_info, model.reset):
         with pytest.raises(CacheClosedError, match="was closed"):
             use()
+
+
+def test_a_chat_template_that_is_none(tmp_path: Path) -> None:
+    """llama-cpp-python compiles templates when a model is loaded: one that cannot be is an error of ours."""
+    data = demo.MODEL_PATH.read_bytes()
+    assert data.count(b"{% endfor %}") == 1
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data.replace(b"{% endfor %}", b"{% endfxr %}"))
+    with pytest.raises(ModelFileError, match="has a chat template that is none: Encountered unknown tag 'endfxr'"):
+        tqgguf.Llama(path, n_ctx=256, verbose=False)

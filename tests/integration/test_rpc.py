@@ -292,6 +292,25 @@ def test_what_a_greeting_tells(monkeypatch: pytest.MonkeyPatch, reply: bytes | N
     assert len(other.heard) == 33 and rpc.n_lost(other.name) == 0  # llama.cpp has not been told of it
 
 
+def test_a_greeting_that_comes_in_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece in time, the whole never: it is the whole that has a limit."""
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with contextlib.suppress(OSError), connection:
+                for byte in GREETING.pack(28, 7, 0, 0, 1):
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        name, begin = f"127.0.0.1:{listener.getsockname()[1]}", time.monotonic()
+        with pytest.raises(WorkerError, match="does not answer within"):
+            module._ask(name, name)
+        assert time.monotonic() - begin < 2  # 36 drops take 3.6 s
+
+
 def test_a_port_where_nobody_listens(names: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

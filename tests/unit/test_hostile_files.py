@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from tqgguf import read_session
+from tqgguf.diagnostics.attention_path import _notes
+from tqgguf.diagnostics.fit import _layer_weights
 from tqgguf.errors import ModelFileError, PolicyError, SessionError
 from tqgguf.gguf_file import LARGEST_HEADER, MOST_ENTRIES, read_header
 from tqgguf.gguf_info import read_model_info
@@ -99,6 +101,18 @@ def test_names_that_would_command_a_terminal(tmp_path: Path) -> None:
         with pytest.raises(ModelFileError, match=r"general.architecture is '.*', no name") as error:
             read_model_info(model(tmp_path / "m.gguf", arch, "m"))
         assert "\x1b" not in str(error.value)
+
+
+def test_a_softcap_that_is_no_number_and_a_layer_of_5000_digits_are_ignored(tmp_path: Path) -> None:
+    """What `doctor` and `fit --vram` take from a header beside the cache's shape."""
+    path = model(tmp_path / "m.gguf", "gemma2", "m")
+    key = text("gemma2.attn_logit_softcapping") + struct.pack("<I", 8) + text("much")
+    sizes = struct.pack("<IQIQ", 1, 32, 0, 0)
+    n_keys, rest = struct.unpack_from("<Q", path.read_bytes(), 16)[0], path.read_bytes()[24:]
+    tensor = text(f"blk.{'9' * 5000}.attn_k.weight") + sizes
+    info = read_model_info(gguf(path, n_tensors=1, n_keys=n_keys + 1, then=rest + key + tensor, size=8192))
+    assert not [note for note in _notes(info, CachePolicy(("pqo3",), ("pqo3",)), 0) if "softcap" in note]
+    assert _layer_weights(info, 128) == ([0, 0], 0)
 
 
 def test_means_are_read_from_where_they_lie(tmp_path: Path) -> None:

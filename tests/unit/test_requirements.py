@@ -41,6 +41,16 @@ def chosen(pins: list[Requirement], python: str, machine: str) -> dict[str, str]
     return found
 
 
+def test_nothing_is_installed_without_hashes() -> None:
+    """Every list is pinned by hash, and no recipe names a package that is in none."""
+    for path in ROOT.glob("requirements-*.txt"):
+        packages = re.findall(r"^[^#\s].*", path.read_text().replace(" \\\n", ""), re.MULTILINE)
+        assert packages and all("--hash=sha256:" in package for package in packages), path.name
+    installs = re.findall(r"pip install (.*)", (ROOT / "Makefile").read_text())
+    others = [line for line in installs if "--require-hashes -r requirements-" not in line]
+    assert len(installs) > 3 and all("--no-deps --force-reinstall . " in line for line in others), others
+
+
 def test_every_file_is_pinned_by_hash() -> None:
     lines = [line for line in (ROOT / "requirements-dev.txt").read_text().splitlines() if re.match(r"[^#\s]", line)]
     assert len(PINS) == len(lines) > 60

@@ -40,7 +40,10 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         library()
-        super().exec_module(module)
+        try:
+            super().exec_module(module)
+        except RuntimeError as error:  # of llama_cpp, which says which library and symbol
+            raise LibraryError(f"{error}{_search_path()}") from None
         verify_libraries()
         load_backends()
 
@@ -124,7 +127,7 @@ def verify_libraries() -> None:
         if foreign:
             raise LibraryError(
                 f"{', '.join(map(str, foreign))} is loaded in this process beside tqgguf's libraries in {LIB_DIR}: "
-                f"import tqgguf first, and not together with a stock llama-cpp-python"
+                f"import tqgguf first, and not together with a stock llama-cpp-python{_search_path()}"
             )
         if not mapped[family]:
             raise LibraryError(f"lib{family} is not loaded, though llama_cpp is: {LIB_DIR} holds no patched libraries")
@@ -135,6 +138,12 @@ def verify_libraries() -> None:
     for kind in CACHE_TYPES.values():
         if type_name(kind.number) != kind.name.encode():
             raise LibraryError(f"the libggml in {LIB_DIR} does not know {kind.name}: it was built without our patches")
+
+
+def _search_path() -> str:
+    """What may make the system take other libraries than those beside ours, for the end of a message."""
+    given = [name for name in ("LD_LIBRARY_PATH", "LD_PRELOAD") if os.environ.get(name)]
+    return f"; {' and '.join(given)} may lead to other libraries: unset it, or take them out" if given else ""
 
 
 def _library_directory() -> Path | None:

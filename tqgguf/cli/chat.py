@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -90,6 +91,7 @@ def conversation_of(session: Session, path: Path) -> list[dict[str, str]]:
         and message.keys() == {"role", "content"}
         and message["role"] in roles
         and isinstance(message["content"], str)
+        and not re.search("[\ud800-\udfff]", message["content"])  # of which no text is made
         for message in messages
     ):
         raise SessionError(f"{path} is a session, but holds no conversation: it was not saved by `tqgguf chat`")
