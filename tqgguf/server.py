@@ -185,7 +185,7 @@ def create_app(
     app.add_middleware(CORSMiddleware, allow_origin_regex=LOCAL_ORIGINS, allow_headers=["*"], **allowed)
     # Inside the other, so that what they refuse can be read by web pages, too.
     app.user_middleware.append(
-        Middleware(Requests, counts=counts, n_ctx=model.n_ctx(), n_vocab=model.n_vocab(), hosts=hosts)
+        Middleware(Requests, name=name, counts=counts, n_ctx=model.n_ctx(), n_vocab=model.n_vocab(), hosts=hosts)
     )
     app.user_middleware.append(Middleware(Reloading, model=model, api_key=api_key))
     app.add_exception_handler(AnyHTTPException, _http_error)

@@ -80,6 +80,7 @@ class Requests:
 
     Args:
         app: what answers.
+        name: of the model, for requests that name none.
         counts: where requests are counted; see `server.Counts`.
         n_ctx: tokens of the context.
         n_vocab: tokens of the vocabulary.
@@ -87,8 +88,10 @@ class Requests:
             out whose names were made to point there (DNS rebinding).
     """
 
-    def __init__(self, app: Any, *, counts: Any, n_ctx: int, n_vocab: int, hosts: Collection[str] | None) -> None:
-        self.app, self.counts, self.n_vocab, self.hosts = app, counts, n_vocab, hosts
+    def __init__(
+        self, app: Any, *, name: str, counts: Any, n_ctx: int, n_vocab: int, hosts: Collection[str] | None
+    ) -> None:
+        self.app, self.name, self.counts, self.n_vocab, self.hosts = app, name, counts, n_vocab, hosts
         self.most = 2**20 + BYTES_PER_TOKEN * n_ctx
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -195,6 +198,8 @@ class Requests:
                 "logit_bias and min_tokens cannot be combined: llama_cpp would pass over both", "logit_bias"
             )
         self._check_bias(data)
+        if data.get("model") is None:
+            data["model"] = self.name  # answers say it; llama_cpp would name the path of the file
         if path.endswith("/chat/completions"):
             if "max_completion_tokens" in data:
                 limit = data.pop("max_completion_tokens")

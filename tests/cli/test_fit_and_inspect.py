@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tqgguf import demo
+from tqgguf._native import library_path
 from tqgguf.diagnostics.installation import _FLAGS
 
 pytestmark = pytest.mark.model
@@ -86,6 +87,16 @@ def test_fit_with_video_memory(tqgguf: Command) -> None:
     done = tqgguf("fit", MODEL, "--memory", "6M", "--vram", "1G")
     assert done.returncode == 0 and "layers on GPU" in done.stdout
     assert re.search(r"pqo4 .* 5 ", done.stdout)  # four layers and the output
+    said = "no CUDA backend" in " ".join(done.stdout.split())
+    assert said is not library_path("ggml-cuda").is_file()
+    assert "CUDA" not in tqgguf("fit", MODEL, "--memory", "6M", "--vram", "1G", "--cache", "f16").stdout
+    assert "CUDA" not in tqgguf("fit", MODEL, "--memory", "1G").stdout
+
+
+def test_tables_without_blanks_at_the_end(tqgguf: Command) -> None:
+    for command in (["fit", MODEL, "--memory", "1G"], ["inspect", MODEL], ["doctor"]):
+        lines = tqgguf(*command).stdout.partition("Recommended")[0].splitlines()
+        assert lines and [line for line in lines if line != line.rstrip()] == []
 
 
 def test_fit_that_does_not(tqgguf: Command, random_model: Callable[..., Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -60,6 +61,16 @@ def test_answers(server: Any) -> None:
     assert "Lima" in ask(client, "What is the capital of Peru?", stream=True)
     text = client.completions.create(model="demo", prompt="The capital of Spain is", max_tokens=2, temperature=0)
     assert text.usage.completion_tokens == 2
+
+
+def test_a_request_without_a_model_is_answered_under_its_name(server: Any) -> None:
+    client = server.client()
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    for extra in ({}, {"model": None}):
+        for stream in (False, True):
+            body = {"messages": messages, "max_tokens": 1, "stream": stream, **extra}
+            said = client.post("/chat/completions", body=body, cast_to=str)
+            assert set(re.findall(r'"model": ?"([^"]*)"', said)) == {"demo"}
 
 
 def test_two_clients_at_once_get_whole_answers(server: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheTypeError
 from ..tail import DEFAULT_TAIL
-from .format import print_table, printable, size, to_json
+from .format import print_table, print_trimmed, printable, size, to_json
 from .options import add_tail_option, cache_or_pair, memory_size, positive
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ def add_parser(commands: Any) -> None:
         "fit",
         help="the longest context that fits into a memory",
         description="Says before anything is loaded what weights, KV cache and compute buffers take, the longest "
-        "context for each cache type, and which to take: the first in order of precision with which the context "
-        "wanted fits. llama.cpp itself plans the memory, without allocating it. Exit status 1 if nothing fits.",
+        "context for each cache type, up to the one wanted (--ctx), and which to take: the first in order of "
+        "precision with which the context wanted fits. llama.cpp itself plans the memory, without allocating it. "
+        "Exit status 1 if nothing fits.",
         epilog="example: tqgguf fit model.gguf --memory 8G --ctx 32768",
     )
     parser.add_argument("model", help="a GGUF file")
@@ -108,7 +109,7 @@ def render(result: Fit) -> None:
         *(("note", note) for note in info.notes),
     ):
         facts.add_row(name, Text(printable(value)))
-    console.print(facts)
+    print_trimmed(console, facts)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     states = any(row.plan and row.plan.state for row in result.rows)
@@ -122,6 +123,8 @@ def render(result: Fit) -> None:
     for row in result.rows:
         if row.obstacle:
             console.print(Text(f"{row.cache}: {row.obstacle}"))
+    for note in result.notes:
+        console.print(Text(f"Note: {note}."))
     console.print()
     best = result.recommended
     if best is None:

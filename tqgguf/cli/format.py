@@ -59,7 +59,18 @@ def print_table(table: Any) -> None:
     needed = Console(width=1000).measure(table).maximum
     console = Console(highlight=False)
     console.width = max(console.width, needed)
-    console.print(table)
+    print_trimmed(console, table)
+
+
+def print_trimmed(console: Any, table: Any) -> None:
+    """Prints a table; into a file or a pipe without the blanks with which rich fills its lines."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
 
 
 def cache_line(info: CacheInfo) -> str:

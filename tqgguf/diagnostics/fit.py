@@ -28,6 +28,8 @@ FITTED_TYPES: Final = ("f16", "q8_0", "pqt4", "pqo4", "q4_0", "pqt3", "pqo3")
 MAX_SEQUENCES: Final = 256
 """As LLAMA_MAX_SEQ."""
 
+KEPT_ON_CPU: Final = "this build has no CUDA backend, so caches of tqgguf's types are counted in main memory"
+
 
 @dataclass(frozen=True)
 class FitRow:
@@ -68,6 +70,7 @@ class Fit:
         recommended: the first row whose context is as long as wanted; if there is none, the row with the longest
             context; None if nothing fits.
         reason: the same in words.
+        notes: what of the rows may surprise.
     """
 
     info: ModelInfo
@@ -79,6 +82,7 @@ class Fit:
     rows: tuple[FitRow, ...]
     recommended: FitRow | None
     reason: str
+    notes: tuple[str, ...]
 
 
 def fit(
@@ -141,7 +145,8 @@ def fit(
         fitter = _Fitter(model, setup, memory, vram, wanted)
         rows = tuple(fitter.row(cache) for cache in caches)
         recommended, reason = _recommend(rows, wanted)
-        return Fit(info, model.weights, memory, vram, wanted, setup, rows, recommended, reason)
+        notes = (KEPT_ON_CPU,) if fitter.kept_on_cpu else ()
+        return Fit(info, model.weights, memory, vram, wanted, setup, rows, recommended, reason, notes)
 
 
 def _recommend(rows: Sequence[FitRow], wanted: int) -> tuple[FitRow | None, str]:
@@ -168,6 +173,7 @@ class _Fitter:
     def __init__(self, model: PlannedModel, setup: Setup, memory: int, vram: int, most: int) -> None:
         self.model, self.info, self.setup = model, model.info, setup
         self.memory, self.vram, self.most = memory, vram, most
+        self.kept_on_cpu = False
         self.layers, self.copied = _layer_weights(model.info, model.weights) if vram else ([], 0)
 
     def row(self, cache: PolicySpec) -> FitRow:
@@ -193,7 +199,9 @@ class _Fitter:
         if not self.vram:
             return _Place(plan, 0, everything, 0)
         caches = dict.fromkeys(range(len(self.layers)), 0)
-        if not policy.ours or library_path("ggml-cuda").is_file():
+        if policy.ours and not library_path("ggml-cuda").is_file():
+            self.kept_on_cpu = True
+        else:
             for layer in self.info.layers:
                 one = replace(self.info, layers=(layer,))
                 caches[layer.index] = self.setup.cache_bytes(one, policy, n_ctx)
