@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from .errors import ArgumentError, ModelFileError, ModelNotFoundError, PolicyErr
 from .gguf_file import read_header
 from .gguf_info import ModelInfo, read_model_info
 from .tail import tail_bytes
+from .whole_file import replacing
 
 __all__ = ["POLICY_VERSION", "CachePolicy", "PolicySpec", "model_hash", "policy_from_ranges", "read_policy", "resolve"]
 
@@ -177,18 +177,12 @@ class CachePolicy:
         Raises:
             OSError: it cannot be written.
         """
-        file = Path(path)
-        part = file.with_name(f".{file.name}.{os.getpid()}.part")
-        try:
-            self._write(part)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
-
-    def _write(self, path: Path) -> None:
         import gguf
 
-        with contextlib.closing(gguf.GGUFWriter(str(path), _ARCHITECTURE)) as writer:
+        with (
+            replacing(path, what="policy") as part,
+            contextlib.closing(gguf.GGUFWriter(str(part), _ARCHITECTURE)) as writer,
+        ):
             writer.add_uint32(f"{_ARCHITECTURE}.version", POLICY_VERSION)
             writer.add_string(f"{_ARCHITECTURE}.model_hash", self.model_hash)
             if self.tail is not None:

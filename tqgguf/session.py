@@ -37,7 +37,7 @@ from .config import CACHE_TYPES
 from .errors import ArgumentError, OutOfMemoryError, SessionError, StateFileError, UnsupportedError
 from .policy import model_hash
 from .state import cell_positions
-from .whole_file import write_whole
+from .whole_file import check_folder, write_whole
 
 if TYPE_CHECKING:
     from .gguf_info import ModelInfo
@@ -278,14 +278,10 @@ def check_target(path: str | Path) -> None:
     target = Path(os.path.realpath(path))
     if target.is_symlink():
         raise ArgumentError(f"cannot save a session as {path}: it is a link that leads to itself")
-    if not target.parent.is_dir():
-        raise ArgumentError(f"cannot save a session as {path}: folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK):
-        raise ArgumentError(f"cannot save a session as {path}: no permission to write to folder {target.parent}")
+    check_folder(target, f"cannot save a session as {path}")
     if target.is_file():
-        with target.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise ArgumentError(f"{path} exists and is no session: it is not overwritten")
+        if not is_session(target):
+            raise ArgumentError(f"{path} exists and is no session: it is not overwritten")
     elif target.exists():
         raise ArgumentError(f"cannot save a session as {path}: it is no regular file")
 

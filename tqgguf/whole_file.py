@@ -5,15 +5,63 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_whole"]
+from .errors import ArgumentError
+
+__all__ = ["check_folder", "replacing", "write_whole"]
+
+
+def check_folder(path: Path, said: str) -> None:
+    """Says before anything is computed why a file could not be written.
+
+    Args:
+        path: of the file.
+        said: what the message begins with, such as "cannot write out.html".
+
+    Raises:
+        ArgumentError: its folder does not exist or cannot be written to.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ArgumentError(f"{said}: folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise ArgumentError(f"{said}: no permission to write to folder {folder}")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, *, what: str) -> Iterator[Path]:
+    """For writing a file by its name: yields one beside it, which is synced and renamed in the end.
+
+    Args:
+        path: where the file shall be.
+        what: a word for it, for messages.
+
+    Raises:
+        OSError: it could not be written; what was there is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield part
+        _sync(part)
+        if target.exists():
+            shutil.copymode(target, part)
+        part.replace(target)
+        with contextlib.suppress(OSError):  # makes the rename last through a power cut, where folders can be synced
+            _sync(target.parent)
+    except OSError as error:
+        said = f"{error.strerror or error}; a {what} that was there is as it was"
+        raise OSError(error.errno, said, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_whole(path: str | Path, parts: Iterable[Any], *, what: str, private: bool = False) -> None:
-    """Writes a file beside its place, syncs it, and renames it.
+    """Writes a file; see `replacing`.
 
     Args:
         path: where it shall be.
@@ -24,31 +72,17 @@ def write_whole(path: str | Path, parts: Iterable[Any], *, what: str, private: b
     Raises:
         OSError: it could not be written; what was there is as it was.
     """
-    target = Path(os.path.realpath(path))
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    with (
+        replacing(path, what=what) as part,
+        open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)) as file,
+    ):
+        for piece in parts:
+            file.write(piece)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
     try:
-        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)) as file:
-            for piece in parts:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, part)
-        part.replace(target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        said = f"{error.strerror or error}; a {what} that was there is as it was"
-        raise OSError(error.errno, said, str(path)) from error
+        os.fsync(number)
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut, where folders can be synced."""
-    with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        os.close(number)

@@ -20,7 +20,7 @@ from ._native.rpc import Protocol, add_worker, device_name, hold, local_gpus, n_
 from .errors import ArgumentError, WorkerError
 from .gguf_info import ModelInfo
 
-__all__ = ["MAX_WORKERS", "TRUST", "Workers", "parse_workers"]
+__all__ = ["MAX_WORKERS", "TRUST", "Workers", "check_split", "free_port", "parse_workers"]
 
 MAX_WORKERS: Final = 16
 """llama.cpp's limit of devices."""

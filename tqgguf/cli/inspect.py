@@ -140,7 +140,7 @@ def render_contents(result: CacheContents) -> None:
     console = Console(highlight=False)
     console.print(
         Text(
-            f"{printable(result.info.name)} ({result.info.architecture}): {result.n_cells:,} cells with tokens, "
+            f"{result.info.name} ({result.info.architecture}): {result.n_cells:,} cells with tokens, "
             f"{size(result.bytes)}; {result.n_sampled:,} looked at"
         )
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..config import CACHE_TYPES
 from ..errors import ArgumentError
+from ..whole_file import check_folder
 from .format import size
 
 if TYPE_CHECKING:
@@ -123,12 +124,11 @@ def check_report(path: Path) -> None:
     """Says before anything is measured why the page could not be written afterwards.
 
     Raises:
-        ArgumentError: its folder does not exist, or it is a folder itself.
+        ArgumentError: its folder does not exist or cannot be written to, or it is a folder itself.
     """
     if path.is_dir():
         raise ArgumentError(f"cannot write {path}: it is a folder")
-    if not path.absolute().parent.is_dir():
-        raise ArgumentError(f"cannot write {path}: folder {path.absolute().parent} does not exist")
+    check_folder(path, f"cannot write {path}")
 
 
 def page(contents: CacheContents) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, PolicyError
+from ..whole_file import check_folder
 from .compare import progress_bars, render_rows, table_of
 from .format import print_table, to_json
 from .options import add_tail_option, cache_name, positive, threads
@@ -131,11 +131,7 @@ def check_output(path: Path) -> None:
 
     if path.suffix != ".gguf":
         raise ArgumentError(f"cannot write {path}: the name of a policy file must end in .gguf")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ArgumentError(f"cannot write {path}: folder {folder} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise ArgumentError(f"cannot write {path}: no permission to write to folder {folder}")
+    check_folder(path, f"cannot write {path}")
     if path.exists():
         try:
             read_policy(path)
