@@ -12,11 +12,9 @@ medians over rounds, ratios are those of a round's neighbours. What the tail doe
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import machine
 import numpy as np
 import random_model
+from decoding import read
 
 import tqgguf
 from tqgguf.model import llama_cpp
@@ -32,18 +31,6 @@ from tqgguf.tail import tail_batch
 RESULTS = Path(__file__).parent / "results" / "tail.json"
 SHAPE = random_model.Shape()
 TAILS = (0, 128)
-
-
-def read(context: Any, tokens: np.ndarray, n_batch: int) -> float:
-    """Reads tokens behind those in the cache; seconds."""
-    start = time.perf_counter()
-    for first in range(0, len(tokens), n_batch):
-        part = tokens[first : first + n_batch]
-        batch = llama_cpp.llama_batch_get_one(part.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(part))
-        if llama_cpp.llama_decode(context, batch):
-            raise RuntimeError("llama.cpp could not read the tokens")
-    llama_cpp.llama_synchronize(context)
-    return time.perf_counter() - start
 
 
 def measure(

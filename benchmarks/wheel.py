@@ -13,7 +13,6 @@ disturbs least, and the clock's with more. Figures are medians over rounds, rati
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import subprocess
@@ -62,22 +61,13 @@ class Build:
 def measure(models: list[str], n_threads: int) -> dict[str, Any]:
     """What one build does, in this process."""
     import numpy as np
+    from decoding import read
 
     import tqgguf
     from tqgguf import _native
     from tqgguf.model import llama_cpp
 
-    now = time.process_time if n_threads == 1 else time.perf_counter
-
-    def seconds(context: Any, tokens: Any, n_batch: int) -> float:
-        start = now()
-        for first in range(0, len(tokens), n_batch):
-            part = tokens[first : first + n_batch]
-            batch = llama_cpp.llama_batch_get_one(part.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(part))
-            if llama_cpp.llama_decode(context, batch):
-                raise RuntimeError("llama.cpp could not read the tokens")
-        llama_cpp.llama_synchronize(context)
-        return now() - start
+    clock = time.process_time if n_threads == 1 else time.perf_counter
 
     found: dict[str, Any] = {}
     for path in models:
@@ -85,10 +75,10 @@ def measure(models: list[str], n_threads: int) -> dict[str, Any]:
             options: dict[str, Any] = {"n_batch": 128, "n_threads": n_threads, "n_threads_batch": n_threads}
             model = tqgguf.Llama(path, cache=cache, n_ctx=N_PREFILL + N_DECODE, verbose=False, **options)
             tokens = np.random.default_rng(0).integers(10, 200, N_PREFILL + N_DECODE).astype(np.int32)
-            seconds(model.ctx, tokens[:64], 64)  # the first tokens also read the weights, and the f16 tables
+            read(model.ctx, tokens[:64], 64)  # the first tokens also read the weights, and the f16 tables
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
-            prefill = seconds(model.ctx, tokens[:N_PREFILL], 128)
-            decode = seconds(model.ctx, tokens[N_PREFILL:], 1)
+            prefill = read(model.ctx, tokens[:N_PREFILL], 128, clock)
+            decode = read(model.ctx, tokens[N_PREFILL:], 1, clock)
             speeds = {"prefill": N_PREFILL / prefill, "decode": N_DECODE / decode}
             found[f"{Path(path).stem}/{cache}"] = speeds
             model.close()
