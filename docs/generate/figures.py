@@ -6,24 +6,21 @@ on Gaussian numbers with a fixed seed. The figures that the page quotes come fro
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from pictures import REPOSITORY, draw_asked
 
-REPOSITORY: Final = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from tqgguf import CACHE_TYPES, demo, reference  # noqa: E402
-from tqgguf.diagnostics.capture import capture_attention  # noqa: E402
+from tqgguf import CACHE_TYPES, demo, reference
+from tqgguf.diagnostics.capture import capture_attention
 
-PICTURES: Final = REPOSITORY / "docs" / "pictures"
 F32 = npt.NDArray[np.float32]
 
 INK, OURS, STOCK, SOFT, GRID = "#1f2933", "#d64550", "#7b8794", "#f3c5c9", "#e4e7eb"
@@ -353,16 +350,9 @@ def main() -> int:
 
     # The same picture is the same file: names within it do not come from chance, nor does it have a date.
     matplotlib.rcParams["svg.hashsalt"] = "tqgguf"
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FIGURES)} (default: all)")
-    args = parser.parse_args()
-    if unknown := set(args.names) - set(FIGURES):
-        parser.error(f"there is no picture {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
-    PICTURES.mkdir(exist_ok=True)
-    for name in args.names or FIGURES:
-        path = PICTURES / f"{name}.svg"
-        FIGURES[name]().savefig(path, metadata={"Date": None})
-        print(f"{path.relative_to(REPOSITORY)}: {path.stat().st_size:,} bytes")
+    draw_asked(
+        __doc__.split("\n\n")[0], FIGURES, lambda name, path: FIGURES[name]().savefig(path, metadata={"Date": None})
+    )
     for fact, value in facts().items():
         print(f"{fact:16} {value:.5f}")
     return 0

@@ -7,7 +7,6 @@ script or network. Nothing is edited; what a session says about speed is what it
 
 from __future__ import annotations
 
-import argparse
 import os
 import pty
 import re
@@ -22,8 +21,8 @@ from fcntl import ioctl
 from pathlib import Path
 from typing import Any, Final
 
-REPOSITORY: Final = Path(__file__).parents[2]
-PICTURES: Final = REPOSITORY / "docs" / "pictures"
+from pictures import REPOSITORY, draw_asked
+
 MODEL: Final = REPOSITORY / "tqgguf" / "models" / "demo.gguf"
 
 
@@ -155,16 +154,11 @@ def svg(scene: Scene, lines: list[Any]) -> str:
 
 def main() -> int:
     """Draws the scenes that are named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(SCENES)} (default: all)")
-    args = parser.parse_args()
-    if unknown := set(args.names) - set(SCENES):
-        parser.error(f"there is no scene {', '.join(sorted(unknown))}; there are {', '.join(SCENES)}")
-    PICTURES.mkdir(exist_ok=True)
-    for name in args.names or SCENES:
-        path = PICTURES / f"{name}.svg"
-        path.write_text(svg(SCENES[name], screen(SCENES[name])), encoding="utf-8")
-        print(f"{path.relative_to(REPOSITORY)}: {path.stat().st_size:,} bytes")
+    draw_asked(
+        __doc__.split("\n\n")[0],
+        SCENES,
+        lambda name, path: path.write_text(svg(SCENES[name], screen(SCENES[name])), encoding="utf-8"),
+    )
     return 0
 
 
