@@ -255,16 +255,13 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 @pytest.fixture(scope="session")
 def architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Path of a random model of a named architecture (tests/architectures.py); each is written once."""
+    from architectures import write_architecture
+
     directory = tmp_path_factory.mktemp("architectures")
-    spec = importlib.util.spec_from_file_location("architectures", Path(__file__).parent / "architectures.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
 
     @functools.cache
     def model(name: str) -> Path:
-        written: Path = module.write_architecture(directory / f"{name}.gguf", name)
+        written: Path = write_architecture(directory / f"{name}.gguf", name)
         return written
 
     return model

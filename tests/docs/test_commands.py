@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import pages
 import pytest
 
 from tqgguf import CachePolicy, demo
@@ -27,18 +28,6 @@ pytestmark = pytest.mark.model
 REPOSITORY: Final = Path(__file__).parents[2]
 SERVER: Final = "http://127.0.0.1:8000"
 """Where the pages say that `tqgguf serve` listens; here it takes a port that is free."""
-
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-pages = _load("pages")
 
 
 def _script_exists(command: str) -> bool:

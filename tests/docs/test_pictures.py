@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import html
-import importlib.util
+import importlib
 import re
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,7 @@ MOST_BYTES = 60_000
 
 def load(name: str, needs: str) -> Any:
     pytest.importorskip(needs, reason=f"{needs} is not installed: pip install -r requirements-dev.txt")
-    spec = importlib.util.spec_from_file_location(f"generate_{name}", REPOSITORY / "docs" / "generate" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 def drawn_lines(svg: str) -> list[str]:

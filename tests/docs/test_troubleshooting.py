@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import pages
 import pytest
 
 import tqgguf
@@ -21,12 +21,6 @@ pytestmark = pytest.mark.model
 
 REPOSITORY: Final = Path(__file__).parents[2]
 PAGE: Final = REPOSITORY / "docs" / "troubleshooting.md"
-
-_spec = importlib.util.spec_from_file_location("pages", Path(__file__).parent / "pages.py")
-assert _spec and _spec.loader
-pages: Any = importlib.util.module_from_spec(_spec)
-sys.modules["pages"] = pages
-_spec.loader.exec_module(pages)
 
 MESSAGES: Final = [" ".join(text.split()) for _, text in pages.texts(PAGE)]
 

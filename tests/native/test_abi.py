@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
 import shutil
@@ -20,11 +19,9 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def abi() -> Any:
-    spec = importlib.util.spec_from_file_location("abi", HERE / "abi.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    import abi
+
+    return abi
 
 
 def test_a_header_does_not_change_without_its_version(abi: Any) -> None:
