@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_grammar"]
 
+llama_cpp: Any = import_llama_cpp()
+
 MAX_BYTES: Final = 1 << 18
 MAX_DEPTH: Final = 256
 """Brackets within brackets."""
@@ -35,7 +37,6 @@ def check_grammar(model: Llama, grammar: Any) -> None:
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:
         raise ArgumentError(f"the grammar has {deepest:,} brackets within each other, at most {MAX_DEPTH} are read")
-    llama_cpp: Any = import_llama_cpp()
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
     sampler = llama_cpp.llama_sampler_init_grammar(vocabulary, text.encode(), root.encode())
     if not sampler:

@@ -14,6 +14,8 @@ from ._native import import_llama_cpp
 
 __all__ = ["take_back"]
 
+llama_cpp: Any = import_llama_cpp()  # here, not for each token: it looks at all libraries of the process, for 4 ms
+
 
 def take_back(context: Any, n_tokens: int) -> bool:
     """Removes sequence 0 from position n_tokens on.
@@ -21,15 +23,16 @@ def take_back(context: Any, n_tokens: int) -> bool:
     Returns:
         Whether the cache can continue there. If not, it must be emptied and the tokens read again.
     """
-    api = import_llama_cpp()
-    memory = api.llama_get_memory(context)
+    memory = llama_cpp.llama_get_memory(context)
     if not memory or n_tokens == 0:
         return True
-    if not api.llama_memory_seq_rm(memory, 0, n_tokens, -1):
+    if not llama_cpp.llama_memory_seq_rm(memory, 0, n_tokens, -1):
         return False
-    model = api.llama_get_model(context)
-    window = int(api.llama_model_n_swa(model))
-    if not window or api.llama_model_is_hybrid(model):  # of a hybrid's state nothing is taken back without saying so
+    model = llama_cpp.llama_get_model(context)
+    window = int(llama_cpp.llama_model_n_swa(model))
+    if not window or llama_cpp.llama_model_is_hybrid(
+        model
+    ):  # of a hybrid's state nothing is taken back without saying so
         return True
-    first = int(api.llama_memory_seq_pos_min(memory, 0))  # of a window's cache; -1: nothing of it is left
+    first = int(llama_cpp.llama_memory_seq_pos_min(memory, 0))  # of a window's cache; -1: nothing of it is left
     return 0 <= first <= max(0, n_tokens - window + 1)

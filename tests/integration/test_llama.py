@@ -327,6 +327,20 @@ def test_a_grammar_that_would_end_the_process(grammar: str, said: str) -> None:
     model.close()
 
 
+def test_libraries_are_not_looked_at_for_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes 4 ms, several times as long as the demo model takes for a token."""
+    from llama_cpp import LlamaGrammar
+
+    model = load(demo.MODEL_PATH)
+    looked: list[None] = []
+    monkeypatch.setattr("tqgguf._native.bindings.verify_libraries", lambda: looked.append(None))
+    grammar = LlamaGrammar.from_string('root ::= "a" "b" "c"')
+    assert model.create_completion("x", max_tokens=4, grammar=grammar)["choices"][0]["text"] == "abc"
+    model.create_chat_completion([{"role": "user", "content": "What is the capital of Spain?"}], max_tokens=8)
+    assert looked == []
+    model.close()
+
+
 @pytest.mark.parametrize("token", [-1, 1280, 2**31 - 1])
 def test_a_token_beyond_the_vocabulary(token: int) -> None:
     model = load(demo.MODEL_PATH)
