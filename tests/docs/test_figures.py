@@ -91,3 +91,15 @@ def test_the_tail_in_a_long_context() -> None:
         ratio = model.cache_info().ratio
     assert f"at 32,768 tokens the whole is {100 * ratio:.1f} %" in FAQ
     assert f"{14 / 64:.1%}".replace("%", " %") in FAQ
+
+
+def test_the_load_of_the_server() -> None:
+    page = " ".join((REPOSITORY / "docs" / "serve.md").read_text(encoding="utf-8").split())
+    load, soak = results("serve_load"), results("soak")
+    assert (load["answered"], load["wrong"], load["requests"], load["clients"]) == (1000, 0, 1000, 4)
+    speed, first, last = f"{load['requests_per_second']:.0f}", load["rss_after_a_tenth"], load["rss_at_the_end"]
+    assert f"none different, {speed} requests a second; resident memory {first / 1e6:.1f} MB after 100" in page
+    assert f"{last / 1e6:.1f} MB after 1,000" in page
+    assert soak["wrong"] == 0 and not soak["failures"]
+    assert f"Of {soak['requests_in_all']:,} requests" in page
+    assert f"{soak['slope_mib_per_1000_requests']:.2f} MiB per 1,000 requests" in page
