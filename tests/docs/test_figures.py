@@ -103,3 +103,27 @@ def test_the_load_of_the_server() -> None:
     assert soak["wrong"] == 0 and not soak["failures"]
     assert f"Of {soak['requests_in_all']:,} requests" in page
     assert f"{soak['slope_mib_per_1000_requests']:.2f} MiB per 1,000 requests" in page
+
+
+def test_the_wheel_beside_a_native_build() -> None:
+    page = (REPOSITORY / "docs" / "wheels.md").read_text(encoding="utf-8")
+    rows = [results(name)["rows"] for name in ("wheel", "wheel_2_threads")]
+    for weights in ("demo", "f16", "q8_0", "q4_0"):
+        cells = [
+            " / ".join(
+                f"{row['wheel']['ratio']:.2f}".removeprefix("0")
+                for cache in ("f16", "pqo3")
+                for row in measured
+                if (row["case"], row["phase"]) == (f"{weights}/{cache}", phase)
+            )
+            for measured in rows
+            for phase in ("prefill", "decode")
+        ]
+        assert f"| {weights}, f16 / pqo3 | {' | '.join(cells)} |" in page
+    assert min(row["wheel"]["ratio"] for row in rows[0]) > 0.98
+    spent = {
+        round(1e3 / row["wheel"]["tokens_per_s"] - 1e3 / row["native"]["tokens_per_s"], 2)
+        for row in rows[1]
+        if row["phase"] == "decode"
+    }
+    assert f"{min(spent)} to {max(spent)} ms a token" in page
