@@ -95,7 +95,7 @@ def test_the_tail_in_a_long_context() -> None:
 
 def test_the_load_of_the_server() -> None:
     page = " ".join((REPOSITORY / "docs" / "serve.md").read_text(encoding="utf-8").split())
-    load, soak = results("serve_load"), results("soak")
+    load, soak, kills = results("serve_load"), results("soak"), results("session_kill")
     assert (load["answered"], load["wrong"], load["requests"], load["clients"]) == (1000, 0, 1000, 4)
     speed, first, last = f"{load['requests_per_second']:.0f}", load["rss_after_a_tenth"], load["rss_at_the_end"]
     assert f"none different, {speed} requests a second; resident memory {first / 1e6:.1f} MB after 100" in page
@@ -103,6 +103,9 @@ def test_the_load_of_the_server() -> None:
     assert soak["wrong"] == 0 and not soak["failures"]
     assert f"Of {soak['requests_in_all']:,} requests" in page
     assert f"{soak['slope_mib_per_1000_requests']:.2f} MiB per 1,000 requests" in page
+    assert kills["whole"] == kills["kills"] == 1000 and 100 < kills["left_the_new_file"] < 900
+    assert f"all files were whole, {kills['left_the_new_file']} of them the new one" in page
+    assert f"{kills['killed_while_writing']} processes had been in the middle of writing" in page
 
 
 def test_the_wheel_beside_a_native_build() -> None:

@@ -346,7 +346,7 @@ def test_a_full_device(model: Any, tmp_path: Path) -> None:
 
 def test_a_killed_save_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--kills", "80", "--json"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, str(SCRIPT), "--kills", "80", "--output", "-"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
