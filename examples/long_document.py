@@ -21,7 +21,7 @@ def main(model_path: str, document: str, *questions: str) -> None:
     if n_text > room:
         sys.exit(
             f"{document} has {n_text:,} tokens; beside the questions and {ANSWER} tokens of answer, the context of "
-            f"{model.n_ctx():,} holds {room:,}: take a shorter document or a model that was trained for a longer context"
+            f"{model.n_ctx():,} holds {room:,}: take a shorter document, or a model with a longer context"
         )
     session = Path(document).with_suffix(".session")
     if session.exists():
