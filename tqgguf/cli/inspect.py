@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import CACHE_TYPES
 from ..diagnostics.model_cache import ModelCache, model_cache
 from ..errors import TextError
-from .format import print_table, print_trimmed, printable, size, to_json
+from .format import print_table, printable, size, to_json
 from .options import DEFAULT_CONTEXT, add_cache_options, add_threads_option, chosen_cache, positive
 from .progress import Bar
 
@@ -199,7 +199,7 @@ def render(result: ModelCache) -> None:
         *(("note", note) for note in info.notes),
     ):
         facts.add_row(name, Text(printable(value)))
-    print_trimmed(console, facts)
+    print_table(facts, fold=True)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("cache", "bits/value", "bytes/token", *(f"{n:,} tokens" for n in result.contexts)):
