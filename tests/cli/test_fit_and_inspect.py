@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -221,6 +222,12 @@ def test_inspect_names_that_are_markup(tqgguf: Command, text: Path, tmp_path: Pa
 def test_inspect_mistakes(tqgguf: Command, args: list[str], status: int, said: str) -> None:
     done = tqgguf("inspect", MODEL, *args)
     assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_a_pipe_is_not_waited_for(tqgguf: Command, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = tqgguf("inspect", MODEL, "--session", "pipe", timeout=20)
+    assert done.returncode == 1 and "cannot read the session pipe: it is no regular file" in done.stderr
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
