@@ -9,10 +9,20 @@ from pathlib import Path
 
 import tqgguf
 
+ANSWER = 200
+TEMPLATE = 50  # tokens that the model's chat template adds, or fewer
+
 
 def main(model_path: str, document: str, *questions: str) -> None:
     model = tqgguf.Llama(model_path, cache="pqo3", n_ctx=0, verbose=False)  # 0: as long as it was trained for
     text = Path(document).read_text(encoding="utf-8").strip()
+    n_text, *n_questions = (len(model.tokenize(part.encode())) for part in (text, *questions))
+    room = model.n_ctx() - max(n_questions) - ANSWER - TEMPLATE
+    if n_text > room:
+        sys.exit(
+            f"{document} has {n_text:,} tokens; beside the questions and {ANSWER} tokens of answer, the context of "
+            f"{model.n_ctx():,} holds {room:,}: take a shorter document, or a model with a longer context"
+        )
     session = Path(document).with_suffix(".session")
     if session.exists():
         print(f"{model.load_session(session).n_tokens} tokens taken up from {session.name}", file=sys.stderr)
@@ -20,7 +30,7 @@ def main(model_path: str, document: str, *questions: str) -> None:
     for question in questions:
         before = model.n_tokens_read
         reply = model.create_chat_completion(
-            [{"role": "user", "content": f"{text} {question}"}], temperature=0, max_tokens=200
+            [{"role": "user", "content": f"{text} {question}"}], temperature=0, max_tokens=ANSWER
         )
         print(f"{question}\n  {reply['choices'][0]['message']['content'].strip()}")
         print(f"  {model.n_tokens_read - before} of {model.n_tokens} tokens were read", file=sys.stderr)

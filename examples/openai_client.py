@@ -8,6 +8,7 @@ import openai
 
 
 def main(url: str = "http://127.0.0.1:8000") -> None:
+    url = url.rstrip("/").removesuffix("/v1")  # with the /v1 that `tqgguf serve` prints, or without
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
     answer = client.chat.completions.create(

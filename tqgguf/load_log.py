@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ._native import import_llama_cpp
+from ._native import import_llama_cpp, library_path
 from .config import CacheType
 from .errors import CacheTypeError, OutOfMemoryError, TqggufError
 from .gguf_info import KVLayer, ModelInfo
@@ -79,6 +79,34 @@ def captured_log(quiet: bool = False) -> Iterator[LoadLog]:
         yield lines
     finally:
         llama_cpp.llama_log_set(before, user_data)
+
+
+@contextlib.contextmanager
+def told_aborts(verbose: bool) -> Iterator[None]:
+    """While it lasts, what ggml says when it ends the process comes to stderr, which a quiet load turns off.
+
+    llama.cpp ends the process where it meets what it had ruled out, as an odd model can make it. Any of its threads may
+    call the function of Python that says so: the one that waits for them in C has released the interpreter's lock.
+
+    Args:
+        verbose: whether stderr stays on. Then ggml's own way is left alone, which adds a backtrace.
+    """
+    if verbose:
+        yield
+        return
+    register = ctypes.CDLL(str(library_path("ggml-base"))).ggml_set_abort_callback
+    register.argtypes, register.restype = [ctypes.c_void_p], ctypes.c_void_p
+    with open(os.dup(2), "wb", buffering=0) as stderr:
+
+        @ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # type: ignore[untyped-decorator]
+        def tell(message: bytes) -> None:
+            stderr.write(b"\ntqgguf: error: llama.cpp ended this process: " + message + b"\n")
+
+        before = register(ctypes.cast(tell, ctypes.c_void_p))
+        try:
+            yield
+        finally:
+            register(before)
 
 
 @contextlib.contextmanager

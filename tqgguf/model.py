@@ -44,6 +44,7 @@ from .load_log import (
     load_lock,
     needs_flash,
     rotation,
+    told_aborts,
     verify_buffers,
 )
 from .memory import machine_memory
@@ -160,7 +161,8 @@ class Llama(_Stock):  # type: ignore[misc]
                 here = kwargs.get("offload_kqv") is False  # then no worker sees a cache
                 self._workers = Workers(rpc, policy.ours and not here)
         k, v = base_types(policy, self._info)
-        with load_lock, captured_log() as log, applied(policy), kept(self._tail):
+        told = told_aborts(kwargs.get("verbose", True))
+        with load_lock, captured_log() as log, applied(policy), kept(self._tail), told:
             try:
                 super().__init__(
                     str(model_path),

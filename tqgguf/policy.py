@@ -271,7 +271,7 @@ def read_policy(path: str | Path) -> CachePolicy:
         path: a file that `CachePolicy.write` or `tqgguf tune` wrote.
 
     Raises:
-        ModelNotFoundError: no such file.
+        ModelNotFoundError: no such file, or no regular one.
         PolicyError: not a policy file, of another version, damaged, or with an unknown type.
     """
     file = Path(path)
@@ -307,7 +307,8 @@ def read_policy(path: str | Path) -> CachePolicy:
             tail if isinstance(tail, int) else None,
         )
     except ModelNotFoundError:
-        raise ModelNotFoundError(f"cache policy {file} does not exist") from None
+        what = "is no regular file" if file.exists() else "does not exist"
+        raise ModelNotFoundError(f"cache policy {file} {what}") from None
     except ModelFileError as error:
         raise PolicyError(f"cannot read the cache policy: {error}") from None
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:

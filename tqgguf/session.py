@@ -97,9 +97,9 @@ def read_session(path: str | Path) -> Session:
 
     Raises:
         FileNotFoundError: no such file.
-        SessionError: no session, of another version, truncated, or a damaged header.
+        SessionError: no session or no regular file, of another version, truncated, or a damaged header.
     """
-    with Path(path).open("rb") as file:
+    with _open(path) as file:
         return _read_header(file, Path(path))
 
 
@@ -108,8 +108,9 @@ def is_session(path: str | Path) -> bool:
 
     Raises:
         OSError: it cannot be read.
+        SessionError: it is no regular file.
     """
-    with Path(path).open("rb") as file:
+    with _open(path) as file:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
@@ -120,10 +121,18 @@ def read_state(path: str | Path, info: ModelInfo) -> tuple[Session, memoryview]:
         OutOfMemoryError: no memory to read it into.
         SessionError: see `read_session`; or it is damaged, or was saved with another model.
     """
-    with Path(path).open("rb") as file:
+    with _open(path) as file:
         session = _read_header(file, Path(path))
         _refuse_other_model(session, info, Path(path))
         return session, memoryview(_read_body(file, session, Path(path)))[4 * session.n_tokens :]
+
+
+def _open(path: str | Path) -> BufferedReader:
+    """Opens a file for reading; a pipe would be waited for, perhaps for ever."""
+    file = Path(path)
+    if file.exists() and not file.is_file():
+        raise SessionError(f"cannot read the session {file}: it is no regular file")
+    return file.open("rb")
 
 
 def _read_header(file: BufferedReader, path: Path) -> Session:
@@ -332,7 +341,7 @@ def save(model: Llama, path: str | Path, extra: Mapping[str, Any]) -> Session:
 def restore(model: Llama, path: str | Path) -> Session:
     """See `Llama.load_session`."""
     file_path = Path(path)
-    with file_path.open("rb") as file:
+    with _open(file_path) as file:
         session = _read_header(file, file_path)
         _refuse_other(session, model, file_path)
         body = _read_body(file, session, file_path)

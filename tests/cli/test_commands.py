@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,10 @@ def test_run(tqgguf: Command) -> None:
     done = tqgguf("run", MODEL, "-p", "What is the capital of Italy?", "--temp", "0", "--seed", "1")
     assert done.returncode == 0, done.stderr
     assert "Rome" in done.stdout and "KV cache" not in done.stdout and "KV cache pqo3" in done.stderr
+    took = re.match(r"(\d+) pieces in ([\d.]+) (ms|s), prompt included, at ([\d,.]+) tokens/s; KV", done.stderr)
+    assert took
+    seconds = float(took[2]) / (1000 if took[3] == "ms" else 1)
+    assert seconds > 0 and float(took[4].replace(",", "")) > 0.8 * (int(took[1]) - 1) / seconds
 
 
 def test_run_json_with_types_apart(tqgguf: Command) -> None:
@@ -140,6 +145,8 @@ def test_the_upstream_pin_is_that_of_the_patches() -> None:
         (["run", MODEL, "-p", "x", "--ctx", "many"], "must be an integer between"),
         (["run", MODEL, "-p", "x", "--temp", "-1"], "between 0 and 100"),
         (["run", MODEL, "-p", "x", "--temp", "nan"], "between 0 and 100"),
+        (["fit", MODEL, "--memory", "-8G"], "--memory: must be a size such as 8G, 8GiB, 512M or 1.5G, not '-8G'"),
+        (["fit", MODEL, "--memory", "8G", "--vram", "-.5G"], "not '-.5G'"),
         (["inspect", MODEL, "--ctx", "1024,,5"], "must be an integer between"),
         (["inspect"], "model"),
     ],

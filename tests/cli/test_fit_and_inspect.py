@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -39,6 +40,7 @@ def test_fit(tqgguf: Command) -> None:
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     assert "2,048" in rows["pqo3"] and "1.1 MiB" in rows["pqo3"]
     assert "Recommended: pqo3, 2,048 tokens" in done.stdout
+    assert "context  2,048 tokens wanted; trained for 2,048 (--ctx asks for more)" in done.stdout
     command = done.stdout.strip().splitlines()[-1].split()
     assert command[:2] == ["tqgguf", "chat"] and command[-4:] == ["--cache", "pqo3", "--ctx", "2048"]
     answer = tqgguf(*command[1:], "--temp", "0", "--threads", "1", stdin="What is the capital of Peru?\n")
@@ -72,6 +74,11 @@ def test_no_figure_is_cut_short(tqgguf: Command, text: Path) -> None:
         assert done.returncode == 0 and "…" not in done.stdout
         for part in wanted:
             assert part in done.stdout, done.stdout
+
+
+def test_fit_with_a_context(tqgguf: Command) -> None:
+    out = tqgguf("fit", MODEL, "--memory", "1G", "--ctx", "5000", "--cache", "pqo3").stdout
+    assert "context  5,000 tokens wanted; trained for 2,048\n" in out and "Recommended: pqo3, 5,000 tokens" in out
 
 
 def test_fit_json(tqgguf: Command) -> None:
@@ -215,6 +222,12 @@ def test_inspect_names_that_are_markup(tqgguf: Command, text: Path, tmp_path: Pa
 def test_inspect_mistakes(tqgguf: Command, args: list[str], status: int, said: str) -> None:
     done = tqgguf("inspect", MODEL, *args)
     assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_a_pipe_is_not_waited_for(tqgguf: Command, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = tqgguf("inspect", MODEL, "--session", "pipe", timeout=20)
+    assert done.returncode == 1 and "cannot read the session pipe: it is no regular file" in done.stderr
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")

@@ -136,6 +136,32 @@ def test_ctrl_c_ends_native_code_and_lets_python_clean_up(code: str, said: str) 
         assert time.monotonic() - begin < 2
 
 
+IN_A_CALLBACK = """
+import os, signal, sys, time
+from llama_cpp import _logger
+from tqgguf.cli import main
+class Levels(dict):  # which llama_cpp looks into for every line of llama.cpp's log
+    def __getitem__(self, level):
+        if not seen:
+            seen.append(level)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)  # longer than native code may take
+        return super().__getitem__(level)
+seen = []
+_logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL = Levels(_logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL)
+status = main(["inspect", *sys.argv[1:]])
+print("it ended by itself")
+sys.exit(status)
+"""
+
+
+def test_ctrl_c_while_a_model_is_loaded_is_not_lost(python: Callable[..., Any], tmp_path: Path) -> None:
+    """An exception in a function that C calls goes no further."""
+    (tmp_path / "text").write_text("The capital of France is Paris.")
+    done = python("-c", "import tqgguf\n" + IN_A_CALLBACK, MODEL, "-f", "text", "--threads", "1")
+    assert (done.returncode, done.stderr, done.stdout) == (130, "\ntqgguf: interrupted\n", "it ended by itself\n")
+
+
 def test_ctrl_c_in_a_command(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. " * 20000)

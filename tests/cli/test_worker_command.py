@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo
+from tqgguf import demo, read_session
 from tqgguf._native import library_path
 from tqgguf.cli import main
 
@@ -122,6 +122,52 @@ def test_run(tqgguf: Callable[..., Any], worker: Callable[..., Any], capsys: pyt
     assert main(["run", MODEL, *options, "--rpc", nobody]) == 1
     said = capsys.readouterr().err
     assert f"no worker at {nobody}: Connection refused" in said and len(said.splitlines()) == 1
+
+
+def test_a_chat_goes_on_when_its_worker_is_back(worker: Callable[..., Any], tmp_path: Path) -> None:
+    """What was said before is kept, and so is the message whose answer was lost."""
+    mortal, errors = worker(), tmp_path / "errors"
+    command = [sys.executable, "-m", "tqgguf", "chat", MODEL, "--rpc", mortal.name, "--temp", "0", "--threads", "1"]
+    with errors.open("w") as output:
+        chat = subprocess.Popen(
+            [*command, "--session", "talk"], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output
+        )
+    assert chat.stdin and chat.stdout
+
+    def say(text: str) -> None:
+        assert chat.stdin
+        chat.stdin.write(text.encode() + b"\n")
+        chat.stdin.flush()
+
+    def told(text: str, n: int = 1) -> None:
+        end = time.monotonic() + 20
+        while errors.read_text().count(text) < n:
+            assert time.monotonic() < end and chat.poll() is None, errors.read_text()
+            time.sleep(0.01)
+
+    say("What is the capital of France?")
+    assert b"Paris" in chat.stdout.readline()
+    while not (tmp_path / "talk").exists():
+        time.sleep(0.01)
+    mortal.kill()
+    say("What is the capital of Italy?")
+    told(f"tqgguf: error: the connection to worker {mortal.name} is lost")
+    say("What is the capital of Spain?")  # in the place of the one before
+    told(f"no worker at {mortal.name}: Connection refused")
+    told("The conversation is kept: when the worker is back, /regen loads the model again and answers.", 2)
+    for command_ in ("/save other", "/cache"):
+        say(command_)
+    told(f"worker {mortal.name} is lost", 3)
+    worker(port=mortal.port)
+    say("/regen")
+    while b"Madrid" not in (line := chat.stdout.readline()):  # after what /cache can still say
+        assert line, errors.read_text()
+    chat.stdin.close()
+    assert chat.wait(20) == 0, errors.read_text()
+    session = read_session(tmp_path / "talk")
+    said = [message["content"] for message in session.extra["messages"]]
+    assert ["France" in said[0], "Paris" in said[1], "Spain" in said[2], "Madrid" in said[3]] == 4 * [True]
+    assert len(said) == 4 and session.n_tokens > 35 and not (tmp_path / "other").exists()
 
 
 class Server:

@@ -75,6 +75,19 @@ def test_long_document(example: Run, tmp_path: Path) -> None:
     assert int(n_read) < 20
 
 
+def test_a_document_that_is_too_long(
+    python: Callable[..., Any], random_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One that just fits is read, and one with a token more is refused."""
+    model = str(random_model(n_ctx=512))
+    for n, status in ((254, 0), (255, 1)):
+        (tmp_path / "text.txt").write_text("x" * n)
+        done = python(str(EXAMPLES / "long_document.py"), model, "text.txt", "Why?")
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("text.txt has 257 tokens; beside the questions and 200 tokens of answer, the context")
+    assert "of 512 holds 256: take a shorter document" in done.stderr
+
+
 def test_session_resume(example: Run) -> None:
     first = example("session_resume.py", "model.gguf", "The code of Anna is falcon. What is the capital of Peru?")
     second = example("session_resume.py", "model.gguf", "What is the code of Anna?")
@@ -110,8 +123,9 @@ def served() -> Iterator[str]:
 
 
 def test_openai_client(example: Run, served: str) -> None:
-    done = example("openai_client.py", served)
-    assert "Rome" in done.stdout and "tokens of pqo3: 9,408 bytes, f16 43,008" in done.stderr
+    for url in (served, f"{served}/v1"):
+        done = example("openai_client.py", url)
+        assert "Rome" in done.stdout and "tokens of pqo3: 9,408 bytes, f16 43,008" in done.stderr
 
 
 def test_every_example_is_run_or_listed() -> None:

@@ -62,6 +62,21 @@ def test_the_table_of_readme() -> None:
     assert sum(score["n"] for score in measured["pqo3"]["scores"]) == 556
 
 
+def test_the_tables_of_the_tail() -> None:
+    rows = results("tail_quality")["rows"]
+    for cache in ("pqo3", "pqo4"):
+        for n in (1, 32, 128, 512):
+            cells = [f"{row['mean_kld']:.3g}" for row in rows if (row["cache"], row["n_ubatch"]) == (cache, n)]
+            assert len(cells) == 5 and f"| {cache} | {n} | {' | '.join(cells)} |" in QUALITY
+    said = re.search(
+        r"has (\S+) for pqo3 and (\S+) for pqo4 with a tail .* row \"128\" and has (\S+) and (\S+)\.\)", QUALITY, re.S
+    )
+    assert said
+    same = [row["mean_kld"] for row in rows if (row["n_ubatch"], row["tail"]) == (128, 128)]
+    figures = [mean_kld("pqo3", "128"), mean_kld("pqo4", "128"), *(float(f"{kld:.3g}") for kld in same)]
+    assert [float(text) for text in said.groups()] == figures
+
+
 def test_what_readme_says_of_memory() -> None:
     per_token = {name: 2 * CACHE_TYPES[name].row_bytes(32 * 8 * 128) for name in TYPES}
     gib = [per_token[name] * 131072 / 2**30 for name in ("f16", "pqo3", "pqo4")]

@@ -151,6 +151,7 @@ PROVOKED_ELSEWHERE: Final = (
     "tqgguf: error: environment variable TQGGUF_KERNEL",
     "tqgguf: error: the server needs a package",
     "tqgguf: error: llama.cpp could not load",
+    "tqgguf: error: llama.cpp ended this process",
     "… cannot do FLASH_ATTN_EXT",
 )
 """Messages with a test of their own below."""
@@ -214,3 +215,9 @@ def test_the_message_of_a_device_is_in_the_source() -> None:
     source = (REPOSITORY / "native" / "ggml" / "tq_ggml_device.c").read_text(encoding="utf-8")
     source = re.sub(r'"\s*\n\s*"', "", source).replace("%s", "…")
     assert on_page("… cannot do FLASH_ATTN_EXT").replace("FLASH_ATTN_EXT", "…") in source
+
+
+def test_the_message_of_an_end_is_in_the_source() -> None:
+    """tests/integration/test_llama.py provokes it, with an end made up for that."""
+    source = (REPOSITORY / "tqgguf" / "load_log.py").read_text(encoding="utf-8")
+    assert on_page("tqgguf: error: llama.cpp ended this process").rstrip("…") in source

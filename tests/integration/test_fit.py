@@ -11,9 +11,9 @@ import pytest
 
 import tqgguf
 from tqgguf import CACHE_TYPES, demo
-from tqgguf.diagnostics.fit import FITTED_TYPES, fit
+from tqgguf.diagnostics.fit import FIRST_LOOK, FITTED_TYPES, _longest, fit
 from tqgguf.diagnostics.plan import ContextPlan, Setup, planned_model
-from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, TqggufError
+from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, OutOfMemoryError, TqggufError
 from tqgguf.load_log import captured_log, llama_cpp
 from tqgguf.policy import resolve
 from tqgguf.tail import kept
@@ -143,6 +143,30 @@ def test_the_first_in_order_that_is_long_enough_is_recommended() -> None:
     assert none.recommended is None and all(row.n_ctx == 0 for row in none.rows)
 
 
+@pytest.mark.parametrize("budget", [0, 10**5, 3 * 10**7, 10**9, 8 * 10**9])
+@pytest.mark.parametrize(
+    "cost",
+    [
+        lambda n: 10**5 + 1472 * n,
+        lambda n: max(3 * 10**8, 1024 * n) + 448 * n,  # logits, then masks
+        lambda n: round(1472 * n / 10**4) * 10**4,  # as llama.cpp prints it
+        lambda n: 100 * n + n * n // 1000,  # nothing grows so, but it ends
+    ],
+)
+def test_the_search_finds_the_longest_and_looks_at_nothing_far_beyond(cost: Callable[[int], int], budget: int) -> None:
+    looked: list[int] = []
+
+    def over(n: int) -> int:
+        looked.append(n)
+        return cost(n) - budget
+
+    n = _longest(2 * 10**9, over)
+    assert n % 256 == 0 and cost(n + 256) > budget and (n == 0 or cost(n) <= budget)
+    assert max(looked) <= max(FIRST_LOOK, 4 * n) and len(looked) <= 16
+    for most in (1, 300, 2048, n // 2 or 1):
+        assert _longest(most, over) == (most if cost(most) <= budget else n)
+
+
 def test_a_shorter_context_needs_less() -> None:
     short = fit(demo.MODEL_PATH, 11 * MIB, n_ctx=256)
     assert short.recommended and short.recommended.cache == "f16" and short.recommended.n_ctx == 256
@@ -154,6 +178,15 @@ def test_a_context_longer_than_the_model_was_trained_for_is_had_if_asked_for() -
     llama = tqgguf.Llama(demo.MODEL_PATH, cache="pqo3", n_ctx=5000, n_threads=1, verbose=False)
     assert llama.cache_info().bytes == row.plan.cache
     llama.close()
+
+
+def test_cells_that_this_machine_cannot_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"memory": 2**40, "caches": ["pqo3"], "n_ctx": 300_000}
+    monkeypatch.setattr("tqgguf.diagnostics.plan.machine_memory", lambda: 300_000 * 52)
+    assert fit(demo.MODEL_PATH, **options).rows[0].n_ctx == 300_000
+    monkeypatch.setattr("tqgguf.diagnostics.plan.machine_memory", lambda: 300_000 * 52 - 1)
+    with pytest.raises(OutOfMemoryError, match=r"300,000 tokens of demo\.gguf: .* lists its cells, 52 bytes"):
+        fit(demo.MODEL_PATH, **options)
 
 
 def test_layers_go_to_video_memory_until_it_is_full(architecture: Model) -> None:

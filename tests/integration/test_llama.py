@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -367,3 +368,33 @@ def test_a_chat_template_that_is_none(tmp_path: Path) -> None:
     path.write_bytes(data.replace(b"{% endfor %}", b"{% endfxr %}"))
     with pytest.raises(ModelFileError, match="has a chat template that is none: Encountered unknown tag 'endfxr'"):
         tqgguf.Llama(path, n_ctx=256, verbose=False)
+
+
+ABORT = """
+import ctypes, sys, threading
+import tqgguf
+from tqgguf import demo
+from tqgguf._native import library_path
+ggml = ctypes.CDLL(str(library_path("ggml-base")))
+def load(**options):
+    tqgguf.Llama(demo.MODEL_PATH, n_ctx=256, n_threads=1, verbose=False, **options).close()
+load()
+ggml.ggml_set_abort_callback.restype = ctypes.c_void_p
+assert ggml.ggml_set_abort_callback(None) is None  # it is as it was
+def end():
+    ggml.ggml_abort(b"llama.cpp", 7, b"GGML_ASSERT(%s) failed", b"n > 0")
+def progress(*_):
+    if sys.argv[1] == "here":
+        end()
+    thread = threading.Thread(target=end)
+    thread.start()
+    thread.join()
+load(progress=progress)
+"""
+
+
+@pytest.mark.parametrize("thread", ["here", "another"])
+def test_llama_cpp_does_not_end_the_process_without_a_word(python: Callable[..., Any], thread: str) -> None:
+    done = python("-c", ABORT, thread)
+    assert done.returncode == -signal.SIGABRT
+    assert done.stderr == "\ntqgguf: error: llama.cpp ended this process: llama.cpp:7: GGML_ASSERT(n > 0) failed\n"

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import CachePolicy, SessionError, demo, read_session
+from tqgguf import CachePolicy, SessionError, demo, inspect_session, read_session
 
 pytestmark = pytest.mark.model
 
@@ -292,6 +292,10 @@ def test_files_that_are_no_sessions(model: Any, tmp_path: Path) -> None:
         model.load_session(tmp_path / "missing")
     with pytest.raises(SessionError, match="is not a session"):
         model.load_session(demo.MODEL_PATH)
+    for path in (tmp_path, "/dev/null"):
+        for read in (model.load_session, read_session, lambda path: inspect_session(path, demo.MODEL_PATH)):
+            with pytest.raises(SessionError, match=f"cannot read the session {path}: it is no regular file"):
+                read(path)
 
 
 def test_targets_that_are_refused(model: Any, tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatc
 def test_files_that_are_no_policy(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         read_policy(tmp_path / "missing.gguf")
+    with pytest.raises(ModelNotFoundError, match="is no regular file"):
+        read_policy(tmp_path)
     with pytest.raises(PolicyError, match="no cache policy"):
         read_policy(demo.MODEL_PATH)
     (tmp_path / "text.gguf").write_text("default: pqo3")

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (run, chat, serve, worker, fit, inspect, compare, tune, demo, doctor):
         command.add_parser(commands)
+    for each in commands.choices.values():  # -8G is the wrong value of an option and not an option that is unknown
+        each._negative_number_matcher = re.compile(r"-[\d.]")
     return parser
 
 

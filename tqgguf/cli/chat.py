@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ COMMANDS: Final = {
     "/exit": "ends (so do Ctrl-D, and Ctrl-C twice)",
 }
 HINT: Final = "/help lists the commands, /exit ends; Ctrl-C stops an answer"
+LOST: Final = "The conversation is kept: when the worker is back, /regen loads the model again and answers."
 KEYS: Final = 'A line that ends with \\ goes on in the next; """ begins and ends a message of several lines.'
 
 
@@ -160,9 +162,11 @@ class Conversation:
                 if not self.command(line):
                     break
             elif line:
+                if self.messages and self.messages[-1]["role"] == "user":
+                    self.messages.pop()  # a worker was lost before it was answered
                 self.messages.append({"role": "user", "content": line})
                 self.answer()
-        return 0 if self.keep() else 1
+        return 0 if self.keep() and not self.model.lost else 1
 
     def command(self, line: str) -> bool:
         """Obeys a command; False ends the conversation."""
@@ -227,7 +231,9 @@ class Conversation:
         turns = sum(1 for message in self.messages if message["role"] == "assistant")
         speed = f", {self.view.speed:.1f} tokens/s" if self.view.speed else ""
         print(f"{info.cells_used:,} of {info.n_ctx:,} tokens used, {turns} answers{speed}")
-        if scales := k_scales(self.model):
+        with self.model.watched():
+            scales = k_scales(self.model)
+        if scales:
             bars = sparkline(tuple(scales.values()), sys.stdout.encoding or "ascii")
             layers = f"layers {min(scales)} to {max(scales)}"
             print(f"mean scale of K's blocks, {layers}: {bars} up to {max(scales.values()):.3g}")
@@ -255,6 +261,7 @@ class Conversation:
         from ..session import read_session
 
         messages = conversation_of(read_session(path), path)
+        self.revive()
         session = self.model.load_session(path)
         self.messages = messages
         self.unsaved = path != self.session
@@ -274,12 +281,25 @@ class Conversation:
             self.unsaved = False
         return True
 
+    def revive(self) -> None:
+        """Loads the model again if it has lost a worker; the conversation is read again with the next answer.
+
+        Raises:
+            TqggufError: it cannot be loaded yet.
+        """
+        if self.model.lost:
+            self.model.reload()
+
     def answer(self) -> None:
-        """Streams the answer to the last message; a stopped one is kept as far as it came."""
+        """Streams the answer to the last message; a stopped one is kept as far as it came.
+
+        If a worker is lost, so is the answer, but not the message nor what was said before.
+        """
         text, finish = "", None
         self.view.begin()
         try:
             with stopping(self.model):
+                self.revive()
                 for chunk in self.model.create_chat_completion(
                     self.messages, stream=True, seed=self.seed, **self.options
                 ):
@@ -294,7 +314,16 @@ class Conversation:
             self.bar.close()
             self.view.end()
             print("[stopped]", file=sys.stderr)
-        except ValueError as error:
+        except (TqggufError, ValueError) as error:
+            if self.model.lost:
+                self.bar.close()
+                if text:
+                    with contextlib.suppress(TqggufError):
+                        self.view.end()
+                print(f"tqgguf: error: {in_words(error)}\n{LOST}", file=sys.stderr)
+                return
+            if not isinstance(error, ValueError):
+                raise
             # llama_cpp says so when the conversation no longer fits the context.
             self.messages.pop()
             advice = "; /clear makes room, and --ctx gives more of it" if "context window" in str(error) else ""

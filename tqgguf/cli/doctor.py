@@ -54,7 +54,6 @@ def _attention(args: argparse.Namespace) -> AttentionPath:
 
 def render(result: Installation, path: AttentionPath | None) -> None:
     """Prints a line for each finding."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -65,10 +64,8 @@ def render(result: Installation, path: AttentionPath | None) -> None:
     for check in (*result.checks, *(_findings(path) if path else ())):
         mark = Text("ok", style="green") if check.ok else Text("WRONG", style="bold red")
         table.add_row(mark, check.name, Text(printable(check.detail)))
-    if sys.stdout is not None and sys.stdout.isatty():
-        Console(highlight=False).print(table)
-    else:
-        print_table(table)  # a line for each finding, for grep and for reports
+    # Elsewhere a line for each finding, for grep and for reports.
+    print_table(table, fold=sys.stdout is not None and sys.stdout.isatty())
 
 
 def _findings(path: AttentionPath) -> list[Check]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheTypeError
 from ..tail import DEFAULT_TAIL
-from .format import print_table, print_trimmed, printable, size, to_json
+from .format import print_table, printable, size, to_json
 from .options import add_tail_option, cache_or_pair, memory_size, positive
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def add_parser(commands: Any) -> None:
         "--ctx",
         type=positive,
         metavar="N",
-        help="tokens wanted, over all sequences (default: what the model was trained for, for each)",
+        help="tokens wanted, over all sequences; no longer context is looked for (default: what the model was trained "
+        "for, for each)",
     )
     parser.add_argument("--parallel", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
     parser.add_argument(
@@ -101,15 +102,16 @@ def render(result: Fit) -> None:
     facts.add_column(overflow="fold")
     setup = result.setup
     sequences = f", for {setup.n_seq} sequences {'together' if setup.unified else 'apart'}" if setup.n_seq > 1 else ""
+    advice = " (--ctx asks for more)" if result.n_ctx == info.n_ctx_train * setup.n_seq else ""
     memory = size(result.memory) + (f", and {size(result.vram)} of video memory" if result.vram else "")
     for name, value in (
         ("model", f"{info.name} ({info.architecture}), weights {size(result.weights)}"),
         ("memory", memory),
-        ("context", f"{result.n_ctx:,} tokens wanted{sequences}; trained for {info.n_ctx_train:,}"),
+        ("context", f"{result.n_ctx:,} tokens wanted{sequences}; trained for {info.n_ctx_train:,}{advice}"),
         *(("note", note) for note in info.notes),
     ):
         facts.add_row(name, Text(printable(value)))
-    print_trimmed(console, facts)
+    print_table(facts, fold=True)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     states = any(row.plan and row.plan.state for row in result.rows)

@@ -52,18 +52,19 @@ def to_json(data: Any) -> str:
     return json.dumps(data, indent=2, default=plain)
 
 
-def print_table(table: Any) -> None:
-    """Prints a table in full width, also where the terminal is narrower: a figure cut short would be a wrong one."""
+def print_table(table: Any, *, fold: bool = False) -> None:
+    """Prints a table; into a file or a pipe without the blanks with which rich fills its lines.
+
+    Args:
+        table: of rich.
+        fold: whether it is as wide as the terminal, and text is folded. Otherwise it has its full width, also where the
+            terminal is narrower: a figure cut short would be a wrong one.
+    """
     from rich.console import Console
 
-    needed = Console(width=1000).measure(table).maximum
     console = Console(highlight=False)
-    console.width = max(console.width, needed)
-    print_trimmed(console, table)
-
-
-def print_trimmed(console: Any, table: Any) -> None:
-    """Prints a table; into a file or a pipe without the blanks with which rich fills its lines."""
+    if not fold:
+        console.width = max(console.width, Console(width=1000).measure(table).maximum)
     if console.is_terminal:
         console.print(table)
         return

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..config import CACHE_TYPES
 from ..diagnostics.model_cache import ModelCache, model_cache
 from ..errors import TextError
-from .format import print_table, print_trimmed, printable, size, to_json
-from .options import DEFAULT_CONTEXT, add_cache_options, add_threads_option, chosen_cache, positive
+from .format import print_table, printable, size, to_json
+from .options import add_cache_options, add_threads_option, context_of, load_model, positive
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -96,28 +96,15 @@ def _read_text(args: argparse.Namespace, sample: int) -> CacheContents:
     """Lets the model read a text, and looks at its cache."""
     from ..diagnostics.cache_contents import inspect_cache
     from ..diagnostics.compare import read_text
-    from ..gguf_info import read_model_info
-    from ..model import Llama
 
     text = read_text(args.file)
     if not text.strip():
         raise TextError(f"{args.file} is empty: there is nothing for the model to read")
     bar = Bar()
-    n_ctx = args.ctx[0] if args.ctx else min(DEFAULT_CONTEXT, read_model_info(args.model).n_ctx_train)
     data = text.encode()
-    n_ctx = min(n_ctx, len(data) + 8)  # a token has a byte; cells beyond would be allocated and stay empty
-    with contextlib.closing(
-        Llama(
-            args.model,
-            cache=chosen_cache(args),
-            tail=args.tail,
-            n_ctx=n_ctx,
-            n_threads=args.threads,
-            n_threads_batch=args.threads,
-            progress=bar,
-            verbose=False,
-        )
-    ) as model:
+    # A token has a byte; cells beyond would be allocated and stay empty.
+    n_ctx = min(context_of(args.ctx[0] if args.ctx else None, args.model), len(data) + 8)
+    with contextlib.closing(load_model(args, args.model, bar, n_ctx=n_ctx)) as model:
         tokens = model.tokenize(data)
         if len(tokens) > n_ctx:
             print(
@@ -199,7 +186,7 @@ def render(result: ModelCache) -> None:
         *(("note", note) for note in info.notes),
     ):
         facts.add_row(name, Text(printable(value)))
-    print_trimmed(console, facts)
+    print_table(facts, fold=True)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("cache", "bits/value", "bytes/token", *(f"{n:,} tokens" for n in result.contexts)):

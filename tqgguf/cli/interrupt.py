@@ -20,6 +20,9 @@ _logger = logging.getLogger("llama-cpp-python")
 GRACE: Final = 0.7
 """Seconds that native code may still take after Ctrl-C."""
 
+_noticed: Final = threading.Event()
+"""Whether Python has seen Ctrl-C, which `prompt_interrupt` waits for."""
+
 
 @contextlib.contextmanager
 def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
@@ -35,15 +38,15 @@ def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    noticed = threading.Event()
+    _noticed.clear()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        noticed.set()
+        _noticed.set()
         signal.default_int_handler(number, frame)
 
     def watch() -> None:
         while byte := reader.recv(1):
-            if byte[0] == signal.SIGINT and not noticed.wait(grace):
+            if byte[0] == signal.SIGINT and not _noticed.wait(grace):
                 with contextlib.suppress(OSError):
                     os.write(2, b"\ntqgguf: interrupted\n")
                 os._exit(130)
@@ -66,8 +69,13 @@ def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """While it lasts, Ctrl-C calls `act` and raises nothing."""
-    before = signal.signal(signal.SIGINT, lambda *_: act())
+    """While it lasts, Ctrl-C calls `act` and raises nothing, and `prompt_interrupt` leaves the rest to that."""
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        _noticed.set()
+        act()
+
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

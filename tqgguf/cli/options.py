@@ -218,12 +218,28 @@ def check_template(path: str, chat_format: str | None) -> None:
         )
 
 
-def load_model(args: argparse.Namespace, path: str, bar: Bar, *, chat_format: str | None = None) -> Llama:
-    """Loads a model with the options of `add_model_options`, quietly; Ctrl-C ends that. It reports to `bar`."""
+def context_of(asked: int | None, path: str) -> int:
+    """The context asked for with `--ctx`, or else what the model at `path` gets."""
     from ..gguf_info import read_model_info
+
+    return asked or min(DEFAULT_CONTEXT, read_model_info(path).n_ctx_train)
+
+
+def load_model(
+    args: argparse.Namespace, path: str, bar: Bar, *, n_ctx: int | None = None, chat_format: str | None = None
+) -> Llama:
+    """Loads a model with the options of `add_model_options`, quietly; Ctrl-C ends that. It reports to `bar`.
+
+    Args:
+        args: the options.
+        path: a GGUF file.
+        bar: the progress bar.
+        n_ctx: the context; None for what `--ctx` asks for.
+        chat_format: as for `llama_cpp.Llama`.
+    """
     from ..model import Llama
 
-    n_ctx = args.ctx or min(DEFAULT_CONTEXT, read_model_info(path).n_ctx_train)
+    n_ctx = n_ctx or context_of(args.ctx, path)
     asked = threading.Event()
 
     def progress(title: str, done: int, total: int) -> None:
@@ -237,7 +253,7 @@ def load_model(args: argparse.Namespace, path: str, bar: Bar, *, chat_format: st
                 path,
                 cache=chosen_cache(args),
                 tail=args.tail,
-                rpc=args.rpc,
+                rpc=getattr(args, "rpc", None),
                 n_ctx=n_ctx,
                 n_threads=args.threads,
                 n_threads_batch=args.threads,

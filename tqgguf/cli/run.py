@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 from ..errors import ArgumentError, StoppedError, TqggufError
-from .format import cache_line, printable, to_json
+from .format import cache_line, to_json
 from .interrupt import stopping
+from .live import PlainView
 from .options import add_model_options, load_model, positive
 from .progress import Bar
 
@@ -42,7 +43,7 @@ def call(args: argparse.Namespace) -> int:
         raise ArgumentError("the prompt is not valid UTF-8") from None
     start, finish = time.perf_counter(), None
     pieces: list[str] = []
-    terminal = sys.stdout is not None and sys.stdout.isatty()
+    view = PlainView(model)
     options = {"max_tokens": args.n_predict, "temperature": args.temp, "seed": args.seed, "stream": True}
     try:
         with stopping(model):
@@ -61,7 +62,7 @@ def call(args: argparse.Namespace) -> int:
                     continue
                 pieces.append(piece)
                 if not args.json:
-                    print(printable(piece) if terminal else piece, end="", flush=True)
+                    view.write(piece)
     except StoppedError:
         raise KeyboardInterrupt from None
     except ValueError as error:
@@ -75,7 +76,7 @@ def call(args: argparse.Namespace) -> int:
         answer = {"answer": "".join(pieces), "finish_reason": finish, "seconds": seconds, "cache": info}
         print(to_json(answer))
         return 0
-    print()
+    view.end()
     cut = ""
     if finish == "length":
         cut = (
@@ -83,5 +84,7 @@ def call(args: argparse.Namespace) -> int:
             if model.n_tokens >= model.n_ctx() - 1
             else f"; cut off by -n {args.n_predict}"
         )
-    print(f"{len(pieces)} pieces in {seconds:.1f} s{cut}; {cache_line(info)}", file=sys.stderr)
+    took = f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+    speed = f", prompt included, at {view.speed:,.1f} tokens/s" if view.speed else ""
+    print(f"{len(pieces)} pieces in {took}{speed}{cut}; {cache_line(info)}", file=sys.stderr)
     return 0

@@ -6,9 +6,9 @@ llama.cpp's own plan (`plan`), and both are checked against each other with ever
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache as cache_results
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,9 @@ FITTED_TYPES: Final = ("f16", "q8_0", "pqt4", "pqo4", "q4_0", "pqt3", "pqo3")
 
 MAX_SEQUENCES: Final = 256
 """As LLAMA_MAX_SEQ."""
+
+FIRST_LOOK: Final = 2**18
+"""Tokens of the context looked at first, unless fewer are wanted."""
 
 KEPT_ON_CPU: Final = "this build has no CUDA backend, so caches of tqgguf's types are counted in main memory"
 
@@ -119,6 +122,7 @@ def fit(
         ArgumentError: memory that the weights alone exceed, or another number out of range.
         CacheTypeError: none of the caches can be used with this model.
         ModelFileError: no GGUF file, truncated, or without the keys its architecture requires.
+        OutOfMemoryError: so much fits that this machine cannot even list its cells (52 bytes each).
         TqggufError: llama.cpp could not open the model or plan a context; the message carries its own errors.
     """
     check_tail(tail)
@@ -183,13 +187,9 @@ class _Fitter:
         obstacle = self.info.obstacle(*same) if same else policy.obstacle(self.info)
         if obstacle:
             return FitRow(name, obstacle, 0, None, 0, 0, 0)
-        room = self.memory + self.vram - self.model.weights
-        n_ctx = _longest(
-            self.most,
-            lambda n: self.setup.cache_bytes(self.info, policy, n) - room,
-            lambda n: self.place(policy, n).memory - self.memory,
-        )
-        place = self.place(policy, n_ctx or max(CELL_PADDING, self.setup.n_seq))
+        placed = cache_results(lambda n: self.place(policy, n))
+        n_ctx = _longest(self.most, lambda n: placed(n).memory - self.memory)
+        place = placed(n_ctx or max(CELL_PADDING, self.setup.n_seq))
         return FitRow(name, None, n_ctx, place.plan, place.n_gpu_layers, place.memory, place.vram)
 
     def place(self, policy: CachePolicy, n_ctx: int) -> _Place:
@@ -215,34 +215,40 @@ class _Fitter:
         return _Place(plan, count, everything - moved + self.copied, plan.compute + moved)
 
 
-def _longest(most: int, at_least: Callable[[int], int], over: Callable[[int], int]) -> int:
+def _longest(most: int, over: Callable[[int], int]) -> int:
     """The longest context, `most` or a multiple of CELL_PADDING, that is not over the budget; 0 if there is none.
+
+    Contexts that are much longer than that are not looked at, for llama.cpp lists the cells of what it plans.
 
     Args:
         most: tokens beyond which nothing is wanted.
-        at_least: bytes over the budget, or fewer: cheap, to begin with.
         over: bytes over the budget; it grows with the tokens, nearly in proportion.
     """
-    units = range(1, -(-most // CELL_PADDING) + 1)
-    high = bisect_right(units, 0, key=lambda n: at_least(min(n * CELL_PADDING, most)))
-    if high == 0:
+
+    def at(unit: int) -> tuple[int, int]:
+        return unit, over(min(unit * CELL_PADDING, most))
+
+    last = -(-most // CELL_PADDING)
+    first = min(last, FIRST_LOOK // CELL_PADDING)
+    old = new = at(first)
+    if new[1] <= 0 and first == last:
+        return most
+    if first > 1:
+        old = at(1)
+    if old[1] > 0:
         return 0
-    above = over(min(high * CELL_PADDING, most))
-    if above <= 0:
-        return min(high * CELL_PADDING, most)
-    below = over(CELL_PADDING) if high > 1 else above
-    if below > 0:
-        return 0
-    low = 1
+    low, high = (1, first) if new[1] > 0 else (first, last + 1)
     turn = 0
     while high - low > 1:
-        # Where a straight line crosses the budget; every third time the middle, in case it is not straight.
+        # Where a straight line through the last two crosses the budget, at four times what fits at most; every fourth
+        # time the middle, in case it is none.
         turn += 1
-        guess = (low + high) // 2 if turn % 3 == 0 else low - below * (high - low) // (above - below)
-        guess = min(max(guess, low + 1), high - 1)
-        at = over(guess * CELL_PADDING)
-        low, below, high, above = (guess, at, high, above) if at <= 0 else (low, below, guess, at)
-    return low * CELL_PADDING
+        guess, rise = (low + high) // 2, new[1] - old[1]
+        if turn % 4 and rise:
+            guess = old[0] - old[1] * (new[0] - old[0]) // rise
+        old, new = new, at(max(min(guess, max(4 * low, first), high - 1), low + 1))
+        low, high = (new[0], high) if new[1] <= 0 else (low, new[0])
+    return min(low * CELL_PADDING, most)
 
 
 # ---- Video memory ----

@@ -19,6 +19,7 @@ from typing import Any, Final
 from ..errors import CacheTypeError, OutOfMemoryError
 from ..gguf_info import ModelInfo, read_model_info
 from ..load_log import LoadLog, base_types, captured_log, load_error, load_lock, needs_flash, verify_buffers
+from ..memory import machine_memory
 from ..model import llama_cpp, refuse_impossible
 from ..policy import CachePolicy, applied
 from ..tail import kept
@@ -27,6 +28,9 @@ __all__ = ["ContextPlan", "PlannedModel", "Setup", "planned_model"]
 
 N_BATCH: Final = 512
 """Tokens computed at once, as `llama_cpp.Llama` has it."""
+
+CELL_BYTES: Final = 52
+"""Of `llama_kv_cells` for a cell: position, place in a picture, shift, and a bit for each sequence."""
 
 # sched_reserve:        CPU compute buffer size =     2.13 MiB
 _COMPUTE: Final = re.compile(r"compute buffer size = +([\d.]+) MiB")
@@ -111,9 +115,13 @@ class PlannedModel:
         Raises:
             CacheTypeError: the model cannot have these types, or llama.cpp would allocate another cache than
                 `Setup.cache_bytes` counts.
+            OutOfMemoryError: the list of its cells alone exceeds this machine's memory.
             TqggufError: llama.cpp could not plan the context; the message carries its own errors.
         """
         refuse_impossible(self.info, policy)
+        have = machine_memory()
+        if self.info.layers and have is not None and CELL_BYTES * n_ctx > have:  # which it would try to fill
+            raise self._too_long(n_ctx)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx, setup.n_seq
         params.kv_unified, params.swa_full = setup.unified, setup.swa_full
@@ -129,12 +137,7 @@ class PlannedModel:
                 llama_cpp.llama_free(context)
         if not context:
             error = load_error("no context", log, self.info)
-            if isinstance(error, OutOfMemoryError):
-                raise OutOfMemoryError(
-                    f"no memory to plan a context of {n_ctx:,} tokens of {self.info.path.name}: llama.cpp lists "
-                    f"its cells even where it allocates none; look at a shorter one"
-                )
-            raise error
+            raise self._too_long(n_ctx) if isinstance(error, OutOfMemoryError) else error
         verify_buffers(log, self.info, policy, setup.tail)
         cache = setup.cache_bytes(self.info, policy, n_ctx)
         reported = _mib(log, _CACHE) + sum(int(m[1]) for _, text in log if (m := _TAIL.search(text)))
@@ -146,6 +149,12 @@ class PlannedModel:
                 f"counted were {cache:,}: please report this"
             )
         return ContextPlan(cache, _mib(log, _STATE), _mib(log, _COMPUTE) + _mib(log, _OUTPUT))
+
+    def _too_long(self, n_ctx: int) -> OutOfMemoryError:
+        return OutOfMemoryError(
+            f"no memory to plan a context of {n_ctx:,} tokens of {self.info.path.name}: llama.cpp lists "
+            f"its cells, {CELL_BYTES} bytes each, even where it allocates none; look at a shorter one"
+        )
 
 
 @contextlib.contextmanager
