@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def told_aborts(verbose: bool) -> Iterator[None]:
     Args:
         verbose: whether stderr stays on. Then ggml's own way is left alone, which adds a backtrace.
     """
-    if verbose:
+    if verbose or sys.stderr is None:  # closed when Python began: another file may have its number
         yield
         return
     register = ctypes.CDLL(str(library_path("ggml-base"))).ggml_set_abort_callback
