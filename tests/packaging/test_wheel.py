@@ -185,7 +185,10 @@ def test_a_processor_that_no_variant_is_for(run: Command, environment: Path, tmp
     assert done.returncode == 1 and "cannot load" in done.stderr and "reinstall" in done.stderr
 
 
-@pytest.mark.parametrize("file", ["tests/integration/test_llama.py", "tests/patches/test_llama_types.py"])
+@pytest.mark.parametrize(
+    "file",
+    ["tests/integration/test_llama.py", "tests/integration/test_threads.py", "tests/patches/test_llama_types.py"],
+)
 def test_models_on_the_installed_wheel(run: Command, file: str) -> None:
     """The tests of models, with the wheel's libraries in place of the build's."""
     assert run("pip", "install", "-q", "pytest", "hypothesis").returncode == 0
