@@ -83,7 +83,7 @@ def test_they_sleep_when_there_is_nothing_to_do() -> None:
 
 
 FORK = """
-import os, sys
+import os, signal, sys
 import tqgguf
 from tqgguf import demo
 
@@ -97,6 +97,7 @@ model = load()
 expected = answer(model)
 child = os.fork()
 if child == 0:
+    signal.alarm(45)  # one that waits for threads it has not would do so for ever
     same = answer(model) == expected
     model.close()
     os._exit(0 if same and answer(load()) == expected else 1)
