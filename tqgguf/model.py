@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from ._native import import_llama_cpp
+from ._native.threads import kept_threads
 from .cache_info import CacheInfo, LayerCacheInfo
 from .config import CACHE_TYPES, parse_cache
 from .control import Control, Progress
@@ -187,6 +188,7 @@ class Llama(_Stock):  # type: ignore[misc]
             self.input_ids = np.zeros(n_ctx, np.intc)
             if self._logits_all:
                 self.scores = np.zeros((n_ctx, self._n_vocab), np.float32)
+        self._stack.enter_context(kept_threads(self.ctx, self.n_threads, self.n_threads_batch))
         llama_cpp.llama_set_abort_callback(self.ctx, self._control.on_step, ctypes.addressof(self._control.flag))
         self._buffers: list[KVBuffer] = []
         self._devices = devices(log)

@@ -55,6 +55,30 @@ TQ_GGML_RPC_API int32_t  tq_ggml_rpc_n_alive(const char * endpoint);
 
 #ifdef __cplusplus
 }
+
+/* ---- For the worker ---- */
+
+#include <algorithm>
+#include <cstddef>
+#include <new>
+#include <vector>
+
+/* Receives a message of n_bytes, a number that the client only says: memory is taken as the bytes come. Upstream takes all of it
+ * at once, and zeroes it, so that eight bytes of a client that means no more could have the system kill the worker. False if
+ * the connection ends before; std::bad_alloc if there is no such size. */
+template <class Socket> bool tq_ggml_rpc_receive(Socket & socket, std::vector<uint8_t> & message, uint64_t n_bytes) {
+    if (n_bytes > message.max_size()) {
+        throw std::bad_alloc();
+    }
+    message.reserve(n_bytes); // addresses; a page becomes memory when it is written to
+    for (size_t begin = 0; begin < n_bytes; begin = message.size()) {
+        message.resize(std::min<uint64_t>(n_bytes, begin + (1 << 20)));
+        if (!socket.recv_data(message.data() + begin, message.size() - begin)) {
+            return false;
+        }
+    }
+    return true;
+}
 #endif
 
 #endif /* TQ_GGML_RPC_H */

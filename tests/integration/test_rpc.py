@@ -333,6 +333,32 @@ def test_a_worker_that_serves_somebody_else(monkeypatch: pytest.MonkeyPatch, nam
     assert module._ask(names[0], names[0]) == rpc.protocol()
 
 
+SET_TENSOR, GRAPH_COMPUTE = 6, 10  # llama.cpp's commands whose length the client chooses
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_length_that_a_client_only_says(worker: Callable[..., Any]) -> None:
+    """It costs the worker neither its life nor memory: the client is let go, and others are served."""
+    mine = worker()
+    process = Path(f"/proc/{mine.process.pid}/status")
+
+    def most() -> int:  # bytes of memory that the worker ever had
+        return 1024 * int(process.read_text().partition("VmHWM:")[2].split()[0])
+
+    before = most()
+    for command, n_bytes in itertools.product((SET_TENSOR, GRAPH_COMPUTE), (2**64 - 1, 2**63, 2**45, 2**30)):
+        with socket.create_connection(("127.0.0.1", mine.port), timeout=20) as client:
+            client.sendall(struct.pack("<BQ24x", 14, 24))
+            assert client.makefile("rb").read(36) == GREETING.pack(28, *rpc.protocol())
+            client.sendall(struct.pack("<BQ", command, n_bytes))  # and nothing more
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+        assert module._ask(mine.name, mine.name) == rpc.protocol()
+    assert most() - before < 2**28
+    with loaded(rpc=[mine.name]) as model:
+        assert "Paris" in answer(model)
+
+
 @pytest.mark.skipif(
     "TQGGUF_STOCK_LIB" not in os.environ, reason="TQGGUF_STOCK_LIB names no stock build (make conformance)"
 )

@@ -120,6 +120,20 @@ def test_doctor_names_the_variant_and_a_better_one(run: Command, unpacked: Path)
     assert done.returncode == 1 and "TQGGUF_CPU: z80 is none of" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_every_library_has_a_build_id_of_its_own(run: Command, unpacked: Path) -> None:
+    """Which `doctor` tells; the linker of the wheel writes none by itself."""
+    notes = {}
+    for path in (unpacked / "tqgguf/lib").glob("*.so"):
+        found = re.findall(r"Build ID: ([0-9a-f]{40})", subprocess.check_output(["readelf", "-n", path], text=True))
+        notes[path.name] = found[0] if len(found) == 1 else path.name
+    assert all(re.fullmatch("[0-9a-f]{40}", each) for each in notes.values()), notes
+    assert len(set(notes.values())) == len(notes)
+    data = json.loads(run("tqgguf", "doctor", "--json").stdout)
+    details = {check["name"]: check["detail"] for check in data["checks"]}
+    assert f"build id {notes['libllama.so'][:12]}" in details["libllama"]
+    assert f"build id {notes['libggml-base.so'][:12]}" in details["libggml-base"]
+
+
 def test_every_variant_gives_the_answer(run: Command, unpacked: Path) -> None:
     n_run = 0
     for name in variants(unpacked):
@@ -171,7 +185,10 @@ def test_a_processor_that_no_variant_is_for(run: Command, environment: Path, tmp
     assert done.returncode == 1 and "cannot load" in done.stderr and "reinstall" in done.stderr
 
 
-@pytest.mark.parametrize("file", ["tests/integration/test_llama.py", "tests/patches/test_llama_types.py"])
+@pytest.mark.parametrize(
+    "file",
+    ["tests/integration/test_llama.py", "tests/integration/test_threads.py", "tests/patches/test_llama_types.py"],
+)
 def test_models_on_the_installed_wheel(run: Command, file: str) -> None:
     """The tests of models, with the wheel's libraries in place of the build's."""
     assert run("pip", "install", "-q", "pytest", "hypothesis").returncode == 0

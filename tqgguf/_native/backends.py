@@ -18,7 +18,7 @@ from typing import Any, Final
 from ..errors import LibraryError
 from .library import LIB_DIR, library_path
 
-__all__ = ["VARIABLE", "chosen", "cpu_backend_path", "cpu_variants", "load_backends", "score"]
+__all__ = ["VARIABLE", "chosen", "cpu_backend_path", "cpu_function", "cpu_variants", "load_backends", "score"]
 
 VARIABLE: Final = "TQGGUF_CPU"
 """Environment variable that names the variant to take, instead of the best one."""
@@ -124,12 +124,20 @@ class _Symbol(ctypes.Structure):
     )
 
 
-def cpu_backend_path() -> Path | None:
-    """The library that computes on the CPU in this process; None if there is none yet."""
+def cpu_function(name: bytes) -> int | None:
+    """The address of a function of what computes on the CPU; None if nothing does yet, or it has no such function."""
     backend = _registry().ggml_backend_reg_by_name(b"CPU")
     if backend is None:
         return None
-    function = _base().ggml_backend_reg_get_proc_address(backend, b"ggml_backend_set_n_threads")
+    address: int | None = _base().ggml_backend_reg_get_proc_address(backend, name)
+    return address
+
+
+def cpu_backend_path() -> Path | None:
+    """The library that computes on the CPU in this process; None if there is none yet."""
+    if _registry().ggml_backend_reg_by_name(b"CPU") is None:
+        return None
+    function = cpu_function(b"ggml_backend_set_n_threads")
     symbol = _Symbol()
     dladdr = ctypes.CDLL(None).dladdr
     dladdr.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Symbol)]

@@ -1,0 +1,111 @@
+"""Threads that are kept from token to token where ggml has no OpenMP: `make wheel-check` runs this on a wheel."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tqgguf
+from tqgguf import demo
+from tqgguf._native import threads
+
+TASKS = Path("/proc/self/task")
+pytestmark = [pytest.mark.model, pytest.mark.skipif(not TASKS.exists(), reason="needs /proc")]
+without_openmp = pytest.mark.skipif(not threads.needed(), reason="ggml has OpenMP here; make wheel-check runs this")
+
+SETTLED = 0.5
+"""Seconds after which a thread that found no work sleeps."""
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def load(n_threads: int, n_threads_batch: int) -> Any:
+    return tqgguf.Llama(demo.MODEL_PATH, n_ctx=512, n_threads=n_threads, n_threads_batch=n_threads_batch, verbose=False)
+
+
+def answer(model: Any) -> str:
+    return model.create_chat_completion(QUESTION, temperature=0)["choices"][0]["message"]["content"]
+
+
+def work() -> dict[str, int]:
+    """Nanoseconds that each thread of this process has run."""
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in TASKS.iterdir()}
+
+
+def test_threads_are_kept_where_there_is_no_openmp() -> None:
+    maps = Path("/proc/self/maps").read_text()
+    assert "libggml-cpu" in maps and threads.needed() == ("libgomp" not in maps and "libomp" not in maps)
+    before = work().keys()
+    model = load(2, 2)
+    assert len(work().keys() - before) == threads.needed()
+    model.close()
+
+
+@without_openmp
+@pytest.mark.parametrize(("n_threads", "n_threads_batch", "n"), [(1, 1, 0), (2, 2, 1), (2, 3, 3), (3, 1, 2), (1, 2, 1)])
+def test_they_do_the_work_and_end_with_the_model(n_threads: int, n_threads_batch: int, n: int) -> None:
+    before = work().keys()
+    model = load(n_threads, n_threads_batch)
+    time.sleep(SETTLED)
+    begin = work()
+    ours = begin.keys() - before
+    assert len(ours) == n
+    assert "Paris" in answer(model)
+    end = work()
+    assert end.keys() - before == ours
+    assert all(end[each] > begin[each] for each in ours), (begin, end)
+    model.close()
+    assert not work().keys() & ours
+
+
+@without_openmp
+def test_they_sleep_when_there_is_nothing_to_do() -> None:
+    before = work().keys()
+    first, second = load(2, 2), load(2, 2)
+    for model in (first, second, first):
+        assert "Paris" in answer(model)
+    begin = work()
+    time.sleep(SETTLED)
+    end = work()
+    ours = end.keys() - before
+    spent = [(end[each] - begin[each]) / 1e6 for each in ours]
+    assert len(ours) == 2 and max(spent) < 30, spent  # with llama.cpp's own setting 85 ms
+    time.sleep(0.1)
+    assert all(work()[each] == end[each] for each in ours)
+    first.close()
+    assert "Paris" in answer(second)
+    second.close()
+
+
+FORK = """
+import os, signal, sys
+import tqgguf
+from tqgguf import demo
+
+def load():
+    return tqgguf.Llama(demo.MODEL_PATH, n_ctx=512, n_threads=2, n_threads_batch=3, verbose=False)
+
+def answer(model):
+    return model.create_completion("The capital of France is", temperature=0)["choices"][0]["text"]
+
+model = load()
+expected = answer(model)
+child = os.fork()
+if child == 0:
+    signal.alarm(45)  # one that waits for threads it has not would do so for ever
+    same = answer(model) == expected
+    model.close()
+    os._exit(0 if same and answer(load()) == expected else 1)
+sys.exit(os.waitpid(child, 0)[1] or answer(model) != expected)
+"""
+
+
+@without_openmp
+def test_a_child_of_fork_has_none_and_needs_none(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = python("-W", "ignore", "-c", FORK, timeout=60)
+    assert done.returncode == 0, done.stderr
