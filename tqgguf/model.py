@@ -26,13 +26,14 @@ from .errors import (
     ModelFileError,
     ModelNotFoundError,
     OutOfMemoryError,
+    StateFileError,
     StoppedError,
     TqggufError,
     UnsupportedError,
     WorkerError,
 )
 from .gguf_info import ModelInfo, read_model_info
-from .grammar import check_grammar
+from .grammar import GrammarSampler, check_grammar, check_schemas
 from .load_log import (
     KVBuffer,
     base_types,
@@ -397,16 +398,35 @@ class Llama(_Stock):  # type: ignore[misc]
         )
 
     def load_state(self, state: Any) -> None:
-        """As the stock method.
+        """As the stock method, but a state of a context of another length is taken if its tokens fit.
+
+        After a state that is refused the model is empty; the stock class counts tokens that are not there, and answers
+        without them.
 
         Args:
             state: what `save_state` gave.
 
         Raises:
+            StateFileError: it holds more tokens than the context, or is of another model or cache type.
             WorkerError: a worker is lost.
         """
+        n = state.n_tokens
+        if not 0 <= n <= min(len(self.input_ids), len(state.input_ids)):
+            raise StateFileError(f"the state holds {n:,} tokens, the context has room for {len(self.input_ids):,}")
         with self.watched():
-            super().load_state(state)
+            data = (ctypes.c_uint8 * len(state.llama_state)).from_buffer_copy(state.llama_state)
+            if llama_cpp.llama_state_set_data(self.ctx, data, len(data)) != len(data):
+                self.reset()
+                raise StateFileError(
+                    "llama.cpp refused a saved state (the model is empty now): it is of another model or cache type, "
+                    "or damaged. Prefix caches (set_cache) cannot be shared between cache types"
+                )
+        if self._logits_all:
+            self.scores[:n], self.scores[n:] = state.scores[:n], 0
+        self.input_ids[:n] = state.input_ids[:n]
+        self.n_tokens = n
+        self._requires_eval = True  # the logits of its last token are not in it
+        self._seed = state.seed
 
     # ---- Computing ----
 
@@ -477,10 +497,27 @@ class Llama(_Stock):  # type: ignore[misc]
         text: bytes = super().detokenize(tokens, prev_tokens, special)
         return text
 
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method, but a JSON schema that cannot be read is an error, where that takes any JSON.
+
+        Args:
+            *args: as there.
+            **kwargs: as there.
+
+        Raises:
+            ArgumentError: no grammar can be made of the schema of `response_format`, or of the function that
+                `tool_choice` names.
+        """
+        check_schemas(kwargs)
+        return super().create_chat_completion(*args, **kwargs)
+
     def _init_sampler(self, *args: Any, grammar: Any = None, **kwargs: Any) -> Any:
-        if grammar is not None:
-            check_grammar(self, grammar)
-        return super()._init_sampler(*args, grammar=grammar, **kwargs)
+        if grammar is None:
+            return super()._init_sampler(*args, **kwargs)
+        check_grammar(self, grammar)
+        sampler = super()._init_sampler(*args, grammar=grammar, **kwargs)
+        sampler.__class__ = GrammarSampler
+        return sampler
 
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """As the stock method.
@@ -543,6 +580,7 @@ class Llama(_Stock):  # type: ignore[misc]
         """Frees weights and cache. A second call does nothing."""
         self._closed = True
         super().close()
+        self._model = self._ctx = self.tokenizer_ = _Closed(self._arguments["model_path"])
         if self._workers is not None:
             self._workers.release()
 
@@ -614,6 +652,16 @@ class Llama(_Stock):  # type: ignore[misc]
     def _cells_used(self) -> int:
         memory = llama_cpp.llama_get_memory(self.ctx)
         return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
+
+
+class _Closed:
+    """In the place of what has been freed, which the stock class would use all the same, and end the process."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+
+    def __getattr__(self, _name: str) -> Any:
+        raise CacheClosedError(f"the model {Path(self._path).name} was closed")
 
 
 def _check_options(options: dict[str, Any]) -> None:
