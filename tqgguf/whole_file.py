@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,6 +36,9 @@ def check_folder(path: Path, said: str) -> None:
 def replacing(path: str | Path, *, what: str) -> Iterator[Path]:
     """For writing a file by its name: yields one beside it, which is synced and renamed in the end.
 
+    Its name is like no other's: threads, and processes of the same number on several machines, may write to one path at
+    once, and nobody can have put a link there.
+
     Args:
         path: where the file shall be.
         what: a word for it, for messages.
@@ -43,7 +47,7 @@ def replacing(path: str | Path, *, what: str) -> Iterator[Path]:
         OSError: it could not be written; what was there is as it was.
     """
     target = Path(os.path.realpath(path))
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
         yield part
         _sync(part)
@@ -74,7 +78,9 @@ def write_whole(path: str | Path, parts: Iterable[Any], *, what: str, private: b
     """
     with (
         replacing(path, what=what) as part,
-        open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)) as file,
+        open(
+            part, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600 if private else 0o666)
+        ) as file,
     ):
         for piece in parts:
             file.write(piece)
