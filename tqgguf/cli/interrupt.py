@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
+from ..control import CALLED_BY_C
+
 if TYPE_CHECKING:
     from ..model import Llama
 
@@ -38,8 +40,15 @@ def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
     noticed = threading.Event()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        noticed.set()
-        signal.default_int_handler(number, frame)
+        if _called_by_c(
+            frame
+        ):  # once more, when it may have returned; if it is called again and again, `watch` ends it
+            again = threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number))
+            again.daemon = True
+            again.start()
+        else:
+            noticed.set()
+            signal.default_int_handler(number, frame)
 
     def watch() -> None:
         while byte := reader.recv(1):
@@ -62,6 +71,14 @@ def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
         writer.close()
         thread.join()
         reader.close()
+
+
+def _called_by_c(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code in CALLED_BY_C:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
