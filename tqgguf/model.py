@@ -34,6 +34,7 @@ from .errors import (
 )
 from .gguf_info import ModelInfo, read_model_info
 from .grammar import GrammarSampler, check_grammar, check_schemas
+from .large_stack import longest_stretch, on_large_stack
 from .load_log import (
     KVBuffer,
     base_types,
@@ -477,6 +478,28 @@ class Llama(_Stock):  # type: ignore[misc]
             self.n_tokens_read += self._n_last
             if progress and len(tokens) > step:
                 progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """As the stock method, but a long word does not end the process (see `large_stack`).
+
+        Args:
+            text: in UTF-8.
+            add_bos: whether the token of the beginning comes first, if the model has it so.
+            special: whether names of control tokens are these tokens.
+
+        Raises:
+            ArgumentError: the text has a word, or white space, of more than 1 MiB.
+            OutOfMemoryError: no room for the stack that a long word takes.
+        """
+        by_words = self._model.vocab_type() == llama_cpp.LLAMA_VOCAB_TYPE_BPE
+        stretch = longest_stretch(text) if by_words and isinstance(text, bytes) else 0
+        tokenize = super().tokenize
+        tokens: list[int] = (
+            on_large_stack(lambda: tokenize(text, add_bos, special), stretch)
+            if stretch
+            else tokenize(text, add_bos, special)
+        )
+        return tokens
 
     def detokenize(
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False

@@ -433,6 +433,37 @@ def test_a_schema_that_is_not_read(schema: Any, said: str) -> None:
     assert reply["choices"][0]["message"]["content"].startswith('"')
 
 
+@pytest.mark.parametrize("cut_by", ["tekken", "gpt-4o", "llama-bpe"])
+def test_a_long_word(tmp_path: Path, cut_by: str) -> None:
+    """llama.cpp cuts texts with std::regex for the first two, which overran the stack at 26,000 characters."""
+    import gguf
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the others follow from 256 on, as in GPT-2
+    others = iter(range(256, 512))
+    words = [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+    for key in ("block_count", "attention.head_count", "attention.head_count_kv"):
+        writer.add_uint32(f"llama.{key}", 1)
+    for key in ("context_length", "embedding_length", "feed_forward_length", "rope.dimension_count"):
+        writer.add_uint32(f"llama.{key}", 64)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(cut_by)
+    writer.add_token_list([*words, "<s>", "</s>"])
+    writer.add_token_types([1] * 256 + [3, 3])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = load(tmp_path / "model.gguf", vocab_only=True)
+    for text in (b"a" * 40_000, b" " * 40_000, b"word " * 5_000, "\u4e2d".encode() * 15_000):
+        assert model.detokenize(model.tokenize(text, add_bos=False)) == text
+    with pytest.raises(ArgumentError, match="a word, or white space, of 1,048,577 bytes, at most 1,048,576"):
+        model.tokenize(b"a" * (2**20 + 1))
+
+
 def test_a_chat_template_that_is_none(tmp_path: Path) -> None:
     """llama-cpp-python compiles templates when a model is loaded: one that cannot be is an error of ours."""
     data = demo.MODEL_PATH.read_bytes()
