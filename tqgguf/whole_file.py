@@ -23,8 +23,10 @@ def check_folder(path: Path, said: str) -> None:
         said: what the message begins with, such as "cannot write out.html".
 
     Raises:
-        ArgumentError: its folder does not exist or cannot be written to.
+        ArgumentError: its folder does not exist or cannot be written to, or there is something that is no regular file.
     """
+    if path.exists() and not path.is_file():  # a rename would put the file in the place of a device
+        raise ArgumentError(f"{said}: it is no regular file")
     folder = path.absolute().parent
     if not folder.is_dir():
         raise ArgumentError(f"{said}: folder {folder} does not exist")
@@ -44,9 +46,11 @@ def replacing(path: str | Path, *, what: str) -> Iterator[Path]:
         what: a word for it, for messages.
 
     Raises:
+        ArgumentError: see `check_folder`.
         OSError: it could not be written; what was there is as it was.
     """
     target = Path(os.path.realpath(path))
+    check_folder(target, f"cannot write {path}")
     part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
         yield part

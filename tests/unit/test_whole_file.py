@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
 from tqgguf import whole_file
+from tqgguf.errors import ArgumentError
 
 
 def test_threads_that_write_one_file_at_once(tmp_path: Path) -> None:
@@ -44,3 +46,15 @@ def test_a_link_in_the_place_of_the_unfinished_file(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="File exists"):
         whole_file.write_whole(tmp_path / "a.session", (b"new",), what="session")
     assert other.read_text() == "old" and not (tmp_path / "a.session").exists()
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    """As root, a page for /dev/null took the place of the device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(ArgumentError, match="it is no regular file"):
+            whole_file.check_folder(tmp_path / name, "cannot write")
+        with pytest.raises(ArgumentError, match="it is no regular file"):
+            whole_file.write_whole(tmp_path / name, (b"new",), what="page")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 2
