@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from types import CodeType
+from typing import Any, Final, TypeVar
 
 from ._native import import_llama_cpp, library_path
 
-__all__ = ["Control", "Progress"]
+__all__ = ["CALLED_BY_C", "Control", "Progress", "called_by_c"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Progress = Callable[[str, int, int], None]
 """Called with a title, how much is done, and of how much."""
+
+
+CALLED_BY_C: Final[set[CodeType]] = set()
+"""Code of Python's that llama.cpp calls, where an exception would be printed and lost: also a KeyboardInterrupt, which
+Python raises on entering the function, before its first line."""
+
+
+def called_by_c(function: F) -> F:
+    """Decorator: adds a function to `CALLED_BY_C`."""
+    CALLED_BY_C.add(function.__code__)
+    return function
 
 
 class Control:

@@ -19,6 +19,9 @@ __all__ = ["CELL_PADDING", "KVLayer", "ModelInfo", "centring_obstacle", "read_mo
 CELL_PADDING: Final = 256
 """llama.cpp rounds the number of KV cells up to a multiple of this."""
 
+MOST_LAYERS: Final = 512
+"""llama.cpp ends the process over a file with more (LLAMA_MAX_LAYERS)."""
+
 # Architectures with sliding windows whose period llama.cpp knows by itself: (period, does the period begin dense).
 _SWA_PERIOD: Final = {
     "afmoe": (4, False),
@@ -264,8 +267,8 @@ class _Keys:
     def info(self) -> ModelInfo:
         n_layer = self.integer("block_count")
         n_embd = self.integer("embedding_length")
-        if not 0 < n_layer <= 4096:
-            raise self.error(f"key {self.arch}.block_count is {n_layer}, must be between 1 and 4096")
+        if not 0 < n_layer <= MOST_LAYERS:
+            raise self.error(f"key {self.arch}.block_count is {n_layer}, must be between 1 and {MOST_LAYERS}")
         recurrent = self.arch in _RECURRENT
         heads = self.per_layer("attention.head_count", n_layer, [0] * n_layer if recurrent else None)
         n_head = next((n for n in heads if n), 0)

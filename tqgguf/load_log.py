@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from ._native import import_llama_cpp, library_path
 from .config import CacheType
+from .control import called_by_c
 from .errors import CacheTypeError, OutOfMemoryError, TqggufError
 from .gguf_info import KVLayer, ModelInfo
 from .policy import CachePolicy
@@ -67,6 +68,7 @@ def captured_log(quiet: bool = False) -> Iterator[LoadLog]:
     llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user_data))
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    @called_by_c
     def callback(level: int, text: bytes, data: Any) -> None:
         if level == _LOG_CONT and lines:
             lines[-1] = (lines[-1][0], lines[-1][1] + text.decode("utf-8", "replace"))

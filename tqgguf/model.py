@@ -27,13 +27,15 @@ from .errors import (
     ModelFileError,
     ModelNotFoundError,
     OutOfMemoryError,
+    StateFileError,
     StoppedError,
     TqggufError,
     UnsupportedError,
     WorkerError,
 )
 from .gguf_info import ModelInfo, read_model_info
-from .grammar import check_grammar
+from .grammar import GrammarSampler, check_grammar, check_schemas
+from .large_stack import longest_stretch, on_large_stack
 from .load_log import (
     KVBuffer,
     base_types,
@@ -401,16 +403,35 @@ class Llama(_Stock):  # type: ignore[misc]
         )
 
     def load_state(self, state: Any) -> None:
-        """As the stock method.
+        """As the stock method, but a state of a context of another length is taken if its tokens fit.
+
+        After a state that is refused the model is empty; the stock class counts tokens that are not there, and answers
+        without them.
 
         Args:
             state: what `save_state` gave.
 
         Raises:
+            StateFileError: it holds more tokens than the context, or is of another model or cache type.
             WorkerError: a worker is lost.
         """
+        n = state.n_tokens
+        if not 0 <= n <= min(len(self.input_ids), len(state.input_ids)):
+            raise StateFileError(f"the state holds {n:,} tokens, the context has room for {len(self.input_ids):,}")
         with self.watched():
-            super().load_state(state)
+            data = (ctypes.c_uint8 * len(state.llama_state)).from_buffer_copy(state.llama_state)
+            if llama_cpp.llama_state_set_data(self.ctx, data, len(data)) != len(data):
+                self.reset()
+                raise StateFileError(
+                    "llama.cpp refused a saved state (the model is empty now): it is of another model or cache type, "
+                    "or damaged. Prefix caches (set_cache) cannot be shared between cache types"
+                )
+        if self._logits_all:
+            self.scores[:n], self.scores[n:] = state.scores[:n], 0
+        self.input_ids[:n] = state.input_ids[:n]
+        self.n_tokens = n
+        self._requires_eval = True  # the logits of its last token are not in it
+        self._seed = state.seed
 
     # ---- Computing ----
 
@@ -462,6 +483,28 @@ class Llama(_Stock):  # type: ignore[misc]
             if progress and len(tokens) > step:
                 progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
 
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """As the stock method, but a long word does not end the process (see `large_stack`).
+
+        Args:
+            text: in UTF-8.
+            add_bos: whether the token of the beginning comes first, if the model has it so.
+            special: whether names of control tokens are these tokens.
+
+        Raises:
+            ArgumentError: the text has a word, or white space, of more than 1 MiB.
+            OutOfMemoryError: no room for the stack that a long word takes.
+        """
+        by_words = self._model.vocab_type() == llama_cpp.LLAMA_VOCAB_TYPE_BPE
+        stretch = longest_stretch(text) if by_words and isinstance(text, bytes) else 0
+        tokenize = super().tokenize
+        tokens: list[int] = (
+            on_large_stack(lambda: tokenize(text, add_bos, special), stretch)
+            if stretch
+            else tokenize(text, add_bos, special)
+        )
+        return tokens
+
     def detokenize(
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
     ) -> bytes:
@@ -481,10 +524,27 @@ class Llama(_Stock):  # type: ignore[misc]
         text: bytes = super().detokenize(tokens, prev_tokens, special)
         return text
 
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method, but a JSON schema that cannot be read is an error, where that takes any JSON.
+
+        Args:
+            *args: as there.
+            **kwargs: as there.
+
+        Raises:
+            ArgumentError: no grammar can be made of the schema of `response_format`, or of the function that
+                `tool_choice` names.
+        """
+        check_schemas(kwargs)
+        return super().create_chat_completion(*args, **kwargs)
+
     def _init_sampler(self, *args: Any, grammar: Any = None, **kwargs: Any) -> Any:
-        if grammar is not None:
-            check_grammar(self, grammar)
-        return super()._init_sampler(*args, grammar=grammar, **kwargs)
+        if grammar is None:
+            return super()._init_sampler(*args, **kwargs)
+        check_grammar(self, grammar)
+        sampler = super()._init_sampler(*args, grammar=grammar, **kwargs)
+        sampler.__class__ = GrammarSampler
+        return sampler
 
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """As the stock method.
@@ -547,6 +607,7 @@ class Llama(_Stock):  # type: ignore[misc]
         """Frees weights and cache. A second call does nothing."""
         self._closed = True
         super().close()
+        self._model = self._ctx = self.tokenizer_ = _Closed(self._arguments["model_path"])
         if self._workers is not None:
             self._workers.release()
 
@@ -618,6 +679,16 @@ class Llama(_Stock):  # type: ignore[misc]
     def _cells_used(self) -> int:
         memory = llama_cpp.llama_get_memory(self.ctx)
         return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
+
+
+class _Closed:
+    """In the place of what has been freed, which the stock class would use all the same, and end the process."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+
+    def __getattr__(self, _name: str) -> Any:
+        raise CacheClosedError(f"the model {Path(self._path).name} was closed")
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
 Upstream's application is used as it is but for three names that are replaced: `LlamaProxy`, whose models are loaded
 beforehand here, `get_event_publisher`, which lets an error in the middle of a stream, and a client that goes away, end
-in a traceback, and what `RouteErrorHandler` says of errors; and but for its rule that any web page may use it.
-Requests are checked before they come to it (`server_request`). Importing this module needs the packages of
-`tqgguf[server]`.
+in a traceback, and waits without end for one that takes nothing, and what `RouteErrorHandler` says of errors; and but
+for its rule that any web page may use it. Requests are checked before they come to it (`server_request`). Importing
+this module needs the packages of `tqgguf[server]`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ _logger = logging.getLogger("uvicorn.error")
 PROMETHEUS: Final = "text/plain; version=0.0.4; charset=utf-8"
 LOCAL_ORIGINS: Final = r"https?://([a-z0-9-]+\.)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 """Web pages that may always use the server: this machine's own."""
+PATIENCE: Final = 10
+"""Seconds that a stream waits for its client to take more of it, in which others wait, too."""
 GRACE: Final = 1
 """Seconds that open connections have to end when the server does; what they wait for is stopped at once."""
 
@@ -275,10 +277,10 @@ async def _publish(
             llama = upstream.prepare_request_resources(body, proxy, body_model, kwargs)
             chunks = await run_in_threadpool(llama_call, llama, **kwargs)
             async for chunk in iterate_in_threadpool(chunks):
-                await inner_send_chan.send({"data": json.dumps(chunk)})
-            await inner_send_chan.send({"data": "[DONE]"})
-        except anyio.BrokenResourceError:
-            pass  # the client has gone
+                await _send(inner_send_chan, json.dumps(chunk))
+            await _send(inner_send_chan, "[DONE]")
+        except (anyio.BrokenResourceError, TimeoutError):
+            pass  # the client has gone, or sleeps
         except StoppedError:
             pass  # so has the server
         except Exception as error:
@@ -289,6 +291,11 @@ async def _publish(
             if chunks is not None:
                 with anyio.CancelScope(shield=True):  # frees the sampler now and not when garbage is collected
                     await run_in_threadpool(chunks.close)
+
+
+async def _send(channel: Any, part: str) -> None:
+    with anyio.fail_after(PATIENCE):
+        await channel.send({"data": part})
 
 
 # ---- Running it ----
@@ -318,14 +325,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: Any, model: Llama, bound: socket.socket) -> None:
-    """Answers on a socket until SIGINT or SIGTERM, which stop what is being computed."""
+    """Answers on a socket until SIGINT or SIGTERM, which stop what is computed, and end the process if need be."""
+    # What nothing stops, such as a worker that hangs or a grammar without end, would hold its thread, and this process.
+    last = threading.Timer(2 * GRACE, os._exit, (0,))
+    last.daemon = True
 
     class Server(uvicorn.Server):  # type: ignore[misc]
         def handle_exit(self, sig: int, frame: Any) -> None:
             model.stop()
-            if model.workers:  # one that hangs would hold the thread that waits for it, and this process
-                last = threading.Timer(2 * GRACE, os._exit, (0,))
-                last.daemon = True
+            if last.ident is None:
                 last.start()
             _logger.setLevel(logging.CRITICAL)  # streams that end here without their last part are no errors
             super().handle_exit(sig, frame)

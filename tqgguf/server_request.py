@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import math
 import re
 from collections.abc import Collection
 from typing import Any, Final
@@ -127,7 +128,10 @@ class Requests:
         if self.hosts is None:
             return
         given = headers.get("host", "")
-        name = urlsplit(f"//{given}").hostname or ""
+        try:
+            name = urlsplit(f"//{given}").hostname or ""
+        except ValueError:
+            raise RefusedError(f"the header host is {given!r}, which is no name or address") from None
         if given and not (name in self.hosts or is_loopback(name)):
             raise RefusedError(
                 f"this server listens on this machine only, and was called {given!r}: call it localhost, or start it "
@@ -153,7 +157,7 @@ class Requests:
                     status=413,
                 )
         try:
-            data = json.loads(body, parse_constant=_no_number)
+            data = json.loads(body, parse_constant=_no_number, parse_float=_number)
             checked = json.dumps(self._checked(scope["path"], data), ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:  # Unicode errors are ValueErrors
             raise RefusedError(f"the body is not JSON in UTF-8: {error}") from None
@@ -223,6 +227,13 @@ class Requests:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _number(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits:.40} is beyond the range of a double")
+    return number
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:

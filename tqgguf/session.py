@@ -288,11 +288,8 @@ def check_target(path: str | Path) -> None:
     if target.is_symlink():
         raise ArgumentError(f"cannot save a session as {path}: it is a link that leads to itself")
     check_folder(target, f"cannot save a session as {path}")
-    if target.is_file():
-        if not is_session(target):
-            raise ArgumentError(f"{path} exists and is no session: it is not overwritten")
-    elif target.exists():
-        raise ArgumentError(f"cannot save a session as {path}: it is no regular file")
+    if target.is_file() and not is_session(target):
+        raise ArgumentError(f"{path} exists and is no session: it is not overwritten")
 
 
 def save(model: Llama, path: str | Path, extra: Mapping[str, Any]) -> Session:

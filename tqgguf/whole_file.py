@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,8 +23,10 @@ def check_folder(path: Path, said: str) -> None:
         said: what the message begins with, such as "cannot write out.html".
 
     Raises:
-        ArgumentError: its folder does not exist or cannot be written to.
+        ArgumentError: its folder does not exist or cannot be written to, or there is something that is no regular file.
     """
+    if path.exists() and not path.is_file():  # a rename would put the file in the place of a device
+        raise ArgumentError(f"{said}: it is no regular file")
     folder = path.absolute().parent
     if not folder.is_dir():
         raise ArgumentError(f"{said}: folder {folder} does not exist")
@@ -35,15 +38,20 @@ def check_folder(path: Path, said: str) -> None:
 def replacing(path: str | Path, *, what: str) -> Iterator[Path]:
     """For writing a file by its name: yields one beside it, which is synced and renamed in the end.
 
+    Its name is like no other's: threads, and processes of the same number on several machines, may write to one path at
+    once, and nobody can have put a link there.
+
     Args:
         path: where the file shall be.
         what: a word for it, for messages.
 
     Raises:
+        ArgumentError: see `check_folder`.
         OSError: it could not be written; what was there is as it was.
     """
     target = Path(os.path.realpath(path))
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    check_folder(target, f"cannot write {path}")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
         yield part
         _sync(part)
@@ -74,7 +82,9 @@ def write_whole(path: str | Path, parts: Iterable[Any], *, what: str, private: b
     """
     with (
         replacing(path, what=what) as part,
-        open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)) as file,
+        open(
+            part, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600 if private else 0o666)
+        ) as file,
     ):
         for piece in parts:
             file.write(piece)

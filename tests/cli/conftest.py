@@ -104,11 +104,11 @@ def endless(random_model: Callable[..., Path]) -> tuple[str, ...]:
 
 
 class Server:
-    """`tqgguf serve` in a process of its own."""
+    """`tqgguf serve` in a process of its own, or another program of its arguments."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, *args: str, program: tuple[str, str] = ("-m", "tqgguf")) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tqgguf", "serve", *args, "--port", "0"], stderr=subprocess.PIPE, text=True
+            [sys.executable, *program, "serve", *args, "--port", "0"], stderr=subprocess.PIPE, text=True
         )
         assert self.process.stderr
         self.said = ""

@@ -3,6 +3,7 @@ server goes on."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -50,6 +51,7 @@ BAD_CHATS: list[tuple[Any, str]] = [
     (b'{"messages":[{"role":"user","content":"\\ud800"}]}', "not JSON in UTF-8"),
     (b'{"messages":' + b"[" * 100000 + b"]" * 100000 + b"}", "not JSON"),
     (b'{"messages":[{"role":"user","content":"x"}],"temperature":NaN}', "NaN is no number"),
+    (b'{"messages":[{"role":"user","content":"x"}],"temperature":1e400}', "1e400 is beyond the range of a double"),
     ([], "the body is [], must be a JSON object"),
     ({}, "messages is null, must be a list"),
     ({"messages": []}, "messages is [], must be a list"),
@@ -70,7 +72,15 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ({"messages": FRANCE, "grammar": "root ::= broken ("}, "llama.cpp cannot read the grammar"),
     (
         {"messages": FRANCE, "grammar": "root ::= " + "(" * 90000 + "x" + ")" * 90000},
-        "90,000 brackets within each other, at most 256",
+        "90,000 brackets within each other, at most 2,000",
+    ),
+    ({"messages": FRANCE, "grammar": 'root ::= "yes"', "min_tokens": 9}, "the grammar allows no token here"),
+    (
+        {
+            "messages": FRANCE,
+            "response_format": {"type": "json_object", "schema": {"type": "string", "minLength": 2 * 10**9}},
+        },
+        "repeats a part 2,000,000,000 times, at most 10,000",
     ),
 ]
 
@@ -142,6 +152,7 @@ def test_web_pages_of_others_are_kept_out(server: Any) -> None:
         ("evil.example:8000", 403),
         ("localhost:1", 400),
         ("chat.example", 400),
+        ("[::", 400),
     ):
         got, answer, _ = send(server, CHAT, {}, host=host)
         assert got == status, answer
@@ -170,6 +181,54 @@ def test_a_client_that_goes_away_in_its_body(server: Any) -> None:
     while server.figures()["requests_in_progress"] and time.monotonic() < end:
         time.sleep(0.05)
     assert server.figures()["requests_in_progress"] == 0  # and no traceback, which the fixture looks for
+
+
+IMPATIENT = """
+import sys
+from tqgguf import server
+from tqgguf.cli import main
+server.PATIENCE = 1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_client_that_takes_nothing_holds_nobody_up(serve: Callable[..., Any]) -> None:
+    """Its parts fill what the system keeps for it, as they do when a computer goes to sleep in a long answer."""
+    server = serve(MODEL, "--threads", "1", program=("-c", IMPATIENT))
+    address = server.url.split("/")[2].split(":")
+    forbidden = {str(token): -1e30 for token in range(4)}  # it does not end by itself
+    body = {"model": "x" * 100000, "prompt": "Once", "max_tokens": 1500, "stream": True, "logit_bias": forbidden}
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((address[0], int(address[1])))
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+        client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
+        end = time.monotonic() + 10
+        while not server.figures()["tokens_read"] and time.monotonic() < end:
+            time.sleep(0.05)
+        status, answer, _ = send(server, CHAT, {"messages": FRANCE, "temperature": 0})
+        assert status == 200 and "Paris" in answer["choices"][0]["message"]["content"]
+        assert server.figures()["tokens_read"] < 1000  # it was not answered to its end for nobody
+    assert server.end()[1] == "" and server.process.returncode == 0
+
+
+def test_it_ends_in_a_grammar_without_end(serve: Callable[..., Any]) -> None:
+    server = serve(MODEL, "--threads", "1")
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            send(server, CHAT, {"messages": FRANCE, "grammar": 'root ::= (("a"?){100}){100}'})
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    end = time.monotonic() + 10
+    while not server.figures()["requests_in_progress"] and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    seconds, said = server.end()
+    assert said == "" and seconds < 3 and server.process.returncode == 0
+    asking.join(10)
 
 
 def test_the_models_are_listed_while_an_answer_is_computed(serve: Callable[..., Any], endless: tuple[str, ...]) -> None:

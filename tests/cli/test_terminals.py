@@ -122,17 +122,41 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(("code", "said"), [(NATIVE, "tqgguf: interrupted"), (PYTHON, "cleaned")])
+CALLBACK = """
+import ctypes, os, signal, sys
+from tqgguf.cli.interrupt import prompt_interrupt
+from tqgguf.control import called_by_c
+@called_by_c
+def compare(a, b):
+    signal.raise_signal(signal.SIGINT)  # as if it came on entering the function
+    return 0
+try:
+    with prompt_interrupt(5):
+        print("ready", flush=True)
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+        ctypes.CDLL(None).qsort(ctypes.create_string_buffer(2), 2, 1, kind(compare))
+        signal.pause()
+        print("lost")
+except KeyboardInterrupt:
+    print("cleaned")
+    raise SystemExit(130)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(NATIVE, "tqgguf: interrupted"), (PYTHON, "cleaned"), (CALLBACK, "cleaned")]
+)
 def test_ctrl_c_ends_native_code_and_lets_python_clean_up(code: str, said: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", code, "0.3"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout and process.stdout.readline() == "ready\n"
-        time.sleep(0.1)
         begin = time.monotonic()
-        process.send_signal(signal.SIGINT)
+        if code != CALLBACK:  # which does it itself
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=20)
-        assert process.returncode == 130 and said in out
+        assert process.returncode == 130 and said in out and "Exception ignored" not in out
         assert time.monotonic() - begin < 2
 
 

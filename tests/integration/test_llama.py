@@ -20,6 +20,7 @@ from tqgguf.errors import (
     CacheTypeError,
     ModelFileError,
     ModelNotFoundError,
+    StateFileError,
     TqggufError,
 )
 from tqgguf.policy import resolve
@@ -312,7 +313,7 @@ def test_a_path_that_is_none() -> None:
         ('x ::= "a"', "have a rule 'root'"),
         ("root ::= x", "name no rule that is not there"),
         ('root ::= root root | "a"', "begins with itself"),
-        ("root ::= " + "(" * 257 + '"a"' + ")" * 257, "257 brackets within each other, at most 256"),
+        ("root ::= " + "(" * 2001 + '"a"' + ")" * 2001, "2,001 brackets within each other, at most 2,000"),
         ('root ::= "' + "a" * 2**18 + '"', "262,155 bytes, at most 262,144"),
     ],
 )
@@ -352,12 +353,116 @@ def test_a_token_beyond_the_vocabulary(token: int) -> None:
 
 
 def test_a_closed_model_says_so() -> None:
+    """llama-cpp-python goes on with what has been freed, which ends the process."""
     model = load(demo.MODEL_PATH)
+    state = model.save_state()
+    stream = model.create_completion("The capital", max_tokens=9, temperature=0, stream=True)
+    next(stream)
     model.close()
     model.close()
-    for use in (model.cache_info, model.reset):
+    uses: list[Callable[[], Any]] = [model.cache_info, model.reset, model.n_ctx, model.n_embd, model.token_eos]
+    uses += [model.save_state, lambda: model.load_state(state), lambda: model.tokenize(b"a"), lambda: model("a")]
+    uses += [lambda: next(stream), lambda: model.detokenize([5]), lambda: model.eval([5])]
+    for use in uses:
         with pytest.raises(CacheClosedError, match="was closed"):
             use()
+
+
+def test_states_of_other_contexts() -> None:
+    """The stock class counts the tokens of a state that was refused, and answers without them."""
+    text, other = "The capital of France is", "Ada has a red bird. " * 20
+
+    def answer(model: Any, prompt: str) -> str:
+        return str(model.create_completion(prompt, max_tokens=8, temperature=0)["choices"][0]["text"])
+
+    model, short, pqo4 = (
+        load(demo.MODEL_PATH, n_ctx=n, cache=c) for n, c in ((512, "pqo3"), (256, "pqo3"), (512, "pqo4"))
+    )
+    expected = answer(model, text), answer(model, other)
+    for source, prompt in ((pqo4, other), (pqo4, text)):
+        source.reset()
+        source.eval(source.tokenize(prompt.encode()))
+        with pytest.raises(StateFileError, match="another model or cache type"):
+            model.load_state(source.save_state())
+        assert model.n_tokens == 0
+        assert (answer(model, text), answer(model, other)) == expected
+    short.eval(short.tokenize(text.encode()))
+    model.load_state(short.save_state())
+    assert model.n_tokens == short.n_tokens
+    assert (answer(model, text), answer(model, other)) == expected
+    model.eval([5] * 300)
+    with pytest.raises(StateFileError, match=r"holds [0-9]{3} tokens, the context has room for 256"):
+        short.load_state(model.save_state())
+    assert answer(short, text) == expected[0]
+
+
+def test_a_grammar_whose_tokens_are_forbidden() -> None:
+    """llama.cpp would take another token, and end the process."""
+    from llama_cpp import LlamaGrammar
+
+    model = load(demo.MODEL_PATH)
+    grammar = LlamaGrammar.from_string('root ::= "yes"')
+    reply = model.create_completion("x", max_tokens=9, grammar=grammar)
+    assert reply["choices"][0]["text"] == "yes"
+    with pytest.raises(ArgumentError, match="the grammar allows no token here"):
+        model.create_completion("x", max_tokens=9, grammar=grammar, logit_bias={model.token_eos(): -np.inf})
+    assert model.create_completion("x", max_tokens=9, grammar=grammar)["choices"][0]["text"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "string", "minLength": 2 * 10**9}, "repeats a part 2,000,000,000 times, at most 10,000"),
+        ({"type": "string", "pattern": "^a{4000000000}$"}, "repeats a part 4,000,000,000 times"),
+        ({"$ref": "#/nowhere"}, "nowhere not in"),
+        ({"$ref": "https://localhost/schema.json"}, "not allowed"),
+    ],
+)
+def test_a_schema_that_is_not_read(schema: Any, said: str) -> None:
+    """llama-cpp-python writes repetitions out, and takes any JSON in the place of a schema that it cannot read."""
+    model = load(demo.MODEL_PATH)
+    messages = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(ArgumentError, match=said):
+        model.create_chat_completion(messages, response_format={"type": "json_object", "schema": schema})
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    with pytest.raises(ArgumentError, match=said):
+        model.create_chat_completion(
+            messages, tools=[tool], tool_choice={"type": "function", "function": {"name": "f"}}
+        )
+    form = {"type": "json_object", "schema": {"type": "string", "maxLength": 500}}
+    reply = model.create_chat_completion(messages, response_format=form, max_tokens=3)
+    assert reply["choices"][0]["message"]["content"].startswith('"')
+
+
+@pytest.mark.parametrize("cut_by", ["tekken", "gpt-4o", "llama-bpe"])
+def test_a_long_word(tmp_path: Path, cut_by: str) -> None:
+    """llama.cpp cuts texts with std::regex for the first two, which overran the stack at 26,000 characters."""
+    import gguf
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the others follow from 256 on, as in GPT-2
+    others = iter(range(256, 512))
+    words = [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+    for key in ("block_count", "attention.head_count", "attention.head_count_kv"):
+        writer.add_uint32(f"llama.{key}", 1)
+    for key in ("context_length", "embedding_length", "feed_forward_length", "rope.dimension_count"):
+        writer.add_uint32(f"llama.{key}", 64)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(cut_by)
+    writer.add_token_list([*words, "<s>", "</s>"])
+    writer.add_token_types([1] * 256 + [3, 3])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = load(tmp_path / "model.gguf", vocab_only=True)
+    for text in (b"a" * 40_000, b" " * 40_000, b"word " * 5_000, "\u4e2d".encode() * 15_000):
+        assert model.detokenize(model.tokenize(text, add_bos=False)) == text
+    with pytest.raises(ArgumentError, match="a word, or white space, of 1,048,577 bytes, at most 1,048,576"):
+        model.tokenize(b"a" * (2**20 + 1))
 
 
 def test_a_chat_template_that_is_none(tmp_path: Path) -> None:

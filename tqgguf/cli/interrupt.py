@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
+from ..control import CALLED_BY_C
+
 if TYPE_CHECKING:
     from ..model import Llama
 
@@ -41,8 +43,13 @@ def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
     _noticed.clear()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        _noticed.set()
-        signal.default_int_handler(number, frame)
+        if _called_by_c(frame):  # once more, when it may have returned; if that does not help, `watch` ends it
+            again = threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number))
+            again.daemon = True
+            again.start()
+        else:
+            _noticed.set()
+            signal.default_int_handler(number, frame)
 
     def watch() -> None:
         while byte := reader.recv(1):
@@ -65,6 +72,14 @@ def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
         writer.close()
         thread.join()
         reader.close()
+
+
+def _called_by_c(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code in CALLED_BY_C:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager

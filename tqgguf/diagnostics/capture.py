@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from .._native.ggml import Tensor, op_name, read_tensor, tensor_at
 from ..config import cache_type
+from ..control import called_by_c
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..gguf_info import ModelInfo, read_model_info
 from ..model import Llama, llama_cpp
@@ -160,6 +161,7 @@ class _Hook(Generic[T]):
         self.found: dict[int, T] = {}
         self.error: Exception | None = None
 
+    @called_by_c
     def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
         try:
             node = tensor_at(address)
