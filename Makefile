@@ -62,7 +62,7 @@ conformance-neon: $(VENV)/ready ## the NEON kernels, cross-compiled and run by q
 conformance-cache: build/installed ## 10,000 random sequences of calls on a PqoCache beside a NumPy model of it
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/native/test_cache_model.py
 
-# FUZZ_TARGETS=blocks FUZZ_FILES= is one alone. New inputs go to build/fuzz/corpus, a finding to build/fuzz/findings.
+# FUZZ_TARGETS=blocks FUZZ_FILES= is one alone, without forged sessions. New inputs go to build/fuzz/corpus, a finding to build/fuzz/findings.
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= blocks encode trellis attention cache gguf
 FUZZ_FILES   ?= gguf policy session state
@@ -84,7 +84,7 @@ fuzz: build/installed ## every fuzz target for FUZZ_SECONDS (60); needs clang
 		$(BIN)/python tests/fuzz/drive.py $$target $(FUZZ_OPTIONS) build/fuzz/corpus/files-$$target tests/fuzz/corpus/$$target \
 			>build/fuzz/files-$$target.log 2>&1 || { tail -40 build/fuzz/files-$$target.log; exit 1; }; \
 		grep number_of_executed_units build/fuzz/files-$$target.log; done
-	@mkdir -p build/fuzz/sessions && $(BIN)/python tests/fuzz/restore.py build/fuzz/sessions $$((20 * $(FUZZ_SECONDS))) 2>/dev/null | tail -1
+	@$(if $(FUZZ_FILES),mkdir -p build/fuzz/sessions && $(BIN)/python tests/fuzz/restore.py build/fuzz/sessions $$((20 * $(FUZZ_SECONDS))) 2>/dev/null | tail -1)
 
 # Leaks of the interpreter are not ours, and some tests ask for more memory than there is. Not here: tests that also load llama.cpp,
 # which refuses a second libtqgguf, that limit the address space, and the long ones, most of which conformance has.
