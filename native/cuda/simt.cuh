@@ -31,7 +31,11 @@
 #define TQ_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define TQ_PARAMETER const __grid_constant__
 
-TQ_D int tq_thread() { return (int) threadIdx.x; }
+TQ_D int tq_thread() {
+    const int i = (int) threadIdx.x;
+    __builtin_assume(i >= 0); /* divisions by powers of two are shifts then */
+    return i;
+}
 TQ_D int tq_block_x() { return (int) blockIdx.x; }
 TQ_D int tq_block_y() { return (int) blockIdx.y; }
 TQ_D int tq_block_z() { return (int) blockIdx.z; }
@@ -39,6 +43,8 @@ TQ_D int tq_block_z() { return (int) blockIdx.z; }
 TQ_D void tq_sync() { __syncthreads(); }
 TQ_D int  tq_sync_or(int x) { return __syncthreads_or(x); }
 TQ_D void tq_sync_warp() { __syncwarp(); }
+TQ_D bool tq_any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+TQ_D uint32_t tq_which_lanes(bool x) { return __ballot_sync(0xffffffffu, x); }
 
 template <typename T> TQ_D T tq_exchange(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 template <typename T> TQ_D T tq_lane(T x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
@@ -62,19 +68,25 @@ TQ_D uint32_t tq_mul_half2(uint32_t a, uint32_t b) {
 TQ_D float tq_half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 TQ_D uint32_t tq_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 TQ_D uint32_t tq_funnel(uint32_t low, uint32_t high, int shift) { return __funnelshift_r(low, high, (unsigned) shift); }
-/* Two f16, each 0 if it is infinite or NaN. */
+/* Two f16, each some finite number if it is infinite or NaN: the largest where the machine has an instruction for that, or 0. */
 TQ_D uint32_t tq_finite_halves(uint32_t a) {
+#if __CUDA_ARCH__ >= 860
+    const uint32_t largest = 0x7bff7bffu;
+    asm("min.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(a) : "r"(largest));
+    return a;
+#else
     __half2        x;
     const uint32_t abs = a & 0x7fff7fffu, most = 0x7bff7bffu;
     __half2        y;
     memcpy(&x, &abs, sizeof x);
     memcpy(&y, &most, sizeof y);
     return a & __hle2_mask(x, y);
+#endif
 }
 
-/* e^x to about 2^-20 of it, for x <= 0; what is below 2^-126 is 0. */
-TQ_D float tq_exp(float x) {
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x * 1.4426950408889634f));
+/* 2^x to about 2^-22 of it; what is below 2^-126 is 0. */
+TQ_D float tq_exp2(float x) {
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
     return x;
 }
 TQ_D uint32_t tq_multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
@@ -97,6 +109,18 @@ TQ_D void tq_mma(float * c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, 
 #endif
 }
 
+/* Transposes 8 x 8 f16: before and after, lane i has row i / 4 and of it columns 2 (i % 4) and one more. */
+TQ_D uint32_t tq_transpose(uint32_t x) {
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(x));
+    return x;
+}
+
+/* Bits of a where mask has ones, of b elsewhere: one instruction, which nvcc finds in no way to write it in C. */
+TQ_D uint32_t tq_select(uint32_t mask, uint32_t a, uint32_t b) {
+    asm("lop3.b32 %0, %0, %1, %2, 0xca;" : "+r"(mask) : "r"(a), "r"(b));
+    return mask;
+}
+
 /* Starts to copy BYTES = 4, 8 or 16 bytes into shared memory; Turing, which cannot start and go on, copies them. */
 template <int BYTES> TQ_D void tq_copy_async(void * to, const void * from) {
 #if __CUDA_ARCH__ >= 800
@@ -117,6 +141,20 @@ template <int BYTES> TQ_D void tq_copy_async(void * to, const void * from) {
 #endif
 }
 
+/* The same, 16 bytes, where wanted, without a branch. */
+TQ_D void tq_copy_async_if(bool wanted, void * to, const void * from) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned address = (unsigned) __cvta_generic_to_shared(to);
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(address), "l"(from),
+                 "r"((int) wanted)
+                 : "memory");
+#else
+    if (wanted) {
+        tq_copy_async<16>(to, from);
+    }
+#endif
+}
+
 /* Ends a group of copies; waits until at most N groups are unfinished. */
 TQ_D void tq_copy_commit() {
 #if __CUDA_ARCH__ >= 800
@@ -133,6 +171,11 @@ template <int N> TQ_D void tq_copy_wait() {
 #else
 #  include "simt_host.h"
 #endif
+
+#define TQ_LOG2_E 1.4426950408889634f
+
+/* e^x to about 2^-20 of it, for x <= 0. */
+TQ_D float tq_exp(float x) { return tq_exp2(x * TQ_LOG2_E); }
 
 /* ---- Launching ---- */
 

@@ -3,7 +3,7 @@
  *
  * A table in shared memory holds, for every pair of indices, both levels as two f16. Lane i of a warp looks up in its own
  * copy, which lies in bank i: whatever the indices, a warp's look-up takes one cycle. 3 bits: 64 pairs * 32 copies * 4 bytes
- * = 8 KiB; 4 bits: 32 KiB. So two values take a shift, an and, and one load. pqt4 has 32 levels; a table of pairs would need
+ * = 8 KiB, spread over 16 (SPACING); 4 bits: 32 KiB. So two values take a shift, an and, and one load. pqt4 has 32 levels; a table of pairs would need
  * 128 KiB, so it looks up values singly, 4 KiB. Byte permutation on a table in registers needs indices spread to 4 bits
  * first: about 2.5 instructions per value instead of 1.5.
  *
@@ -11,9 +11,9 @@
  * cheapest for it to find, "part" 0 to 3 of the block: q is laid out to match (dim). For V the pairs must be of two tokens in
  * one dimension, tensor cores sum along pairs: across() merges the slices of two tokens first, so the table serves again.
  *
- * Each type: BYTES per block; ENTRIES of its table; UNIT what a level is multiplied by in the table (so that scale * level
+ * Each type: BYTES per block; ENTRIES of its table, SPACING bytes apart; UNIT what a level is multiplied by in the table (so that scale * level
  * cannot overflow f16: 65504 * 2.51 / 4; the results are multiplied by 1 / UNIT at the end); slice, load, along, merge, across,
- * dim. n is a constant from 0 to 7 everywhere. */
+ * dim; load_two, parts 2 half and 2 half + 1 of a block. n is a constant from 0 to 7 everywhere. */
 #ifndef TQ_SLICES_CUH
 #define TQ_SLICES_CUH
 
@@ -32,14 +32,12 @@ template <int BYTES, int UP> TQ_D uint32_t tq_load_word(const uint32_t * row, in
 
 /* Entry (word >> shift) & (ENTRIES - 1) of this lane's copy. Shift and multiplication are one, and the lane is put in by the
  * instruction that masks. */
-template <int ENTRIES> TQ_D uint32_t tq_look_up(const uint32_t * table, uint32_t word, int shift) {
-    const uint32_t lane = 4u * ((uint32_t) tq_thread() % TQ_LANES), mask = (uint32_t) (ENTRIES - 1) * 4 * TQ_LANES;
-    const uint32_t at   = ((shift >= 7 ? word >> (shift - 7) : word << (7 - shift)) & mask) | lane;
+template <int ENTRIES, int SPACING> TQ_D uint32_t tq_look_up(const uint32_t * table, uint32_t word, int shift) {
+    const int      up   = SPACING == 256 ? 8 : 7;
+    const uint32_t lane = 4u * ((uint32_t) tq_thread() % TQ_LANES), mask = (uint32_t) (ENTRIES - 1) * SPACING;
+    const uint32_t at   = ((shift >= up ? word >> (shift - up) : word << (up - shift)) & mask) | lane;
     return *(const uint32_t *) (const void *) ((const uint8_t *) table + at);
 }
-
-/* Bits of a where mask has ones, of b elsewhere; in one instruction, which nvcc does not find in (a & mask) | (b & ~mask). */
-TQ_HD uint32_t tq_select(uint32_t mask, uint32_t a, uint32_t b) { return b ^ ((a ^ b) & mask); }
 
 TQ_D uint16_t tq_load_half(const uint32_t * row, int byte) { return ((const uint16_t *) (const void *) row)[byte >> 1]; }
 
@@ -47,7 +45,9 @@ TQ_D uint16_t tq_load_half(const uint32_t * row, int byte) { return ((const uint
 template <int BITS> struct tq_packed {
     static const int SCALED = 1;
     static const int ENTRIES = 1 << (2 * BITS);
-    static const int UP = BITS == 3 ? 7 : 0; /* where index 0 begins: 24 bits leave room to spare the first look-up its shift */
+    /* 24 bits leave room to begin at bit 8, which spares a slice's first look-up its shift if entries are 256 bytes apart. */
+    static const int UP = BITS == 3 ? 8 : 0;
+    static const int SPACING = BITS == 3 ? 256 : 128;
     static const uint32_t EVEN = (BITS == 3 ? 0x1c71c7u : 0x0f0f0f0fu) << UP; /* indices 0, 2, 4, 6 */
     typedef uint32_t slice;
     struct merged {
@@ -62,7 +62,7 @@ template <int BITS> struct tq_packed {
     }
 
     /* values n, n + 1 of a slice; n even */
-    static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) { return tq_look_up<ENTRIES>(table, s, UP + BITS * n); }
+    static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) { return tq_look_up<ENTRIES, SPACING>(table, s, UP + BITS * n); }
 
     /* Bits beyond the eight indices are whatever they are: look_up takes none of them. */
     static TQ_D merged merge(const slice & a, const slice & b) {
@@ -74,19 +74,34 @@ template <int BITS> struct tq_packed {
 
     /* value n of two slices */
     static TQ_D uint32_t across(const uint32_t * table, const merged & m, int n) {
-        return tq_look_up<ENTRIES>(table, n & 1 ? m.odd : m.even, UP + BITS * (n & ~1));
+        return tq_look_up<ENTRIES, SPACING>(table, n & 1 ? m.odd : m.even, UP + BITS * (n & ~1));
     }
 };
 
 struct tq_pqo3 : tq_packed<3> {
     static const int BYTES = TQI_PQO3_BYTES;
     static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES, UP>(row, b, 2 + 3 * part, 0); }
+
+    /* Six bytes from an even offset on, which lie in two words. */
+    static TQ_D void load_two(const uint32_t * row, int b, int half, uint32_t * s) {
+        const int        at       = BYTES * b + 2 + 6 * half;
+        const uint32_t * from     = row + at / 4;
+        const uint32_t   selector = at % 4 == 0 ? 0x2100u : 0x4320u;
+        s[0] = tq_permute(from[0], from[1], selector);
+        s[1] = tq_permute(from[0], from[1], selector + 0x3330u);
+    }
+
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
 
 struct tq_pqo4 : tq_packed<4> {
     static const int BYTES = TQI_PQO4_BYTES;
     static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES, UP>(row, b, 2 + 4 * part, 0); }
+
+    static TQ_D void load_two(const uint32_t * row, int b, int half, slice * s) {
+        s[0] = load(row, b, 2 * half);
+        s[1] = load(row, b, 2 * half + 1);
+    }
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
 
@@ -115,6 +130,11 @@ struct tq_pqt3 : tq_packed<4> { /* 16 levels: from here on like pqo4 */
         tq_trellis_slice<3>(row, b, part, &even, &odd);
         return even | odd << 4;
     }
+
+    static TQ_D void load_two(const uint32_t * row, int b, int half, slice * s) {
+        s[0] = load(row, b, 2 * half);
+        s[1] = load(row, b, 2 * half + 1);
+    }
     static TQ_D int dim(int part, int n) { return 8 * (n / 2) + 2 * part + n % 2; }
 };
 
@@ -122,6 +142,7 @@ struct tq_pqt4 {
     static const int BYTES = TQI_PQT4_BYTES;
     static const int SCALED = 1;
     static const int ENTRIES = 32;
+    static const int SPACING = 128;
     struct slice {
         uint32_t even, odd;
     };
@@ -138,8 +159,13 @@ struct tq_pqt4 {
         return s;
     }
 
+    static TQ_D void load_two(const uint32_t * row, int b, int half, slice * s) {
+        s[0] = load(row, b, 2 * half);
+        s[1] = load(row, b, 2 * half + 1);
+    }
+
     static TQ_D uint32_t look_up(const uint32_t * table, const slice & s, int n) {
-        return tq_look_up<ENTRIES>(table, n & 1 ? s.odd : s.even, 8 * (n / 2));
+        return tq_look_up<ENTRIES, SPACING>(table, n & 1 ? s.odd : s.even, 8 * (n / 2));
     }
 
     static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) {
@@ -165,6 +191,7 @@ struct tq_f16 {
     static const int BYTES = 2 * TQ_BLOCK;
     static const int SCALED = 0;
     static const int ENTRIES = 0;
+    static const int SPACING = 0;
     struct slice {
         uint32_t pair[4];
     };
@@ -230,23 +257,26 @@ template <> struct tq_type_of<TQ_TYPE_PQT4> {
     typedef tq_pqt4 type;
 };
 
-/* call, with TQ standing for a type that is a constant of the template, or TQ_ANY and read from the launch */
-#define TQ_ANY 0
-#define TQ_WITH_TYPE(constant, type_number, call)                                                                         \
-    if constexpr ((constant) != TQ_ANY) {                                                                                 \
-        typedef typename tq_type_of<(constant)>::type TQ;                                                                 \
-        call;                                                                                                             \
-    } else {                                                                                                              \
-        switch (type_number) {                                                                                            \
-            case TQ_TYPE_PQO3: { typedef tq_pqo3 TQ; call; break; }                                                       \
-            case TQ_TYPE_PQO4: { typedef tq_pqo4 TQ; call; break; }                                                       \
-            case TQ_TYPE_PQT3: { typedef tq_pqt3 TQ; call; break; }                                                       \
-            case TQ_TYPE_PQT4: { typedef tq_pqt4 TQ; call; break; }                                                       \
-            default:           { typedef tq_f16 TQ; call; break; }                                                        \
-        }                                                                                                                 \
+/* call, with TQ standing for the type that the number means */
+#define TQ_WITH_TYPE(type_number, call)                     \
+    switch (type_number) {                                  \
+        case TQ_TYPE_PQO3: { typedef tq_pqo3 TQ; call; break; } \
+        case TQ_TYPE_PQO4: { typedef tq_pqo4 TQ; call; break; } \
+        case TQ_TYPE_PQT3: { typedef tq_pqt3 TQ; call; break; } \
+        case TQ_TYPE_PQT4: { typedef tq_pqt4 TQ; call; break; } \
+        default:           { typedef tq_f16 TQ; call; break; }  \
     }
 
-/* The scales of two rows' block b, f16 side by side, where not finite 0; 1 for f16 */
+/* Parts first to first + N - 1 of block b: N is 1, or 2 and first is even. */
+template <typename T, int N> TQ_D void tq_load_parts(const uint32_t * row, int b, int first, typename T::slice * s) {
+    if constexpr (N == 1) {
+        s[0] = T::load(row, b, first);
+    } else {
+        T::load_two(row, b, first / 2, s);
+    }
+}
+
+/* The scales of two rows' block b, f16 side by side, and finite whatever they are: a weight of 0 must cancel them; 1 for f16 */
 template <typename T> TQ_D uint32_t tq_scales(const uint32_t * row0, const uint32_t * row1, int b) {
     return T::SCALED ? tq_finite_halves(tq_load_half(row0, T::BYTES * b) | (uint32_t) tq_load_half(row1, T::BYTES * b) << 16) : 0x3c003c00u;
 }
