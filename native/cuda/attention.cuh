@@ -133,7 +133,8 @@ template <typename T, int NT> TQ_D void tq_scores(const tq_attention & p, const 
         return;
     }
     const auto q = [&](int b, int i) { return w.q[(i * p.k.n_blocks + b) * 32 + lane]; };
-    tq_multiply_keys<T, NT, 0>(w.k_table, tile + 16 * warp * p.k.stride_shared, p.k.stride_shared, p.k.n_blocks, q, sum);
+    const int  stride = p.k.stride_shared;
+    tq_multiply_keys<T, NT, 0>(w.k_table, tile + (16 * warp + g) * stride, stride, T::place_of(t), p.k.n_blocks, q, sum);
     TQ_UNROLL
     for (int i = 0; i < NT; ++i) {
         float * s     = w.scores + (8 * i + 2 * t) * ld + 16 * warp + g;
@@ -306,6 +307,7 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
     }
     const int      column = 2 * share.unit + g / 4;
     const uint32_t keep   = column < p.v.n_blocks ? 0xffffffffu : 0u; /* the last unit of an odd number of blocks is half empty */
+    const auto     parts  = tq_parts_of<T, 1>(keep ? column : 0, g % 4);
     TQ_NO_UNROLL
     for (int t0 = 16 * share.part; t0 < p.tile; t0 += 16 * share.n_parts) {
         uint32_t weights[NT][2];
@@ -315,7 +317,7 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
             weights[i][0]          = pairs[0];
             weights[i][1]          = pairs[4];
         }
-        tq_multiply_values<T, NT, 1>(w.v_table, tile + t0 * stride, stride, keep ? column : 0, g % 4, keep, weights, o);
+        tq_multiply_values<T, NT, 1>(w.v_table, tile + (t0 + 2 * t) * stride, stride, parts, keep, weights, o);
     }
 }
 

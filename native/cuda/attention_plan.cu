@@ -297,8 +297,7 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
         share_copies(x, a->blocks > 0 ? 32 : TQ_ATTENTION_THREADS);
     }
     const bool wide_mask = ((uintptr_t) a->mask | args->mask_stride_row | args->mask_stride_head | args->mask_stride_stream) % 16 == 0;
-    a->wide            = grain == 16 && (a->mask == NULL || wide_mask);
-    a->least_wide_mask = a->mask == NULL ? 0 : a->wide ? TQ_WARP_TILE : TQ_MAX_TILE;
+    a->wide              = grain == 16 && (a->mask == NULL || wide_mask);
 
     /* one wave of blocks, and ranges of whole tiles */
     int64_t       per_sm = (int64_t) (limits.shared_per_sm / ((size_t) a->shared_bytes + 1024));

@@ -85,8 +85,7 @@ struct tq_attention {
     int             tile;     /* keys in shared memory at once: 128, 64 or 32 */
     int             n_stages; /* tiles in flight or in use */
     int             one_table; /* K and V share their table of levels */
-    int             wide;      /* for warps: K, V and the mask can be copied 16 bytes at a time; */
-    int             least_wide_mask; /* the mask where so many keys are left, at least */
+    int             wide;      /* K, V and the mask can be copied 16 bytes at a time */
     int             blocks;    /* of K and of V, where there is a kernel for that (attention_warp.cuh); otherwise 0 */
     int             n_splits; /* ranges of keys, each of */
     int             split;    /* keys, whole tiles */

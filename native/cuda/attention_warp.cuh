@@ -33,48 +33,62 @@ template <int NT, int BLOCKS> struct tq_results {
 struct tq_warp_loader {
     const uint8_t *k, *v, *mask; /* what the lane copies of the next tile */
     int            to, row;      /* into the stage; the first row, TQ_MAX_TILE where the lane has none */
-    int            n_mask;       /* lanes that copy eight values of the mask each */
+    int            n_mask;       /* lanes that copy eight values of the mask each; the others do what the first does */
+    int            to_mask;
+    int            whole;        /* as many keys are copied 16 bytes at a time */
 };
 
-TQ_D tq_warp_loader tq_warp_loader_of(const tq_attention & p, const tq_task & k, int begin) {
+TQ_D tq_warp_loader tq_warp_loader_of(const tq_attention & p, const tq_task & k, int begin, int to_mask) {
     const int       lane = tq_thread() % 32, n_vec = p.n_vec - k.vec0 < 8 * p.n_tiles ? p.n_vec - k.vec0 : 8 * p.n_tiles;
     const tq_loader of_k = tq_loader_of(p.k, k, lane, begin, 0), of_v = tq_loader_of(p.v, k, lane, begin, 0);
     tq_warp_loader  l;
-    l.k      = of_k.from;
-    l.v      = of_v.from;
-    l.to     = (int) (of_k.to_and_row & 0xfffffu);
-    l.row    = (int) (of_k.to_and_row >> 20);
-    l.n_mask = p.mask == NULL ? 0 : 2 * n_vec;
-    l.mask   = l.n_mask == 0 ? NULL : tq_mask_of(p, k, k.vec0 + (lane < l.n_mask ? lane / 2 : 0)) + 2 * (begin + 8 * (lane % 2));
+    l.n_mask          = p.mask == NULL ? 0 : 2 * n_vec;
+    const int of_mask = lane < l.n_mask ? lane : 0;
+    l.k       = of_k.from;
+    l.v       = of_v.from;
+    l.mask    = p.mask == NULL ? NULL : tq_mask_of(p, k, k.vec0 + of_mask / 2) + 2 * (begin + 8 * (of_mask % 2));
+    l.to      = tq_keep((int) (of_k.to_and_row & 0xfffffu));
+    l.row     = (int) (of_k.to_and_row >> 20);
+    l.to_mask = tq_keep(to_mask + 16 * of_mask);
+    l.whole   = tq_keep(p.wide ? TQ_WARP_TILE : INT32_MAX);
     return l;
 }
 
 /* Starts to load n keys, which may be too many for a tile, or none; K, V and mask. */
 template <typename T, int BLOCKS> TQ_D void tq_warp_load(const tq_attention & p, tq_warp_loader * l, int n, uint8_t * stage) {
-    const int rows_on = 32 / tq_wide_units(T::BYTES * BLOCKS), lane = tq_thread() % 32;
-    uint8_t * to      = stage + l->to;
-    uint8_t * to_mask = stage + TQ_WARP_MASK(BLOCKS) + 16 * lane;
-    n                 = n < TQ_WARP_TILE ? n : TQ_WARP_TILE;
-    if (p.wide) {
-        TQ_UNROLL
-        for (int i = 0; i * rows_on < TQ_WARP_TILE; ++i) {
-            const bool wanted = l->row + i * rows_on < n;
-            tq_copy_async_if(wanted, to + i * rows_on * TQ_FIXED_STRIDE(BLOCKS), l->k + i * p.k.step);
-            tq_copy_async_if(wanted, to + i * rows_on * TQ_FIXED_STRIDE(BLOCKS) + TQ_WARP_V(BLOCKS), l->v + i * p.v.step);
+    if (n >= l->whole) {
+        const int units = tq_wide_units(T::BYTES * BLOCKS), rows_on = 32 / units, step = rows_on * TQ_FIXED_STRIDE(BLOCKS);
+        const int row   = tq_thread() % 32 / units, v = TQ_WARP_V(BLOCKS), tile = TQ_WARP_TILE;
+        uint8_t * to    = stage + l->to;
+        if (row < rows_on) { /* up to three times, where rows remain */
+            tq_copy_async<16>(to, l->k);
+            tq_copy_async<16, v>(to, l->v);
         }
-        tq_copy_async_if(lane < l->n_mask && n == TQ_WARP_TILE, to_mask, l->mask);
-    } else {
+        if (row < rows_on && row < tile - rows_on) {
+            tq_copy_async<16, step>(to, l->k + p.k.step);
+            tq_copy_async<16, step + v>(to, l->v + p.v.step);
+        }
+        if (row < rows_on && row < tile - 2 * rows_on) {
+            tq_copy_async<16, 2 * step>(to, l->k + 2 * p.k.step);
+            tq_copy_async<16, 2 * step + v>(to, l->v + 2 * p.v.step);
+        }
+        if (l->n_mask > 0) {
+            tq_copy_async<16>(stage + l->to_mask, l->mask);
+        }
+    } else if (n > 0) {
         const uint32_t to_and_row = (uint32_t) l->to | (uint32_t) l->row << 20;
+        n                         = n < TQ_WARP_TILE ? n : TQ_WARP_TILE;
         tq_copy_operand<32>(p.k, { l->k, to_and_row }, n, stage);
         tq_copy_operand<32>(p.v, { l->v, to_and_row }, n, stage + TQ_WARP_V(BLOCKS));
-    }
-    tq_copy_commit();
-    if (n < p.least_wide_mask) { /* value by value: the last keys, or a mask that begins anywhere */
-        for (int i = 0; i < 8 && lane < l->n_mask && n > 0; ++i) {
-            ((uint16_t *) (void *) to_mask)[i] = 8 * (lane % 2) + i < n ? ((const uint16_t *) (const void *) l->mask)[i]
-                                                                        : (uint16_t) TQ_F16_NEGATIVE_INFINITY;
+        uint16_t * mask = (uint16_t *) (void *) (stage + l->to_mask);
+        for (int i = 0; i < 8 && tq_thread() % 32 < l->n_mask; ++i) {
+            mask[i] = TQ_F16_NEGATIVE_INFINITY;
+            if (8 * (tq_thread() % 2) + i < n) {
+                tq_copy_async<2>(mask + i, l->mask + 2 * i);
+            }
         }
     }
+    tq_copy_commit();
     l->k    += p.k.step_tile;
     l->v    += p.v.step_tile;
     l->mask += 2 * TQ_WARP_STEP;
@@ -82,36 +96,17 @@ template <typename T, int BLOCKS> TQ_D void tq_warp_load(const tq_attention & p,
 
 /* ---- Softmax ---- */
 
-/* The mask of a tile, (vectors, 16), of which a lane looks at eight values: */
-struct tq_warp_mask {
-    const uint16_t * values;
-    uint32_t         some, each; /* bits that are ones in some of them, and in each */
-};
-
-TQ_D tq_warp_mask tq_warp_mask_of(const tq_warp_loader & l, const uint8_t * values) {
-    const int    lane = tq_thread() % 32;
-    tq_quad      x    = { { 0, 0, 0, 0 } };
-    tq_warp_mask m;
-    if (lane < l.n_mask) {
-        x = ((const tq_quad *) (const void *) values)[lane];
-    }
-    m.values = (const uint16_t *) (const void *) values;
-    m.some   = x.word[0] | x.word[1] | x.word[2] | x.word[3];
-    m.each   = x.word[0] & x.word[1] & x.word[2] & x.word[3];
-    return m;
+/* Whether the mask hides all of a tile from all vectors. */
+TQ_D bool tq_mask_hides(const tq_quad & m) {
+    return (m.word[0] | m.word[1] | m.word[2] | m.word[3]) == TQ_ALL_HIDDEN && (m.word[0] & m.word[1] & m.word[2] & m.word[3]) == TQ_ALL_HIDDEN;
 }
 
-/* Whether keys that are left, a bit each, or the mask leave none of a tile. */
-TQ_D bool tq_all_hidden(const tq_warp_loader & l, const tq_warp_mask & m, uint32_t keys) {
-    const bool hides = m.some == TQ_ALL_HIDDEN && m.each == TQ_ALL_HIDDEN;
-    return keys == 0 || (l.n_mask > 0 && !tq_any_lane(tq_thread() % 32 < l.n_mask && !hides));
-}
-
-/* The score of a tile's key for a vector, in units of log 2, where it is more than scale * S. keys: as above */
-TQ_D float tq_score(const tq_attention & p, const tq_warp_mask & m, uint32_t keys, const float * slope, float s, int key, int vec) {
-    const uint16_t bias = p.mask == NULL ? (uint16_t) 0 : m.values[vec * TQ_WARP_TILE + key];
+/* The score of a tile's key for a vector, in units of log 2, where it is more than scale * S. mask: (vectors, 16); keys: a bit for
+ * each that there is. */
+TQ_D float tq_score(const tq_attention & p, const uint16_t * mask, int keys, const float * slope, float s, int key, int vec) {
+    const uint16_t bias = p.mask == NULL ? (uint16_t) 0 : mask[vec * TQ_WARP_TILE + key];
     s = p.softcap > 0.0f ? TQ_LOG2_E * p.softcap * tanhf(s) : s;
-    return (keys >> key & 1u) == 0 || bias == TQ_F16_NEGATIVE_INFINITY ? -INFINITY : s + TQ_LOG2_E * slope[vec] * tq_half_to_float(bias);
+    return (keys >> key & 1) == 0 || bias == TQ_F16_NEGATIVE_INFINITY ? -INFINITY : s + TQ_LOG2_E * slope[vec] * tq_half_to_float(bias);
 }
 
 /* Raises the bases to the largest scores x, and brings what has been found so far to them. */
@@ -217,7 +212,6 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
     const tq_task  k = tq_task_of(p);
     const int      lane = tq_thread() % 32, warp = tq_thread() / 32, g = lane / 4, t = lane % 4, stride = TQ_FIXED_STRIDE(BLOCKS);
     const int      n_slices = BLOCKS / 2, slice = g * n_slices; /* of V: those that this lane takes, and the first of them */
-    const int      k_lead = tq_lead(p.k, k), v_lead = tq_lead(p.v, k);
     uint32_t *     table    = (uint32_t *) (void *) shared;
     tq_quad *      in_q     = (tq_quad *) (void *) (shared + p.at_q);
     float *        in_scale = (float *) (void *) (shared + p.at_vectors);
@@ -226,7 +220,7 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
     float *        totals   = bases + 8 * NT * TQ_WARPS;
     const int      begin    = k.begin + TQ_WARP_TILE * warp, stage_bytes = TQ_WARP_STAGE(BLOCKS, NT);
     const int      first    = p.at_stages + warp * p.n_stages * stage_bytes; /* of the stages that this warp has */
-    tq_warp_loader loader   = tq_warp_loader_of(p, k, begin);
+    tq_warp_loader loader   = tq_warp_loader_of(p, k, begin, TQ_WARP_MASK(BLOCKS));
     for (int i = 0; i < p.n_stages - 1; ++i) {
         tq_warp_load<T, BLOCKS>(p, &loader, k.end - begin - i * TQ_WARP_STEP, shared + first + i * stage_bytes);
     }
@@ -254,8 +248,12 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
         }
     }
 
-    const uint32_t usual_keys = p.softcap > 0.0f ? 0x10000u : 0xffffu; /* of a tile whose scores are plain products; never, with a cap */
-    int            at = first, free = first + (p.n_stages - 1) * stage_bytes; /* the tile's stage, and the one that its predecessor was in */
+    const auto k_part  = T::place_of(t);
+    const auto v_parts = tq_parts_of<T, n_slices>(slice / 4, slice % 4);
+    const int  in_k = tq_keep(tq_lead(p.k, k) + g * stride), in_v = tq_keep(TQ_WARP_V(BLOCKS) + tq_lead(p.v, k) + 2 * t * stride);
+    const int  most_left = tq_keep(p.softcap > 0.0f ? INT32_MAX : TQ_WARP_TILE); /* with fewer keys a tile is not plain */
+    const int  last = tq_keep(first + (p.n_stages - 1) * stage_bytes);
+    int        at = first, free = last; /* the tile's stage, and the one that its predecessor was in */
     TQ_NO_UNROLL
     for (int t0 = begin; t0 < k.end; t0 += TQ_WARP_STEP) {
         if (p.n_stages == 3) {
@@ -266,30 +264,36 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
         tq_sync_warp(); /* the tile is there, and the one before it is done with */
         tq_warp_load<T, BLOCKS>(p, &loader, k.end - t0 - (p.n_stages - 1) * TQ_WARP_STEP, shared + free);
         const uint8_t *    stage = shared + at;
-        const int          left  = k.end - t0;
-        const tq_warp_mask mask  = tq_warp_mask_of(loader, stage + TQ_WARP_MASK(BLOCKS));
-        uint32_t           keys  = left < TQ_WARP_TILE ? (1u << left) - 1 : 0xffffu; /* that this kernel attends to */
+        const int       left  = k.end - t0;
+        const tq_quad * mask  = (const tq_quad *) (const void *) (stage + loader.to_mask);
+        int             owned = 0; /* by the tail: a bit for each key */
+        uint32_t        some  = 0;
         if (p.n_recent > 0) {
-            keys &= ~tq_which_lanes(lane < left && lane < TQ_WARP_TILE && tq_owns_row(p, k, t0 + lane));
+            owned = (int) tq_which_lanes(lane < left && lane < TQ_WARP_TILE && tq_owns_row(p, k, t0 + lane));
         }
-        const bool plain = !tq_any_lane(mask.some != 0 || keys != usual_keys);
-        if (plain || !tq_all_hidden(loader, mask, keys)) {
+        if (loader.n_mask > 0) {
+            some = mask->word[0] | mask->word[1] | mask->word[2] | mask->word[3];
+        }
+        const bool plain = left >= most_left && !tq_any_lane((some | (uint32_t) owned) != 0); /* all keys count, as they are */
+        if (plain || (owned != 0xffff && (loader.n_mask == 0 || tq_any_lane(!tq_mask_hides(*mask))))) {
             float      s[NT][4];
             uint32_t   weights[NT][2];
             const auto fragment = [&](int b, int i) { return NT == 1 ? q[NT == 1 ? b : 0] : in_q[(i * BLOCKS + b) * 32 + lane]; };
-            tq_multiply_keys<T, NT, BLOCKS>(table, stage + k_lead, stride, BLOCKS, fragment, s);
+            tq_multiply_keys<T, NT, BLOCKS>(table, stage + in_k, stride, k_part, BLOCKS, fragment, s);
             if (!plain) {
+                const int        keys   = (left < TQ_WARP_TILE ? (1 << left) - 1 : 0xffff) & ~owned;
+                const uint16_t * values = (const uint16_t *) (const void *) (stage + TQ_WARP_MASK(BLOCKS));
                 TQ_UNROLL
                 for (int i = 0; i < 4 * NT; ++i) {
                     const int j = i % 4, vec = i / 4 * 8 + 2 * t + j % 2;
-                    s[i / 4][j] = tq_score(p, mask, keys, slope, s[i / 4][j] * r.scale[i / 4][j % 2], g + 8 * (j / 2), vec);
+                    s[i / 4][j] = tq_score(p, values, keys, slope, s[i / 4][j] * r.scale[i / 4][j % 2], g + 8 * (j / 2), vec);
                 }
             }
             tq_warp_softmax<NT, BLOCKS>(!plain, s, &r, weights);
-            tq_multiply_values<T, NT, n_slices>(table, stage + TQ_WARP_V(BLOCKS) + v_lead, stride, slice / 4, slice % 4, 0xffffffffu, weights, r.o);
+            tq_multiply_values<T, NT, n_slices>(table, stage + in_v, stride, v_parts, 0xffffffffu, weights, r.o);
         }
         free = at;
-        at   = at == first + (p.n_stages - 1) * stage_bytes ? first : at + stage_bytes;
+        at   = at == last ? first : at + stage_bytes;
     }
 
     TQ_UNROLL

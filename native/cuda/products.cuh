@@ -24,19 +24,19 @@ template <typename T> TQ_D void tq_fill_table(const float * levels, uint32_t * t
 }
 
 /* c <- K q of one block b and tile i of query vectors, summed over blocks with K's scales: rows g and g + 8, vectors 2 t and
- * 2 t + 1. rows: the first of the 16, stride bytes apart. q(b, i): the fragments. */
+ * 2 t + 1. row: row g of the 16, which are stride bytes apart; part t of their blocks is the lane's. q(b, i): the fragments. */
 template <typename T, int NT, int BLOCKS, typename Q>
-TQ_D void tq_multiply_keys(const uint32_t * table, const uint8_t * rows, int stride, int n_blocks, const Q & q, float (*sum)[4]) {
-    const int        lane = tq_thread() % 32, g = lane / 4, t = lane % 4;
-    const uint32_t * row0 = (const uint32_t *) (const void *) (rows + g * stride);
-    const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + 8 * stride);
+TQ_D void tq_multiply_keys(const uint32_t * table, const uint8_t * row, int stride, const typename T::place & part, int n_blocks, const Q & q,
+                           float (*sum)[4]) {
+    const uint32_t * row0 = (const uint32_t *) (const void *) row;
+    const uint32_t * row1 = (const uint32_t *) (const void *) (row + 8 * stride);
     TQ_UNROLL
     for (int i = 0; i < NT; ++i) {
         sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
     }
     TQ_UNROLL_BY(BLOCKS > 0 ? BLOCKS : 1)
     for (int b = 0; b < n_blocks; ++b) {
-        const typename T::slice s0 = T::load(row0, b, t), s1 = T::load(row1, b, t);
+        const typename T::slice s0 = T::load(row0, b, part), s1 = T::load(row1, b, part);
         const float             d0 = T::SCALED ? tq_half_to_float(tq_load_half(row0, T::BYTES * b)) : 1.0f;
         const float             d1 = T::SCALED ? tq_half_to_float(tq_load_half(row1, T::BYTES * b)) : 1.0f;
         uint32_t                a[8];
@@ -59,26 +59,51 @@ TQ_D void tq_multiply_keys(const uint32_t * table, const uint8_t * rows, int str
     }
 }
 
-/* o <- o + V^T weights of parts part to part + N - 1 of block b: o[i][4 s + j] has values n = 2 j and 2 j + 1 of slice s, of
- * vectors 2 t and 2 t + 1. keep: ones, or zeros if the lane has no such block. weights: B fragments. */
+/* What a lane takes of V: one part of a block, or two. */
+template <typename T, int N> struct tq_parts {
+    int                b, part;
+    int                at; /* where the block begins */
+    typename T::half   half;
+};
+
+template <typename T, int N> TQ_D tq_parts<T, N> tq_parts_of(int b, int part) {
+    tq_parts<T, N> l;
+    l.b    = b;
+    l.part = part;
+    l.at   = tq_keep(T::BYTES * b);
+    if constexpr (N == 2) {
+        l.half = T::half_of(b, part / 2);
+    }
+    return l;
+}
+
+template <typename T, int N> TQ_D void tq_load_parts(const uint32_t * row, const tq_parts<T, N> & l, typename T::slice * s) {
+    if constexpr (N == 1) {
+        s[0] = T::load(row, l.b, T::place_of(l.part));
+    } else {
+        T::load_half(row, l.half, s);
+    }
+}
+
+/* o <- o + V^T weights: o[i][4 s + j] has values n = 2 j and 2 j + 1 of slice s, of vectors 2 t and 2 t + 1. row: row 2 t of the
+ * 16. keep: ones, or zeros if the lane has no such block. weights: B fragments. */
 template <typename T, int NT, int N>
-TQ_D void tq_multiply_values(const uint32_t * table, const uint8_t * rows, int stride, int b, int part, uint32_t keep,
+TQ_D void tq_multiply_values(const uint32_t * table, const uint8_t * row, int stride, const tq_parts<T, N> & parts, uint32_t keep,
                              const uint32_t (*weights)[2], float (*o)[4 * N][4]) {
-    const int          t = tq_thread() % 4;
     typename T::merged m[N][2];
     uint32_t           d[2];
     TQ_UNROLL
     for (int i = 0; i < 2; ++i) { /* tokens 2 t + 8 i and the next one */
-        const uint32_t *  row0 = (const uint32_t *) (const void *) (rows + (2 * t + 8 * i) * stride);
-        const uint32_t *  row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + stride);
+        const uint32_t *  row0 = (const uint32_t *) (const void *) (row + 8 * i * stride);
+        const uint32_t *  row1 = (const uint32_t *) (const void *) (row + (8 * i + 1) * stride);
         typename T::slice s0[N], s1[N];
-        tq_load_parts<T, N>(row0, b, part, s0);
-        tq_load_parts<T, N>(row1, b, part, s1);
+        tq_load_parts<T, N>(row0, parts, s0);
+        tq_load_parts<T, N>(row1, parts, s1);
         TQ_UNROLL
         for (int s = 0; s < N; ++s) {
             m[s][i] = T::merge(s0[s], s1[s]);
         }
-        d[i] = tq_scales<T>(row0, row1, b) & keep;
+        d[i] = tq_scales<T>(row0, row1, parts.at) & keep;
     }
     TQ_UNROLL
     for (int j = 0; j < 4 * N; ++j) {

@@ -36,6 +36,12 @@ TQ_D int tq_thread() {
     __builtin_assume(i >= 0); /* divisions by powers of two are shifts then */
     return i;
 }
+/* x, in a register: nvcc computes what it knows how to compute anew in each round of a loop. */
+TQ_D int tq_keep(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 TQ_D int tq_block_x() { return (int) blockIdx.x; }
 TQ_D int tq_block_y() { return (int) blockIdx.y; }
 TQ_D int tq_block_z() { return (int) blockIdx.z; }
@@ -121,38 +127,27 @@ TQ_D uint32_t tq_select(uint32_t mask, uint32_t a, uint32_t b) {
     return mask;
 }
 
-/* Starts to copy BYTES = 4, 8 or 16 bytes into shared memory; Turing, which cannot start and go on, copies them. */
-template <int BYTES> TQ_D void tq_copy_async(void * to, const void * from) {
+/* Starts to copy BYTES = 4, 8 or 16 bytes to OFFSET bytes behind to in shared memory; two bytes, and all of them on Turing, which
+ * cannot start and go on, are copied. Assembly, too, where C would do: nvcc would go on with a second copy of from. */
+template <int BYTES, int OFFSET = 0> TQ_D void tq_copy_async(void * to, const void * from) {
 #if __CUDA_ARCH__ >= 800
-    const unsigned address = (unsigned) __cvta_generic_to_shared(to);
-    if (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
-    }
+    const bool begin = BYTES > 2;
 #else
-    if (BYTES == 16) {
-        *(uint4 *) to = *(const uint4 *) from;
-    } else if (BYTES == 8) {
-        *(uint2 *) to = *(const uint2 *) from;
+    const bool begin = false;
+#endif
+    [[maybe_unused]] const unsigned address = (unsigned) __cvta_generic_to_shared(to);
+    if constexpr (begin && BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0 + %2], [%1], 16;" ::"r"(address), "l"(from), "n"(OFFSET) : "memory");
+    } else if constexpr (begin) {
+        asm volatile("cp.async.ca.shared.global [%0 + %3], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES), "n"(OFFSET) : "memory");
+    } else if constexpr (BYTES == 2) {
+        asm volatile("{ .reg .b16 x; ld.global.b16 x, [%1]; st.shared.b16 [%0 + %2], x; }" ::"r"(address), "l"(from), "n"(OFFSET) : "memory");
     } else {
-        *(uint32_t *) to = *(const uint32_t *) from;
+        TQ_UNROLL
+        for (int i = 0; i < BYTES / 4; ++i) {
+            ((uint32_t *) to)[OFFSET / 4 + i] = ((const uint32_t *) from)[i];
+        }
     }
-#endif
-}
-
-/* The same, 16 bytes, where wanted, without a branch. */
-TQ_D void tq_copy_async_if(bool wanted, void * to, const void * from) {
-#if __CUDA_ARCH__ >= 800
-    const unsigned address = (unsigned) __cvta_generic_to_shared(to);
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(address), "l"(from),
-                 "r"((int) wanted)
-                 : "memory");
-#else
-    if (wanted) {
-        tq_copy_async<16>(to, from);
-    }
-#endif
 }
 
 /* Ends a group of copies; waits until at most N groups are unfinished. */

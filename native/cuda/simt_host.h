@@ -157,6 +157,7 @@ inline void tq_host_run(unsigned nx, unsigned ny, unsigned nz, int n_threads, si
 }
 
 TQ_D int tq_thread() { return tq_host.thread; }
+TQ_D int tq_keep(int x) { return x; }
 TQ_D int tq_block_x() { return tq_host.x; }
 TQ_D int tq_block_y() { return tq_host.y; }
 TQ_D int tq_block_z() { return tq_host.z; }
@@ -313,7 +314,8 @@ TQ_D uint32_t tq_transpose(uint32_t x) {
     return pair[0] | (uint32_t) pair[1] << 16;
 }
 
-template <int BYTES> TQ_D void tq_copy_async(void * to, const void * from) {
+template <int BYTES, int OFFSET = 0> TQ_D void tq_copy_async(void * start, const void * from) {
+    unsigned char * to = (unsigned char *) start + OFFSET;
     tq_host_fibre * f = &tq_host.fibres[tq_host.thread];
     tq_host_copy    c;
     if ((uintptr_t) to % BYTES != 0 || (uintptr_t) from % BYTES != 0) {
@@ -324,12 +326,6 @@ template <int BYTES> TQ_D void tq_copy_async(void * to, const void * from) {
     c.group = f->n_groups;
     memcpy(c.data, from, BYTES);
     f->copies.push_back(c);
-}
-
-TQ_D void tq_copy_async_if(bool wanted, void * to, const void * from) {
-    if (wanted) {
-        tq_copy_async<16>(to, from);
-    }
 }
 
 TQ_D void tq_copy_commit() { ++tq_host.fibres[tq_host.thread].n_groups; }

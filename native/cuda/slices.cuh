@@ -13,7 +13,8 @@
  *
  * Each type: BYTES per block; ENTRIES of its table, SPACING bytes apart; UNIT what a level is multiplied by in the table (so that scale * level
  * cannot overflow f16: 65504 * 2.51 / 4; the results are multiplied by 1 / UNIT at the end); slice, load, along, merge, across,
- * dim; load_two, parts 2 half and 2 half + 1 of a block. n is a constant from 0 to 7 everywhere. */
+ * dim; place, where a part is in each block, and half, where two parts are in one block, are for those who load many times;
+ * load_half. n is a constant from 0 to 7 everywhere. */
 #ifndef TQ_SLICES_CUH
 #define TQ_SLICES_CUH
 
@@ -23,11 +24,11 @@
 
 /* Word i of the bytes from offset byte on in block b of a row in shared memory; rows begin at multiples of four. Two blocks are
  * a whole number of words, so that where a lane's bytes lie in a word depends on b's parity alone: written so that the compiler
- * sees it and computes two shifts, not one for each block. UP: bits that the word is shifted to the left. */
-template <int BYTES, int UP> TQ_D uint32_t tq_load_word(const uint32_t * row, int b, int byte, int i) {
-    const int        at   = 8 * (byte + (b & 1 ? BYTES : 0)) - UP;
+ * sees it and computes two shifts, not one for each block. */
+template <int BYTES> TQ_D uint32_t tq_load_word(const uint32_t * row, int b, int byte, int i) {
+    const int        at   = 8 * (byte + (b & 1 ? BYTES : 0));
     const uint32_t * from = row + BYTES / 2 * (b >> 1) + (at >> 5) + i;
-    return tq_funnel(from[0], from[1], at & 31);
+    return tq_funnel(from[0], from[1], at);
 }
 
 /* Entry (word >> shift) & (ENTRIES - 1) of this lane's copy. Shift and multiplication are one, and the lane is put in by the
@@ -80,28 +81,67 @@ template <int BITS> struct tq_packed {
 
 struct tq_pqo3 : tq_packed<3> {
     static const int BYTES = TQI_PQO3_BYTES;
-    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES, UP>(row, b, 2 + 3 * part, 0); }
+    struct place {
+        int word[2], shift[2]; /* in a block that begins a word, and in one that begins in the middle of one */
+    };
+    struct half {
+        int word, selector[2];
+    };
+
+    static TQ_D place place_of(int part) {
+        place l;
+        TQ_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const int at = 8 * (i * BYTES + 2 + 3 * part) - UP;
+            l.word[i]    = tq_keep(at >> 5);
+            l.shift[i]   = tq_keep(at & 31);
+        }
+        return l;
+    }
+
+    static TQ_D uint32_t load(const uint32_t * row, int b, const place & l) {
+        const uint32_t * from = row + BYTES / 2 * (b >> 1) + l.word[b & 1];
+        return tq_funnel(from[0], from[1], l.shift[b & 1]);
+    }
 
     /* Six bytes from an even offset on, which lie in two words. */
-    static TQ_D void load_two(const uint32_t * row, int b, int half, uint32_t * s) {
-        const int        at       = BYTES * b + 2 + 6 * half;
-        const uint32_t * from     = row + at / 4;
-        const uint32_t   selector = at % 4 == 0 ? 0x2100u : 0x4320u;
-        s[0] = tq_permute(from[0], from[1], selector);
-        s[1] = tq_permute(from[0], from[1], selector + 0x3330u);
+    static TQ_D half half_of(int b, int i) {
+        const int at = BYTES * b + 2 + 6 * i;
+        half      l;
+        l.word        = tq_keep(at / 4);
+        l.selector[0] = tq_keep(at % 4 == 0 ? 0x2100 : 0x4320);
+        l.selector[1] = tq_keep(at % 4 == 0 ? 0x5430 : 0x7650);
+        return l;
+    }
+
+    static TQ_D void load_half(const uint32_t * row, const half & l, uint32_t * s) {
+        const uint32_t * from = row + l.word;
+        s[0] = tq_permute(from[0], from[1], (uint32_t) l.selector[0]);
+        s[1] = tq_permute(from[0], from[1], (uint32_t) l.selector[1]);
     }
 
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
 
-struct tq_pqo4 : tq_packed<4> {
-    static const int BYTES = TQI_PQO4_BYTES;
-    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES, UP>(row, b, 2 + 4 * part, 0); }
+/* Of types whose parts need no more than their number to be found. */
+template <typename T, typename SLICE> struct tq_plain_places {
+    typedef int place;
+    struct half {
+        int b, i;
+    };
 
-    static TQ_D void load_two(const uint32_t * row, int b, int half, slice * s) {
-        s[0] = load(row, b, 2 * half);
-        s[1] = load(row, b, 2 * half + 1);
+    static TQ_D place place_of(int part) { return part; }
+    static TQ_D half half_of(int b, int i) { return { b, i }; }
+
+    static TQ_D void load_half(const uint32_t * row, const half & l, SLICE * s) {
+        s[0] = T::load(row, l.b, 2 * l.i);
+        s[1] = T::load(row, l.b, 2 * l.i + 1);
     }
+};
+
+struct tq_pqo4 : tq_packed<4>, tq_plain_places<tq_pqo4, uint32_t> {
+    static const int BYTES = TQI_PQO4_BYTES;
+    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES>(row, b, 2 + 4 * part, 0); }
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
 
@@ -111,7 +151,7 @@ template <int BITS> TQ_D void tq_trellis_slice(const uint32_t * row, int b, int 
     uint32_t words[4] = { 0, 0, 0, 0 };
     TQ_UNROLL
     for (int j = 0; j < BITS; ++j) {
-        words[j] = tq_load_word<4 * BITS + 2, 0>(row, b, 2, j);
+        words[j] = tq_load_word<4 * BITS + 2>(row, b, 2, j);
     }
     const uint32_t low = tq_subset_low(words[0]) >> (2 * part), high = tq_subset_high(words[0]) >> (2 * part);
     *even = (words[1] >> (2 * part) << 2 & 0x0c0c0c0cu) | (high << 1 & 0x02020202u) | (low & 0x01010101u);
@@ -123,29 +163,26 @@ template <int BITS> TQ_D void tq_trellis_slice(const uint32_t * row, int b, int 
     }
 }
 
-struct tq_pqt3 : tq_packed<4> { /* 16 levels: from here on like pqo4 */
+struct tq_pqt3 : tq_packed<4>, tq_plain_places<tq_pqt3, uint32_t> { /* 16 levels: from here on like pqo4 */
     static const int BYTES = TQI_PQT3_BYTES;
     static TQ_D uint32_t load(const uint32_t * row, int b, int part) {
         uint32_t even, odd;
         tq_trellis_slice<3>(row, b, part, &even, &odd);
         return even | odd << 4;
     }
-
-    static TQ_D void load_two(const uint32_t * row, int b, int half, slice * s) {
-        s[0] = load(row, b, 2 * half);
-        s[1] = load(row, b, 2 * half + 1);
-    }
     static TQ_D int dim(int part, int n) { return 8 * (n / 2) + 2 * part + n % 2; }
 };
 
-struct tq_pqt4 {
+struct tq_pqt4_slice {
+    uint32_t even, odd;
+};
+
+struct tq_pqt4 : tq_plain_places<tq_pqt4, tq_pqt4_slice> {
     static const int BYTES = TQI_PQT4_BYTES;
     static const int SCALED = 1;
     static const int ENTRIES = 32;
     static const int SPACING = 128;
-    struct slice {
-        uint32_t even, odd;
-    };
+    typedef tq_pqt4_slice slice;
     struct merged {
         slice a, b;
     };
@@ -157,11 +194,6 @@ struct tq_pqt4 {
         slice s;
         tq_trellis_slice<4>(row, b, part, &s.even, &s.odd);
         return s;
-    }
-
-    static TQ_D void load_two(const uint32_t * row, int b, int half, slice * s) {
-        s[0] = load(row, b, 2 * half);
-        s[1] = load(row, b, 2 * half + 1);
     }
 
     static TQ_D uint32_t look_up(const uint32_t * table, const slice & s, int n) {
@@ -187,14 +219,16 @@ struct tq_pqt4 {
 };
 
 /* f16 as it is, for the one side of a mixed pair. Its "block" is 32 values. */
-struct tq_f16 {
+struct tq_f16_slice {
+    uint32_t pair[4];
+};
+
+struct tq_f16 : tq_plain_places<tq_f16, tq_f16_slice> {
     static const int BYTES = 2 * TQ_BLOCK;
     static const int SCALED = 0;
     static const int ENTRIES = 0;
     static const int SPACING = 0;
-    struct slice {
-        uint32_t pair[4];
-    };
+    typedef tq_f16_slice slice;
     struct merged {
         slice a, b;
     };
@@ -267,18 +301,9 @@ template <> struct tq_type_of<TQ_TYPE_PQT4> {
         default:           { typedef tq_f16 TQ; call; break; }  \
     }
 
-/* Parts first to first + N - 1 of block b: N is 1, or 2 and first is even. */
-template <typename T, int N> TQ_D void tq_load_parts(const uint32_t * row, int b, int first, typename T::slice * s) {
-    if constexpr (N == 1) {
-        s[0] = T::load(row, b, first);
-    } else {
-        T::load_two(row, b, first / 2, s);
-    }
-}
-
-/* The scales of two rows' block b, f16 side by side, and finite whatever they are: a weight of 0 must cancel them; 1 for f16 */
-template <typename T> TQ_D uint32_t tq_scales(const uint32_t * row0, const uint32_t * row1, int b) {
-    return T::SCALED ? tq_finite_halves(tq_load_half(row0, T::BYTES * b) | (uint32_t) tq_load_half(row1, T::BYTES * b) << 16) : 0x3c003c00u;
+/* The scales of two rows' block that begins at byte at, f16 side by side, and finite whatever they are: a weight of 0 must cancel them; 1 for f16 */
+template <typename T> TQ_D uint32_t tq_scales(const uint32_t * row0, const uint32_t * row1, int at) {
+    return T::SCALED ? tq_finite_halves(tq_load_half(row0, at) | (uint32_t) tq_load_half(row1, at) << 16) : 0x3c003c00u;
 }
 
 #endif

@@ -45,24 +45,16 @@ TQ_D tq_loader tq_loader_of(const tq_operand & x, const tq_task & k, int thread,
     return l;
 }
 
-template <int BYTES> TQ_D void tq_copy_unit(uint8_t * to, const uint8_t * from) {
-    if (BYTES == 2) {
-        *(uint16_t *) (void *) to = *(const uint16_t *) (const void *) from;
-    } else {
-        tq_copy_async<BYTES == 2 ? 4 : BYTES>(to, from);
-    }
-}
-
 template <int BYTES, int THREADS> TQ_D void tq_copy_rows(const tq_operand & x, const tq_loader & l, int n, uint8_t * stage) {
     const uint8_t * from = l.from;
     uint8_t *       to   = stage + (l.to_and_row & 0xfffffu);
     const int       thread = tq_thread() % THREADS;
     TQ_NO_UNROLL
     for (int row = (int) (l.to_and_row >> 20); row < n; row += x.rows_on) {
-        tq_copy_unit<BYTES>(to, from);
+        tq_copy_async<BYTES>(to, from);
         TQ_NO_UNROLL
         for (int i = THREADS; BYTES < 16 && i + thread < x.units; i += THREADS) { /* the longest rows */
-            tq_copy_unit<BYTES>(to + i * BYTES, from + i * BYTES);
+            tq_copy_async<BYTES>(to + i * BYTES, from + i * BYTES);
         }
         from += x.step;
         to += x.step_shared;
