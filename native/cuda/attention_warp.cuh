@@ -34,7 +34,7 @@ struct tq_warp_loader {
     const uint8_t *k, *v, *mask; /* what the lane copies of the next tile */
     int            to, row;      /* into the stage; the first row, TQ_MAX_TILE where the lane has none */
     int            n_mask;       /* lanes that copy eight values of the mask each; the others do what the first does */
-    int            to_mask;
+    int            to_mask, mask_step;
     int            whole;        /* as many keys are copied 16 bytes at a time */
 };
 
@@ -46,7 +46,11 @@ TQ_D tq_warp_loader tq_warp_loader_of(const tq_attention & p, const tq_task & k,
     const int of_mask = lane < l.n_mask ? lane : 0;
     l.k       = of_k.from;
     l.v       = of_v.from;
-    l.mask    = p.mask == NULL ? NULL : tq_mask_of(p, k, k.vec0 + of_mask / 2) + 2 * (begin + 8 * (of_mask % 2));
+    l.mask    = l.k; /* without a mask one and the same bytes: cheaper than a branch */
+    if (p.mask != NULL) {
+        l.mask = tq_mask_of(p, k, k.vec0 + of_mask / 2) + 2 * (begin + 8 * (of_mask % 2));
+    }
+    l.mask_step = p.mask == NULL ? 0 : 2 * TQ_WARP_STEP;
     l.to      = tq_keep((int) (of_k.to_and_row & 0xfffffu));
     l.row     = (int) (of_k.to_and_row >> 20);
     l.to_mask = tq_keep(to_mask + 16 * of_mask);
@@ -72,9 +76,7 @@ template <typename T, int BLOCKS> TQ_D void tq_warp_load(const tq_attention & p,
             tq_copy_async<16, 2 * step>(to, l->k + 2 * p.k.step);
             tq_copy_async<16, 2 * step + v>(to, l->v + 2 * p.v.step);
         }
-        if (l->n_mask > 0) {
-            tq_copy_async<16>(stage + l->to_mask, l->mask);
-        }
+        tq_copy_async<16>(stage + l->to_mask, l->mask);
     } else if (n > 0) {
         const uint32_t to_and_row = (uint32_t) l->to | (uint32_t) l->row << 20;
         n                         = n < TQ_WARP_TILE ? n : TQ_WARP_TILE;
@@ -91,7 +93,7 @@ template <typename T, int BLOCKS> TQ_D void tq_warp_load(const tq_attention & p,
     tq_copy_commit();
     l->k    += p.k.step_tile;
     l->v    += p.v.step_tile;
-    l->mask += 2 * TQ_WARP_STEP;
+    l->mask += (uint32_t) l->mask_step;
 }
 
 /* ---- Softmax ---- */
@@ -133,20 +135,18 @@ template <int NT, int BLOCKS> TQ_D void tq_raise(const float (*x)[4], tq_results
     }
 }
 
-/* weights <- what scores s become, as fragments. scaled: they are scores already, otherwise to be multiplied by scale. */
+/* weights <- 2^x as fragments; x: scores less their base. s: the scores, to be multiplied by scale if plain. */
 template <int NT, int BLOCKS>
-TQ_D void tq_warp_softmax(bool scaled, const float (*s)[4], tq_results<NT, BLOCKS> * r, uint32_t (*weights)[2]) {
-    float x[NT][4], most = -INFINITY;
+TQ_D void tq_warp_softmax(bool plain, const float (*s)[4], float (*x)[4], tq_results<NT, BLOCKS> * r, uint32_t (*weights)[2]) {
+    float most = x[0][0];
     TQ_UNROLL
-    for (int i = 0; i < 4 * NT; ++i) {
-        const float base = r->base[i / 4][i % 2], score = s[i / 4][i % 4];
-        x[i / 4][i % 4]  = scaled ? score - base : fmaf(score, r->scale[i / 4][i % 2], -base);
-        most             = i == 0 ? x[0][0] : fmaxf(most, x[i / 4][i % 4]);
+    for (int i = 1; i < 4 * NT; ++i) {
+        most = fmaxf(most, x[i / 4][i % 4]);
     }
     if (tq_any_lane(most > TQ_MOST_WEIGHT_LOG2)) {
         TQ_UNROLL
         for (int i = 0; i < 4 * NT; ++i) {
-            x[i / 4][i % 4] = s[i / 4][i % 4] * (scaled ? 1.0f : r->scale[i / 4][i % 2]);
+            x[i / 4][i % 4] = s[i / 4][i % 4] * (plain ? r->scale[i / 4][i % 2] : 1.0f);
         }
         tq_raise<NT, BLOCKS>(x, r);
         TQ_UNROLL
@@ -252,7 +252,7 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
     const auto v_parts = tq_parts_of<T, n_slices>(slice / 4, slice % 4);
     const int  in_k = tq_keep(tq_lead(p.k, k) + g * stride), in_v = tq_keep(TQ_WARP_V(BLOCKS) + tq_lead(p.v, k) + 2 * t * stride);
     const int  most_left = tq_keep(p.softcap > 0.0f ? INT32_MAX : TQ_WARP_TILE); /* with fewer keys a tile is not plain */
-    const int  last = tq_keep(first + (p.n_stages - 1) * stage_bytes);
+    const int  last = tq_keep(first + (p.n_stages - 1) * stage_bytes), ahead = tq_keep(k.end - (p.n_stages - 1) * TQ_WARP_STEP);
     int        at = first, free = last; /* the tile's stage, and the one that its predecessor was in */
     TQ_NO_UNROLL
     for (int t0 = begin; t0 < k.end; t0 += TQ_WARP_STEP) {
@@ -262,7 +262,7 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
             tq_copy_wait<0>();
         }
         tq_sync_warp(); /* the tile is there, and the one before it is done with */
-        tq_warp_load<T, BLOCKS>(p, &loader, k.end - t0 - (p.n_stages - 1) * TQ_WARP_STEP, shared + free);
+        tq_warp_load<T, BLOCKS>(p, &loader, ahead - t0, shared + free);
         const uint8_t *    stage = shared + at;
         const int       left  = k.end - t0;
         const tq_quad * mask  = (const tq_quad *) (const void *) (stage + loader.to_mask);
@@ -274,22 +274,28 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
         if (loader.n_mask > 0) {
             some = mask->word[0] | mask->word[1] | mask->word[2] | mask->word[3];
         }
-        const bool plain = left >= most_left && !tq_any_lane((some | (uint32_t) owned) != 0); /* all keys count, as they are */
+        const bool plain = !tq_any_lane(left < most_left || (some | (uint32_t) owned) != 0); /* all keys count, as they are */
         if (plain || (owned != 0xffff && (loader.n_mask == 0 || tq_any_lane(!tq_mask_hides(*mask))))) {
-            float      s[NT][4];
+            float      s[NT][4], x[NT][4];
             uint32_t   weights[NT][2];
             const auto fragment = [&](int b, int i) { return NT == 1 ? q[NT == 1 ? b : 0] : in_q[(i * BLOCKS + b) * 32 + lane]; };
             tq_multiply_keys<T, NT, BLOCKS>(table, stage + in_k, stride, k_part, BLOCKS, fragment, s);
-            if (!plain) {
+            if (plain) {
+                TQ_UNROLL
+                for (int i = 0; i < 4 * NT; ++i) {
+                    x[i / 4][i % 4] = fmaf(s[i / 4][i % 4], r.scale[i / 4][i % 2], -r.base[i / 4][i % 2]);
+                }
+            } else {
                 const int        keys   = (left < TQ_WARP_TILE ? (1 << left) - 1 : 0xffff) & ~owned;
                 const uint16_t * values = (const uint16_t *) (const void *) (stage + TQ_WARP_MASK(BLOCKS));
                 TQ_UNROLL
                 for (int i = 0; i < 4 * NT; ++i) {
                     const int j = i % 4, vec = i / 4 * 8 + 2 * t + j % 2;
                     s[i / 4][j] = tq_score(p, values, keys, slope, s[i / 4][j] * r.scale[i / 4][j % 2], g + 8 * (j / 2), vec);
+                    x[i / 4][j] = s[i / 4][j] - r.base[i / 4][j % 2];
                 }
             }
-            tq_warp_softmax<NT, BLOCKS>(!plain, s, &r, weights);
+            tq_warp_softmax<NT, BLOCKS>(plain, s, x, &r, weights);
             tq_multiply_values<T, NT, n_slices>(table, stage + in_v, stride, v_parts, 0xffffffffu, weights, r.o);
         }
         free = at;
