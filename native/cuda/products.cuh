@@ -61,17 +61,18 @@ TQ_D void tq_multiply_keys(const uint32_t * table, const uint8_t * row, int stri
 
 /* What a lane takes of V: one part of a block, or two. */
 template <typename T, int N> struct tq_parts {
-    int                b, part;
-    int                at; /* where the block begins */
-    typename T::half   half;
+    int               b, at; /* the block, and where it begins */
+    typename T::place part;  /* N = 1 */
+    typename T::half  half;  /* N = 2 */
 };
 
 template <typename T, int N> TQ_D tq_parts<T, N> tq_parts_of(int b, int part) {
     tq_parts<T, N> l;
-    l.b    = b;
-    l.part = part;
-    l.at   = tq_keep(T::BYTES * b);
-    if constexpr (N == 2) {
+    l.b  = b;
+    l.at = tq_keep(T::BYTES * b);
+    if constexpr (N == 1) {
+        l.part = T::place_of(part);
+    } else {
         l.half = T::half_of(b, part / 2);
     }
     return l;
@@ -79,7 +80,7 @@ template <typename T, int N> TQ_D tq_parts<T, N> tq_parts_of(int b, int part) {
 
 template <typename T, int N> TQ_D void tq_load_parts(const uint32_t * row, const tq_parts<T, N> & l, typename T::slice * s) {
     if constexpr (N == 1) {
-        s[0] = T::load(row, l.b, T::place_of(l.part));
+        s[0] = T::load(row, l.b, l.part);
     } else {
         T::load_half(row, l.half, s);
     }

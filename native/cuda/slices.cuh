@@ -100,8 +100,8 @@ struct tq_pqo3 : tq_packed<3> {
     }
 
     static TQ_D uint32_t load(const uint32_t * row, int b, const place & l) {
-        const uint32_t * from = row + BYTES / 2 * (b >> 1) + l.word[b & 1];
-        return tq_funnel(from[0], from[1], l.shift[b & 1]);
+        const uint32_t * from = row + BYTES / 2 * (b >> 1) + (b & 1 ? l.word[1] : l.word[0]);
+        return tq_funnel(from[0], from[1], b & 1 ? l.shift[1] : l.shift[0]);
     }
 
     /* Six bytes from an even offset on, which lie in two words. */
