@@ -84,7 +84,6 @@ template <typename T, int BLOCKS> TQ_D void tq_warp_load(const tq_attention & p,
         tq_copy_operand<32>(p.v, { l->v, to_and_row }, n, stage + TQ_WARP_V(BLOCKS));
         uint16_t * mask = (uint16_t *) (void *) (stage + l->to_mask);
         for (int i = 0; i < 8 && tq_thread() % 32 < l->n_mask; ++i) {
-            mask[i] = TQ_F16_NEGATIVE_INFINITY;
             if (8 * (tq_thread() % 2) + i < n) {
                 tq_copy_async<2>(mask + i, l->mask + 2 * i);
             }

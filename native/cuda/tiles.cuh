@@ -37,11 +37,12 @@ TQ_D tq_loader tq_loader_of(const tq_operand & x, const tq_task & k, int thread,
     const int lead  = tq_lead(x, k);
     const int first = (int) tq_multiply_high((uint32_t) thread, x.units_inverse);
     const int unit  = thread - first * x.units;
-    const int units = x.grain == 16 ? (lead + x.row_bytes + 15) / 16 : x.units; /* that this head needs */
+    const int last  = x.grain == 16 ? (lead + x.row_bytes - 1) / 16 : x.units - 1; /* unit that this head needs: copied again for others */
     tq_loader l;
-    l.from = x.data + k.kv_stream * x.stride_stream + k.kv_head * x.stride_head - lead + (begin + first) * x.stride_token + unit * x.grain;
+    l.from = x.data + k.kv_stream * x.stride_stream + k.kv_head * x.stride_head - lead + (begin + first) * x.stride_token +
+             (unit < last ? unit : last) * x.grain;
     l.to_and_row = (uint32_t) (in_stage + first * x.stride_shared + unit * x.grain);
-    l.to_and_row |= (uint32_t) (first < x.rows_on && unit < units ? first : TQ_MAX_TILE) << 20;
+    l.to_and_row |= (uint32_t) (first < x.rows_on ? first : TQ_MAX_TILE) << 20;
     return l;
 }
 
