@@ -1,4 +1,5 @@
-/* attention.cuh: fused attention over compressed K and V for few query vectors, on tensor cores.
+/* attention.cuh: fused attention over compressed K and V for few query vectors, on tensor cores: every pair of types and every
+ * head size. attention_warp.cuh does the same faster for those that decoding mostly has, and takes from here what is no loop.
  *
  * As on the CPU (attention.c) everything happens in the transformed domain: q is transformed once, V is accumulated
  * transformed, the inverse transform runs once on the output. A block of 256 threads takes a range of keys of one KV head,

@@ -44,17 +44,17 @@ TQ_D tq_warp_loader tq_warp_loader_of(const tq_attention & p, const tq_task & k,
     tq_warp_loader  l;
     l.n_mask          = p.mask == NULL ? 0 : 2 * n_vec;
     const int of_mask = lane < l.n_mask ? lane : 0;
-    l.k       = of_k.from;
-    l.v       = of_v.from;
-    l.mask    = l.k; /* without a mask one and the same bytes: cheaper than a branch */
+    l.k         = of_k.from;
+    l.v         = of_v.from;
+    l.mask      = l.k; /* without a mask one and the same bytes of K: cheaper than a branch */
     if (p.mask != NULL) {
         l.mask = tq_mask_of(p, k, k.vec0 + of_mask / 2) + 2 * (begin + 8 * (of_mask % 2));
     }
     l.mask_step = p.mask == NULL ? 0 : 2 * TQ_WARP_STEP;
-    l.to      = tq_keep((int) (of_k.to_and_row & 0xfffffu));
-    l.row     = (int) (of_k.to_and_row >> 20);
-    l.to_mask = tq_keep(to_mask + 16 * of_mask);
-    l.whole   = tq_keep(p.wide ? TQ_WARP_TILE : INT32_MAX);
+    l.to        = tq_keep((int) (of_k.to_and_row & 0xfffffu)); /* V's as well */
+    l.row       = (int) (of_k.to_and_row >> 20);
+    l.to_mask   = tq_keep(to_mask + 16 * of_mask);
+    l.whole     = tq_keep(p.wide ? TQ_WARP_TILE : INT32_MAX);
     return l;
 }
 
@@ -262,7 +262,7 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
         }
         tq_sync_warp(); /* the tile is there, and the one before it is done with */
         tq_warp_load<T, BLOCKS>(p, &loader, ahead - t0, shared + free);
-        const uint8_t *    stage = shared + at;
+        const uint8_t * stage = shared + at;
         const int       left  = k.end - t0;
         const tq_quad * mask  = (const tq_quad *) (const void *) (stage + loader.to_mask);
         int             owned = 0; /* by the tail: a bit for each key */

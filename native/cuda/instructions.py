@@ -28,6 +28,9 @@ UNITS = {
 }
 """Everything else is the integer unit's: shifts, masks, permutations, comparisons, selections."""
 
+PATTERN = r"tq_attend_warp_kernelI\d+tq_(\w{4})Li(\d)ELi(\d)E"
+"""Type, tiles of eight vectors, and blocks of a head, in a kernel's mangled name."""
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -121,8 +124,10 @@ def main() -> int:
     args = parser.parse_args()
     units = [*UNITS, "integer"]
     print("| type | head | vectors | 16 keys | " + " | ".join(units) + " |\n" + "|---" * (len(units) + 4) + "|")
-    for kernel, code in sorted(disassemble(args.arch).items()):
-        found = re.search(r"tq_attend_warp_kernelI\d+tq_(\w{4})Li(\d)ELi(\d)E", kernel)
+    kernels = [(re.search(PATTERN, name), code) for name, code in sorted(disassemble(args.arch).items())]
+    if not any(found for found, _ in kernels):
+        raise ValueError(f"no kernel of attention.cu matches {PATTERN}")
+    for found, code in kernels:
         if not found:
             continue
         name, vectors, head = found[1], 8 * int(found[2]), 32 * int(found[3])

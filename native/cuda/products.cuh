@@ -23,7 +23,7 @@ template <typename T> TQ_D void tq_fill_table(const float * levels, uint32_t * t
     }
 }
 
-/* c <- K q of one block b and tile i of query vectors, summed over blocks with K's scales: rows g and g + 8, vectors 2 t and
+/* sum[i] <- K q for tile i of query vectors, block by block in the tensor core, times K's scales: rows g and g + 8, vectors 2 t and
  * 2 t + 1. row: row g of the 16, which are stride bytes apart; part t of their blocks is the lane's. q(b, i): the fragments. */
 template <typename T, int NT, int BLOCKS, typename Q>
 TQ_D void tq_multiply_keys(const uint32_t * table, const uint8_t * row, int stride, const typename T::place & part, int n_blocks, const Q & q,
