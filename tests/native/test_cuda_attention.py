@@ -393,7 +393,7 @@ def test_any_number_of_splits(cuda: Any, monkeypatch: pytest.MonkeyPatch, n_sm: 
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "holes", "values"])
 @pytest.mark.parametrize("shared_kib", [227, 64])
 def test_many_tiles_per_warp(cuda: Any, monkeypatch: pytest.MonkeyPatch, mask: str, shared_kib: int) -> None:
-    """Three stages and two; a mask copied 16 bytes at a time and one that cannot be; scores so large that bases rise."""
+    """Three stages and two; masks copied 16 bytes at a time and value by value; scores so large that bases rise."""
     if cuda.emulated:
         monkeypatch.setenv("TQ_HOST_SM", "1")
         monkeypatch.setenv("TQ_HOST_SHARED_KIB", str(shared_kib))
