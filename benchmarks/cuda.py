@@ -131,8 +131,8 @@ class LlamaFigure:
     rounds: tuple[float, ...]
 
 
-AT_32K = {"pqo3": (22, 25), "pqo4": (22, 25), "pqt3": (32, 37), "pqt4": (43, 51), "f16": (31, 37)}
-"""Microseconds expected of 32,768 tokens, 8 KV heads of 128, batch 1, groups of 8; smaller ones take less."""
+AT_32K = {"pqo3": (13, 15), "pqo4": (14, 17), "pqt3": (23, 27), "pqt4": (34, 40), "f16": (31, 37)}
+"""Microseconds expected of 32,768 tokens, 8 KV heads of 128, batch 1, groups of up to 8."""
 MERGING = (2, 4)
 ENCODE_512 = {"pqo3": (4, 6), "pqo4": (4, 6), "pqt3": (40, 40), "pqt4": (40, 40)}
 

@@ -1,4 +1,5 @@
 /* attention.cu: launches of attention. FMA is welcome here: attention has a tolerance, not bytes to match. */
+#include "attention_warp.cuh"
 #include "tail.cuh"
 
 #if defined(__CUDACC__)
@@ -7,10 +8,16 @@
 
 /* ---- Kernels ---- */
 
-/* One for each of our types on both sides and DK = DV = 32 BLOCKS, 64 or 128; the last, TQ_ANY, for all other pairs and head sizes. */
-template <int T, int NT, int BLOCKS> TQ_KERNEL(TQ_ATTENTION_THREADS, TQ_ATTENTION_BLOCKS) tq_attend_kernel(TQ_PARAMETER tq_attention p) {
+/* For all pairs of types and all head sizes. */
+template <int NT> TQ_KERNEL(TQ_ATTENTION_THREADS, TQ_ATTENTION_BLOCKS) tq_attend_kernel(TQ_PARAMETER tq_attention p) {
     TQ_SHARED(shared);
-    tq_attend<T, T, NT, BLOCKS>(p, shared);
+    tq_attend<NT>(p, shared);
+}
+
+/* For one of our types on both sides and DK = DV = 32 BLOCKS, 64 or 128. */
+template <typename T, int NT, int BLOCKS> TQ_KERNEL(TQ_ATTENTION_THREADS, TQ_ATTENTION_BLOCKS) tq_attend_warp_kernel(TQ_PARAMETER tq_attention p) {
+    TQ_SHARED(shared);
+    tq_attend_by_warps<T, NT, BLOCKS>(p, shared);
 }
 
 TQ_KERNEL(TQ_TAIL_ATTENTION_THREADS, 4) tq_attend_tail_kernel(TQ_PARAMETER tq_attention p) {
@@ -27,10 +34,10 @@ typedef void (*tq_attention_kernel)(const tq_attention p);
 
 template <int NT, int BLOCKS> static tq_attention_kernel kernel_of_type(int type) {
     switch (type) {
-        case TQ_TYPE_PQO3: return tq_attend_kernel<TQ_TYPE_PQO3, NT, BLOCKS>;
-        case TQ_TYPE_PQO4: return tq_attend_kernel<TQ_TYPE_PQO4, NT, BLOCKS>;
-        case TQ_TYPE_PQT3: return tq_attend_kernel<TQ_TYPE_PQT3, NT, BLOCKS>;
-        default:           return tq_attend_kernel<TQ_TYPE_PQT4, NT, BLOCKS>;
+        case TQ_TYPE_PQO3: return tq_attend_warp_kernel<tq_pqo3, NT, BLOCKS>;
+        case TQ_TYPE_PQO4: return tq_attend_warp_kernel<tq_pqo4, NT, BLOCKS>;
+        case TQ_TYPE_PQT3: return tq_attend_warp_kernel<tq_pqt3, NT, BLOCKS>;
+        default:           return tq_attend_warp_kernel<tq_pqt4, NT, BLOCKS>;
     }
 }
 
@@ -41,7 +48,7 @@ template <int NT> static tq_attention_kernel kernel_of(const tq_attention & p) {
     if (p.blocks == 2) {
         return kernel_of_type<NT, 2>(p.k.type);
     }
-    return tq_attend_kernel<TQ_ANY, NT, 0>;
+    return tq_attend_kernel<NT>;
 }
 
 /* ---- Devices ---- */

@@ -1,4 +1,5 @@
-/* attention.cuh: fused attention over compressed K and V for few query vectors, on tensor cores.
+/* attention.cuh: fused attention over compressed K and V for few query vectors, on tensor cores: every pair of types and every
+ * head size. attention_warp.cuh does the same faster for those that decoding mostly has, and takes from here what is no loop.
  *
  * As on the CPU (attention.c) everything happens in the transformed domain: q is transformed once, V is accumulated
  * transformed, the inverse transform runs once on the output. A block of 256 threads takes a range of keys of one KV head,
@@ -21,16 +22,12 @@
 #ifndef TQ_ATTENTION_CUH
 #define TQ_ATTENTION_CUH
 
-#include "slices.cuh"
 #include "tiles.cuh"
+#include "products.cuh"
 #include "transform.cuh"
 
 #define TQ_WEIGHT 1024.0f
 #define TQ_F16_NEGATIVE_INFINITY 0xfc00u
-
-struct alignas(16) tq_quad {
-    uint32_t word[4];
-};
 
 /* What a thread knows of the query vector whose softmax it helps with. */
 struct tq_row {
@@ -53,11 +50,10 @@ struct tq_buffers {
     uint8_t * stages;
 };
 
-/* Where the tables lie is a constant if there is but one, which saves an addition per look-up. */
-TQ_D tq_buffers tq_carve(const tq_attention & p, bool one_table, unsigned char * shared) {
+TQ_D tq_buffers tq_carve(const tq_attention & p, unsigned char * shared) {
     tq_buffers w;
     w.k_table = (uint32_t *) (void *) shared;
-    w.v_table = (uint32_t *) (void *) (shared + (one_table ? 0 : p.at_v_table));
+    w.v_table = (uint32_t *) (void *) (shared + p.at_v_table);
     w.q       = (tq_quad *) (void *) (shared + p.at_q);
     w.scores  = (float *) (void *) (shared + p.at_scores);
     w.weights = (uint16_t *) (void *) (shared + p.at_weights);
@@ -68,21 +64,6 @@ TQ_D tq_buffers tq_carve(const tq_attention & p, bool one_table, unsigned char *
     w.slope   = w.scale + 8 * p.n_tiles;
     w.stages  = shared + p.at_stages;
     return w;
-}
-
-/* ---- Tables ---- */
-
-/* An entry is found once and stored in all its copies, 16 bytes at a time, each thread beginning at another bank. */
-template <typename T> TQ_D void tq_fill_table(const float * levels, uint32_t * table) {
-    const int n = T::ENTRIES > 0 ? T::ENTRIES : 1, n_quads = TQ_LANES / 4, i = tq_thread() % n;
-    if (T::ENTRIES > 0) {
-        const uint32_t x = T::entry(levels, i);
-        const tq_quad  copies = { { x, x, x, x } };
-        TQ_UNROLL
-        for (int first = 0; first < n_quads; first += TQ_ATTENTION_THREADS / n) {
-            ((tq_quad *) (void *) table)[i * n_quads + (i + first + tq_thread() / n) % n_quads] = copies;
-        }
-    }
 }
 
 /* ---- Queries ---- */
@@ -107,85 +88,54 @@ TQ_HD float tq_slope(const tq_attention & p, int head) {
     return head < n ? exp2f(-p.max_bias / (float) n * (float) (head + 1)) : exp2f(-p.max_bias / 2.0f / (float) n * (float) (2 * (head - n) + 1));
 }
 
-/* Writes the q fragments and, for each query vector, scale and slope. A warp takes a vector. */
-template <typename T> TQ_D void tq_load_queries(const tq_attention & p, const tq_task & k, const tq_buffers & w) {
-    const int  lane   = tq_thread() % 32;
-    uint16_t * halves = (uint16_t *) (void *) w.q;
-    for (int i = tq_thread() / 32; i < 8 * p.n_tiles && k.vec0 + i < p.n_vec; i += TQ_WARPS) {
-        const int     row = (k.vec0 + i) / p.group, head = k.kv_head * p.group + k.vec0 + i - row * p.group;
+/* Writes the q fragments and, for each query vector, scale and slope; zeros where there is no vector. A warp takes a vector. */
+template <typename T, int BLOCKS>
+TQ_D void tq_load_queries(const tq_attention & p, const tq_task & k, tq_quad * fragments, float * scale, float * slope) {
+    const int  lane = tq_thread() % 32, n_blocks = BLOCKS > 0 ? BLOCKS : p.k.n_blocks;
+    uint16_t * halves = (uint16_t *) (void *) fragments;
+    for (int i = tq_thread() / 32; i < 8 * p.n_tiles; i += TQ_WARPS) {
+        const bool    valid = k.vec0 + i < p.n_vec;
+        const int     vec = valid ? k.vec0 + i : 0, row = vec / p.group, head = k.kv_head * p.group + vec - row * p.group;
         const float * q   = (const float *) (const void *) (p.q + k.stream * p.q_stride_stream + (int64_t) head * p.q_stride_head +
                                                           (int64_t) row * p.q_stride_row);
-        float         amax  = 0.0f, inverse;
-        for (int b = 0; b < p.k.n_blocks; ++b) {
+        float         amax  = 0.0f, inverse = 0.0f;
+        TQ_UNROLL_BY(4) /* as many loads on their way at once */
+        for (int b = 0; b < n_blocks; ++b) {
             amax = fmaxf(amax, fabsf(q[b * TQ_BLOCK + lane]));
         }
         TQ_UNROLL
         for (int h = 1; h < 32; h *= 2) {
             amax = fmaxf(amax, tq_exchange(amax, h));
         }
-        const float power = tq_power_for(amax, &inverse);
-        for (int b = 0; b < p.k.n_blocks; ++b) {
+        const float power = valid ? tq_power_for(amax, &inverse) : 0.0f;
+        TQ_UNROLL_BY(4)
+        for (int b = 0; b < n_blocks; ++b) {
             float x = q[b * TQ_BLOCK + lane] * power;
             if (p.k.ours) {
                 x = tq_transform_warp(p.k.signs_first, x, lane);
             }
             const tq_spot spot = tq_spot_of(T::dim(0, 2) != 2, lane);
-            const int     at   = (((i / 8) * p.k.n_blocks + b) * 32 + 4 * (i % 8) + spot.part) * 8 + spot.n;
+            const int     at   = (((i / 8) * n_blocks + b) * 32 + 4 * (i % 8) + spot.part) * 8 + spot.n;
             halves[at]        = (uint16_t) tq_half2(x, 0.0f);
         }
         if (lane == 0) {
-            w.scale[i] = inverse * (p.softcap > 0.0f ? p.scale / p.softcap : p.scale) / T::unit();
-            w.slope[i] = tq_slope(p, head);
+            scale[i] = inverse * (p.softcap > 0.0f ? p.scale / p.softcap : p.scale) / T::unit();
+            slope[i] = tq_slope(p, head);
         }
     }
 }
 
 /* ---- Scores ---- */
 
-/* BLOCKS, here and below: of K and of V if the kernel is made for that number, otherwise 0. */
-template <int BLOCKS> TQ_D int tq_blocks(const tq_operand & x) { return BLOCKS > 0 ? BLOCKS : x.n_blocks; }
-template <int BLOCKS> TQ_D int tq_stride(const tq_operand & x) { return BLOCKS > 0 ? TQ_FIXED_STRIDE(BLOCKS) : x.stride_shared; }
-
-/* scores <- K q, whose fragments are in registers, q, or in w if BLOCKS is 0. */
-template <typename T, int NT, int BLOCKS>
-TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const tq_quad (*q)[NT], const uint8_t * tile) {
-    const int        lane = tq_thread() % 32, warp = tq_thread() / 32, g = lane / 4, t = lane % 4;
-    const int        ld   = p.tile + 4;
-    const uint32_t * table = w.k_table;
+template <typename T, int NT> TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const uint8_t * tile) {
+    const int lane = tq_thread() % 32, warp = tq_thread() / 32, g = lane / 4, t = lane % 4, ld = p.tile + 4;
+    float     sum[NT][4];
     if (16 * warp >= p.tile) {
         return;
     }
-    const uint32_t * row0 = (const uint32_t *) (const void *) (tile + (16 * warp + g) * tq_stride<BLOCKS>(p.k));
-    const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + 8 * tq_stride<BLOCKS>(p.k));
-    float            sum[NT][4];
-    TQ_UNROLL
-    for (int i = 0; i < NT; ++i) {
-        sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
-    }
-    const int n_blocks = tq_blocks<BLOCKS>(p.k);
-    TQ_UNROLL_BY(BLOCKS > 0 ? BLOCKS : 1)
-    for (int b = 0; b < n_blocks; ++b) {
-        const typename T::slice s0 = T::load(row0, b, t), s1 = T::load(row1, b, t);
-        const uint32_t          d  = tq_scales<T>(row0, row1, b);
-        const float             d0 = tq_half_to_float((uint16_t) d), d1 = tq_half_to_float((uint16_t) (d >> 16));
-        uint32_t                a[8];
-        TQ_UNROLL
-        for (int n = 0; n < 8; n += 2) {
-            a[n]     = T::along(table, s0, n);
-            a[n + 1] = T::along(table, s1, n);
-        }
-        TQ_UNROLL
-        for (int i = 0; i < NT; ++i) {
-            const tq_quad x    = BLOCKS > 0 ? q[BLOCKS > 0 ? b : 0][i] : w.q[(i * n_blocks + b) * 32 + lane];
-            float         c[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-            tq_mma(c, a[0], a[1], a[2], a[3], x.word[0], x.word[1]);
-            tq_mma(c, a[4], a[5], a[6], a[7], x.word[2], x.word[3]);
-            sum[i][0] += d0 * c[0];
-            sum[i][1] += d0 * c[1];
-            sum[i][2] += d1 * c[2];
-            sum[i][3] += d1 * c[3];
-        }
-    }
+    const auto q = [&](int b, int i) { return w.q[(i * p.k.n_blocks + b) * 32 + lane]; };
+    const int  stride = p.k.stride_shared;
+    tq_multiply_keys<T, NT, 0>(w.k_table, tile + (16 * warp + g) * stride, stride, T::place_of(t), p.k.n_blocks, q, sum);
     TQ_UNROLL
     for (int i = 0; i < NT; ++i) {
         float * s     = w.scores + (8 * i + 2 * t) * ld + 16 * warp + g;
@@ -198,6 +148,18 @@ TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const tq_quad 
 
 /* ---- Softmax ---- */
 
+/* The mask's row of a query vector, NULL if there is no mask. */
+TQ_D const uint8_t * tq_mask_of(const tq_attention & p, const tq_task & k, int vec) {
+    if (p.mask == NULL) {
+        return NULL;
+    }
+    const int       row = vec / p.group, head = k.kv_head * p.group + vec - row * p.group; /* divisions take some 25 instructions */
+    const uint8_t * mask = p.mask + (int64_t) row * p.mask_stride_row;
+    mask += p.n_mask_head > 1 ? (int64_t) (head % p.n_mask_head) * p.mask_stride_head : 0;
+    mask += p.n_mask_stream > 1 ? (int64_t) (k.stream % p.n_mask_stream) * p.mask_stride_stream : 0;
+    return mask;
+}
+
 TQ_D tq_row tq_row_of(const tq_attention & p, const tq_task & k, int n_tiles) {
     tq_row r;
     r.step  = 32 / n_tiles;
@@ -205,13 +167,7 @@ TQ_D tq_row tq_row_of(const tq_attention & p, const tq_task & k, int n_tiles) {
     r.first = tq_thread() % r.step;
     r.valid = k.vec0 + r.vec < p.n_vec;
     r.any   = k.vec0 + tq_thread() / 32 * n_tiles < p.n_vec;
-    r.mask  = NULL;
-    if (p.mask != NULL) { /* divisions take some 25 instructions: as few as can be */
-        const int vec = r.valid ? k.vec0 + r.vec : 0, row = vec / p.group, head = k.kv_head * p.group + vec - row * p.group;
-        r.mask        = p.mask + (int64_t) row * p.mask_stride_row;
-        r.mask += p.n_mask_head > 1 ? (int64_t) (head % p.n_mask_head) * p.mask_stride_head : 0;
-        r.mask += p.n_mask_stream > 1 ? (int64_t) (k.stream % p.n_mask_stream) * p.mask_stride_stream : 0;
-    }
+    r.mask  = tq_mask_of(p, k, r.valid ? k.vec0 + r.vec : 0);
     r.max   = -INFINITY;
     r.sum   = 0.0f;
     return r;
@@ -308,8 +264,8 @@ struct tq_share {
     bool any;
 };
 
-template <int BLOCKS> TQ_D tq_share tq_share_of(const tq_attention & p) {
-    const int n_units = (tq_blocks<BLOCKS>(p.v) + 1) / 2, warp = tq_thread() / 32;
+TQ_D tq_share tq_share_of(const tq_attention & p) {
+    const int n_units = (p.v.n_blocks + 1) / 2, warp = tq_thread() / 32;
     tq_share  s;
     s.n_parts = n_units == 1 ? 8 : n_units == 2 ? 4 : n_units <= 4 ? 2 : 1;
     s.unit    = warp % n_units;
@@ -333,10 +289,9 @@ TQ_D void tq_drop_unseen(const tq_attention & p, const tq_task & k, const tq_buf
 }
 
 /* o <- factors o + V^T weights; o[i][j]: the lane's part of dimensions n = 2 j, 2 j + 1 of its slice */
-template <typename T, int NT, int BLOCKS>
+template <typename T, int NT>
 TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_share & share, const uint8_t * tile, float (*o)[4][4]) {
-    const int        lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = p.tile + 8, stride = tq_stride<BLOCKS>(p.v);
-    const uint32_t * table = w.v_table;
+    const int lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = p.tile + 8, stride = p.v.stride_shared;
     if (!share.any) {
         return;
     }
@@ -351,52 +306,27 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
             o[i][j][3] *= f1;
         }
     }
-    const int        column = 2 * share.unit + g / 4, part = g % 4;
-    const uint32_t   keep   = column < tq_blocks<BLOCKS>(p.v) ? 0xffffffffu : 0u; /* the last unit of an odd number of blocks is half empty */
-    const int        b      = keep ? column : 0;
-    const uint8_t *  rows   = tile + (16 * share.part + 2 * t) * stride;
-    const uint16_t * from   = w.weights + g * ld + 16 * share.part + 2 * t;
+    const int      column = 2 * share.unit + g / 4;
+    const uint32_t keep   = column < p.v.n_blocks ? 0xffffffffu : 0u; /* the last unit of an odd number of blocks is half empty */
+    const auto     parts  = tq_parts_of<T, 1>(keep ? column : 0, g % 4);
     TQ_NO_UNROLL
     for (int t0 = 16 * share.part; t0 < p.tile; t0 += 16 * share.n_parts) {
-        typename T::merged m[2];
-        uint32_t           d[2];
-        TQ_UNROLL
-        for (int i = 0; i < 2; ++i) { /* tokens 2 t + 8 i and the next one */
-            const uint32_t * row0 = (const uint32_t *) (const void *) (rows + 8 * i * stride);
-            const uint32_t * row1 = (const uint32_t *) (const void *) ((const uint8_t *) row0 + stride);
-            m[i]                  = T::merge(T::load(row0, b, part), T::load(row1, b, part));
-            d[i]                  = tq_scales<T>(row0, row1, b) & keep;
-        }
         uint32_t weights[NT][2];
         TQ_UNROLL
         for (int i = 0; i < NT; ++i) {
-            const uint32_t * pairs = (const uint32_t *) (const void *) (from + 8 * i * ld);
+            const uint32_t * pairs = (const uint32_t *) (const void *) (w.weights + (8 * i + g) * ld + t0 + 2 * t);
             weights[i][0]          = pairs[0];
             weights[i][1]          = pairs[4];
         }
-        TQ_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            uint32_t a[4];
-            TQ_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                a[i] = T::across(table, m[i / 2], 2 * j + i % 2);
-                a[i] = T::SCALED ? tq_mul_half2(a[i], d[i / 2]) : a[i] & keep;
-            }
-            TQ_UNROLL
-            for (int i = 0; i < NT; ++i) {
-                tq_mma(o[i][j], a[0], a[1], a[2], a[3], weights[i][0], weights[i][1]);
-            }
-        }
-        rows += 16 * share.n_parts * stride;
-        from += 16 * share.n_parts;
+        tq_multiply_values<T, NT, 1>(w.v_table, tile + (t0 + 2 * t) * stride, stride, parts, keep, weights, o);
     }
 }
 
 /* ---- Results ---- */
 
 /* Adds the parts of the warps, in the memory that the tiles were in. */
-template <int NT, int BLOCKS> TQ_D void tq_add_parts(const tq_attention & p, const tq_share & share, float (*o)[4][4], float * sums) {
-    const int lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = tq_sum_stride(tq_blocks<BLOCKS>(p.v));
+template <int NT> TQ_D void tq_add_parts(const tq_attention & p, const tq_share & share, float (*o)[4][4], float * sums) {
+    const int lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = tq_sum_stride(p.v.n_blocks);
     float *   mine = sums + 2 * t * ld + share.unit * 64 + g;
     for (int part = 0; part < share.n_parts; ++part) {
         if (share.any && share.part == part) {
@@ -442,33 +372,25 @@ TQ_D void tq_write_output(const tq_attention & p, const tq_task & k, int vec, in
 }
 
 /* One range of keys, from beginning to end. */
-template <int KT, int VT, int NT, int BLOCKS> TQ_D void tq_attend(const tq_attention & p, unsigned char * shared) {
+template <int NT> TQ_D void tq_attend(const tq_attention & p, unsigned char * shared) {
     const tq_task    k     = tq_task_of(p);
-    const tq_buffers w     = tq_carve(p, KT != TQ_ANY && KT == VT, shared);
-    const tq_share   share = tq_share_of<BLOCKS>(p);
+    const tq_buffers w     = tq_carve(p, shared);
+    const tq_share   share = tq_share_of(p);
     const int        lane = tq_thread() % 32, warp = tq_thread() / 32;
     const int        k_lead = tq_lead(p.k, k), v_lead = tq_lead(p.v, k);
     float            o[NT][4][4];
-    tq_quad          q[BLOCKS > 0 ? BLOCKS : 1][NT];
 
-    tq_loader loaders[2] = { tq_loader_of(p.k, k, 0), tq_loader_of(p.v, k, p.v_in_stage) };
+    tq_loader loaders[2] = { tq_loader_of(p.k, k, tq_thread(), k.begin, 0), tq_loader_of(p.v, k, tq_thread(), k.begin, p.v_in_stage) };
     if (k.begin < k.end) {
         tq_load_tile(p, k, loaders, k.begin, w.stages);
     }
-    TQ_WITH_TYPE(KT, p.k.type, tq_fill_table<TQ>(p.k.levels, w.k_table));
-    if (BLOCKS == 0 && !p.one_table) {
-        TQ_WITH_TYPE(VT, p.v.type, tq_fill_table<TQ>(p.v.levels, w.v_table));
+    TQ_WITH_TYPE(p.k.type, tq_fill_table<TQ>(p.k.levels, w.k_table));
+    if (!p.one_table) {
+        TQ_WITH_TYPE(p.v.type, tq_fill_table<TQ>(p.v.levels, w.v_table));
     }
-    TQ_WITH_TYPE(KT, p.k.type, tq_load_queries<TQ>(p, k, w));
+    TQ_WITH_TYPE(p.k.type, (tq_load_queries<TQ, 0>(p, k, w.q, w.scale, w.slope)));
     tq_sync();
     tq_row row = tq_row_of(p, k, NT);
-    TQ_UNROLL
-    for (int b = 0; b < BLOCKS; ++b) {
-        TQ_UNROLL
-        for (int i = 0; i < NT; ++i) {
-            q[b][i] = w.q[(i * BLOCKS + b) * 32 + lane];
-        }
-    }
     TQ_UNROLL
     for (int i = 0; i < NT; ++i) {
         TQ_UNROLL
@@ -492,15 +414,15 @@ template <int KT, int VT, int NT, int BLOCKS> TQ_D void tq_attend(const tq_atten
             tq_load_tile(p, k, loaders, t0 + p.tile, w.stages + stage * p.stage_bytes);
         }
         if (seen) {
-            TQ_WITH_TYPE(KT, p.k.type, (tq_scores<TQ, NT, BLOCKS>(p, w, q, k_tile)));
+            TQ_WITH_TYPE(p.k.type, (tq_scores<TQ, NT>(p, w, k_tile)));
             tq_sync();
             tq_softmax<NT>(p, w, mask, &row);
             tq_sync();
-            if (VT == TQ_ANY && !p.v.ours) {
+            if (!p.v.ours) {
                 tq_drop_unseen(p, k, w, v_tile);
                 tq_sync();
             }
-            TQ_WITH_TYPE(VT, p.v.type, (tq_accumulate<TQ, NT, BLOCKS>(p, w, share, v_tile, o)));
+            TQ_WITH_TYPE(p.v.type, (tq_accumulate<TQ, NT>(p, w, share, v_tile, o)));
         }
         if (more && p.n_stages == 1) {
             tq_sync();
@@ -512,14 +434,14 @@ template <int KT, int VT, int NT, int BLOCKS> TQ_D void tq_attend(const tq_atten
     for (int h = 1; h < 32 / NT; h *= 2) {
         row.sum += tq_exchange(row.sum, h);
     }
-    const int n = 8 * NT, n_blocks = tq_blocks<BLOCKS>(p.v), dv = n_blocks * TQ_BLOCK;
+    const int n = 8 * NT, n_blocks = p.v.n_blocks, dv = n_blocks * TQ_BLOCK;
     float *   sums = (float *) (void *) w.stages;
     tq_sync();
     if (row.first == 0) {
         w.max[row.vec] = row.max;
         w.sum[row.vec] = row.sum;
     }
-    tq_add_parts<NT, BLOCKS>(p, share, o, sums);
+    tq_add_parts<NT>(p, share, o, sums);
     const int64_t vec0 = ((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + k.vec0;
     for (int i = warp; i < n * n_blocks; i += TQ_WARPS) {
         const int vec = i / n_blocks, b = i % n_blocks;

@@ -68,10 +68,8 @@ static int check_operand(const char * name, const tq_attn_operand * x, tq_operan
     o->stride_shared = (int) round_up(bytes, step);
     o->stride_shared += o->stride_shared / 4 % 8 == 0 ? step : 0;
     o->grain         = wide && (uintptr_t) x->data % 16 == 0 ? 16 : grain_of(all) == 16 ? 8 : grain_of(all);
+    o->copied_bytes  = (int) bytes;
     o->units         = (int) (o->grain == 16 ? bytes : o->row_bytes) / o->grain;
-    o->rows_on       = o->units < TQ_ATTENTION_THREADS ? TQ_ATTENTION_THREADS / o->units : 1;
-    o->step          = o->rows_on * o->stride_token;
-    o->units_inverse = (uint32_t) (((1ull << 32) + (unsigned) o->units - 1) / (unsigned) o->units); /* a row has several units */
     return TQ_OK;
 }
 
@@ -127,23 +125,42 @@ static int same_table(const tq_operand & k, const tq_operand & v) {
     return k.type == v.type && memcmp(k.levels, v.levels, sizeof k.levels) == 0;
 }
 
+/* Where units of a row are copied by so many threads together. */
+static void share_copies(tq_operand * o, int threads) {
+    o->rows_on       = o->units < threads ? threads / o->units : 1;
+    o->step          = o->rows_on * o->stride_token;
+    o->step_shared   = o->rows_on * o->stride_shared;
+    o->units_inverse = (uint32_t) (((1ull << 32) + (unsigned) o->units - 1) / (unsigned) o->units); /* a row has several units */
+}
+
 /* The number of blocks that a kernel is made for, or 0. */
 static int fixed_blocks(const tq_operand & k, const tq_operand & v) {
     const int n = k.n_blocks;
-    return same_table(k, v) && (n == 2 || n == 4) && v.n_blocks == n && k.stride_shared <= TQ_FIXED_STRIDE(n) &&
-                   v.stride_shared <= TQ_FIXED_STRIDE(n)
+    const int most = 16 * tq_wide_units(k.row_bytes);
+    return same_table(k, v) && (n == 2 || n == 4) && v.n_blocks == n && k.copied_bytes <= most && v.copied_bytes <= most
                ? n
                : 0;
 }
 
 static int table_bytes(const tq_operand & x) {
     switch (x.type) {
-        case TQ_TYPE_PQO3: return 64 * 128;
+        case TQ_TYPE_PQO3: return 64 * 256;
         case TQ_TYPE_PQO4:
         case TQ_TYPE_PQT3: return 256 * 128;
         case TQ_TYPE_PQT4: return 32 * 128;
         default:           return 0;
     }
+}
+
+/* Shared memory where each warp has its own stages. */
+static void lay_out_warps(tq_attention * a, int n_stages) {
+    a->tile          = TQ_WARP_STEP;
+    a->n_stages      = n_stages;
+    a->at_q          = table_bytes(a->k);
+    a->at_vectors    = a->at_q + a->n_tiles * a->blocks * 512;
+    a->at_stages     = a->at_vectors + (2 + 2 * TQ_WARPS) * 8 * a->n_tiles * 4;
+    const int stages = TQ_WARPS * n_stages * TQ_WARP_STAGE(a->blocks, a->n_tiles), out = TQ_WARPS * 8 * TQ_WARP_SUM_STRIDE(a->blocks) * 4;
+    a->shared_bytes  = a->at_stages + (stages > out ? stages : out);
 }
 
 /* Shared memory for a choice of tile and stages. */
@@ -241,31 +258,46 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
     a->streams_per_kv     = (int) (q.n_stream / k.n_stream);
     a->n_tiles            = a->n_vec <= 8 ? 1 : 2;
 
-    a->blocks = fixed_blocks(a->k, a->v);
-    for (tq_operand * x : { &a->k, &a->v }) {
-        x->stride_shared = a->blocks > 0 ? TQ_FIXED_STRIDE(a->blocks) : x->stride_shared;
-        x->step_shared   = x->rows_on * x->stride_shared;
-    }
-
     /* Large tiles have fewer barriers per key, two stages hide the memory's latency; both matter less than a second block of
      * threads on the multiprocessor. Few keys: small tiles, so that there is work for more multiprocessors. */
     static const int choices[][2] = { { 128, 2 }, { 64, 2 }, { 128, 1 }, { 64, 1 }, { 32, 1 } };
     const int64_t    whole        = (int64_t) a->n_stream * a->n_head_kv * ((a->n_vec + 8 * a->n_tiles - 1) / (8 * a->n_tiles));
     const int        first        = whole * ((a->n_kv + 127) / 128) < limits.n_sm ? 1 : 0;
-    int              choice       = -1;
-    for (int wanted = 2; wanted > 0 && choice < 0; --wanted) {
-        for (int i = first; i < 5 && choice < 0; ++i) {
-            lay_out(a, choices[i][0], choices[i][1]);
-            const size_t bytes = (size_t) a->shared_bytes;
-            if (bytes <= limits.shared_per_block && (size_t) wanted * (bytes + 1024) <= limits.shared_per_sm) {
-                choice = i;
-            }
+    bool             fits         = false;
+    const auto       try_it       = [&](int wanted) {
+        const size_t bytes = (size_t) a->shared_bytes;
+        return bytes <= limits.shared_per_block && (size_t) wanted * (bytes + 1024) <= limits.shared_per_sm;
+    };
+    a->blocks = fixed_blocks(a->k, a->v);
+    for (int wanted = 2; a->blocks > 0 && wanted > 0 && !fits; --wanted) {
+        for (int n_stages = 3; n_stages > 1 && !fits; --n_stages) {
+            lay_out_warps(a, n_stages);
+            fits = try_it(wanted);
         }
     }
-    if (choice < 0) {
+    a->blocks = fits ? a->blocks : 0;
+    for (int wanted = 2; wanted > 0 && !fits; --wanted) {
+        for (int i = first; i < 5 && !fits; ++i) {
+            lay_out(a, choices[i][0], choices[i][1]);
+            fits = try_it(wanted);
+        }
+    }
+    if (!fits) {
         return tqi_cuda_fail(TQ_E_UNSUPPORTED, "head_dim %lld and %lld of types %d and %d need %d bytes of shared memory; this device has %zu",
                              (long long) k.head_dim, (long long) v.head_dim, k.type, v.type, a->shared_bytes, limits.shared_per_block);
     }
+
+    const int grain = a->k.grain < a->v.grain ? a->k.grain : a->v.grain;
+    for (tq_operand * x : { &a->k, &a->v }) {
+        if (a->blocks > 0) { /* one kind of copy for both */
+            x->stride_shared = TQ_FIXED_STRIDE(a->blocks);
+            x->grain         = grain;
+            x->units         = grain == 16 ? tq_wide_units(x->row_bytes) : x->row_bytes / grain;
+        }
+        share_copies(x, a->blocks > 0 ? 32 : TQ_ATTENTION_THREADS);
+    }
+    const bool wide_mask = ((uintptr_t) a->mask | args->mask_stride_row | args->mask_stride_head | args->mask_stride_stream) % 16 == 0;
+    a->wide              = grain == 16 && (a->mask == NULL || wide_mask);
 
     /* one wave of blocks, and ranges of whole tiles */
     int64_t       per_sm = (int64_t) (limits.shared_per_sm / ((size_t) a->shared_bytes + 1024));

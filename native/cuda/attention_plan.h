@@ -14,16 +14,24 @@ extern "C" {
 }
 
 #define TQ_ATTENTION_THREADS 256
-/* Blocks of threads that registers leave room for on a multiprocessor. With three, 80 registers each, the compiler computes
- * addresses again and again: 287 instructions instead of 206 in scores, 147 instead of 126 in accumulate's loop (pqo3, sm_90). */
+/* Blocks of threads that registers leave room for on a multiprocessor. With three, 80 registers each, the compiler spills 104 bytes
+ * and computes addresses again and again: 473 instructions per tile of a warp instead of 412 (pqo3, heads of 128, sm_90). */
 #define TQ_ATTENTION_BLOCKS  2
 #define TQ_WARPS             (TQ_ATTENTION_THREADS / 32)
 #define TQ_MAX_TILE          128  /* keys */
+#define TQ_WARP_TILE         16   /* keys of a tile that a warp has to itself, */
+#define TQ_WARP_STEP         (TQ_WARPS * TQ_WARP_TILE) /* and from one of its tiles to the next */
 #define TQ_MAX_SPLITS        1024
 #define TQ_MERGE_THREADS     128
-/* Kernels for one type on both sides, and heads of 64 or 128: the bytes from row to row in shared memory are a constant, too,
- * so that loads need one address, and no bank is met twice (see check_operand). */
+/* Kernels for one type on both sides, and heads of 64 or 128 (attention_warp.cuh): the bytes from row to row in shared memory are
+ * a constant, too, so that loads need one address, and no bank is met twice for K (see check_operand). */
 #define TQ_FIXED_STRIDE(blocks) ((blocks) == 4 ? 80 : 48)
+/* A warp's stage: rows of K, rows of V, and (8 n_tiles, 16) values of the mask. */
+#define TQ_WARP_V(blocks)              (TQ_WARP_TILE * TQ_FIXED_STRIDE(blocks))
+#define TQ_WARP_MASK(blocks)           (2 * TQ_WARP_V(blocks))
+#define TQ_WARP_STAGE(blocks, n_tiles) (TQ_WARP_MASK(blocks) + (n_tiles) * 8 * TQ_WARP_TILE * 2)
+/* Floats per query vector in which warps leave results, 33 per block: lanes of a warp, g and t, write to different banks. */
+#define TQ_WARP_SUM_STRIDE(blocks) ((blocks) == 4 ? 146 : 81)
 #define TQ_TAIL_SLOTS        32   /* rows of a tail per block of threads, whose 128 threads keep eight query vectors */
 #define TQ_TAIL_ATTENTION_THREADS 128
 #define TQ_MAX_TILES         2    /* tensor-core tiles of eight query vectors per block of threads */
@@ -44,6 +52,7 @@ struct tq_operand {
     int             signs_first;
     int             n_blocks;      /* of 32 values per row */
     int             row_bytes;
+    int             copied_bytes;  /* of a row, the most that a head needs if copied 16 bytes at a time */
     int             grain;         /* bytes copied at once: 16, 8, 4, or 2 if nothing is aligned better */
     int             stride_shared; /* of rows in shared memory */
     int             units;         /* grains per row; with 16, which take a row's neighbours along, the most that a head needs */
@@ -76,7 +85,8 @@ struct tq_attention {
     int             tile;     /* keys in shared memory at once: 128, 64 or 32 */
     int             n_stages; /* tiles in flight or in use */
     int             one_table; /* K and V share their table of levels */
-    int             blocks;    /* of K and of V, where there is a kernel for that: TQ_FIXED_STRIDE; otherwise 0 */
+    int             wide;      /* K, V and the mask can be copied 16 bytes at a time */
+    int             blocks;    /* of K and of V, where there is a kernel for that (attention_warp.cuh); otherwise 0 */
     int             n_splits; /* ranges of keys, each of */
     int             split;    /* keys, whole tiles */
     int             n_parts;  /* to be merged: n_splits, and those of the tails */
@@ -91,6 +101,9 @@ struct tq_attention {
 /* Floats per query vector while parts are added: (units, 8 dimensions of a slice, 8 lanes g), and four so that the lanes of a
  * warp, g and t, write to different banks. */
 TQ_HD int tq_sum_stride(int n_blocks) { return (n_blocks + 1) / 2 * 64 + 4; }
+
+/* Copies of 16 bytes that a row takes, where it begins at most 8 bytes behind a multiple of 16, or fits anyway. */
+TQ_HD constexpr int tq_wide_units(int row_bytes) { return (row_bytes + 8 + 15) / 16; }
 
 /* What of the device matters. */
 struct tqi_cuda_limits {

@@ -1,9 +1,9 @@
-"""Counts what attention's inner parts execute, by unit, in the machine code: docs/cuda.md's prediction rests on it.
+"""Counts what a warp of attention executes for a tile, by unit, in the machine code: docs/cuda.md rests on it.
 
-Of the kernels for heads of 128 and up to eight query vectors: scores, from the copies' start to the next barrier, and
-accumulate, whose loop runs twice per tile of 128 keys. Needs nvcc and cuobjdump; nothing is run.
+Of the kernels for heads of 64 and 128 (attention_warp.cuh): once round the loop over tiles of 16 keys, copies, mask,
+softmax and all, by the way that a tile takes whose keys all count. Needs nvcc and cuobjdump; nothing is run.
 
-Usage: python native/cuda/instructions.py [--arch sm_90]
+Usage: python native/cuda/instructions.py [--arch sm_90] [--list KERNEL]
 """
 
 from __future__ import annotations
@@ -14,59 +14,102 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TYPES = {300: "pqo3", 301: "pqo4", 302: "pqt3", 303: "pqt4"}
 UNITS = {
     "shared": "LDS STS",
     "global": "LDG STG LDGSTS LDL STL",
     "tensor": "HMMA",
     "float": "FMUL FADD FFMA HMUL2 HADD2 HFMA2",
     "multiply": "IMAD",
-    "other": "MUFU SHFL BRA BSSY BSYNC WARPSYNC BAR NOP DEPBAR LDGDEPBAR B2R LDC ULDC",
+    "other": "MUFU MOVM SHFL VOTE BRA BSSY BSYNC WARPSYNC BAR NOP DEPBAR LDGDEPBAR B2R LDC ULDC CS2R S2R",
 }
 """Everything else is the integer unit's: shifts, masks, permutations, comparisons, selections."""
-LOOPS = 2
-"""Of accumulate per tile and warp: 128 keys, four parts of 16."""
 
-Code = list[tuple[int, str]]
+PATTERN = r"tq_attend_warp_kernelI\d+tq_(\w{4})Li(\d)ELi(\d)E"
+"""Type, tiles of eight vectors, and blocks of a head, in a kernel's mangled name."""
 
 
-def disassemble(arch: str) -> dict[str, Code]:
-    """Address and instruction of each kernel, predicates left out."""
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction; conditional: it has a predicate."""
+
+    address: int
+    text: str
+    conditional: bool
+
+    @property
+    def name(self) -> str:
+        return self.text.split()[0]
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes. Divergence within an exchange is for none but the debugger to see: not counted."""
+        found = re.match(r"BRA(?!\.DIV).*?0x([0-9a-f]+)$", self.text)
+        return int(found[1], 16) if found else None
+
+    @property
+    def counts(self) -> bool:
+        """Whether only a way with as many of these as can be does what a tile needs."""
+        return self.name.startswith(("HMMA", "LDGSTS.E.BYPASS.128"))
+
+
+def disassemble(arch: str) -> dict[str, list[Instruction]]:
+    """The instructions of each kernel."""
     with tempfile.TemporaryDirectory() as folder:
         out, number = Path(folder) / "attention.o", arch.removeprefix("sm_")
         command = ["nvcc", "-std=c++17", "-O3", "-gencode", f"arch=compute_{number},code={arch}"]
         command += [f"-I{HERE.parent / 'include'}", "-c", str(HERE / "attention.cu"), "-o", str(out)]
         subprocess.run(command, check=True)
         said = subprocess.run(["cuobjdump", "-sass", str(out)], check=True, capture_output=True, text=True).stdout
-    kernels: dict[str, Code] = {}
+    kernels: dict[str, list[Instruction]] = {}
     for line in said.splitlines():
         if found := re.search(r"Function : (\w+)", line):
             code = kernels.setdefault(found[1], [])
-        elif found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z].*?)\s*;", line):
-            code.append((int(found[1], 16), found[2]))
+        elif found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z].*?)\s*;", line):
+            code.append(Instruction(int(found[1], 16), found[3], found[2] is not None))
     return kernels
 
 
-def parts(code: Code) -> dict[str, tuple[list[str], int]]:
-    """The instructions of each part, and how often a warp executes them per tile."""
-    names = [text.split()[0] for _, text in code]
-    seen = next(i for i, name in enumerate(names) if name.startswith("BAR.RED"))
-    copied = next(i for i in range(seen, len(names)) if names[i] == "LDGDEPBAR")
-    barriers = [i for i in range(copied, len(names)) if names[i].startswith("BAR.SYNC")]
-    places = {address: i for i, (address, _) in enumerate(code)}
-    for i in range(barriers[1], len(code)):
-        found = re.match(r"BRA 0x([0-9a-f]+)", code[i][1])
-        start = places[int(found[1], 16)] if found else i
-        if start < i and any(name.startswith("HMMA") for name in names[start:i]):
-            return {
-                "scores": (names[copied + 1 : barriers[0] + 1], 1),
-                "accumulate": (names[barriers[1] + 1 : start], 1),
-                "its loop": (names[start : i + 1], LOOPS),
-            }
-    raise ValueError("no loop with products behind the second barrier: the kernel has another shape")
+def find_loop(code: list[Instruction], places: dict[int, int]) -> tuple[int, int]:
+    """First and last instruction of the innermost loop with the most products."""
+    loops = []
+    for last, instruction in enumerate(code):
+        first = last if instruction.target is None else places[instruction.target]
+        if first < last:
+            products = sum(code[i].name.startswith("HMMA") for i in range(first, last))
+            loops.append((products, first - last, first, last))
+    products, _, first, last = max(loops)
+    if products == 0:
+        raise ValueError("no loop with products in it: the kernel has another shape")
+    return first, last
+
+
+def way_round(code: list[Instruction]) -> list[Instruction]:
+    """Once round the loop: of the ways with the most products and copies, the shortest."""
+    places = {instruction.address: i for i, instruction in enumerate(code)}
+    first, last = find_loop(code, places)
+    best: dict[int, tuple[int, int, int]] = {
+        last: (0, -1, last)
+    }  # how many count, minus how many there are, the next one
+    for i in range(last - 1, first - 1, -1):
+        target = code[i].target
+        nexts = [] if target is None else [places[target]]
+        nexts += [i + 1] if target is None or code[i].conditional or "," in code[i].text else []
+        known = [(*best[j][:2], j) for j in nexts if i < j <= last and j in best]
+        if known and not (code[i].name == "EXIT" and not code[i].conditional):
+            counted, minus, j = max(known)
+            best[i] = (counted + code[i].counts, minus - 1, j)
+    way = [first]
+    while way[-1] != last:
+        way.append(best[way[-1]][2])
+    if sum(code[i].name.startswith("HMMA") for i in way) != sum(
+        code[i].name.startswith("HMMA") for i in range(first, last)
+    ):
+        raise ValueError("no way round the loop meets all of its products: the kernel has another shape")
+    return [code[i] for i in way]
 
 
 def unit_of(name: str) -> str:
@@ -75,17 +118,25 @@ def unit_of(name: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="count the instructions of attention's inner parts")
+    parser = argparse.ArgumentParser(description="count what a warp of attention executes for a tile")
     parser.add_argument("--arch", default="sm_90", help="architecture (default: sm_90)")
-    kernels = disassemble(parser.parse_args().arch)
+    parser.add_argument("--list", metavar="KERNEL", help='print the instructions of one, "pqo3 128 8" for instance')
+    args = parser.parse_args()
     units = [*UNITS, "integer"]
-    print("| type | part | per tile | " + " | ".join(units) + " |\n" + "|---" * (len(units) + 3) + "|")
-    for number, name in TYPES.items():
-        code = next(code for kernel, code in kernels.items() if f"tq_attend_kernelILi{number}ELi1ELi4E" in kernel)
-        for part, (instructions, n) in parts(code).items():
-            count = Counter(unit_of(instruction) for instruction in instructions)
-            cells = [str(n * count[unit]) for unit in units]
-            print(f"| {name} | {part} | {n * len(instructions)} | " + " | ".join(cells) + " |")
+    print("| type | head | vectors | 16 keys | " + " | ".join(units) + " |\n" + "|---" * (len(units) + 4) + "|")
+    kernels = [(re.search(PATTERN, name), code) for name, code in sorted(disassemble(args.arch).items())]
+    if not any(found for found, _ in kernels):
+        raise ValueError(f"no kernel of attention.cu matches {PATTERN}")
+    for found, code in kernels:
+        if not found:
+            continue
+        name, vectors, head = found[1], 8 * int(found[2]), 32 * int(found[3])
+        way = way_round(code)
+        count = Counter(unit_of(instruction.name) for instruction in way)
+        cells = [str(count[unit]) for unit in units]
+        print(f"| {name} | {head} | {vectors} | {len(way)} | " + " | ".join(cells) + " |")
+        if args.list == f"{name} {head} {vectors}":
+            print("\n".join(f"{instruction.address:6x} {instruction.text}" for instruction in way))
     return 0
 
 

@@ -29,8 +29,6 @@ SOURCES = {
 MOST_SPILLED = 64
 """Bytes of spill stores that a kernel may have."""
 
-TYPES = {"300": "pqo3", "301": "pqo4", "302": "pqt3", "303": "pqt4", "0": "any"}
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -48,8 +46,9 @@ def readable(mangled: str) -> str:
     name = re.sub(r"^_Z\w*?\d+(tq_\w+?_kernel).*", r"\1", mangled)
     numbers = re.findall(r"Li(\d+)E", mangled)
     if name == "tq_attend_kernel":
-        size = f" DK {32 * int(numbers[2])}" if numbers[2] != "0" else ""
-        return f"{name} {TYPES[numbers[0]]}{size}, {8 * int(numbers[1])} vectors"
+        return f"{name}, {8 * int(numbers[0])} vectors"
+    if found := re.search(r"tq_attend_warp_kernelI\d+tq_(\w{4})Li", mangled):
+        return f"{name} {found[1]} DK {32 * int(numbers[1])}, {8 * int(numbers[0])} vectors"
     return " ".join([name, *(f"{number} bits" for number in numbers)])
 
 

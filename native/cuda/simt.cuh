@@ -31,7 +31,17 @@
 #define TQ_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define TQ_PARAMETER const __grid_constant__
 
-TQ_D int tq_thread() { return (int) threadIdx.x; }
+TQ_D int tq_thread() {
+    const int i = (int) threadIdx.x;
+    __builtin_assume(i >= 0); /* divisions by powers of two are shifts then */
+    return i;
+}
+/* x, in a register: nvcc computes what it knows how to compute anew in each round of a loop. */
+TQ_D int tq_keep(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 TQ_D int tq_block_x() { return (int) blockIdx.x; }
 TQ_D int tq_block_y() { return (int) blockIdx.y; }
 TQ_D int tq_block_z() { return (int) blockIdx.z; }
@@ -39,6 +49,8 @@ TQ_D int tq_block_z() { return (int) blockIdx.z; }
 TQ_D void tq_sync() { __syncthreads(); }
 TQ_D int  tq_sync_or(int x) { return __syncthreads_or(x); }
 TQ_D void tq_sync_warp() { __syncwarp(); }
+TQ_D bool tq_any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+TQ_D uint32_t tq_which_lanes(bool x) { return __ballot_sync(0xffffffffu, x); }
 
 template <typename T> TQ_D T tq_exchange(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 template <typename T> TQ_D T tq_lane(T x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
@@ -62,19 +74,25 @@ TQ_D uint32_t tq_mul_half2(uint32_t a, uint32_t b) {
 TQ_D float tq_half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 TQ_D uint32_t tq_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 TQ_D uint32_t tq_funnel(uint32_t low, uint32_t high, int shift) { return __funnelshift_r(low, high, (unsigned) shift); }
-/* Two f16, each 0 if it is infinite or NaN. */
+/* Two f16, each some finite number if it is infinite or NaN: the largest where the machine has an instruction for that, or 0. */
 TQ_D uint32_t tq_finite_halves(uint32_t a) {
+#if __CUDA_ARCH__ >= 860
+    const uint32_t largest = 0x7bff7bffu;
+    asm("min.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(a) : "r"(largest));
+    return a;
+#else
     __half2        x;
     const uint32_t abs = a & 0x7fff7fffu, most = 0x7bff7bffu;
     __half2        y;
     memcpy(&x, &abs, sizeof x);
     memcpy(&y, &most, sizeof y);
     return a & __hle2_mask(x, y);
+#endif
 }
 
-/* e^x to about 2^-20 of it, for x <= 0; what is below 2^-126 is 0. */
-TQ_D float tq_exp(float x) {
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x * 1.4426950408889634f));
+/* 2^x to about 2^-22 of it; what is below 2^-126 is 0. */
+TQ_D float tq_exp2(float x) {
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
     return x;
 }
 TQ_D uint32_t tq_multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
@@ -97,24 +115,39 @@ TQ_D void tq_mma(float * c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, 
 #endif
 }
 
-/* Starts to copy BYTES = 4, 8 or 16 bytes into shared memory; Turing, which cannot start and go on, copies them. */
-template <int BYTES> TQ_D void tq_copy_async(void * to, const void * from) {
+/* Transposes 8 x 8 f16: before and after, lane i has row i / 4 and of it columns 2 (i % 4) and one more. */
+TQ_D uint32_t tq_transpose(uint32_t x) {
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(x));
+    return x;
+}
+
+/* Bits of a where mask has ones, of b elsewhere: one instruction, which nvcc finds in no way to write it in C. */
+TQ_D uint32_t tq_select(uint32_t mask, uint32_t a, uint32_t b) {
+    asm("lop3.b32 %0, %0, %1, %2, 0xca;" : "+r"(mask) : "r"(a), "r"(b));
+    return mask;
+}
+
+/* Starts to copy BYTES = 4, 8 or 16 bytes to OFFSET bytes behind to in shared memory; two bytes, and all of them on Turing, which
+ * cannot start and go on, are copied. Assembly, too, where C would do: nvcc would go on with a second copy of from. */
+template <int BYTES, int OFFSET = 0> TQ_D void tq_copy_async(void * to, const void * from) {
 #if __CUDA_ARCH__ >= 800
-    const unsigned address = (unsigned) __cvta_generic_to_shared(to);
-    if (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
-    }
+    const bool begin = BYTES > 2;
 #else
-    if (BYTES == 16) {
-        *(uint4 *) to = *(const uint4 *) from;
-    } else if (BYTES == 8) {
-        *(uint2 *) to = *(const uint2 *) from;
-    } else {
-        *(uint32_t *) to = *(const uint32_t *) from;
-    }
+    const bool begin = false;
 #endif
+    [[maybe_unused]] const unsigned address = (unsigned) __cvta_generic_to_shared(to);
+    if constexpr (begin && BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0 + %2], [%1], 16;" ::"r"(address), "l"(from), "n"(OFFSET) : "memory");
+    } else if constexpr (begin) {
+        asm volatile("cp.async.ca.shared.global [%0 + %3], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES), "n"(OFFSET) : "memory");
+    } else if constexpr (BYTES == 2) {
+        asm volatile("{ .reg .b16 x; ld.global.b16 x, [%1]; st.shared.b16 [%0 + %2], x; }" ::"r"(address), "l"(from), "n"(OFFSET) : "memory");
+    } else {
+        TQ_UNROLL
+        for (int i = 0; i < BYTES / 4; ++i) {
+            ((uint32_t *) to)[OFFSET / 4 + i] = ((const uint32_t *) from)[i];
+        }
+    }
 }
 
 /* Ends a group of copies; waits until at most N groups are unfinished. */
@@ -133,6 +166,11 @@ template <int N> TQ_D void tq_copy_wait() {
 #else
 #  include "simt_host.h"
 #endif
+
+#define TQ_LOG2_E 1.4426950408889634f
+
+/* e^x to about 2^-20 of it, for x <= 0. */
+TQ_D float tq_exp(float x) { return tq_exp2(x * TQ_LOG2_E); }
 
 /* ---- Launching ---- */
 

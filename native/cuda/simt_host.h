@@ -157,6 +157,7 @@ inline void tq_host_run(unsigned nx, unsigned ny, unsigned nz, int n_threads, si
 }
 
 TQ_D int tq_thread() { return tq_host.thread; }
+TQ_D int tq_keep(int x) { return x; }
 TQ_D int tq_block_x() { return tq_host.x; }
 TQ_D int tq_block_y() { return tq_host.y; }
 TQ_D int tq_block_z() { return tq_host.z; }
@@ -206,6 +207,17 @@ template <typename T> TQ_D T tq_lane(T x, int lane) {
     return y;
 }
 
+TQ_D uint32_t tq_which_lanes(bool x) {
+    const unsigned char (*all)[TQ_HOST_SLOT] = tq_host_share(&x, sizeof x);
+    uint32_t lanes = 0;
+    for (int i = 0; i < TQ_HOST_LANES; ++i) {
+        lanes |= (uint32_t) (all[i][0] != 0) << i;
+    }
+    return lanes;
+}
+
+TQ_D bool tq_any_lane(bool x) { return tq_which_lanes(x) != 0; }
+
 template <typename T> TQ_D T tq_exchange(T x, int mask) { return tq_lane(x, (tq_host.thread % TQ_HOST_LANES) ^ mask); }
 
 /* ---- f16 ---- */
@@ -247,6 +259,7 @@ TQ_D uint32_t tq_mul_half2(uint32_t a, uint32_t b) { /* products of 11-bit numbe
                     tq_half_to_float((uint16_t) (a >> 16)) * tq_half_to_float((uint16_t) (b >> 16)));
 }
 
+TQ_D uint32_t tq_select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 TQ_D uint32_t tq_permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = a | (uint64_t) b << 32;
     uint32_t       r     = 0;
@@ -261,10 +274,11 @@ TQ_D uint32_t tq_funnel(uint32_t low, uint32_t high, int shift) {
 }
 
 TQ_D uint32_t tq_finite_halves(uint32_t a) {
-    return ((a & 0x7c00u) == 0x7c00u ? 0u : a & 0xffffu) | ((a & 0x7c000000u) == 0x7c000000u ? 0u : a & 0xffff0000u);
+    a = (a & 0x7c00u) == 0x7c00u ? (a & 0xffff8000u) | 0x7bffu : a;
+    return (a & 0x7c000000u) == 0x7c000000u ? (a & 0x8000ffffu) | 0x7bff0000u : a;
 }
 
-TQ_D float tq_exp(float x) { return expf(x); }
+TQ_D float tq_exp2(float x) { return exp2f(x); }
 TQ_D uint32_t tq_multiply_high(uint32_t a, uint32_t b) { return (uint32_t) ((uint64_t) a * b >> 32); }
 
 TQ_D void tq_mma(float * c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -290,7 +304,18 @@ TQ_D void tq_mma(float * c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, 
     }
 }
 
-template <int BYTES> TQ_D void tq_copy_async(void * to, const void * from) {
+TQ_D uint32_t tq_transpose(uint32_t x) {
+    const unsigned char (*all)[TQ_HOST_SLOT] = tq_host_share(&x, sizeof x);
+    const int lane = tq_host.thread % TQ_HOST_LANES, row = lane / 4, column = 2 * (lane % 4);
+    uint16_t  pair[2];
+    for (int i = 0; i < 2; ++i) {
+        memcpy(&pair[i], all[4 * (column + i) + row / 2] + 2 * (row % 2), 2);
+    }
+    return pair[0] | (uint32_t) pair[1] << 16;
+}
+
+template <int BYTES, int OFFSET = 0> TQ_D void tq_copy_async(void * start, const void * from) {
+    unsigned char * to = (unsigned char *) start + OFFSET;
     tq_host_fibre * f = &tq_host.fibres[tq_host.thread];
     tq_host_copy    c;
     if ((uintptr_t) to % BYTES != 0 || (uintptr_t) from % BYTES != 0) {

@@ -26,65 +26,61 @@ TQ_D tq_task tq_task_of(const tq_attention & p) {
 TQ_D int tq_lead(const tq_operand & x, const tq_task & k) { return x.grain == 16 ? (int) (k.kv_head * x.stride_head) & 15 : 0; }
 
 /* What a thread copies of a tile of K or V: of every rows_on-th row the same unit, a unit being what is copied at once. Up to
- * 256 % units threads have nothing to do, but to go on takes additions alone. */
+ * 256 % units threads, or 32 % units of a warp that copies by itself, have nothing to do, but to go on takes additions alone. */
 struct tq_loader {
     const uint8_t * from;       /* in the tile to be loaded next */
     uint32_t        to_and_row; /* bytes into the stage, 20 bits; the first row, beyond all tiles where a thread has none */
 };
 
-TQ_D tq_loader tq_loader_of(const tq_operand & x, const tq_task & k, int in_stage) {
+/* thread: of those that copy together; begin: the first key. */
+TQ_D tq_loader tq_loader_of(const tq_operand & x, const tq_task & k, int thread, int begin, int in_stage) {
     const int lead  = tq_lead(x, k);
-    const int first = (int) tq_multiply_high((uint32_t) tq_thread(), x.units_inverse);
-    const int unit  = tq_thread() - first * x.units;
-    const int units = x.grain == 16 ? (lead + x.row_bytes + 15) / 16 : x.units; /* that this head needs */
+    const int first = (int) tq_multiply_high((uint32_t) thread, x.units_inverse);
+    const int unit  = thread - first * x.units;
+    const int last  = x.grain == 16 ? (lead + x.row_bytes - 1) / 16 : x.units - 1; /* unit that this head needs: copied again for others */
     tq_loader l;
-    l.from = x.data + k.kv_stream * x.stride_stream + k.kv_head * x.stride_head - lead + (k.begin + first) * x.stride_token + unit * x.grain;
+    l.from = x.data + k.kv_stream * x.stride_stream + k.kv_head * x.stride_head - lead + (begin + first) * x.stride_token +
+             (unit < last ? unit : last) * x.grain;
     l.to_and_row = (uint32_t) (in_stage + first * x.stride_shared + unit * x.grain);
-    l.to_and_row |= (uint32_t) (first < x.rows_on && unit < units ? first : TQ_MAX_TILE) << 20;
+    l.to_and_row |= (uint32_t) (first < x.rows_on ? first : TQ_MAX_TILE) << 20;
     return l;
 }
 
-template <int BYTES> TQ_D void tq_copy_unit(uint8_t * to, const uint8_t * from) {
-    if (BYTES == 2) {
-        *(uint16_t *) (void *) to = *(const uint16_t *) (const void *) from;
-    } else {
-        tq_copy_async<BYTES == 2 ? 4 : BYTES>(to, from);
-    }
-}
-
-template <int BYTES> TQ_D void tq_copy_rows(const tq_operand & x, const tq_loader & l, int n, uint8_t * stage) {
+template <int BYTES, int THREADS> TQ_D void tq_copy_rows(const tq_operand & x, const tq_loader & l, int n, uint8_t * stage) {
     const uint8_t * from = l.from;
     uint8_t *       to   = stage + (l.to_and_row & 0xfffffu);
+    const int       thread = tq_thread() % THREADS;
     TQ_NO_UNROLL
     for (int row = (int) (l.to_and_row >> 20); row < n; row += x.rows_on) {
-        tq_copy_unit<BYTES>(to, from);
+        tq_copy_async<BYTES>(to, from);
         TQ_NO_UNROLL
-        for (int i = tq_thread() + TQ_ATTENTION_THREADS; BYTES < 16 && i < x.units; i += TQ_ATTENTION_THREADS) { /* the longest rows */
-            tq_copy_unit<BYTES>(to + (i - tq_thread()) * BYTES, from + (i - tq_thread()) * BYTES);
+        for (int i = THREADS; BYTES < 16 && i + thread < x.units; i += THREADS) { /* the longest rows */
+            tq_copy_async<BYTES>(to + i * BYTES, from + i * BYTES);
         }
         from += x.step;
         to += x.step_shared;
     }
 }
 
-TQ_D void tq_load_operand(const tq_operand & x, tq_loader * l, int n, uint8_t * stage) {
+template <int THREADS> TQ_D void tq_copy_operand(const tq_operand & x, const tq_loader & l, int n, uint8_t * stage) {
     if (x.grain == 16) {
-        tq_copy_rows<16>(x, *l, n, stage);
+        tq_copy_rows<16, THREADS>(x, l, n, stage);
     } else if (x.grain == 8) {
-        tq_copy_rows<8>(x, *l, n, stage);
+        tq_copy_rows<8, THREADS>(x, l, n, stage);
     } else if (x.grain == 4) {
-        tq_copy_rows<4>(x, *l, n, stage);
+        tq_copy_rows<4, THREADS>(x, l, n, stage);
     } else {
-        tq_copy_rows<2>(x, *l, n, stage);
+        tq_copy_rows<2, THREADS>(x, l, n, stage);
     }
-    l->from += x.step_tile;
 }
 
 /* Starts to load the tile at t0, K and V; tiles are loaded one after the other. */
 TQ_D void tq_load_tile(const tq_attention & p, const tq_task & k, tq_loader * loaders, int t0, uint8_t * stage) {
     const int n = k.end - t0 < p.tile ? k.end - t0 : p.tile;
-    tq_load_operand(p.k, &loaders[0], n, stage);
-    tq_load_operand(p.v, &loaders[1], n, stage);
+    tq_copy_operand<TQ_ATTENTION_THREADS>(p.k, loaders[0], n, stage);
+    tq_copy_operand<TQ_ATTENTION_THREADS>(p.v, loaders[1], n, stage);
+    loaders[0].from += p.k.step_tile;
+    loaders[1].from += p.v.step_tile;
     tq_copy_commit();
 }
 

@@ -390,6 +390,31 @@ def test_any_number_of_splits(cuda: Any, monkeypatch: pytest.MonkeyPatch, n_sm: 
         check_case(cuda, Case(n_kv=n_kv, sinks=True, mask="window", n_head=6, n_head_kv=2))
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "window", "holes", "values"])
+@pytest.mark.parametrize("shared_kib", [227, 64])
+def test_many_tiles_per_warp(cuda: Any, monkeypatch: pytest.MonkeyPatch, mask: str, shared_kib: int) -> None:
+    """Three stages and two; masks copied 16 bytes at a time and value by value; scores so large that bases rise."""
+    if cuda.emulated:
+        monkeypatch.setenv("TQ_HOST_SM", "1")
+        monkeypatch.setenv("TQ_HOST_SHARED_KIB", str(shared_kib))
+    for n_kv, head_dim, n_q in ((1504, 128, 1), (1501, 128, 1), (1200, 64, 3)):
+        for type in ("pqo3", "pqt4") if n_q == 1 else ("pqo3", "pqo4"):
+            n_head_kv = 256 // head_dim  # 16 bytes at a time; of 64 values, some heads need fewer copies than others
+            case = Case(
+                type,
+                type,
+                head_dim,
+                head_dim,
+                n_head=8,
+                n_head_kv=n_head_kv,
+                n_kv=n_kv,
+                n_q=n_q,
+                mask=mask,
+                q_scale=8.0,
+            )
+            check_case(cuda, case)
+
+
 def usable(cuda: Any) -> Any:
     args = cuda.Attention()
     for operand, type, n_head in ((args.q, 0, 4), (args.k, 300, 2), (args.v, 300, 2)):
