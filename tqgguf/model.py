@@ -8,7 +8,7 @@ import difflib
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -537,6 +537,28 @@ class Llama(_Stock):  # type: ignore[misc]
         """
         check_schemas(kwargs)
         return super().create_chat_completion(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As the stock method, but an answer that another one has interrupted does not go on in that one's cache.
+
+        Args:
+            *args: as there.
+            **kwargs: as there.
+
+        Raises:
+            ArgumentError: a later answer of this model has begun since.
+        """
+        mine = self._answering = object()
+        tokens = super().generate(*args, **kwargs)
+        given = None
+        with contextlib.closing(tokens), contextlib.suppress(StopIteration):
+            while True:
+                given = yield tokens.send(given)
+                if self._answering is not mine:
+                    raise ArgumentError(
+                        "this answer cannot go on: another one of the same model has begun, and a model has one cache. "
+                        "Read one to its end before the next, or load the model twice"
+                    )
 
     def _init_sampler(self, *args: Any, grammar: Any = None, **kwargs: Any) -> Any:
         if grammar is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import signal
 import struct
@@ -350,6 +351,18 @@ def test_a_token_beyond_the_vocabulary(token: int) -> None:
         model.detokenize([5, token])
     assert model.detokenize(model.tokenize(b" Paris", add_bos=False)).strip() == b"Paris"
     model.close()
+
+
+def test_an_answer_does_not_go_on_in_the_cache_of_another() -> None:
+    options = {"temperature": 0, "max_tokens": 8}
+    with contextlib.closing(load(demo.MODEL_PATH)) as model:
+        alone = model("The capital of Peru is", **options)["choices"][0]["text"]
+        first = model("The capital of France is", stream=True, **options)
+        next(first)
+        assert model("The capital of Peru is", **options)["choices"][0]["text"] == alone
+        with pytest.raises(ArgumentError, match="another one of the same model has begun"):
+            list(first)
+        assert model("The capital of Peru is", **options)["choices"][0]["text"] == alone
 
 
 def test_a_closed_model_says_so() -> None:
