@@ -135,6 +135,7 @@ def create_app(
     api_key: str | None = None,
     origins: Sequence[str] = (),
     local: bool = False,
+    grammars: bool = True,
 ) -> Any:
     """The application: upstream's routes, and `/cache` and `/metrics`.
 
@@ -145,6 +146,8 @@ def create_app(
         origins: web pages that may use the server, such as "https://chat.example"; "*" for all. Those of this machine
             may.
         local: whether it is to be called by names of this machine alone, and by those in `origins`.
+        grammars: whether clients may send grammars, JSON schemas and tools. There are some over which llama.cpp
+            computes without end.
 
     Returns:
         A FastAPI application.
@@ -186,9 +189,8 @@ def create_app(
     allowed: dict[str, Any] = {"allow_origins": ["*"] if anywhere else origins, "allow_methods": ["*"]}
     app.add_middleware(CORSMiddleware, allow_origin_regex=LOCAL_ORIGINS, allow_headers=["*"], **allowed)
     # Inside the other, so that what they refuse can be read by web pages, too.
-    app.user_middleware.append(
-        Middleware(Requests, name=name, counts=counts, n_ctx=model.n_ctx(), n_vocab=model.n_vocab(), hosts=hosts)
-    )
+    limits = {"n_ctx": model.n_ctx(), "n_vocab": model.n_vocab(), "hosts": hosts, "grammars": grammars}
+    app.user_middleware.append(Middleware(Requests, name=name, counts=counts, **limits))
     app.user_middleware.append(Middleware(Reloading, model=model, api_key=api_key))
     app.add_exception_handler(AnyHTTPException, _http_error)
     # Upstream makes a client that asks for the models wait until the answer that is being computed has come.

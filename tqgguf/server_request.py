@@ -28,6 +28,8 @@ __all__ = ["RefusedError", "Requests", "error_body", "host_of", "is_loopback", "
 _logger = logging.getLogger("uvicorn.error")
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
+GRAMMARS: Final = ("functions", "grammar", "tools")
+"""Fields that are a grammar, or that llama_cpp makes one of."""
 BYTES_PER_TOKEN: Final = 64
 """Of a body, for each token of the context; text has 4 to 6. A longer prompt cannot fit, and need not be tokenized."""
 
@@ -87,12 +89,22 @@ class Requests:
         n_vocab: tokens of the vocabulary.
         hosts: names by which the server may be called; None for any. On a machine's own address this keeps web pages
             out whose names were made to point there (DNS rebinding).
+        grammars: whether clients may send grammars, and what grammars are made of.
     """
 
     def __init__(
-        self, app: Any, *, name: str, counts: Any, n_ctx: int, n_vocab: int, hosts: Collection[str] | None
+        self,
+        app: Any,
+        *,
+        name: str,
+        counts: Any,
+        n_ctx: int,
+        n_vocab: int,
+        hosts: Collection[str] | None,
+        grammars: bool,
     ) -> None:
         self.app, self.name, self.counts, self.n_vocab, self.hosts = app, name, counts, n_vocab, hosts
+        self.grammars = grammars
         self.most = 2**20 + BYTES_PER_TOKEN * n_ctx
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -197,6 +209,10 @@ class Requests:
         stop = data.get("stop")
         if stop == "" or (isinstance(stop, list) and "" in stop):
             raise RefusedError("stop holds an empty text, which ends every answer before it begins", "stop")
+        form = data.get("response_format")
+        schema = {"response_format"} if isinstance(form, dict) and form.keys() - {"type"} else set()
+        if not self.grammars and (given := schema | {name for name in GRAMMARS if data.get(name)}):
+            raise RefusedError(f"{min(given)} is not taken by this server (--no-grammars)", min(given))
         if data.get("logit_bias") and data.get("min_tokens"):
             raise RefusedError(
                 "logit_bias and min_tokens cannot be combined: llama_cpp would pass over both", "logit_bias"
@@ -218,7 +234,7 @@ class Requests:
         if not isinstance(bias, dict) or data.get("logit_bias_type") == "tokens":
             return
         for token in bias:
-            if not (token.isascii() and token.isdecimal() and int(token) < self.n_vocab):
+            if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < self.n_vocab):
                 raise RefusedError(
                     f"logit_bias names token {_short(token)}, must be a number from 0 to {self.n_vocab - 1}",
                     "logit_bias",

@@ -74,6 +74,7 @@ BAD_CHATS: list[tuple[Any, str]] = [
         {"messages": FRANCE, "grammar": "root ::= " + "(" * 90000 + "x" + ")" * 90000},
         "90,000 brackets within each other, at most 2,000",
     ),
+    ({"messages": FRANCE, "logit_bias": {"9" * 5000: 1}}, "must be a number from 0 to"),
     ({"messages": FRANCE, "grammar": 'root ::= "yes"', "min_tokens": 9}, "the grammar allows no token here"),
     (
         {
@@ -229,6 +230,22 @@ def test_it_ends_in_a_grammar_without_end(serve: Callable[..., Any]) -> None:
     seconds, said = server.end()
     assert said == "" and seconds < 3 and server.process.returncode == 0
     asking.join(10)
+
+
+def test_it_can_refuse_grammars(serve: Callable[..., Any]) -> None:
+    server = serve(MODEL, "--threads", "1", "--no-grammars")
+    schema = {"type": "object", "properties": {}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    for field, value in (
+        ("grammar", 'root ::= "yes"'),
+        ("response_format", {"type": "json_object", "schema": schema}),
+        ("tools", [tool]),
+        ("functions", [tool["function"]]),
+    ):
+        status, answer, _ = send(server, CHAT, {"messages": FRANCE, field: value})
+        assert (status, answer["error"]["param"]) == (400, field) and "--no-grammars" in answer["error"]["message"]
+    body = {"messages": FRANCE, "temperature": 0, "response_format": {"type": "text"}, "tools": None}
+    assert "Paris" in send(server, CHAT, body)[1]["choices"][0]["message"]["content"]
 
 
 def test_the_models_are_listed_while_an_answer_is_computed(serve: Callable[..., Any], endless: tuple[str, ...]) -> None:

@@ -38,6 +38,11 @@ def add_parser(commands: Any) -> None:
         "given several times; * for all",
     )
     parser.add_argument(
+        "--no-grammars",
+        action="store_true",
+        help="refuse grammars, JSON schemas and tools, some of which would keep it busy without end: for strangers",
+    )
+    parser.add_argument(
         "--prompt-cache",
         type=positive,
         metavar="MIB",
@@ -69,7 +74,14 @@ def call(args: argparse.Namespace) -> int:
         if args.prompt_cache:
             model.set_cache(import_llama_cpp().LlamaRAMCache(capacity_bytes=args.prompt_cache << 20))
         host, number = bound.getsockname()[:2]
-        app = create_app(model, name=args.name, api_key=args.api_key, origins=args.origin, local=is_loopback(host))
+        app = create_app(
+            model,
+            name=args.name,
+            api_key=args.api_key,
+            origins=args.origin,
+            local=is_loopback(host),
+            grammars=not args.no_grammars,
+        )
         print(cache_line(model.cache_info()), file=sys.stderr)
         if not is_loopback(host) and not args.api_key:
             print(
