@@ -123,6 +123,20 @@ def test_the_load_of_the_server() -> None:
     assert f"{kills['killed_while_writing']} processes had been in the middle of writing" in page
 
 
+def test_what_was_fuzzed() -> None:
+    page = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
+    counts = results("fuzz")
+    rows = {}
+    for name, python, executions, seconds in re.findall(
+        r"^\| `(\w+)`(, Python)? \|.*\| ([\d,]+) \| ([\d,]+) \|$", page, re.M
+    ):
+        target = f"files-{name}" if python or name in ("policy", "session", "state") else name
+        rows[target] = {"executions": int(executions.replace(",", "")), "seconds": int(seconds.replace(",", ""))}
+    assert rows == counts["targets"]
+    assert counts["executions"] == sum(row["executions"] for row in rows.values()) > 10**8
+    assert f"{counts['executions'] / 1e6:.0f} million executions in all" in page
+
+
 def test_the_wheel_beside_a_native_build() -> None:
     page = (REPOSITORY / "docs" / "wheels.md").read_text(encoding="utf-8")
     rows = [results(name)["rows"] for name in ("wheel", "wheel_2_threads")]
