@@ -116,7 +116,7 @@ static int plan_tails(const tq_attn_operand & k, const tq_attn_operand & v, tq_a
     }
     a->n_recent       = (int) tail.n_recent;
     a->n_first        = (int) tail.n_first;
-    a->recent_inverse = tail.n_recent == 1 ? 0xffffffffu : (uint32_t) ((1ull << 32) / (uint64_t) tail.n_recent);
+    a->recent_inverse = tq_inverse_of(a->n_recent);
     a->n_parts        = (int) n;
     return TQ_OK;
 }
@@ -246,7 +246,7 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
     a->out_stride_row     = (int64_t) args->out_stride_row;
     a->out_stride_head    = (int64_t) args->out_stride_head;
     a->out_stride_stream  = (int64_t) args->out_stride_stream;
-    a->scale              = args->scale;
+    a->scale              = args->softcap > 0.0f ? args->scale / args->softcap : args->scale;
     a->softcap            = args->softcap;
     a->max_bias           = args->max_bias;
     a->n_kv               = (int) args->n_kv;
@@ -256,6 +256,8 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
     a->group              = (int) group;
     a->n_vec              = (int) (group * args->n_q);
     a->streams_per_kv     = (int) (q.n_stream / k.n_stream);
+    a->heads_inverse      = tq_inverse_of(a->n_head_kv);
+    a->group_inverse      = tq_inverse_of(a->group);
     a->n_tiles            = a->n_vec <= 8 ? 1 : 2;
 
     /* Large tiles have fewer barriers per key, two stages hide the memory's latency; both matter less than a second block of

@@ -167,41 +167,54 @@ TQ_D void tq_warp_softmax(bool plain, const float (*s)[4], float (*x)[4], tq_res
 
 /* ---- Results ---- */
 
-/* Adds up what the warps found of eight query vectors, and writes it. sums: (warps, 8, TQ_WARP_SUM_STRIDE); bases, totals: (8, warps). */
+/* A number of each warp. */
+struct alignas(16) tq_of_warps {
+    float of[TQ_WARPS];
+};
+
+/* Adds up what the warps found of eight query vectors, and writes it. sums: (warps, 8, TQ_WARP_SUM_STRIDE); bases, totals: of the eight. */
 template <typename T, int BLOCKS>
-TQ_D void tq_add_warps(const tq_attention & p, const tq_task & k, int vec, const float * sums, const float * bases, const float * totals) {
+TQ_D void tq_add_warps(const tq_attention & p, const tq_task & k, int vec, const float * sums, const tq_of_warps * bases, const tq_of_warps * totals) {
     const int lane = tq_thread() % 32, n = tq_thread() / 32; /* a warp takes a vector */
     float     factor[TQ_WARPS], base = TQ_NO_BASE, total = 0.0f;
     vec += n;
     if (vec >= p.n_vec) {
         return;
     }
+    const tq_of_warps b = bases[n], t = totals[n];
     TQ_UNROLL
     for (int i = 0; i < TQ_WARPS; ++i) {
-        base = fmaxf(base, bases[n * TQ_WARPS + i]);
+        base = fmaxf(base, b.of[i]);
     }
     TQ_UNROLL
     for (int i = 0; i < TQ_WARPS; ++i) {
-        factor[i] = tq_exp2(bases[n * TQ_WARPS + i] - base);
-        total    += factor[i] * totals[n * TQ_WARPS + i];
+        factor[i] = tq_exp2(b.of[i] - base);
+        total    += factor[i] * t.of[i];
     }
     const float   max = base == TQ_NO_BASE ? -INFINITY : (base + TQ_WEIGHT_LOG2) / TQ_LOG2_E;
     const int64_t at  = (((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + vec) * p.n_parts + k.split;
-    const float   normalizer = p.n_parts == 1 ? tq_normalizer(p, k.kv_head * p.group + vec % p.group, max, total) : 1.0f;
+    float         x[BLOCKS];
     TQ_UNROLL
     for (int b = 0; b < BLOCKS; ++b) {
-        float x = 0.0f;
+        x[b] = 0.0f;
         TQ_UNROLL
         for (int i = 0; i < TQ_WARPS; ++i) {
-            x += factor[i] * sums[(8 * i + n) * TQ_WARP_SUM_STRIDE(BLOCKS) + 33 * b + lane];
-        }
-        if (p.n_parts == 1) {
-            tq_write_output(p, k, vec, b, x * normalizer);
-        } else {
-            p.partials[at * (32 * BLOCKS) + b * TQ_BLOCK + lane] = x;
+            x[b] += factor[i] * sums[(8 * i + n) * TQ_WARP_SUM_STRIDE(BLOCKS) + 33 * b + lane];
         }
     }
-    if (p.n_parts > 1 && lane < 2) {
+    if (p.n_parts == 1) {
+        const float normalizer = tq_normalizer(p, tq_head_of_vector(p, k, vec, tq_row_of_vector(p, vec)), max, total);
+        TQ_UNROLL
+        for (int b = 0; b < BLOCKS; ++b) {
+            tq_write_output(p, k, vec, b, x[b] * normalizer);
+        }
+        return;
+    }
+    TQ_UNROLL
+    for (int b = 0; b < BLOCKS; ++b) {
+        p.partials[at * (32 * BLOCKS) + b * TQ_BLOCK + lane] = x[b];
+    }
+    if (lane < 2) {
         p.stats[2 * at + lane] = lane == 0 ? max : total;
     }
 }
@@ -215,10 +228,11 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
     tq_quad *      in_q     = (tq_quad *) (void *) (shared + p.at_q);
     float *        in_scale = (float *) (void *) (shared + p.at_vectors);
     float *        slope    = in_scale + 8 * NT;
-    float *        bases    = slope + 8 * NT;               /* (vectors, warps) */
-    float *        totals   = bases + 8 * NT * TQ_WARPS;
+    tq_of_warps *  bases    = (tq_of_warps *) (void *) (slope + 8 * NT); /* of each vector */
+    tq_of_warps *  totals   = bases + 8 * NT;
     const int      begin    = k.begin + TQ_WARP_TILE * warp, stage_bytes = TQ_WARP_STAGE(BLOCKS, NT);
     const int      first    = p.at_stages + warp * p.n_stages * stage_bytes; /* of the stages that this warp has */
+    const int      in_k = tq_keep(tq_lead(p.k, k) + g * stride), in_v = tq_keep(TQ_WARP_V(BLOCKS) + tq_lead(p.v, k) + 2 * t * stride);
     tq_warp_loader loader   = tq_warp_loader_of(p, k, begin, TQ_WARP_MASK(BLOCKS));
     for (int i = 0; i < p.n_stages - 1; ++i) {
         tq_warp_load<T, BLOCKS>(p, &loader, k.end - begin - i * TQ_WARP_STEP, shared + first + i * stage_bytes);
@@ -249,7 +263,6 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
 
     const auto k_part  = T::place_of(t);
     const auto v_parts = tq_parts_of<T, n_slices>(slice / 4, slice % 4);
-    const int  in_k = tq_keep(tq_lead(p.k, k) + g * stride), in_v = tq_keep(TQ_WARP_V(BLOCKS) + tq_lead(p.v, k) + 2 * t * stride);
     const int  most_left = tq_keep(p.softcap > 0.0f ? INT32_MAX : TQ_WARP_TILE); /* with fewer keys a tile is not plain */
     const int  last = tq_keep(first + (p.n_stages - 1) * stage_bytes), ahead = tq_keep(k.end - (p.n_stages - 1) * TQ_WARP_STEP);
     int        at = first, free = last; /* the tile's stage, and the one that its predecessor was in */
@@ -318,12 +331,12 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
                 r.sum[i][c] += tq_exchange(r.sum[i][c], h);
             }
             if (g == 0) {
-                bases[(8 * i + 2 * t + c) * TQ_WARPS + warp]  = r.base[i][c];
-                totals[(8 * i + 2 * t + c) * TQ_WARPS + warp] = r.sum[i][c];
+                bases[8 * i + 2 * t + c].of[warp]  = r.base[i][c];
+                totals[8 * i + 2 * t + c].of[warp] = r.sum[i][c];
             }
         }
         tq_sync();
-        tq_add_warps<T, BLOCKS>(p, k, k.vec0 + 8 * i, sums, bases + 8 * i * TQ_WARPS, totals + 8 * i * TQ_WARPS);
+        tq_add_warps<T, BLOCKS>(p, k, k.vec0 + 8 * i, sums, bases + 8 * i, totals + 8 * i);
     }
 }
 

@@ -8,7 +8,7 @@
 /* One butterfly of which this thread has one side. */
 TQ_D float tq_butterfly(float x, int lane, int h) {
     const float other = tq_exchange(x, h);
-    return lane & h ? other - x : x + other;
+    return fmaf(x, lane & h ? -1.0f : 1.0f, other); /* exact but for the one rounding that a sum has */
 }
 
 /* A team's block; l: the thread in its team. */
