@@ -23,7 +23,7 @@ extern "C" {
 #define TQ_WARP_STEP         (TQ_WARPS * TQ_WARP_TILE) /* and from one of its tiles to the next */
 #define TQ_MAX_SPLITS        1024
 #define TQ_MERGE_THREADS     128
-/* Kernels for one type on both sides, and heads of 64 or 128 (attention_warp.cuh): the bytes from row to row in shared memory are
+/* Kernels for heads of 64 or 128 (attention_warp.cuh): the bytes from row to row in shared memory are
  * a constant, too, so that loads need one address, and no bank is met twice for K (see check_operand). */
 #define TQ_FIXED_STRIDE(blocks) ((blocks) == 4 ? 80 : 48)
 /* A warp's stage: rows of K, rows of V, and (8 n_tiles, 16) values of the mask. */

@@ -31,8 +31,8 @@ UNITS = {
 
 WIDE_COPY = "LDGSTS.E.BYPASS.128"
 
-PATTERN = r"tq_attend_warp_kernelI\d+tq_(\w{4})Li(\d)ELi(\d)E"
-"""Type, tiles of eight vectors, and blocks of a head, in a kernel's mangled name."""
+PATTERN = r"tq_attend_warp_kernelI\d+tq_(\w{4})(?:\d+tq_(\w{4})|S\d*_)Li(\d)ELi(\d)E"
+"""K's type, V's if it is another, tiles of eight vectors, and blocks of a head, in a kernel's mangled name."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def find_loop(code: list[Instruction]) -> tuple[int, int]:
 def way(code: list[Instruction], first: int, last: int, needed: tuple[str, ...]) -> list[Instruction]:
     """From one instruction to another, never backwards: of the ways with the most that are needed, the shortest."""
     places = places_of(code)
-    best: dict[int, tuple[int, int, int]] = {last: (0, -1, last)}  # how many needed, minus how many in all, the next one
+    # how many are needed, minus how many there are, the next one
+    best: dict[int, tuple[int, int, int]] = {last: (0, -1, last)}
     for i in range(last - 1, first - 1, -1):
         target = code[i].target
         nexts = [] if target is None else [places[target]]
@@ -144,14 +145,16 @@ def main() -> int:
     parser.add_argument("--list", metavar="KERNEL", help='print the instructions of one, "pqo3 128 8" for instance')
     args = parser.parse_args()
     units = [*UNITS, "integer"]
-    print("| type | head | vectors | around | 16 keys | " + " | ".join(units) + " |\n" + "|---" * (len(units) + 5) + "|")
+    heads = ["type", "head", "vectors", "around", "16 keys", *units]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     kernels = [(re.search(PATTERN, name), code) for name, code in sorted(disassemble(args.arch).items())]
     if not any(found for found, _ in kernels):
         raise ValueError(f"no kernel of attention.cu matches {PATTERN}")
     for found, code in kernels:
         if not found:
             continue
-        name, vectors, head = found[1], 8 * int(found[2]), 32 * int(found[3])
+        name = f"{found[1]}/{found[2]}" if found[2] else found[1]
+        vectors, head = 8 * int(found[3]), 32 * int(found[4])
         loop = find_loop(code)
         around, found_way = ways_around(code, *loop), way_round(code, *loop)
         count = Counter(unit_of(instruction.name) for instruction in found_way)
