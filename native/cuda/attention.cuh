@@ -372,15 +372,24 @@ TQ_HD float tq_normalizer(const tq_attention & p, int head, float max, float sum
     return (sum == 0.0f ? 0.0f : factor / sum) * (p.v.ours ? 1.0f / tq_pqo3::unit() : 1.0f);
 }
 
+/* Which of all parts this block of threads finds of a vector. */
+TQ_D int64_t tq_part_of(const tq_attention & p, const tq_task & k, int vec) {
+    return (((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + vec) * p.n_parts + k.split;
+}
+
+/* Where a vector's output goes. */
+TQ_D float * tq_output_of(const tq_attention & p, const tq_task & k, int vec) {
+    const int row = tq_row_of_vector(p, vec), head = tq_head_of_vector(p, k, vec, row);
+    return (float *) (void *) (p.out + k.stream * p.out_stride_stream + (int64_t) row * p.out_stride_row + (int64_t) head * p.out_stride_head);
+}
+
 /* Writes block b of a vector, of which this lane has value o; all lanes of the warp. */
 TQ_D void tq_write_output(const tq_attention & p, const tq_task & k, int vec, int b, float o) {
-    const int lane = tq_thread() % 32, row = tq_row_of_vector(p, vec), head = tq_head_of_vector(p, k, vec, row);
+    const int lane = tq_thread() % 32;
     if (p.v.ours) {
         o = tq_transform_warp(!p.v.signs_first, o, lane);
     }
-    float * out = (float *) (void *) (p.out + k.stream * p.out_stride_stream + (int64_t) row * p.out_stride_row +
-                                      (int64_t) head * p.out_stride_head);
-    out[b * TQ_BLOCK + lane] = o;
+    tq_output_of(p, k, vec)[b * TQ_BLOCK + lane] = o;
 }
 
 /* One range of keys, from beginning to end. */
@@ -454,7 +463,6 @@ template <int NT> TQ_D void tq_attend(const tq_attention & p, unsigned char * sh
         w.sum[row.vec] = row.sum;
     }
     tq_add_parts<NT>(p, share, o, sums);
-    const int64_t vec0 = ((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + k.vec0;
     for (int i = warp; i < n * n_blocks; i += TQ_WARPS) {
         const int vec = i / n_blocks, b = i % n_blocks;
         if (k.vec0 + vec >= p.n_vec) {
@@ -465,7 +473,7 @@ template <int NT> TQ_D void tq_attend(const tq_attention & p, unsigned char * sh
             const int head = tq_head_of_vector(p, k, k.vec0 + vec, tq_row_of_vector(p, k.vec0 + vec));
             tq_write_output(p, k, k.vec0 + vec, b, x * tq_normalizer(p, head, w.max[vec], w.sum[vec]));
         } else {
-            const int64_t at                              = (vec0 + vec) * p.n_parts + k.split;
+            const int64_t at                          = tq_part_of(p, k, k.vec0 + vec);
             p.partials[at * dv + b * TQ_BLOCK + lane] = x;
             if (b == 0 && lane < 2) {
                 p.stats[2 * at + lane] = lane == 0 ? w.max[vec] : w.sum[vec];

@@ -158,7 +158,7 @@ static void lay_out_warps(tq_attention * a, int n_stages) {
     a->at_q          = table_bytes(a->k) + (same_table(a->k, a->v) ? 0 : table_bytes(a->v));
     a->at_vectors    = a->at_q + a->n_tiles * a->blocks * 512;
     a->at_stages     = a->at_vectors + (2 + 2 * TQ_WARPS) * 8 * a->n_tiles * 4;
-    const int stages = TQ_WARPS * n_stages * TQ_WARP_STAGE(a->blocks, a->n_tiles), out = TQ_WARPS * 8 * TQ_WARP_SUM_STRIDE(a->blocks) * 4;
+    const int stages = TQ_WARPS * n_stages * TQ_WARP_STAGE(a->blocks, a->n_tiles), out = TQ_WARP_SUMS(a->blocks);
     a->shared_bytes  = a->at_stages + (stages > out ? stages : out);
 }
 

@@ -30,8 +30,9 @@ extern "C" {
 #define TQ_WARP_V(blocks)              (TQ_WARP_TILE * TQ_FIXED_STRIDE(blocks))
 #define TQ_WARP_MASK(blocks)           (2 * TQ_WARP_V(blocks))
 #define TQ_WARP_STAGE(blocks, n_tiles) (TQ_WARP_MASK(blocks) + (n_tiles) * 8 * TQ_WARP_TILE * 2)
-/* Floats per query vector in which warps leave results, 33 per block: lanes of a warp, g and t, write to different banks. */
-#define TQ_WARP_SUM_STRIDE(blocks) ((blocks) == 4 ? 146 : 81)
+/* Where warps leave results: four floats of each lane, 2 * blocks times. With one more, reading meets no bank twice, either. */
+#define TQ_PART_STRIDE     33
+#define TQ_WARP_SUMS(blocks) (TQ_WARPS * 2 * (blocks) * TQ_PART_STRIDE * 16)
 #define TQ_TAIL_SLOTS        32   /* rows of a tail per block of threads, whose 128 threads keep eight query vectors */
 #define TQ_TAIL_ATTENTION_THREADS 128
 #define TQ_MAX_TILES         2    /* tensor-core tiles of eight query vectors per block of threads */

@@ -176,51 +176,81 @@ TQ_D void tq_warp_softmax(bool plain, const float (*s)[4], float (*x)[4], tq_res
 struct alignas(16) tq_of_warps {
     float of[TQ_WARPS];
 };
+/* A lane's part of a tensor-core tile of results: two dimensions of two vectors. */
+struct alignas(16) tq_tile_part {
+    float of[4];
+};
+struct alignas(8) tq_pair {
+    float of[2];
+};
 
-/* Adds up what the warps found of eight query vectors, and writes it. sums: (warps, 8, TQ_WARP_SUM_STRIDE); bases, totals: of the eight. */
-template <int BLOCKS>
-TQ_D void tq_add_warps(const tq_attention & p, const tq_task & k, int vec, const float * sums, const tq_of_warps * bases, const tq_of_warps * totals) {
-    const int lane = tq_thread() % 32, n = tq_thread() / 32; /* a warp takes a vector */
-    float     factor[TQ_WARPS], base = TQ_NO_BASE, total = 0.0f;
-    vec += n;
-    if (vec >= p.n_vec) {
+/* What each warp's results of eight query vectors are to be multiplied by, in place of its base: eight lanes take a vector. Writes
+ * largest score and sum, or, where there is nothing to merge, puts the sum into the factors. */
+TQ_D void tq_weigh_warps(const tq_attention & p, const tq_task & k, int vec0, tq_of_warps * bases, const tq_of_warps * totals) {
+    const int i = tq_thread() / TQ_WARPS, warp = tq_thread() % TQ_WARPS, vec = vec0 + i;
+    if (i >= 8) {
         return;
     }
-    const tq_of_warps b = bases[n], t = totals[n];
+    const float mine = bases[i].of[warp];
+    float       base = mine;
+    TQ_UNROLL
+    for (int h = 1; h < TQ_WARPS; h *= 2) {
+        base = fmaxf(base, tq_exchange(base, h));
+    }
+    float factor = tq_exp2(mine - base), total = factor * totals[i].of[warp];
+    TQ_UNROLL
+    for (int h = 1; h < TQ_WARPS; h *= 2) {
+        total += tq_exchange(total, h);
+    }
+    const float max = base == TQ_NO_BASE ? -INFINITY : (base + TQ_WEIGHT_LOG2) / TQ_LOG2_E;
+    if (p.n_parts > 1 && warp < 2 && vec < p.n_vec) {
+        p.stats[2 * tq_part_of(p, k, vec) + warp] = warp == 0 ? max : total;
+    }
+    if (p.n_parts == 1 && vec < p.n_vec) {
+        factor *= tq_normalizer(p, tq_head_of_vector(p, k, vec, tq_row_of_vector(p, vec)), max, total);
+    }
+    bases[i].of[warp] = factor;
+}
+
+/* Adds up what the warps found of eight query vectors, and writes it. parts: (warps, tiles of 2 * 8 dimensions, TQ_PART_STRIDE).
+ * Sixteen lanes take a block of two vectors: each of them two dimensions. */
+template <typename V, int BLOCKS>
+TQ_D void tq_add_warps(const tq_attention & p, const tq_task & k, int vec0, const tq_tile_part * parts, const tq_of_warps * factors) {
+    const int lane = tq_thread() % 32, warp = tq_thread() / 32, b = warp / 2, t = warp % 2 * 2 + lane / 16, u = lane % 16;
+    const int n_slices = BLOCKS / 2, slice = 4 * b + u / 4, from = (slice % n_slices * 4 + u % 4) * TQ_PART_STRIDE + slice / n_slices * 4 + t;
+    const int dim = V::dim(u / 4, 2 * (u % 4)); /* and the next one */
+    if (BLOCKS < 4 && b >= BLOCKS) {
+        return;
+    }
+    const tq_of_warps factor[2] = { factors[2 * t], factors[2 * t + 1] };
+    float             x[2][2]   = { { 0.0f, 0.0f }, { 0.0f, 0.0f } }; /* (vectors, dimensions) */
     TQ_UNROLL
     for (int i = 0; i < TQ_WARPS; ++i) {
-        base = fmaxf(base, b.of[i]);
-    }
-    TQ_UNROLL
-    for (int i = 0; i < TQ_WARPS; ++i) {
-        factor[i] = tq_exp2(b.of[i] - base);
-        total    += factor[i] * t.of[i];
-    }
-    const float   max = base == TQ_NO_BASE ? -INFINITY : (base + TQ_WEIGHT_LOG2) / TQ_LOG2_E;
-    const int64_t at  = (((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + vec) * p.n_parts + k.split;
-    float         x[BLOCKS];
-    TQ_UNROLL
-    for (int b = 0; b < BLOCKS; ++b) {
-        x[b] = 0.0f;
+        const tq_tile_part part = parts[from + i * 2 * BLOCKS * TQ_PART_STRIDE];
         TQ_UNROLL
-        for (int i = 0; i < TQ_WARPS; ++i) {
-            x[b] += factor[i] * sums[(8 * i + n) * TQ_WARP_SUM_STRIDE(BLOCKS) + 33 * b + lane];
+        for (int j = 0; j < 4; ++j) {
+            x[j % 2][j / 2] += factor[j % 2].of[i] * part.of[j];
         }
     }
-    if (p.n_parts == 1) {
-        const float normalizer = tq_normalizer(p, tq_head_of_vector(p, k, vec, tq_row_of_vector(p, vec)), max, total);
-        TQ_UNROLL
-        for (int b = 0; b < BLOCKS; ++b) {
-            tq_write_output(p, k, vec, b, x[b] * normalizer);
+    const int vec = vec0 + 2 * t;
+    float *   to  = p.partials + tq_part_of(p, k, vec) * (32 * BLOCKS) + b * TQ_BLOCK + dim;
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+        if (p.n_parts > 1 && vec + c < p.n_vec) {
+            *(tq_pair *) (void *) (to + c * p.n_parts * (32 * BLOCKS)) = { { x[c][0], x[c][1] } };
         }
+    }
+    if (p.n_parts > 1) {
         return;
     }
     TQ_UNROLL
-    for (int b = 0; b < BLOCKS; ++b) {
-        p.partials[at * (32 * BLOCKS) + b * TQ_BLOCK + lane] = x[b];
-    }
-    if (lane < 2) {
-        p.stats[2 * at + lane] = lane == 0 ? max : total;
+    for (int c = 0; c < 2; ++c) {
+        tq_transform_pairs(!p.v.signs_first, x[c], lane, dim);
+        if (vec + c < p.n_vec) {
+            float * out = tq_output_of(p, k, vec + c) + b * TQ_BLOCK + dim;
+            out[0]      = x[c][0];
+            out[1]      = x[c][1];
+        }
     }
 }
 
@@ -324,15 +354,13 @@ template <typename K, typename V, int NT, int BLOCKS> TQ_D void tq_attend_by_war
         at   = at == last ? first : at + stage_bytes;
     }
 
+    tq_tile_part * parts = (tq_tile_part *) (void *) (shared + p.at_stages); /* where tiles were */
     TQ_UNROLL
     for (int i = 0; i < NT; ++i) {
-        float * sums = (float *) (void *) (shared + p.at_stages); /* where tiles were */
-        float * mine = sums + (8 * warp + 2 * t) * TQ_WARP_SUM_STRIDE(BLOCKS) + 33 * (slice / 4);
         tq_sync();
         TQ_UNROLL
-        for (int j = 0; j < 8 * BLOCKS; ++j) {
-            const int dim = V::dim(slice % 4 + j / 16, 2 * (j / 4 % 4) + j % 4 / 2);
-            mine[j % 2 * TQ_WARP_SUM_STRIDE(BLOCKS) + dim] = r.o[i][j / 4][j % 4];
+        for (int j = 0; j < 2 * BLOCKS; ++j) {
+            parts[(warp * 2 * BLOCKS + j) * TQ_PART_STRIDE + lane] = { { r.o[i][j][0], r.o[i][j][1], r.o[i][j][2], r.o[i][j][3] } };
         }
         TQ_UNROLL
         for (int c = 0; c < 2; ++c) {
@@ -346,7 +374,9 @@ template <typename K, typename V, int NT, int BLOCKS> TQ_D void tq_attend_by_war
             }
         }
         tq_sync();
-        tq_add_warps<BLOCKS>(p, k, k.vec0 + 8 * i, sums, bases + 8 * i, totals + 8 * i);
+        tq_weigh_warps(p, k, k.vec0 + 8 * i, bases + 8 * i, totals + 8 * i);
+        tq_sync();
+        tq_add_warps<V, BLOCKS>(p, k, k.vec0 + 8 * i, parts, bases + 8 * i);
     }
 }
 

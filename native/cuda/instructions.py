@@ -122,16 +122,14 @@ def way_round(code: list[Instruction], first: int, last: int) -> list[Instructio
 
 def ways_around(code: list[Instruction], first: int, last: int) -> list[Instruction]:
     """What is executed before the loop, with its copies, the table and q, and after it, with all exchanged results."""
-    after = [
-        way(code, last + 1, i, ("LDS", "STS"))
-        for i in range(last + 1, len(code))
-        if code[i].name == "EXIT" and not code[i].conditional
-    ]
-    stores = [sum(each.name.startswith("STG") for each in part) for part in after]
-    if not any(stores):
+    shared = ("LDS", "STS")
+    ends = (i for i in range(last + 1, len(code)) if code[i].name == "EXIT")
+    after = [way(code, last + 1, i, shared) for i in ends]
+    writing = [part for part in after if any(each.name.startswith("STG") for each in part)]
+    if not writing:
         raise ValueError("no way from the loop to an end writes results: the kernel has another shape")
-    writing = [part for part, n in zip(after, stores, strict=True) if n > 0]
-    return way(code, 0, first - 1, ("LDGDEPBAR", "STS.128", "SHFL")) + min(writing, key=len)
+    best = min(writing, key=lambda part: (-sum(each.name.startswith(shared) for each in part), len(part)))
+    return way(code, 0, first - 1, ("LDGDEPBAR", "STS.128", "SHFL")) + best
 
 
 def unit_of(name: str) -> str:
