@@ -233,14 +233,14 @@ TQ_D void tq_add_warps(const tq_attention & p, const tq_task & k, int vec0, cons
         }
     }
     const int vec = vec0 + 2 * t;
-    float *   to  = p.partials + tq_part_of(p, k, vec) * (32 * BLOCKS) + b * TQ_BLOCK + dim;
-    TQ_UNROLL
-    for (int c = 0; c < 2; ++c) {
-        if (p.n_parts > 1 && vec + c < p.n_vec) {
-            *(tq_pair *) (void *) (to + c * p.n_parts * (32 * BLOCKS)) = { { x[c][0], x[c][1] } };
-        }
-    }
     if (p.n_parts > 1) {
+        float * to = p.partials + tq_part_of(p, k, vec) * (32 * BLOCKS) + b * TQ_BLOCK + dim;
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) {
+            if (vec + c < p.n_vec) {
+                *(tq_pair *) (void *) (to + c * p.n_parts * (32 * BLOCKS)) = { { x[c][0], x[c][1] } };
+            }
+        }
         return;
     }
     TQ_UNROLL
