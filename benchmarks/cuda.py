@@ -46,12 +46,20 @@ from tqgguf.errors import OutOfMemoryError, TqggufError
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 OURS = ("pqo3", "pqo4", "pqt3", "pqt4")
+MIXED = "pqo4/pqo3"
+"""K's type and V's: the pair that people choose."""
 N_HEAD_KV = 8
 EMULATED = "EMULATED KERNELS ON THE CPU: THESE TIMES MEAN NOTHING"
 console = Console(stderr=True, width=150)
 
 
 # ---- What is measured ----
+
+
+def kv_types(types: str) -> tuple[str, str]:
+    """K's type and V's: "pqo4/pqo3", or one name for both."""
+    k, _, v = types.partition("/")
+    return k, v or k
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,13 @@ class Shape:
     batch: int
     head_dim: int
 
-    def kv_bytes(self, type: str) -> int:
-        """Bytes of K and V, which have to be read."""
-        return 2 * self.batch * self.n_kv * N_HEAD_KV * CACHE_TYPES[type].row_bytes(self.head_dim)
+    def bytes_of(self, type: str) -> int:
+        """Bytes of K or V of one type."""
+        return self.batch * self.n_kv * N_HEAD_KV * CACHE_TYPES[type].row_bytes(self.head_dim)
+
+    def kv_bytes(self, types: str) -> int:
+        """Bytes of K and V, which have to be read; types: one, or K's and V's."""
+        return sum(self.bytes_of(type) for type in kv_types(types))
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,14 @@ class LlamaFigure:
     rounds: tuple[float, ...]
 
 
-AT_32K = {"pqo3": (13, 15), "pqo4": (14, 17), "pqt3": (23, 27), "pqt4": (34, 40), "f16": (31, 37)}
+AT_32K = {
+    "pqo3": (13, 15),
+    MIXED: (13, 16),
+    "pqo4": (14, 16),
+    "pqt3": (23, 27),
+    "pqt4": (34, 40),
+    "f16": (31, 37),
+}
 """Microseconds expected of 32,768 tokens, 8 KV heads of 128, batch 1, groups of up to 8."""
 MERGING = (2, 4)
 ENCODE_512 = {"pqo3": (4, 6), "pqo4": (4, 6), "pqt3": (40, 40), "pqt4": (40, 40)}
@@ -196,22 +215,23 @@ class Kernels:
         self.queue.copy(target.pointer, out.ctypes.data, out.nbytes, 2)
         return out
 
-    def attention(self, type: str, shape: Shape, blocks: np.ndarray, n_copies: int) -> Callable[[int, int], None]:
+    def attention(self, types: str, shape: Shape, n_copies: int) -> Callable[[int, int], None]:
         """Launches call i on a stream."""
-        kind, ffi = CACHE_TYPES[type], self.ffi
-        size = shape.kv_bytes(type) // 2
-        pairs = [[self.put(blocks, size) for _ in "kv"] for _ in range(n_copies)]
+        ffi, kinds = self.ffi, kv_types(types)
+        blocks = {type: self.encoded(type, shape.head_dim, min(shape.n_kv, 1024)) for type in kinds}
+        pairs = [[self.put(blocks[type], shape.bytes_of(type)) for type in kinds] for _ in range(n_copies)]
         n_head = N_HEAD_KV * shape.group
         q = self.put(self.random.standard_normal((shape.batch, n_head, shape.head_dim), dtype=np.float32))
         mask = self.put(np.zeros(shape.n_kv, np.float16))
         out = Memory(self.queue, shape.batch * n_head * shape.head_dim * 4)
         args = ffi.new("tq_attn *")
-        row, head_bytes = kind.row_bytes(shape.head_dim), 4 * shape.head_dim
+        head_bytes = 4 * shape.head_dim
         args.q.data, args.q.type, args.q.head_dim = ffi.cast("void *", q.pointer), 0, shape.head_dim
         args.q.n_head, args.q.n_stream = n_head, shape.batch
         args.q.stride_token, args.q.stride_head, args.q.stride_stream = head_bytes, head_bytes, n_head * head_bytes
-        for operand in (args.k, args.v):
-            operand.type, operand.head_dim, operand.n_head = kind.number, shape.head_dim, N_HEAD_KV
+        for operand, type in zip((args.k, args.v), kinds, strict=True):
+            row = CACHE_TYPES[type].row_bytes(shape.head_dim)
+            operand.type, operand.head_dim, operand.n_head = CACHE_TYPES[type].number, shape.head_dim, N_HEAD_KV
             operand.n_stream = shape.batch
             operand.stride_token, operand.stride_head = N_HEAD_KV * row, row
             operand.stride_stream = shape.n_kv * N_HEAD_KV * row
@@ -339,13 +359,13 @@ def attention_figures(
     l2 = kernels.clock.l2_bytes()
     contenders: list[Contender] = []
     with ExitStack() as resources:
-        for type in (*OURS, "f16"):
+        for type in (*OURS, MIXED, "f16"):
             n_copies = max(1, min(64, -(-4 * l2 // shape.kv_bytes(type))))
-            blocks = kernels.encoded(type, shape.head_dim, min(shape.n_kv, 1024))
-            if type in OURS:
-                launch = kernels.attention(type, shape, blocks, n_copies)
+            if type != "f16":
+                launch = kernels.attention(type, shape, n_copies)
                 contenders.append(record(kernels, type, launch, settings.enough, n_copies))
-            if ggml is not None:
+            if ggml is not None and type != MIXED:
+                blocks = kernels.encoded(type, shape.head_dim, min(shape.n_kv, 1024))
                 n_calls = 2 if kernels.native.emulated else max(n_copies, 64)
                 try:
                     graph = ggml_attention.Attention(
@@ -381,7 +401,7 @@ def attention_figures(
                 us=round(seconds * 1e6, 2),
                 rounds=tuple(round(s * 1e6, 2) for s in contender.seconds),
                 predicted_us=predicted(contender.name, shape),
-                gb_per_s=round(rate / 1e9, 1),
+                gb_per_s=float(f"{rate / 1e9:.4g}"),
                 of_copy=round(rate / copy, 3),
                 speedup=None
                 if base is None

@@ -14,10 +14,11 @@ template <int NT> TQ_KERNEL(TQ_ATTENTION_THREADS, TQ_ATTENTION_BLOCKS) tq_attend
     tq_attend<NT>(p, shared);
 }
 
-/* For one of our types on both sides and DK = DV = 32 BLOCKS, 64 or 128. */
-template <typename T, int NT, int BLOCKS> TQ_KERNEL(TQ_ATTENTION_THREADS, TQ_ATTENTION_BLOCKS) tq_attend_warp_kernel(TQ_PARAMETER tq_attention p) {
+/* For our types on both sides, those that the plan names, and DK = DV = 32 BLOCKS, 64 or 128. */
+template <typename K, typename V, int NT, int BLOCKS>
+TQ_KERNEL(TQ_ATTENTION_THREADS, TQ_ATTENTION_BLOCKS) tq_attend_warp_kernel(TQ_PARAMETER tq_attention p) {
     TQ_SHARED(shared);
-    tq_attend_by_warps<T, NT, BLOCKS>(p, shared);
+    tq_attend_by_warps<K, V, NT, BLOCKS>(p, shared);
 }
 
 TQ_KERNEL(TQ_TAIL_ATTENTION_THREADS, 4) tq_attend_tail_kernel(TQ_PARAMETER tq_attention p) {
@@ -32,21 +33,24 @@ TQ_KERNEL(TQ_MERGE_THREADS, 8) tq_merge_kernel(TQ_PARAMETER tq_attention p) {
 
 typedef void (*tq_attention_kernel)(const tq_attention p);
 
-template <int NT, int BLOCKS> static tq_attention_kernel kernel_of_type(int type) {
-    switch (type) {
-        case TQ_TYPE_PQO3: return tq_attend_warp_kernel<tq_pqo3, NT, BLOCKS>;
-        case TQ_TYPE_PQO4: return tq_attend_warp_kernel<tq_pqo4, NT, BLOCKS>;
-        case TQ_TYPE_PQT3: return tq_attend_warp_kernel<tq_pqt3, NT, BLOCKS>;
-        default:           return tq_attend_warp_kernel<tq_pqt4, NT, BLOCKS>;
+template <int NT, int BLOCKS> static tq_attention_kernel kernel_of_types(const tq_attention & p) {
+    if (p.k.type != p.v.type) {
+        return tq_attend_warp_kernel<tq_pqo4, tq_pqo3, NT, BLOCKS>;
+    }
+    switch (p.k.type) {
+        case TQ_TYPE_PQO3: return tq_attend_warp_kernel<tq_pqo3, tq_pqo3, NT, BLOCKS>;
+        case TQ_TYPE_PQO4: return tq_attend_warp_kernel<tq_pqo4, tq_pqo4, NT, BLOCKS>;
+        case TQ_TYPE_PQT3: return tq_attend_warp_kernel<tq_pqt3, tq_pqt3, NT, BLOCKS>;
+        default:           return tq_attend_warp_kernel<tq_pqt4, tq_pqt4, NT, BLOCKS>;
     }
 }
 
 template <int NT> static tq_attention_kernel kernel_of(const tq_attention & p) {
     if (p.blocks == 4) {
-        return kernel_of_type<NT, 4>(p.k.type);
+        return kernel_of_types<NT, 4>(p);
     }
     if (p.blocks == 2) {
-        return kernel_of_type<NT, 2>(p.k.type);
+        return kernel_of_types<NT, 2>(p);
     }
     return tq_attend_kernel<NT>;
 }

@@ -68,6 +68,10 @@ TQ_D tq_buffers tq_carve(const tq_attention & p, unsigned char * shared) {
 
 /* ---- Queries ---- */
 
+/* The row of q that a query vector is of, and the head. */
+TQ_D int tq_row_of_vector(const tq_attention & p, int vec) { return tq_divide(vec, p.group, p.group_inverse); }
+TQ_D int tq_head_of_vector(const tq_attention & p, const tq_task & k, int vec, int row) { return k.kv_head * p.group + vec - row * p.group; }
+
 /* A power of two that brings |x| = amax to 64..128, and its inverse. */
 TQ_HD float tq_power_for(float amax, float * inverse) {
     int e = (int) (tq_float_bits(amax) >> 23 & 255u) - 127;
@@ -91,35 +95,45 @@ TQ_HD float tq_slope(const tq_attention & p, int head) {
 /* Writes the q fragments and, for each query vector, scale and slope; zeros where there is no vector. A warp takes a vector. */
 template <typename T, int BLOCKS>
 TQ_D void tq_load_queries(const tq_attention & p, const tq_task & k, tq_quad * fragments, float * scale, float * slope) {
-    const int  lane = tq_thread() % 32, n_blocks = BLOCKS > 0 ? BLOCKS : p.k.n_blocks;
+    const int  lane = tq_thread() % 32, l = lane % TQ_TEAM, team = lane / TQ_TEAM;
+    const int  n_blocks = BLOCKS > 0 ? BLOCKS : p.k.n_blocks, last = (n_blocks + 3) / 4 * 4; /* all lanes exchange */
+    const bool trellis = T::dim(0, 2) != 2;
+    const tq_spot spot = tq_spot_of(trellis, l);
     uint16_t * halves = (uint16_t *) (void *) fragments;
     for (int i = tq_thread() / 32; i < 8 * p.n_tiles; i += TQ_WARPS) {
         const bool    valid = k.vec0 + i < p.n_vec;
-        const int     vec = valid ? k.vec0 + i : 0, row = vec / p.group, head = k.kv_head * p.group + vec - row * p.group;
+        const int     vec = valid ? k.vec0 + i : 0, row = tq_row_of_vector(p, vec), head = tq_head_of_vector(p, k, vec, row);
         const float * q   = (const float *) (const void *) (p.q + k.stream * p.q_stride_stream + (int64_t) head * p.q_stride_head +
                                                           (int64_t) row * p.q_stride_row);
         float         amax  = 0.0f, inverse = 0.0f;
-        TQ_UNROLL_BY(4) /* as many loads on their way at once */
-        for (int b = 0; b < n_blocks; ++b) {
-            amax = fmaxf(amax, fabsf(q[b * TQ_BLOCK + lane]));
+        for (int b = team; b < last; b += 4) {
+            TQ_UNROLL
+            for (int m = 0; m < TQ_VALUES; ++m) {
+                amax = fmaxf(amax, b < n_blocks ? fabsf(q[b * TQ_BLOCK + l + TQ_TEAM * m]) : 0.0f);
+            }
         }
         TQ_UNROLL
         for (int h = 1; h < 32; h *= 2) {
             amax = fmaxf(amax, tq_exchange(amax, h));
         }
         const float power = valid ? tq_power_for(amax, &inverse) : 0.0f;
-        TQ_UNROLL_BY(4)
-        for (int b = 0; b < n_blocks; ++b) {
-            float x = q[b * TQ_BLOCK + lane] * power;
-            if (p.k.ours) {
-                x = tq_transform_warp(p.k.signs_first, x, lane);
+        for (int b = team; b < last; b += 4) { /* four blocks at once */
+            float x[TQ_VALUES];
+            TQ_UNROLL
+            for (int m = 0; m < TQ_VALUES; ++m) {
+                x[m] = b < n_blocks ? q[b * TQ_BLOCK + l + TQ_TEAM * m] * power : 0.0f;
             }
-            const tq_spot spot = tq_spot_of(T::dim(0, 2) != 2, lane);
-            const int     at   = (((i / 8) * n_blocks + b) * 32 + 4 * (i % 8) + spot.part) * 8 + spot.n;
-            halves[at]        = (uint16_t) tq_half2(x, 0.0f);
+            if (p.k.ours) {
+                tq_transform(p.k.signs_first, x, l);
+            }
+            uint16_t * to = halves + (((i / 8) * n_blocks + b) * 32 + 4 * (i % 8) + spot.part) * 8 + spot.n;
+            TQ_UNROLL
+            for (int m = 0; m < TQ_VALUES && b < n_blocks; ++m) {
+                to[m * (trellis ? 2 : 8)] = (uint16_t) tq_half2(x[m], 0.0f); /* value l + 8 m */
+            }
         }
         if (lane == 0) {
-            scale[i] = inverse * (p.softcap > 0.0f ? p.scale / p.softcap : p.scale) / T::unit();
+            scale[i] = inverse * p.scale / T::unit();
             slope[i] = tq_slope(p, head);
         }
     }
@@ -153,7 +167,7 @@ TQ_D const uint8_t * tq_mask_of(const tq_attention & p, const tq_task & k, int v
     if (p.mask == NULL) {
         return NULL;
     }
-    const int       row = vec / p.group, head = k.kv_head * p.group + vec - row * p.group; /* divisions take some 25 instructions */
+    const int       row = tq_row_of_vector(p, vec), head = tq_head_of_vector(p, k, vec, row);
     const uint8_t * mask = p.mask + (int64_t) row * p.mask_stride_row;
     mask += p.n_mask_head > 1 ? (int64_t) (head % p.n_mask_head) * p.mask_stride_head : 0;
     mask += p.n_mask_stream > 1 ? (int64_t) (k.stream % p.n_mask_stream) * p.mask_stride_stream : 0;
@@ -175,9 +189,7 @@ TQ_D tq_row tq_row_of(const tq_attention & p, const tq_task & k, int n_tiles) {
 
 /* Whether token t owns a row of K's or V's precise tail: then tail.cuh attends to it, not this kernel. */
 TQ_D bool tq_owns_row(const tq_attention & p, const tq_task & k, int t) {
-    uint32_t row = (uint32_t) t - tq_multiply_high((uint32_t) t, p.recent_inverse) * (uint32_t) p.n_recent; /* t % n_recent, or n_recent more */
-    row          = row >= (uint32_t) p.n_recent ? row - (uint32_t) p.n_recent : row;
-    row          = t < p.n_first ? (uint32_t) (p.n_recent + t) : row;
+    const int row = t < p.n_first ? p.n_recent + t : t - tq_divide(t, p.n_recent, p.recent_inverse) * p.n_recent;
     return (p.k.tail.owner != NULL && p.k.tail.owner[k.kv_stream * p.k.tail.owner_stride + row] == t + 1) ||
            (p.v.tail.owner != NULL && p.v.tail.owner[k.kv_stream * p.v.tail.owner_stride + row] == t + 1);
 }
@@ -360,15 +372,24 @@ TQ_HD float tq_normalizer(const tq_attention & p, int head, float max, float sum
     return (sum == 0.0f ? 0.0f : factor / sum) * (p.v.ours ? 1.0f / tq_pqo3::unit() : 1.0f);
 }
 
+/* Which of all parts this block of threads finds of a vector. */
+TQ_D int64_t tq_part_of(const tq_attention & p, const tq_task & k, int vec) {
+    return (((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + vec) * p.n_parts + k.split;
+}
+
+/* Where a vector's output goes. */
+TQ_D float * tq_output_of(const tq_attention & p, const tq_task & k, int vec) {
+    const int row = tq_row_of_vector(p, vec), head = tq_head_of_vector(p, k, vec, row);
+    return (float *) (void *) (p.out + k.stream * p.out_stride_stream + (int64_t) row * p.out_stride_row + (int64_t) head * p.out_stride_head);
+}
+
 /* Writes block b of a vector, of which this lane has value o; all lanes of the warp. */
 TQ_D void tq_write_output(const tq_attention & p, const tq_task & k, int vec, int b, float o) {
-    const int lane = tq_thread() % 32, head = k.kv_head * p.group + vec % p.group;
+    const int lane = tq_thread() % 32;
     if (p.v.ours) {
         o = tq_transform_warp(!p.v.signs_first, o, lane);
     }
-    float * out = (float *) (void *) (p.out + k.stream * p.out_stride_stream + (int64_t) (vec / p.group) * p.out_stride_row +
-                                      (int64_t) head * p.out_stride_head);
-    out[b * TQ_BLOCK + lane] = o;
+    tq_output_of(p, k, vec)[b * TQ_BLOCK + lane] = o;
 }
 
 /* One range of keys, from beginning to end. */
@@ -442,7 +463,6 @@ template <int NT> TQ_D void tq_attend(const tq_attention & p, unsigned char * sh
         w.sum[row.vec] = row.sum;
     }
     tq_add_parts<NT>(p, share, o, sums);
-    const int64_t vec0 = ((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + k.vec0;
     for (int i = warp; i < n * n_blocks; i += TQ_WARPS) {
         const int vec = i / n_blocks, b = i % n_blocks;
         if (k.vec0 + vec >= p.n_vec) {
@@ -450,10 +470,10 @@ template <int NT> TQ_D void tq_attend(const tq_attention & p, unsigned char * sh
         }
         const float x = tq_sum_of(p, sums, vec, b, lane);
         if (p.n_parts == 1) {
-            const int head = k.kv_head * p.group + (k.vec0 + vec) % p.group;
+            const int head = tq_head_of_vector(p, k, k.vec0 + vec, tq_row_of_vector(p, k.vec0 + vec));
             tq_write_output(p, k, k.vec0 + vec, b, x * tq_normalizer(p, head, w.max[vec], w.sum[vec]));
         } else {
-            const int64_t at                              = (vec0 + vec) * p.n_parts + k.split;
+            const int64_t at                          = tq_part_of(p, k, k.vec0 + vec);
             p.partials[at * dv + b * TQ_BLOCK + lane] = x;
             if (b == 0 && lane < 2) {
                 p.stats[2 * at + lane] = lane == 0 ? w.max[vec] : w.sum[vec];
@@ -492,7 +512,7 @@ TQ_D void tq_merge_splits(const tq_attention & p, unsigned char * shared) {
         sum += tq_exchange(sum, h);
     }
     tq_sync();
-    const float scale = tq_normalizer(p, k.kv_head * p.group + vec % p.group, max, sum);
+    const float scale = tq_normalizer(p, tq_head_of_vector(p, k, vec, tq_row_of_vector(p, vec)), max, sum);
     for (int b = warp; b < p.v.n_blocks; b += TQ_MERGE_THREADS / 32) {
         const float * from = p.partials + first * dv + b * TQ_BLOCK + lane;
         float         x    = 0.0f;

@@ -116,7 +116,7 @@ static int plan_tails(const tq_attn_operand & k, const tq_attn_operand & v, tq_a
     }
     a->n_recent       = (int) tail.n_recent;
     a->n_first        = (int) tail.n_first;
-    a->recent_inverse = tail.n_recent == 1 ? 0xffffffffu : (uint32_t) ((1ull << 32) / (uint64_t) tail.n_recent);
+    a->recent_inverse = tq_inverse_of(a->n_recent);
     a->n_parts        = (int) n;
     return TQ_OK;
 }
@@ -133,13 +133,12 @@ static void share_copies(tq_operand * o, int threads) {
     o->units_inverse = (uint32_t) (((1ull << 32) + (unsigned) o->units - 1) / (unsigned) o->units); /* a row has several units */
 }
 
-/* The number of blocks that a kernel is made for, or 0. */
+/* The number of blocks that a kernel is made for, or 0: one type, or the pair that people choose. */
 static int fixed_blocks(const tq_operand & k, const tq_operand & v) {
-    const int n = k.n_blocks;
-    const int most = 16 * tq_wide_units(k.row_bytes);
-    return same_table(k, v) && (n == 2 || n == 4) && v.n_blocks == n && k.copied_bytes <= most && v.copied_bytes <= most
-               ? n
-               : 0;
+    const auto fits = [](const tq_operand & x) { return x.copied_bytes <= 16 * tq_wide_units(x.row_bytes); };
+    const bool pair = same_table(k, v) || (k.type == TQ_TYPE_PQO4 && v.type == TQ_TYPE_PQO3);
+    const int  n    = k.n_blocks;
+    return pair && (n == 2 || n == 4) && v.n_blocks == n && fits(k) && fits(v) ? n : 0;
 }
 
 static int table_bytes(const tq_operand & x) {
@@ -156,10 +155,10 @@ static int table_bytes(const tq_operand & x) {
 static void lay_out_warps(tq_attention * a, int n_stages) {
     a->tile          = TQ_WARP_STEP;
     a->n_stages      = n_stages;
-    a->at_q          = table_bytes(a->k);
+    a->at_q          = table_bytes(a->k) + (same_table(a->k, a->v) ? 0 : table_bytes(a->v));
     a->at_vectors    = a->at_q + a->n_tiles * a->blocks * 512;
     a->at_stages     = a->at_vectors + (2 + 2 * TQ_WARPS) * 8 * a->n_tiles * 4;
-    const int stages = TQ_WARPS * n_stages * TQ_WARP_STAGE(a->blocks, a->n_tiles), out = TQ_WARPS * 8 * TQ_WARP_SUM_STRIDE(a->blocks) * 4;
+    const int stages = TQ_WARPS * n_stages * TQ_WARP_STAGE(a->blocks, a->n_tiles), out = TQ_WARP_SUMS(a->blocks);
     a->shared_bytes  = a->at_stages + (stages > out ? stages : out);
 }
 
@@ -246,7 +245,7 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
     a->out_stride_row     = (int64_t) args->out_stride_row;
     a->out_stride_head    = (int64_t) args->out_stride_head;
     a->out_stride_stream  = (int64_t) args->out_stride_stream;
-    a->scale              = args->scale;
+    a->scale              = args->softcap > 0.0f ? args->scale / args->softcap : args->scale;
     a->softcap            = args->softcap;
     a->max_bias           = args->max_bias;
     a->n_kv               = (int) args->n_kv;
@@ -256,6 +255,8 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tq_atten
     a->group              = (int) group;
     a->n_vec              = (int) (group * args->n_q);
     a->streams_per_kv     = (int) (q.n_stream / k.n_stream);
+    a->heads_inverse      = tq_inverse_of(a->n_head_kv);
+    a->group_inverse      = tq_inverse_of(a->group);
     a->n_tiles            = a->n_vec <= 8 ? 1 : 2;
 
     /* Large tiles have fewer barriers per key, two stages hide the memory's latency; both matter less than a second block of

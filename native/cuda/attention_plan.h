@@ -23,15 +23,16 @@ extern "C" {
 #define TQ_WARP_STEP         (TQ_WARPS * TQ_WARP_TILE) /* and from one of its tiles to the next */
 #define TQ_MAX_SPLITS        1024
 #define TQ_MERGE_THREADS     128
-/* Kernels for one type on both sides, and heads of 64 or 128 (attention_warp.cuh): the bytes from row to row in shared memory are
+/* Kernels for heads of 64 or 128 (attention_warp.cuh): the bytes from row to row in shared memory are
  * a constant, too, so that loads need one address, and no bank is met twice for K (see check_operand). */
 #define TQ_FIXED_STRIDE(blocks) ((blocks) == 4 ? 80 : 48)
 /* A warp's stage: rows of K, rows of V, and (8 n_tiles, 16) values of the mask. */
 #define TQ_WARP_V(blocks)              (TQ_WARP_TILE * TQ_FIXED_STRIDE(blocks))
 #define TQ_WARP_MASK(blocks)           (2 * TQ_WARP_V(blocks))
 #define TQ_WARP_STAGE(blocks, n_tiles) (TQ_WARP_MASK(blocks) + (n_tiles) * 8 * TQ_WARP_TILE * 2)
-/* Floats per query vector in which warps leave results, 33 per block: lanes of a warp, g and t, write to different banks. */
-#define TQ_WARP_SUM_STRIDE(blocks) ((blocks) == 4 ? 146 : 81)
+/* Where warps leave results: four floats of each lane, 2 * blocks times. With one more, reading meets no bank twice, either. */
+#define TQ_PART_STRIDE     33
+#define TQ_WARP_SUMS(blocks) (TQ_WARPS * 2 * (blocks) * TQ_PART_STRIDE * 16)
 #define TQ_TAIL_SLOTS        32   /* rows of a tail per block of threads, whose 128 threads keep eight query vectors */
 #define TQ_TAIL_ATTENTION_THREADS 128
 #define TQ_MAX_TILES         2    /* tensor-core tiles of eight query vectors per block of threads */
@@ -77,10 +78,11 @@ struct tq_attention {
     int64_t         out_stride_row, out_stride_head, out_stride_stream;
     float *         stats;    /* (n_stream, n_head_kv, n_vec, n_parts, 2): largest score, sum */
     float *         partials; /* (n_stream, n_head_kv, n_vec, n_parts, DV), transformed */
-    float           scale, softcap, max_bias;
+    float           scale, softcap, max_bias; /* a score is scale K q, or softcap tanh(scale K q) */
     int             n_mask_head, n_mask_stream;
     int             n_kv, n_head, n_head_kv, n_stream, group, n_vec;
     int             streams_per_kv;
+    uint32_t        heads_inverse, group_inverse; /* of n_head_kv and group, for tq_divide */
     int             n_tiles;  /* of eight query vectors in a block of threads: 1 or 2 */
     int             tile;     /* keys in shared memory at once: 128, 64 or 32 */
     int             n_stages; /* tiles in flight or in use */
@@ -91,12 +93,21 @@ struct tq_attention {
     int             split;    /* keys, whole tiles */
     int             n_parts;  /* to be merged: n_splits, and those of the tails */
     int             n_recent, n_first; /* rows of K's and V's tails; 0: there are none */
-    uint32_t        recent_inverse;    /* 2^32 / n_recent, rounded down */
+    uint32_t        recent_inverse;    /* of n_recent */
     int             tail_shared_bytes;
     int             at_v_table, at_q, at_scores, at_weights, at_vectors, at_stages; /* bytes into shared memory; K's table is at 0 */
     int             stage_bytes, v_in_stage;
     int             shared_bytes;
 };
+
+/* 2^32 / n, rounded down; n = 1: one less. */
+TQ_HD uint32_t tq_inverse_of(int n) { return n == 1 ? 0xffffffffu : (uint32_t) ((1ull << 32) / (uint64_t) n); }
+
+/* x / n for x >= 0, in some 5 instructions instead of 25: the product falls short by one at most. */
+TQ_D int tq_divide(int x, int n, uint32_t inverse) {
+    const uint32_t q = tq_multiply_high((uint32_t) x, inverse);
+    return (int) (q + ((uint32_t) x - q * (uint32_t) n >= (uint32_t) n ? 1u : 0u));
+}
 
 /* Floats per query vector while parts are added: (units, 8 dimensions of a slice, 8 lanes g), and four so that the lanes of a
  * warp, g and t, write to different banks. */

@@ -1,8 +1,8 @@
-/* attention_warp.cuh: the same attention where heads of K and V have 64 or 128 values of one type of ours: what decoding runs
- * on, and so what must be fast. What it costs is instructions, not memory (docs/cuda.md).
+/* attention_warp.cuh: the same attention where heads of K and V have 64 or 128 values of one type of ours, or pqo4 and pqo3:
+ * what decoding runs on, and so what must be fast. What it costs is instructions, not memory (docs/cuda.md).
  *
  * A warp works alone: 16 keys at a time, every eighth such tile of the block's range. It copies them, finds their scores, keeps
- * them in registers, and adds up the values of all DV dimensions. So nothing but the table and q is shared with other warps, and
+ * them in registers, and adds up the values of all DV dimensions. So nothing but the tables and q is shared with other warps, and
  * no barrier is met between the first key and the last; results are added at the end.
  *
  *   scores      S = K q: keys down, query vectors across
@@ -32,13 +32,15 @@ template <int NT, int BLOCKS> struct tq_results {
 
 struct tq_warp_loader {
     const uint8_t *k, *v, *mask; /* what the lane copies of the next tile */
-    int            to, row;      /* into the stage; the first row, TQ_MAX_TILE where the lane has none */
+    int            to_k, to_v;   /* from the tile's K or V in a stage */
+    int            row_k, row_v; /* the first row, TQ_MAX_TILE where the lane has none */
     int            n_mask;       /* lanes that copy eight values of the mask each; the others do what the first does */
     int            to_mask, mask_step;
     int            whole;        /* as many keys are copied 16 bytes at a time */
 };
 
-TQ_D tq_warp_loader tq_warp_loader_of(const tq_attention & p, const tq_task & k, int begin, int to_mask) {
+/* one: whether K and V have one type. */
+TQ_D tq_warp_loader tq_warp_loader_of(bool one, const tq_attention & p, const tq_task & k, int begin, int to_mask) {
     const int       lane = tq_thread() % 32, n_vec = p.n_vec - k.vec0 < 8 * p.n_tiles ? p.n_vec - k.vec0 : 8 * p.n_tiles;
     const tq_loader of_k = tq_loader_of(p.k, k, lane, begin, 0), of_v = tq_loader_of(p.v, k, lane, begin, 0);
     tq_warp_loader  l;
@@ -51,37 +53,40 @@ TQ_D tq_warp_loader tq_warp_loader_of(const tq_attention & p, const tq_task & k,
         l.mask = tq_mask_of(p, k, k.vec0 + of_mask / 2) + 2 * (begin + 8 * (of_mask % 2));
     }
     l.mask_step = p.mask == NULL ? 0 : 2 * TQ_WARP_STEP;
-    l.to        = tq_keep((int) (of_k.to_and_row & 0xfffffu)); /* V's as well */
-    l.row       = (int) (of_k.to_and_row >> 20);
+    l.to_k      = tq_keep((int) (of_k.to_and_row & 0xfffffu));
+    l.to_v      = one ? l.to_k : tq_keep((int) (of_v.to_and_row & 0xfffffu));
+    l.row_k     = (int) (of_k.to_and_row >> 20);
+    l.row_v     = one ? l.row_k : (int) (of_v.to_and_row >> 20);
     l.to_mask   = tq_keep(to_mask + 16 * of_mask);
     l.whole     = tq_keep(p.wide ? TQ_WARP_TILE : INT32_MAX);
     return l;
 }
 
+/* Starts to copy a whole tile of one operand, 16 bytes at a time, to AT bytes behind to; up to three times, where rows remain. */
+template <typename T, int BLOCKS, int AT> TQ_D void tq_warp_copy(const tq_operand & x, const uint8_t * from, uint8_t * to) {
+    const int units = tq_wide_units(T::BYTES * BLOCKS), rows_on = 32 / units, step = rows_on * TQ_FIXED_STRIDE(BLOCKS);
+    const int row   = tq_thread() % 32 / units, tile = TQ_WARP_TILE;
+    if (row < rows_on) {
+        tq_copy_async<16, AT>(to, from);
+    }
+    if (row < rows_on && row < tile - rows_on) {
+        tq_copy_async<16, AT + step>(to, from + x.step);
+    }
+    if (row < rows_on && row < tile - 2 * rows_on) {
+        tq_copy_async<16, AT + 2 * step>(to, from + 2 * x.step);
+    }
+}
+
 /* Starts to load n keys, which may be too many for a tile, or none; K, V and mask. */
-template <typename T, int BLOCKS> TQ_D void tq_warp_load(const tq_attention & p, tq_warp_loader * l, int n, uint8_t * stage) {
+template <typename K, typename V, int BLOCKS> TQ_D void tq_warp_load(const tq_attention & p, tq_warp_loader * l, int n, uint8_t * stage) {
     if (n >= l->whole) {
-        const int units = tq_wide_units(T::BYTES * BLOCKS), rows_on = 32 / units, step = rows_on * TQ_FIXED_STRIDE(BLOCKS);
-        const int row   = tq_thread() % 32 / units, v = TQ_WARP_V(BLOCKS), tile = TQ_WARP_TILE;
-        uint8_t * to    = stage + l->to;
-        if (row < rows_on) { /* up to three times, where rows remain */
-            tq_copy_async<16>(to, l->k);
-            tq_copy_async<16, v>(to, l->v);
-        }
-        if (row < rows_on && row < tile - rows_on) {
-            tq_copy_async<16, step>(to, l->k + p.k.step);
-            tq_copy_async<16, step + v>(to, l->v + p.v.step);
-        }
-        if (row < rows_on && row < tile - 2 * rows_on) {
-            tq_copy_async<16, 2 * step>(to, l->k + 2 * p.k.step);
-            tq_copy_async<16, 2 * step + v>(to, l->v + 2 * p.v.step);
-        }
+        tq_warp_copy<K, BLOCKS, 0>(p.k, l->k, stage + l->to_k);
+        tq_warp_copy<V, BLOCKS, TQ_WARP_V(BLOCKS)>(p.v, l->v, stage + l->to_v);
         tq_copy_async<16>(stage + l->to_mask, l->mask);
     } else if (n > 0) {
-        const uint32_t to_and_row = (uint32_t) l->to | (uint32_t) l->row << 20;
-        n                         = n < TQ_WARP_TILE ? n : TQ_WARP_TILE;
-        tq_copy_operand<32>(p.k, { l->k, to_and_row }, n, stage);
-        tq_copy_operand<32>(p.v, { l->v, to_and_row }, n, stage + TQ_WARP_V(BLOCKS));
+        n = n < TQ_WARP_TILE ? n : TQ_WARP_TILE;
+        tq_copy_operand<32>(p.k, { l->k, (uint32_t) l->to_k | (uint32_t) l->row_k << 20 }, n, stage);
+        tq_copy_operand<32>(p.v, { l->v, (uint32_t) l->to_v | (uint32_t) l->row_v << 20 }, n, stage + TQ_WARP_V(BLOCKS));
         uint16_t * mask = (uint16_t *) (void *) (stage + l->to_mask);
         for (int i = 0; i < 8 && tq_thread() % 32 < l->n_mask; ++i) {
             if (8 * (tq_thread() % 2) + i < n) {
@@ -167,64 +172,113 @@ TQ_D void tq_warp_softmax(bool plain, const float (*s)[4], float (*x)[4], tq_res
 
 /* ---- Results ---- */
 
-/* Adds up what the warps found of eight query vectors, and writes it. sums: (warps, 8, TQ_WARP_SUM_STRIDE); bases, totals: (8, warps). */
-template <typename T, int BLOCKS>
-TQ_D void tq_add_warps(const tq_attention & p, const tq_task & k, int vec, const float * sums, const float * bases, const float * totals) {
-    const int lane = tq_thread() % 32, n = tq_thread() / 32; /* a warp takes a vector */
-    float     factor[TQ_WARPS], base = TQ_NO_BASE, total = 0.0f;
-    vec += n;
-    if (vec >= p.n_vec) {
+/* A number of each warp. */
+struct alignas(16) tq_of_warps {
+    float of[TQ_WARPS];
+};
+/* A lane's part of a tensor-core tile of results: two dimensions of two vectors. */
+struct alignas(16) tq_tile_part {
+    float of[4];
+};
+struct alignas(8) tq_pair {
+    float of[2];
+};
+
+/* What each warp's results of eight query vectors are to be multiplied by, in place of its base: eight lanes take a vector. Writes
+ * largest score and sum, or, where there is nothing to merge, puts the sum into the factors. */
+TQ_D void tq_weigh_warps(const tq_attention & p, const tq_task & k, int vec0, tq_of_warps * bases, const tq_of_warps * totals) {
+    const int i = tq_thread() / TQ_WARPS, warp = tq_thread() % TQ_WARPS, vec = vec0 + i;
+    if (i >= 8) {
+        return;
+    }
+    const float mine = bases[i].of[warp];
+    float       base = mine;
+    TQ_UNROLL
+    for (int h = 1; h < TQ_WARPS; h *= 2) {
+        base = fmaxf(base, tq_exchange(base, h));
+    }
+    float factor = tq_exp2(mine - base), total = factor * totals[i].of[warp];
+    TQ_UNROLL
+    for (int h = 1; h < TQ_WARPS; h *= 2) {
+        total += tq_exchange(total, h);
+    }
+    const float max = base == TQ_NO_BASE ? -INFINITY : (base + TQ_WEIGHT_LOG2) / TQ_LOG2_E;
+    if (p.n_parts > 1 && warp < 2 && vec < p.n_vec) {
+        p.stats[2 * tq_part_of(p, k, vec) + warp] = warp == 0 ? max : total;
+    }
+    if (p.n_parts == 1 && vec < p.n_vec) {
+        factor *= tq_normalizer(p, tq_head_of_vector(p, k, vec, tq_row_of_vector(p, vec)), max, total);
+    }
+    bases[i].of[warp] = factor;
+}
+
+/* Adds up what the warps found of eight query vectors, and writes it. parts: (warps, tiles of 2 * 8 dimensions, TQ_PART_STRIDE).
+ * Sixteen lanes take a block of two vectors: each of them two dimensions. */
+template <typename V, int BLOCKS>
+TQ_D void tq_add_warps(const tq_attention & p, const tq_task & k, int vec0, const tq_tile_part * parts, const tq_of_warps * factors) {
+    const int lane = tq_thread() % 32, warp = tq_thread() / 32, b = warp / 2, t = warp % 2 * 2 + lane / 16, u = lane % 16;
+    const int n_slices = BLOCKS / 2, slice = 4 * b + u / 4, from = (slice % n_slices * 4 + u % 4) * TQ_PART_STRIDE + slice / n_slices * 4 + t;
+    const int dim = V::dim(u / 4, 2 * (u % 4)); /* and the next one */
+    if (BLOCKS < 4 && b >= BLOCKS) {
+        return;
+    }
+    const tq_of_warps factor[2] = { factors[2 * t], factors[2 * t + 1] };
+    float             x[2][2]   = { { 0.0f, 0.0f }, { 0.0f, 0.0f } }; /* (vectors, dimensions) */
+    TQ_UNROLL
+    for (int i = 0; i < TQ_WARPS; ++i) {
+        const tq_tile_part part = parts[from + i * 2 * BLOCKS * TQ_PART_STRIDE];
+        TQ_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            x[j % 2][j / 2] += factor[j % 2].of[i] * part.of[j];
+        }
+    }
+    const int vec = vec0 + 2 * t;
+    if (p.n_parts > 1) {
+        float * to = p.partials + tq_part_of(p, k, vec) * (32 * BLOCKS) + b * TQ_BLOCK + dim;
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) {
+            if (vec + c < p.n_vec) {
+                *(tq_pair *) (void *) (to + c * p.n_parts * (32 * BLOCKS)) = { { x[c][0], x[c][1] } };
+            }
+        }
         return;
     }
     TQ_UNROLL
-    for (int i = 0; i < TQ_WARPS; ++i) {
-        base = fmaxf(base, bases[n * TQ_WARPS + i]);
-    }
-    TQ_UNROLL
-    for (int i = 0; i < TQ_WARPS; ++i) {
-        factor[i] = tq_exp2(bases[n * TQ_WARPS + i] - base);
-        total    += factor[i] * totals[n * TQ_WARPS + i];
-    }
-    const float   max = base == TQ_NO_BASE ? -INFINITY : (base + TQ_WEIGHT_LOG2) / TQ_LOG2_E;
-    const int64_t at  = (((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + vec) * p.n_parts + k.split;
-    const float   normalizer = p.n_parts == 1 ? tq_normalizer(p, k.kv_head * p.group + vec % p.group, max, total) : 1.0f;
-    TQ_UNROLL
-    for (int b = 0; b < BLOCKS; ++b) {
-        float x = 0.0f;
-        TQ_UNROLL
-        for (int i = 0; i < TQ_WARPS; ++i) {
-            x += factor[i] * sums[(8 * i + n) * TQ_WARP_SUM_STRIDE(BLOCKS) + 33 * b + lane];
+    for (int c = 0; c < 2; ++c) {
+        tq_transform_pairs(!p.v.signs_first, x[c], lane, dim);
+        if (vec + c < p.n_vec) {
+            float * out = tq_output_of(p, k, vec + c) + b * TQ_BLOCK + dim;
+            out[0]      = x[c][0];
+            out[1]      = x[c][1];
         }
-        if (p.n_parts == 1) {
-            tq_write_output(p, k, vec, b, x * normalizer);
-        } else {
-            p.partials[at * (32 * BLOCKS) + b * TQ_BLOCK + lane] = x;
-        }
-    }
-    if (p.n_parts > 1 && lane < 2) {
-        p.stats[2 * at + lane] = lane == 0 ? max : total;
     }
 }
 
-/* One range of keys, from beginning to end. */
-template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_attention & p, unsigned char * shared) {
+/* One range of keys, from beginning to end. K, V: types. */
+template <typename K, typename V, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_attention & p, unsigned char * shared) {
     const tq_task  k = tq_task_of(p);
     const int      lane = tq_thread() % 32, warp = tq_thread() / 32, g = lane / 4, t = lane % 4, stride = TQ_FIXED_STRIDE(BLOCKS);
     const int      n_slices = BLOCKS / 2, slice = g * n_slices; /* of V: those that this lane takes, and the first of them */
-    uint32_t *     table    = (uint32_t *) (void *) shared;
+    const bool     one      = tq_one_type<K, V>::value;
+    uint32_t *     k_table  = (uint32_t *) (void *) shared;
+    uint32_t *     v_table  = one ? k_table : k_table + K::ENTRIES * K::SPACING / 4;
     tq_quad *      in_q     = (tq_quad *) (void *) (shared + p.at_q);
     float *        in_scale = (float *) (void *) (shared + p.at_vectors);
     float *        slope    = in_scale + 8 * NT;
-    float *        bases    = slope + 8 * NT;               /* (vectors, warps) */
-    float *        totals   = bases + 8 * NT * TQ_WARPS;
+    tq_of_warps *  bases    = (tq_of_warps *) (void *) (slope + 8 * NT); /* of each vector */
+    tq_of_warps *  totals   = bases + 8 * NT;
     const int      begin    = k.begin + TQ_WARP_TILE * warp, stage_bytes = TQ_WARP_STAGE(BLOCKS, NT);
     const int      first    = p.at_stages + warp * p.n_stages * stage_bytes; /* of the stages that this warp has */
-    tq_warp_loader loader   = tq_warp_loader_of(p, k, begin, TQ_WARP_MASK(BLOCKS));
+    const int      in_k = tq_keep(tq_lead(p.k, k) + g * stride), in_v = tq_keep(TQ_WARP_V(BLOCKS) + tq_lead(p.v, k) + 2 * t * stride);
+    tq_warp_loader loader   = tq_warp_loader_of(one, p, k, begin, TQ_WARP_MASK(BLOCKS));
     for (int i = 0; i < p.n_stages - 1; ++i) {
-        tq_warp_load<T, BLOCKS>(p, &loader, k.end - begin - i * TQ_WARP_STEP, shared + first + i * stage_bytes);
+        tq_warp_load<K, V, BLOCKS>(p, &loader, k.end - begin - i * TQ_WARP_STEP, shared + first + i * stage_bytes);
     }
-    tq_fill_table<T>(p.k.levels, table);
-    tq_load_queries<T, BLOCKS>(p, k, in_q, in_scale, slope);
+    tq_fill_table<K>(p.k.levels, k_table);
+    if (!one) {
+        tq_fill_table<V>(p.v.levels, v_table);
+    }
+    tq_load_queries<K, BLOCKS>(p, k, in_q, in_scale, slope);
     tq_sync();
 
     tq_results<NT, BLOCKS> r;
@@ -247,9 +301,8 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
         }
     }
 
-    const auto k_part  = T::place_of(t);
-    const auto v_parts = tq_parts_of<T, n_slices>(slice / 4, slice % 4);
-    const int  in_k = tq_keep(tq_lead(p.k, k) + g * stride), in_v = tq_keep(TQ_WARP_V(BLOCKS) + tq_lead(p.v, k) + 2 * t * stride);
+    const auto k_part  = K::place_of(t);
+    const auto v_parts = tq_parts_of<V, n_slices>(slice / 4, slice % 4);
     const int  most_left = tq_keep(p.softcap > 0.0f ? INT32_MAX : TQ_WARP_TILE); /* with fewer keys a tile is not plain */
     const int  last = tq_keep(first + (p.n_stages - 1) * stage_bytes), ahead = tq_keep(k.end - (p.n_stages - 1) * TQ_WARP_STEP);
     int        at = first, free = last; /* the tile's stage, and the one that its predecessor was in */
@@ -261,7 +314,7 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
             tq_copy_wait<0>();
         }
         tq_sync_warp(); /* the tile is there, and the one before it is done with */
-        tq_warp_load<T, BLOCKS>(p, &loader, ahead - t0, shared + free);
+        tq_warp_load<K, V, BLOCKS>(p, &loader, ahead - t0, shared + free);
         const uint8_t * stage = shared + at;
         const int       left  = k.end - t0;
         const tq_quad * mask  = (const tq_quad *) (const void *) (stage + loader.to_mask);
@@ -278,7 +331,7 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
             float      s[NT][4], x[NT][4];
             uint32_t   weights[NT][2];
             const auto fragment = [&](int b, int i) { return NT == 1 ? q[NT == 1 ? b : 0] : in_q[(i * BLOCKS + b) * 32 + lane]; };
-            tq_multiply_keys<T, NT, BLOCKS>(table, stage + in_k, stride, k_part, BLOCKS, fragment, s);
+            tq_multiply_keys<K, NT, BLOCKS>(k_table, stage + in_k, stride, k_part, BLOCKS, fragment, s);
             if (plain) {
                 TQ_UNROLL
                 for (int i = 0; i < 4 * NT; ++i) {
@@ -295,21 +348,19 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
                 }
             }
             tq_warp_softmax<NT, BLOCKS>(plain, s, x, &r, weights);
-            tq_multiply_values<T, NT, n_slices>(table, stage + in_v, stride, v_parts, 0xffffffffu, weights, r.o);
+            tq_multiply_values<V, NT, n_slices>(v_table, stage + in_v, stride, v_parts, 0xffffffffu, weights, r.o);
         }
         free = at;
         at   = at == last ? first : at + stage_bytes;
     }
 
+    tq_tile_part * parts = (tq_tile_part *) (void *) (shared + p.at_stages); /* where tiles were */
     TQ_UNROLL
     for (int i = 0; i < NT; ++i) {
-        float * sums = (float *) (void *) (shared + p.at_stages); /* where tiles were */
-        float * mine = sums + (8 * warp + 2 * t) * TQ_WARP_SUM_STRIDE(BLOCKS) + 33 * (slice / 4);
         tq_sync();
         TQ_UNROLL
-        for (int j = 0; j < 8 * BLOCKS; ++j) {
-            const int dim = T::dim(slice % 4 + j / 16, 2 * (j / 4 % 4) + j % 4 / 2);
-            mine[j % 2 * TQ_WARP_SUM_STRIDE(BLOCKS) + dim] = r.o[i][j / 4][j % 4];
+        for (int j = 0; j < 2 * BLOCKS; ++j) {
+            parts[(warp * 2 * BLOCKS + j) * TQ_PART_STRIDE + lane] = { { r.o[i][j][0], r.o[i][j][1], r.o[i][j][2], r.o[i][j][3] } };
         }
         TQ_UNROLL
         for (int c = 0; c < 2; ++c) {
@@ -318,12 +369,14 @@ template <typename T, int NT, int BLOCKS> TQ_D void tq_attend_by_warps(const tq_
                 r.sum[i][c] += tq_exchange(r.sum[i][c], h);
             }
             if (g == 0) {
-                bases[(8 * i + 2 * t + c) * TQ_WARPS + warp]  = r.base[i][c];
-                totals[(8 * i + 2 * t + c) * TQ_WARPS + warp] = r.sum[i][c];
+                bases[8 * i + 2 * t + c].of[warp]  = r.base[i][c];
+                totals[8 * i + 2 * t + c].of[warp] = r.sum[i][c];
             }
         }
         tq_sync();
-        tq_add_warps<T, BLOCKS>(p, k, k.vec0 + 8 * i, sums, bases + 8 * i * TQ_WARPS, totals + 8 * i * TQ_WARPS);
+        tq_weigh_warps(p, k, k.vec0 + 8 * i, bases + 8 * i, totals + 8 * i);
+        tq_sync();
+        tq_add_warps<V, BLOCKS>(p, k, k.vec0 + 8 * i, parts, bases + 8 * i);
     }
 }
 

@@ -47,8 +47,9 @@ def readable(mangled: str) -> str:
     numbers = re.findall(r"Li(\d+)E", mangled)
     if name == "tq_attend_kernel":
         return f"{name}, {8 * int(numbers[0])} vectors"
-    if found := re.search(r"tq_attend_warp_kernelI\d+tq_(\w{4})Li", mangled):
-        return f"{name} {found[1]} DK {32 * int(numbers[1])}, {8 * int(numbers[0])} vectors"
+    if found := re.search(r"tq_attend_warp_kernelI\d+tq_(\w{4})(?:\d+tq_(\w{4})|S\d*_)Li", mangled):
+        types = f"{found[1]}/{found[2]}" if found[2] else found[1]
+        return f"{name} {types} DK {32 * int(numbers[1])}, {8 * int(numbers[0])} vectors"
     return " ".join([name, *(f"{number} bits" for number in numbers)])
 
 

@@ -291,6 +291,13 @@ template <> struct tq_type_of<TQ_TYPE_PQT4> {
     typedef tq_pqt4 type;
 };
 
+template <typename K, typename V> struct tq_one_type {
+    static const bool value = false;
+};
+template <typename T> struct tq_one_type<T, T> {
+    static const bool value = true;
+};
+
 /* call, with TQ standing for the type that the number means */
 #define TQ_WITH_TYPE(type_number, call)                     \
     switch (type_number) {                                  \

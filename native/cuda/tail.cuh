@@ -48,8 +48,8 @@ TQ_D void tq_attend_tail(const tq_attention & p, unsigned char * shared) {
     float *   w      = (float *) (void *) (owned + TQ_TAIL_ENTRIES); /* (8, entries): scores, then weights */
     float *   q      = w + 8 * TQ_TAIL_ENTRIES;                    /* (8, DK) */
     tq_task   k;
-    k.kv_head   = tq_block_x() % p.n_head_kv;
-    k.split     = tq_block_x() / p.n_head_kv;
+    k.split     = tq_divide(tq_block_x(), p.n_head_kv, p.heads_inverse);
+    k.kv_head   = tq_block_x() - k.split * p.n_head_kv;
     k.vec0      = tq_block_y() * 8;
     k.stream    = tq_block_z();
     k.kv_stream = k.stream / p.streams_per_kv;
@@ -110,7 +110,7 @@ TQ_D void tq_attend_tail(const tq_attention & p, unsigned char * shared) {
     const int64_t first = (((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + k.vec0) * p.n_parts + p.n_splits + k.split;
     for (int i = warp; i < n_vec; i += TQ_TAIL_WARPS) {
         const int       vec = k.vec0 + i, head = k.kv_head * p.group + vec % p.group;
-        const float     factor = p.softcap > 0.0f ? p.scale / p.softcap : p.scale, slope = tq_slope(p, head);
+        const float     slope = tq_slope(p, head);
         const uint8_t * mask = p.mask == NULL ? NULL
                                               : p.mask + (int64_t) (vec / p.group) * p.mask_stride_row +
                                                     (int64_t) (head % p.n_mask_head) * p.mask_stride_head +
@@ -125,7 +125,7 @@ TQ_D void tq_attend_tail(const tq_attention & p, unsigned char * shared) {
             }
             x[j] = -INFINITY;
             if (bias != TQ_F16_NEGATIVE_INFINITY) {
-                x[j] = w[i * TQ_TAIL_ENTRIES + e] * factor;
+                x[j] = w[i * TQ_TAIL_ENTRIES + e] * p.scale;
                 x[j] = (p.softcap > 0.0f ? p.softcap * tanhf(x[j]) : x[j]) + slope * tq_half_to_float(bias);
             }
             top = fmaxf(top, x[j]);

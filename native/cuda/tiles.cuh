@@ -12,7 +12,7 @@ struct tq_task {
 
 TQ_D tq_task tq_task_of(const tq_attention & p) {
     tq_task k;
-    k.split     = tq_block_x() / p.n_head_kv;
+    k.split     = tq_divide(tq_block_x(), p.n_head_kv, p.heads_inverse);
     k.kv_head   = tq_block_x() - k.split * p.n_head_kv; /* fastest: the heads of a token share sectors */
     k.vec0      = tq_block_y() * 8 * p.n_tiles;
     k.stream    = tq_block_z();

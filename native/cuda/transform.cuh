@@ -8,7 +8,7 @@
 /* One butterfly of which this thread has one side. */
 TQ_D float tq_butterfly(float x, int lane, int h) {
     const float other = tq_exchange(x, h);
-    return lane & h ? other - x : x + other;
+    return fmaf(x, lane & h ? -1.0f : 1.0f, other); /* exact but for the one rounding that a sum has */
 }
 
 /* A team's block; l: the thread in its team. */
@@ -56,6 +56,26 @@ TQ_D float tq_transform_warp(int signs_first, float x, int lane) {
     }
     x *= TQI_RSQRT_BLOCK;
     return signs_first ? x : tq_apply_sign(x, lane);
+}
+
+/* The same where 16 lanes have two values each, i and i + 1. Whichever bits of i a lane's number has, in whatever order: sums of 32
+ * are the same but for rounding. */
+TQ_D void tq_transform_pairs(int signs_first, float * v, int lane, int i) {
+    TQ_UNROLL
+    for (int m = 0; m < 2; ++m) {
+        v[m] = signs_first ? tq_apply_sign(v[m], i + m) : v[m];
+        TQ_UNROLL
+        for (int h = 1; h < TQ_BLOCK / 2; h *= 2) {
+            v[m] = tq_butterfly(v[m], lane, h);
+        }
+    }
+    const float a = v[0] * TQI_RSQRT_BLOCK, b = v[1] * TQI_RSQRT_BLOCK;
+    v[0] = a + b;
+    v[1] = a - b;
+    TQ_UNROLL
+    for (int m = 0; m < 2 && !signs_first; ++m) {
+        v[m] = tq_apply_sign(v[m], i + m);
+    }
 }
 
 /* The halving tree of tqi_sum32 over a team's 32 numbers. Sums are exchanged both ways and a + b = b + a, so that every thread

@@ -232,6 +232,7 @@ def test_head_sizes(cuda: Any, head_dim_k: int, head_dim_v: int) -> None:
 def test_grouped_queries(cuda: Any, group: int) -> None:
     check_case(cuda, Case(n_head=group * 3, n_head_kv=3, n_kv=130))
     check_case(cuda, Case("pqo4", "pqo4", n_head=group, n_head_kv=1, n_kv=33, n_q=3, mask="causal"))
+    check_case(cuda, Case("pqo4", "pqo3", n_head=group, n_head_kv=1, n_kv=150, sinks=True))
     check_case(cuda, Case("pqt3", "pqt4", n_head=group, n_head_kv=1, n_kv=130))
 
 
@@ -293,6 +294,8 @@ def test_alignments(cuda: Any, type: str) -> None:
     ):
         check_case(cuda, Case(type, other, head_dim, head_dim, offset=offset, gap=gap, n_kv=90))
         check_case(cuda, Case(other, type, head_dim, head_dim, offset=offset, gap=gap, n_kv=90, head_major=True))
+        if type == "pqo4":
+            check_case(cuda, Case(type, "pqo3", head_dim, head_dim, offset=offset, gap=gap, n_kv=90, n_q=2))
 
 
 @pytest.mark.parametrize(("type", "mode"), [codec for codec in reference.CODECS if codec[1] != "search"])
@@ -398,11 +401,11 @@ def test_many_tiles_per_warp(cuda: Any, monkeypatch: pytest.MonkeyPatch, mask: s
         monkeypatch.setenv("TQ_HOST_SM", "1")
         monkeypatch.setenv("TQ_HOST_SHARED_KIB", str(shared_kib))
     for n_kv, head_dim, n_q in ((1504, 128, 1), (1501, 128, 1), (1200, 64, 3)):
-        for type in ("pqo3", "pqt4") if n_q == 1 else ("pqo3", "pqo4"):
+        mixed = ("pqo4", "pqo3")
+        for pair in ("pqo3",) * 2, ("pqt4",) * 2 if n_q == 1 else ("pqo4",) * 2, mixed:
             n_head_kv = 256 // head_dim  # 16 bytes at a time; of 64 values, some heads need fewer copies than others
             case = Case(
-                type,
-                type,
+                *pair,
                 head_dim,
                 head_dim,
                 n_head=8,
@@ -413,6 +416,22 @@ def test_many_tiles_per_warp(cuda: Any, monkeypatch: pytest.MonkeyPatch, mask: s
                 q_scale=8.0,
             )
             check_case(cuda, case)
+
+
+def test_the_pair_that_people_choose_has_a_kernel(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few keys each kernel makes as many ranges as it has tiles, of 128 or of 64: scratch tells which it is."""
+    if not cuda.emulated:
+        pytest.skip("how many ranges there are depends on the device")
+    monkeypatch.setenv("TQ_HOST_SM", "132")
+    args = usable(cuda)
+    args.q.head_dim = args.k.head_dim = args.v.head_dim = 128
+    args.n_kv = 1024
+    work = {}
+    for k_type, v_type in (("pqo3", "pqo3"), ("pqo4", "pqo3"), ("pqo3", "pqo4"), ("pqt3", "pqo3")):
+        args.k.type, args.v.type = CACHE_TYPES[k_type].number, CACHE_TYPES[v_type].number
+        work[k_type, v_type] = cuda.lib.tq_cuda_attn_work_bytes(ctypes.byref(args))
+    assert work["pqo4", "pqo3"] == work["pqo3", "pqo3"]
+    assert work["pqo3", "pqo4"] == work["pqt3", "pqo3"] > 1.9 * work["pqo3", "pqo3"]
 
 
 def usable(cuda: Any) -> Any:
