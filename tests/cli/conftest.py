@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -106,10 +106,13 @@ def endless(random_model: Callable[..., Path]) -> tuple[str, ...]:
 class Server:
     """`tqgguf serve` in a process of its own, or another program of its arguments."""
 
+    started: ClassVar[list[Server]] = []
+
     def __init__(self, *args: str, program: tuple[str, str] = ("-m", "tqgguf")) -> None:
         self.process = subprocess.Popen(
             [sys.executable, *program, "serve", *args, "--port", "0"], stderr=subprocess.PIPE, text=True
         )
+        self.started.append(self)
         assert self.process.stderr
         self.said = ""
         while not (match := re.search(r"listening on (http://\S+/v1) ", self.said)):
@@ -140,8 +143,10 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def serve() -> type[Server]:
-    """Starts `tqgguf serve` with arguments; the caller ends it."""
+def serve() -> Iterator[type[Server]]:
+    """Starts `tqgguf serve` with arguments; the caller ends it, or after the last test it is killed."""
     for name in ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "openai"):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements-dev.txt")
-    return Server
+    yield Server
+    for server in Server.started:
+        server.process.kill()

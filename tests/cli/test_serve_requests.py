@@ -246,6 +246,7 @@ def test_it_can_refuse_grammars(serve: Callable[..., Any]) -> None:
         assert (status, answer["error"]["param"]) == (400, field) and "--no-grammars" in answer["error"]["message"]
     body = {"messages": FRANCE, "temperature": 0, "response_format": {"type": "text"}, "tools": None}
     assert "Paris" in send(server, CHAT, body)[1]["choices"][0]["message"]["content"]
+    server.end()
 
 
 def test_the_models_are_listed_while_an_answer_is_computed(serve: Callable[..., Any], endless: tuple[str, ...]) -> None:

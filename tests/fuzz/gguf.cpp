@@ -35,8 +35,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (empty || (gguf = gguf_init_from_buffer(data, size, params)) == nullptr) {
         return 0;
     }
-    for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
-        const ggml_tensor * tensor = ggml_get_tensor(tensors, gguf_get_tensor_name(gguf, i));
+    ggml_tensor * tensor = ggml_get_first_tensor(tensors); // not by name: ggml's end at a zero, GGUF's may hold some
+    for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i, tensor = ggml_get_next_tensor(tensors, tensor)) {
         if (tensor == nullptr || ggml_nbytes(tensor) != gguf_get_tensor_size(gguf, i) || tensor->ne[0] % ggml_blck_size(tensor->type) != 0) {
             abort();
         }
