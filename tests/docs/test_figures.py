@@ -152,10 +152,5 @@ def test_the_wheel_beside_a_native_build() -> None:
             for phase in ("prefill", "decode")
         ]
         assert f"| {weights}, f16 / pqo3 | {' | '.join(cells)} |" in page
-    assert min(row["wheel"]["ratio"] for row in rows[0]) > 0.98
-    spent = {
-        round(1e3 / row["wheel"]["tokens_per_s"] - 1e3 / row["native"]["tokens_per_s"], 2)
-        for row in rows[1]
-        if row["phase"] == "decode"
-    }
-    assert f"{min(spent)} to {max(spent)} ms a token" in page
+    assert min(row["wheel"]["ratio"] for measured in rows for row in measured) > 0.955
+    assert "The wheel is within 4 % of native" in page
