@@ -30,9 +30,8 @@ def take_back(context: Any, n_tokens: int) -> bool:
         return False
     model = llama_cpp.llama_get_model(context)
     window = int(llama_cpp.llama_model_n_swa(model))
-    if not window or llama_cpp.llama_model_is_hybrid(
-        model
-    ):  # of a hybrid's state nothing is taken back without saying so
+    # Of a hybrid's state nothing is taken back without saying so.
+    if not window or llama_cpp.llama_model_is_hybrid(model):
         return True
     first = int(llama_cpp.llama_memory_seq_pos_min(memory, 0))  # of a window's cache; -1: nothing of it is left
     return 0 <= first <= max(0, n_tokens - window + 1)
