@@ -30,12 +30,15 @@ help: ## this list
 demo: build/installed ## build (CUDA=1: with llama.cpp's CUDA backend), then talk to a small model whose cache is pqo3
 	$(BIN)/tqgguf demo
 
-test: build/installed lint ## build, then ruff, mypy and the tests
+test: build/installed lint ## build, then lint and the tests
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/ready ## ruff and mypy
+C_SOURCES = $(shell find native tests benchmarks -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+lint: $(VENV)/ready ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 	$(BIN)/mypy
 
 install: build/installed ## build and install into .venv only

@@ -22,8 +22,8 @@
 #ifndef TQ_ATTENTION_CUH
 #define TQ_ATTENTION_CUH
 
-#include "tiles.cuh"
 #include "products.cuh"
+#include "tiles.cuh"
 #include "transform.cuh"
 
 #define TQ_WEIGHT 1024.0f
@@ -31,22 +31,22 @@
 
 /* What a thread knows of the query vector whose softmax it helps with. */
 struct tq_row {
-    int             vec;    /* of the block's 8 or 16 */
-    int             first;  /* of its tokens in a tile; the others are step further on each */
-    int             step;
-    bool            valid;
-    bool            any;    /* whether the warp has a vector: what columns without one hold, nobody looks at */
+    int vec;   /* of the block's 8 or 16 */
+    int first; /* of its tokens in a tile; the others are step further on each */
+    int step;
+    bool valid;
+    bool any; /* whether the warp has a vector: what columns without one hold, nobody looks at */
     const uint8_t * mask;
-    float           max, sum;      /* sum: of this thread's tokens alone, in units of WEIGHT */
+    float max, sum; /* sum: of this thread's tokens alone, in units of WEIGHT */
 };
 
 struct tq_buffers {
     uint32_t *k_table, *v_table;
-    tq_quad * q;       /* (n_tiles, n_blocks of K, 32 lanes): fragments */
-    float *   scores;  /* (vectors, tile + 4) */
-    uint16_t *weights; /* (vectors, tile + 8), f16 */
-    float *   factors; /* (vectors): what earlier results are multiplied by; then more such arrays: */
-    float *   max, *sum, *scale, *slope; /* at the end; a score is scale * what scores() finds, and slope * mask */
+    tq_quad * q;                      /* (n_tiles, n_blocks of K, 32 lanes): fragments */
+    float * scores;                   /* (vectors, tile + 4) */
+    uint16_t * weights;               /* (vectors, tile + 8), f16 */
+    float * factors;                  /* (vectors): what earlier results are multiplied by; then more such arrays: */
+    float *max, *sum, *scale, *slope; /* at the end; a score is scale * what scores() finds, and slope * mask */
     uint8_t * stages;
 };
 
@@ -54,28 +54,32 @@ TQ_D tq_buffers tq_carve(const tq_attention & p, unsigned char * shared) {
     tq_buffers w;
     w.k_table = (uint32_t *) (void *) shared;
     w.v_table = (uint32_t *) (void *) (shared + p.at_v_table);
-    w.q       = (tq_quad *) (void *) (shared + p.at_q);
-    w.scores  = (float *) (void *) (shared + p.at_scores);
+    w.q = (tq_quad *) (void *) (shared + p.at_q);
+    w.scores = (float *) (void *) (shared + p.at_scores);
     w.weights = (uint16_t *) (void *) (shared + p.at_weights);
     w.factors = (float *) (void *) (shared + p.at_vectors);
-    w.max     = w.factors + 8 * p.n_tiles;
-    w.sum     = w.max + 8 * p.n_tiles;
-    w.scale   = w.sum + 8 * p.n_tiles;
-    w.slope   = w.scale + 8 * p.n_tiles;
-    w.stages  = shared + p.at_stages;
+    w.max = w.factors + 8 * p.n_tiles;
+    w.sum = w.max + 8 * p.n_tiles;
+    w.scale = w.sum + 8 * p.n_tiles;
+    w.slope = w.scale + 8 * p.n_tiles;
+    w.stages = shared + p.at_stages;
     return w;
 }
 
 /* ---- Queries ---- */
 
 /* The row of q that a query vector is of, and the head. */
-TQ_D int tq_row_of_vector(const tq_attention & p, int vec) { return tq_divide(vec, p.group, p.group_inverse); }
-TQ_D int tq_head_of_vector(const tq_attention & p, const tq_task & k, int vec, int row) { return k.kv_head * p.group + vec - row * p.group; }
+TQ_D int tq_row_of_vector(const tq_attention & p, int vec) {
+    return tq_divide(vec, p.group, p.group_inverse);
+}
+TQ_D int tq_head_of_vector(const tq_attention & p, const tq_task & k, int vec, int row) {
+    return k.kv_head * p.group + vec - row * p.group;
+}
 
 /* A power of two that brings |x| = amax to 64..128, and its inverse. */
 TQ_HD float tq_power_for(float amax, float * inverse) {
     int e = (int) (tq_float_bits(amax) >> 23 & 255u) - 127;
-    e     = e < -100 ? -100 : e;
+    e = e < -100 ? -100 : e;
     *inverse = tq_bits_float((uint32_t) (127 + e - 6) << 23);
     return tq_bits_float((uint32_t) (127 + 6 - e) << 23);
 }
@@ -89,23 +93,27 @@ TQ_HD float tq_slope(const tq_attention & p, int head) {
     while (2 * n <= p.n_head) {
         n *= 2;
     }
-    return head < n ? exp2f(-p.max_bias / (float) n * (float) (head + 1)) : exp2f(-p.max_bias / 2.0f / (float) n * (float) (2 * (head - n) + 1));
+    return head < n ? exp2f(-p.max_bias / (float) n * (float) (head + 1))
+                    : exp2f(-p.max_bias / 2.0f / (float) n * (float) (2 * (head - n) + 1));
 }
 
 /* Writes the q fragments and, for each query vector, scale and slope; zeros where there is no vector. A warp takes a vector. */
 template <typename T, int BLOCKS>
-TQ_D void tq_load_queries(const tq_attention & p, const tq_task & k, tq_quad * fragments, float * scale, float * slope) {
-    const int  lane = tq_thread() % 32, l = lane % TQ_TEAM, team = lane / TQ_TEAM;
-    const int  n_blocks = BLOCKS > 0 ? BLOCKS : p.k.n_blocks, last = (n_blocks + 3) / 4 * 4; /* all lanes exchange */
+TQ_D void tq_load_queries(const tq_attention & p, const tq_task & k, tq_quad * fragments, float * scale,
+                          float * slope) {
+    const int lane = tq_thread() % 32, l = lane % TQ_TEAM, team = lane / TQ_TEAM;
+    const int n_blocks = BLOCKS > 0 ? BLOCKS : p.k.n_blocks, last = (n_blocks + 3) / 4 * 4; /* all lanes exchange */
     const bool trellis = T::dim(0, 2) != 2;
     const tq_spot spot = tq_spot_of(trellis, l);
     uint16_t * halves = (uint16_t *) (void *) fragments;
     for (int i = tq_thread() / 32; i < 8 * p.n_tiles; i += TQ_WARPS) {
-        const bool    valid = k.vec0 + i < p.n_vec;
-        const int     vec = valid ? k.vec0 + i : 0, row = tq_row_of_vector(p, vec), head = tq_head_of_vector(p, k, vec, row);
-        const float * q   = (const float *) (const void *) (p.q + k.stream * p.q_stride_stream + (int64_t) head * p.q_stride_head +
-                                                          (int64_t) row * p.q_stride_row);
-        float         amax  = 0.0f, inverse = 0.0f;
+        const bool valid = k.vec0 + i < p.n_vec;
+        const int vec = valid ? k.vec0 + i : 0, row = tq_row_of_vector(p, vec),
+                  head = tq_head_of_vector(p, k, vec, row);
+        const float * q =
+            (const float *) (const void *) (p.q + k.stream * p.q_stride_stream + (int64_t) head * p.q_stride_head +
+                                            (int64_t) row * p.q_stride_row);
+        float amax = 0.0f, inverse = 0.0f;
         for (int b = team; b < last; b += 4) {
             TQ_UNROLL
             for (int m = 0; m < TQ_VALUES; ++m) {
@@ -143,20 +151,21 @@ TQ_D void tq_load_queries(const tq_attention & p, const tq_task & k, tq_quad * f
 
 template <typename T, int NT> TQ_D void tq_scores(const tq_attention & p, const tq_buffers & w, const uint8_t * tile) {
     const int lane = tq_thread() % 32, warp = tq_thread() / 32, g = lane / 4, t = lane % 4, ld = p.tile + 4;
-    float     sum[NT][4];
+    float sum[NT][4];
     if (16 * warp >= p.tile) {
         return;
     }
     const auto q = [&](int b, int i) { return w.q[(i * p.k.n_blocks + b) * 32 + lane]; };
-    const int  stride = p.k.stride_shared;
-    tq_multiply_keys<T, NT, 0>(w.k_table, tile + (16 * warp + g) * stride, stride, T::place_of(t), p.k.n_blocks, q, sum);
+    const int stride = p.k.stride_shared;
+    tq_multiply_keys<T, NT, 0>(w.k_table, tile + (16 * warp + g) * stride, stride, T::place_of(t), p.k.n_blocks, q,
+                               sum);
     TQ_UNROLL
     for (int i = 0; i < NT; ++i) {
-        float * s     = w.scores + (8 * i + 2 * t) * ld + 16 * warp + g;
-        s[0]          = sum[i][0];
-        s[ld]         = sum[i][1];
-        s[8]          = sum[i][2];
-        s[ld + 8]     = sum[i][3];
+        float * s = w.scores + (8 * i + 2 * t) * ld + 16 * warp + g;
+        s[0] = sum[i][0];
+        s[ld] = sum[i][1];
+        s[8] = sum[i][2];
+        s[ld + 8] = sum[i][3];
     }
 }
 
@@ -167,7 +176,7 @@ TQ_D const uint8_t * tq_mask_of(const tq_attention & p, const tq_task & k, int v
     if (p.mask == NULL) {
         return NULL;
     }
-    const int       row = tq_row_of_vector(p, vec), head = tq_head_of_vector(p, k, vec, row);
+    const int row = tq_row_of_vector(p, vec), head = tq_head_of_vector(p, k, vec, row);
     const uint8_t * mask = p.mask + (int64_t) row * p.mask_stride_row;
     mask += p.n_mask_head > 1 ? (int64_t) (head % p.n_mask_head) * p.mask_stride_head : 0;
     mask += p.n_mask_stream > 1 ? (int64_t) (k.stream % p.n_mask_stream) * p.mask_stride_stream : 0;
@@ -176,14 +185,14 @@ TQ_D const uint8_t * tq_mask_of(const tq_attention & p, const tq_task & k, int v
 
 TQ_D tq_row tq_row_of(const tq_attention & p, const tq_task & k, int n_tiles) {
     tq_row r;
-    r.step  = 32 / n_tiles;
-    r.vec   = tq_thread() / r.step;
+    r.step = 32 / n_tiles;
+    r.vec = tq_thread() / r.step;
     r.first = tq_thread() % r.step;
     r.valid = k.vec0 + r.vec < p.n_vec;
-    r.any   = k.vec0 + tq_thread() / 32 * n_tiles < p.n_vec;
-    r.mask  = tq_mask_of(p, k, r.valid ? k.vec0 + r.vec : 0);
-    r.max   = -INFINITY;
-    r.sum   = 0.0f;
+    r.any = k.vec0 + tq_thread() / 32 * n_tiles < p.n_vec;
+    r.mask = tq_mask_of(p, k, r.valid ? k.vec0 + r.vec : 0);
+    r.max = -INFINITY;
+    r.sum = 0.0f;
     return r;
 }
 
@@ -196,16 +205,18 @@ TQ_D bool tq_owns_row(const tq_attention & p, const tq_task & k, int t) {
 
 /* The mask of this thread's tokens of the tile at t0; returns whether it lets any be seen. Keys that do not exist are hidden,
  * too, and what is hidden does not count, whatever it is. */
-template <int NT> TQ_D int tq_load_mask(const tq_attention & p, const tq_task & k, const tq_row & r, int t0, uint16_t * mask) {
-    const int        left = !r.valid ? 0 : (k.end - t0 < p.tile ? k.end - t0 : p.tile) - r.first;
+template <int NT>
+TQ_D int tq_load_mask(const tq_attention & p, const tq_task & k, const tq_row & r, int t0, uint16_t * mask) {
+    const int left = !r.valid ? 0 : (k.end - t0 < p.tile ? k.end - t0 : p.tile) - r.first;
     const uint16_t * from = (const uint16_t *) (const void *) r.mask + t0 + r.first;
-    int              seen = 0;
+    int seen = 0;
     if (!r.any) {
         return seen;
     }
     TQ_UNROLL
     for (int i = 0; i < 4 * NT; ++i) {
-        mask[i] = i * r.step < left ? (r.mask == NULL ? (uint16_t) 0 : from[i * r.step]) : (uint16_t) TQ_F16_NEGATIVE_INFINITY;
+        mask[i] = i * r.step < left ? (r.mask == NULL ? (uint16_t) 0 : from[i * r.step])
+                                    : (uint16_t) TQ_F16_NEGATIVE_INFINITY;
     }
     if (p.n_recent > 0) {
         TQ_UNROLL
@@ -224,9 +235,10 @@ template <int NT> TQ_D int tq_load_mask(const tq_attention & p, const tq_task & 
 
 /* Online softmax (Milakov and Gimelshein, arXiv:1805.02867): weights <- exp(score - largest), factors <- what earlier results
  * must be multiplied by. A vector that has seen no key yet gives zeros. */
-template <int NT> TQ_D void tq_softmax(const tq_attention & p, const tq_buffers & w, const uint16_t * mask, tq_row * r) {
+template <int NT>
+TQ_D void tq_softmax(const tq_attention & p, const tq_buffers & w, const uint16_t * mask, tq_row * r) {
     const float * s = w.scores + r->vec * (p.tile + 4);
-    float         x[4 * NT], top = r->max;
+    float x[4 * NT], top = r->max;
     if (!r->any) {
         return;
     }
@@ -244,20 +256,20 @@ template <int NT> TQ_D void tq_softmax(const tq_attention & p, const tq_buffers 
     TQ_UNROLL
     for (int i = 0; i < 4 * NT; ++i) {
         x[i] = mask[i] != TQ_F16_NEGATIVE_INFINITY ? x[i] + slope * tq_half_to_float(mask[i]) : -INFINITY;
-        top  = fmaxf(top, x[i]);
+        top = fmaxf(top, x[i]);
     }
     TQ_UNROLL
     for (int h = 1; h < 32 / NT; h *= 2) {
         top = fmaxf(top, tq_exchange(top, h));
     }
     const float factor = top == r->max ? 1.0f : tq_exp(r->max - top);
-    const float base   = top == -INFINITY ? 0.0f : top; /* zeros, but NaN stays NaN */
+    const float base = top == -INFINITY ? 0.0f : top; /* zeros, but NaN stays NaN */
     r->sum *= factor;
     TQ_UNROLL
     for (int i = 0; i < 4 * NT; ++i) {
         const int j = r->first + i * r->step;
         if (j < p.tile) {
-            const uint16_t h                           = (uint16_t) tq_half2(tq_exp(x[i] - base) * TQ_WEIGHT, 0.0f);
+            const uint16_t h = (uint16_t) tq_half2(tq_exp(x[i] - base) * TQ_WEIGHT, 0.0f);
             w.weights[r->vec * (p.tile + 8) + j] = h;
             r->sum += tq_half_to_float(h);
         }
@@ -272,17 +284,17 @@ template <int NT> TQ_D void tq_softmax(const tq_attention & p, const tq_buffers 
 
 /* A warp's share of the output: 64 dimensions, and each n_parts-th 16 keys of a tile. */
 struct tq_share {
-    int  unit, part, n_parts;
+    int unit, part, n_parts;
     bool any;
 };
 
 TQ_D tq_share tq_share_of(const tq_attention & p) {
     const int n_units = (p.v.n_blocks + 1) / 2, warp = tq_thread() / 32;
-    tq_share  s;
+    tq_share s;
     s.n_parts = n_units == 1 ? 8 : n_units == 2 ? 4 : n_units <= 4 ? 2 : 1;
-    s.unit    = warp % n_units;
-    s.part    = warp / n_units;
-    s.any     = s.part < s.n_parts;
+    s.unit = warp % n_units;
+    s.part = warp / n_units;
+    s.any = s.part < s.n_parts;
     return s;
 }
 
@@ -302,7 +314,8 @@ TQ_D void tq_drop_unseen(const tq_attention & p, const tq_task & k, const tq_buf
 
 /* o <- factors o + V^T weights; o[i][j]: the lane's part of dimensions n = 2 j, 2 j + 1 of its slice */
 template <typename T, int NT>
-TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_share & share, const uint8_t * tile, float (*o)[4][4]) {
+TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_share & share, const uint8_t * tile,
+                        float (*o)[4][4]) {
     const int lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = p.tile + 8, stride = p.v.stride_shared;
     if (!share.any) {
         return;
@@ -318,17 +331,18 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
             o[i][j][3] *= f1;
         }
     }
-    const int      column = 2 * share.unit + g / 4;
-    const uint32_t keep   = column < p.v.n_blocks ? 0xffffffffu : 0u; /* the last unit of an odd number of blocks is half empty */
-    const auto     parts  = tq_parts_of<T, 1>(keep ? column : 0, g % 4);
+    const int column = 2 * share.unit + g / 4;
+    const uint32_t keep =
+        column < p.v.n_blocks ? 0xffffffffu : 0u; /* the last unit of an odd number of blocks is half empty */
+    const auto parts = tq_parts_of<T, 1>(keep ? column : 0, g % 4);
     TQ_NO_UNROLL
     for (int t0 = 16 * share.part; t0 < p.tile; t0 += 16 * share.n_parts) {
         uint32_t weights[NT][2];
         TQ_UNROLL
         for (int i = 0; i < NT; ++i) {
             const uint32_t * pairs = (const uint32_t *) (const void *) (w.weights + (8 * i + g) * ld + t0 + 2 * t);
-            weights[i][0]          = pairs[0];
-            weights[i][1]          = pairs[4];
+            weights[i][0] = pairs[0];
+            weights[i][1] = pairs[4];
         }
         tq_multiply_values<T, NT, 1>(w.v_table, tile + (t0 + 2 * t) * stride, stride, parts, keep, weights, o);
     }
@@ -337,9 +351,10 @@ TQ_D void tq_accumulate(const tq_attention & p, const tq_buffers & w, const tq_s
 /* ---- Results ---- */
 
 /* Adds the parts of the warps, in the memory that the tiles were in. */
-template <int NT> TQ_D void tq_add_parts(const tq_attention & p, const tq_share & share, float (*o)[4][4], float * sums) {
+template <int NT>
+TQ_D void tq_add_parts(const tq_attention & p, const tq_share & share, float (*o)[4][4], float * sums) {
     const int lane = tq_thread() % 32, g = lane / 4, t = lane % 4, ld = tq_sum_stride(p.v.n_blocks);
-    float *   mine = sums + 2 * t * ld + share.unit * 64 + g;
+    float * mine = sums + 2 * t * ld + share.unit * 64 + g;
     for (int part = 0; part < share.n_parts; ++part) {
         if (share.any && share.part == part) {
             TQ_UNROLL
@@ -366,8 +381,8 @@ TQ_HD float tq_normalizer(const tq_attention & p, int head, float max, float sum
     float factor = 1.0f;
     if (p.sinks != NULL) {
         const float sink = p.sinks[head], top = fmaxf(max, sink);
-        factor           = max == -INFINITY ? 0.0f : expf(max - top);
-        sum              = sum * factor + (sink == -INFINITY ? 0.0f : expf(sink - top) * TQ_WEIGHT);
+        factor = max == -INFINITY ? 0.0f : expf(max - top);
+        sum = sum * factor + (sink == -INFINITY ? 0.0f : expf(sink - top) * TQ_WEIGHT);
     }
     return (sum == 0.0f ? 0.0f : factor / sum) * (p.v.ours ? 1.0f / tq_pqo3::unit() : 1.0f);
 }
@@ -380,7 +395,8 @@ TQ_D int64_t tq_part_of(const tq_attention & p, const tq_task & k, int vec) {
 /* Where a vector's output goes. */
 TQ_D float * tq_output_of(const tq_attention & p, const tq_task & k, int vec) {
     const int row = tq_row_of_vector(p, vec), head = tq_head_of_vector(p, k, vec, row);
-    return (float *) (void *) (p.out + k.stream * p.out_stride_stream + (int64_t) row * p.out_stride_row + (int64_t) head * p.out_stride_head);
+    return (float *) (void *) (p.out + k.stream * p.out_stride_stream + (int64_t) row * p.out_stride_row +
+                               (int64_t) head * p.out_stride_head);
 }
 
 /* Writes block b of a vector, of which this lane has value o; all lanes of the warp. */
@@ -394,14 +410,15 @@ TQ_D void tq_write_output(const tq_attention & p, const tq_task & k, int vec, in
 
 /* One range of keys, from beginning to end. */
 template <int NT> TQ_D void tq_attend(const tq_attention & p, unsigned char * shared) {
-    const tq_task    k     = tq_task_of(p);
-    const tq_buffers w     = tq_carve(p, shared);
-    const tq_share   share = tq_share_of(p);
-    const int        lane = tq_thread() % 32, warp = tq_thread() / 32;
-    const int        k_lead = tq_lead(p.k, k), v_lead = tq_lead(p.v, k);
-    float            o[NT][4][4];
+    const tq_task k = tq_task_of(p);
+    const tq_buffers w = tq_carve(p, shared);
+    const tq_share share = tq_share_of(p);
+    const int lane = tq_thread() % 32, warp = tq_thread() / 32;
+    const int k_lead = tq_lead(p.k, k), v_lead = tq_lead(p.v, k);
+    float o[NT][4][4];
 
-    tq_loader loaders[2] = { tq_loader_of(p.k, k, tq_thread(), k.begin, 0), tq_loader_of(p.v, k, tq_thread(), k.begin, p.v_in_stage) };
+    tq_loader loaders[2] = { tq_loader_of(p.k, k, tq_thread(), k.begin, 0),
+                             tq_loader_of(p.v, k, tq_thread(), k.begin, p.v_in_stage) };
     if (k.begin < k.end) {
         tq_load_tile(p, k, loaders, k.begin, w.stages);
     }
@@ -425,9 +442,9 @@ template <int NT> TQ_D void tq_attend(const tq_attention & p, unsigned char * sh
     for (int t0 = k.begin; t0 < k.end; t0 += p.tile) {
         uint8_t * const k_tile = w.stages + stage * p.stage_bytes + k_lead;
         uint8_t * const v_tile = w.stages + stage * p.stage_bytes + p.v_in_stage + v_lead;
-        const bool      more = t0 + p.tile < k.end;
-        uint16_t        mask[4 * NT];
-        const int       any = tq_load_mask<NT>(p, k, row, t0, mask);
+        const bool more = t0 + p.tile < k.end;
+        uint16_t mask[4 * NT];
+        const int any = tq_load_mask<NT>(p, k, row, t0, mask);
         tq_copy_wait<0>();
         const int seen = tq_sync_or(any); /* the tile is there, and the one before it is done with */
         if (more && p.n_stages == 2) {
@@ -456,7 +473,7 @@ template <int NT> TQ_D void tq_attend(const tq_attention & p, unsigned char * sh
         row.sum += tq_exchange(row.sum, h);
     }
     const int n = 8 * NT, n_blocks = p.v.n_blocks, dv = n_blocks * TQ_BLOCK;
-    float *   sums = (float *) (void *) w.stages;
+    float * sums = (float *) (void *) w.stages;
     tq_sync();
     if (row.first == 0) {
         w.max[row.vec] = row.max;
@@ -473,7 +490,7 @@ template <int NT> TQ_D void tq_attend(const tq_attention & p, unsigned char * sh
             const int head = tq_head_of_vector(p, k, k.vec0 + vec, tq_row_of_vector(p, k.vec0 + vec));
             tq_write_output(p, k, k.vec0 + vec, b, x * tq_normalizer(p, head, w.max[vec], w.sum[vec]));
         } else {
-            const int64_t at                          = tq_part_of(p, k, k.vec0 + vec);
+            const int64_t at = tq_part_of(p, k, k.vec0 + vec);
             p.partials[at * dv + b * TQ_BLOCK + lane] = x;
             if (b == 0 && lane < 2) {
                 p.stats[2 * at + lane] = lane == 0 ? w.max[vec] : w.sum[vec];
@@ -484,11 +501,11 @@ template <int NT> TQ_D void tq_attend(const tq_attention & p, unsigned char * sh
 
 /* Merges the ranges of one query vector: block (vector, KV head, stream). shared: (n_parts) floats. */
 TQ_D void tq_merge_splits(const tq_attention & p, unsigned char * shared) {
-    float *       factors = (float *) (void *) shared;
-    const int     lane = tq_thread() % 32, warp = tq_thread() / 32, vec = tq_block_x(), dv = p.v.n_blocks * TQ_BLOCK;
-    tq_task       k;
-    float         max = -INFINITY, sum = 0.0f;
-    k.stream  = tq_block_z();
+    float * factors = (float *) (void *) shared;
+    const int lane = tq_thread() % 32, warp = tq_thread() / 32, vec = tq_block_x(), dv = p.v.n_blocks * TQ_BLOCK;
+    tq_task k;
+    float max = -INFINITY, sum = 0.0f;
+    k.stream = tq_block_z();
     k.kv_head = tq_block_y();
     const int64_t first = (((int64_t) k.stream * p.n_head_kv + k.kv_head) * p.n_vec + vec) * p.n_parts;
     const float * stats = p.stats + 2 * first;
@@ -500,7 +517,7 @@ TQ_D void tq_merge_splits(const tq_attention & p, unsigned char * shared) {
         max = fmaxf(max, tq_exchange(max, h));
     }
     for (int s = lane; s < p.n_parts; s += 32) {
-        const bool  empty  = stats[2 * s] == -INFINITY && stats[2 * s + 1] == 0.0f; /* no key seen */
+        const bool empty = stats[2 * s] == -INFINITY && stats[2 * s + 1] == 0.0f; /* no key seen */
         const float factor = empty ? 0.0f : tq_exp(stats[2 * s] - max);
         sum += empty ? 0.0f : factor * stats[2 * s + 1];
         if (warp == 0) {
@@ -515,7 +532,7 @@ TQ_D void tq_merge_splits(const tq_attention & p, unsigned char * shared) {
     const float scale = tq_normalizer(p, tq_head_of_vector(p, k, vec, tq_row_of_vector(p, vec)), max, sum);
     for (int b = warp; b < p.v.n_blocks; b += TQ_MERGE_THREADS / 32) {
         const float * from = p.partials + first * dv + b * TQ_BLOCK + lane;
-        float         x    = 0.0f;
+        float x = 0.0f;
         TQ_UNROLL_BY(8) /* as many loads on their way at once */
         for (int s = 0; s < p.n_parts; ++s) {
             x += factors[s] * from[(int64_t) s * dv];

@@ -3,7 +3,7 @@
 
 struct tq_conversion {
     tq_cuda_view src, dst;
-    int64_t      n;
+    int64_t n;
 };
 
 TQ_KERNEL(TQ_ROW_THREADS, 4) tq_convert_kernel(TQ_PARAMETER tq_conversion c) {
@@ -15,14 +15,15 @@ TQ_KERNEL(TQ_ROW_THREADS, 4) tq_convert_kernel(TQ_PARAMETER tq_conversion c) {
 }
 
 static int check_floats(const char * name, const tq_cuda_view * x) {
-    if (x == NULL || x->data == NULL || (x->type != TQ_TYPE_F32 && x->type != TQ_TYPE_F16 && x->type != TQ_CUDA_TYPE_BF16)) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: type %d at %p given; it must be f32, f16 or bf16", name, x == NULL ? -1 : x->type,
-                             x == NULL ? NULL : x->data);
+    if (x == NULL || x->data == NULL ||
+        (x->type != TQ_TYPE_F32 && x->type != TQ_TYPE_F16 && x->type != TQ_CUDA_TYPE_BF16)) {
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: type %d at %p given; it must be f32, f16 or bf16", name,
+                             x == NULL ? -1 : x->type, x == NULL ? NULL : x->data);
     }
     const size_t unit = x->type == TQ_TYPE_F32 ? 4 : 2;
     if (((uintptr_t) x->data | x->nb[0] | x->nb[1] | x->nb[2] | x->nb[3]) % unit != 0) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: data at %p, strides %zu, %zu, %zu, %zu; all must be multiples of %zu", name, x->data,
-                             x->nb[0], x->nb[1], x->nb[2], x->nb[3], unit);
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: data at %p, strides %zu, %zu, %zu, %zu; all must be multiples of %zu",
+                             name, x->data, x->nb[0], x->nb[1], x->nb[2], x->nb[3], unit);
     }
     return TQ_OK;
 }
@@ -41,7 +42,8 @@ extern "C" int tq_cuda_convert(const tq_cuda_view * src, const tq_cuda_view * ds
     }
     const int64_t n_blocks = c.n / TQ_ROW_THREADS + (c.n % TQ_ROW_THREADS != 0);
     if (n_blocks > INT32_MAX) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "%lld values given; one launch takes %lld", (long long) c.n, (long long) INT32_MAX * TQ_ROW_THREADS);
+        return tqi_cuda_fail(TQ_E_ARGUMENT, "%lld values given; one launch takes %lld", (long long) c.n,
+                             (long long) INT32_MAX * TQ_ROW_THREADS);
     }
     const tq_grid grid = { (unsigned) n_blocks, 1, 1 };
     return n_blocks == 0 ? TQ_OK : tq_launch(tq_convert_kernel, "convert", grid, TQ_ROW_THREADS, 0, stream, c);

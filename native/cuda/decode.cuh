@@ -13,11 +13,12 @@ TQ_HD void tq_unpack_block(const tq_tables * tables, int bits, int trellis, cons
     TQ_UNROLL
     for (int m = 0; m < TQ_VALUES; ++m) {
         const int index = trellis ? tq_unpack_level(words, l + TQ_TEAM * m) : tq_unpack_index(bits, words, l, m);
-        y[m]            = d * tables->levels[index];
+        y[m] = d * tables->levels[index];
     }
 }
 
-TQ_D void tq_decode_block(const tqi_codec & codec, const tq_tables * tables, const uint8_t * block, int transformed, int l, float * x) {
+TQ_D void tq_decode_block(const tqi_codec & codec, const tq_tables * tables, const uint8_t * block, int transformed,
+                          int l, float * x) {
     tq_unpack_block(tables, codec.bits, codec.trellis, block, l, x);
     if (!transformed) {
         tq_inverse_transform(codec.signs == TQI_SIGNS_FIRST, x, l);

@@ -16,7 +16,7 @@ struct tq_tables {
 TQ_D void tq_fill_tables(const tqi_codec & codec, tq_tables * tables) {
     const int i = tq_thread();
     if (i < TQI_MAX_LEVELS) {
-        tables->levels[i]     = codec.levels[i];
+        tables->levels[i] = codec.levels[i];
         tables->boundaries[i] = codec.boundaries[i];
     }
     tq_sync();
@@ -41,13 +41,16 @@ TQ_HD void tq_store_block(int bits, uint16_t d, const uint32_t * words, int l, u
     TQ_UNROLL
     for (int i = 0; i < 9; ++i) {
         if (i < 2 * bits + 1 && i % TQ_TEAM == l) {
-            halves[i] = (d & 0x7fffu) == 0 ? (uint16_t) 0 : i == 0 ? d : (uint16_t) (words[(i - 1) / 2] >> (16 * ((i - 1) & 1)));
+            halves[i] = (d & 0x7fffu) == 0 ? (uint16_t) 0
+                        : i == 0           ? d
+                                           : (uint16_t) (words[(i - 1) / 2] >> (16 * ((i - 1) & 1)));
         }
     }
 }
 
 /* Writes scale d (f16 bits) and the indices of t, the values over their scale; a zero scale makes a zero block. */
-TQ_D void tq_put_block(const tq_tables * tables, int bits, uint16_t d, const float * t, int l, bool store, uint8_t * block) {
+TQ_D void tq_put_block(const tq_tables * tables, int bits, uint16_t d, const float * t, int l, bool store,
+                       uint8_t * block) {
     uint32_t groups[4], words[4];
     TQ_UNROLL
     for (int m = 0; m < TQ_VALUES; ++m) {
@@ -61,13 +64,13 @@ TQ_D void tq_put_block(const tq_tables * tables, int bits, uint16_t d, const flo
 
 /* sum y v and sum v v for the codebook values v nearest to y / d. */
 TQ_D void tq_fit(const tq_tables * tables, int bits, const float * y, float d, float * yv, float * vv) {
-    float       a[TQ_VALUES], b[TQ_VALUES];
+    float a[TQ_VALUES], b[TQ_VALUES];
     const float inverse = 1.0f / d;
     TQ_UNROLL
     for (int m = 0; m < TQ_VALUES; ++m) {
         const float v = tables->levels[tq_index_of(tables, bits, y[m] * inverse)];
-        a[m]          = y[m] * v;
-        b[m]          = v * v;
+        a[m] = y[m] * v;
+        b[m] = v * v;
     }
     *yv = tq_sum32(a);
     *vv = tq_sum32(b);
@@ -77,9 +80,9 @@ TQ_D float tq_search_scale(const tqi_codec & codec, const tq_tables * tables, in
     float max, min;
     tq_bounds32(y, &max, &min);
     const float high = 1.0f / codec.levels[(1 << bits) - 1], low = 1.0f / codec.levels[0];
-    const bool  zero = max < TQI_AMAX_MIN && -min < TQI_AMAX_MIN; /* other teams of the warp go on: no return here */
+    const bool zero = max < TQI_AMAX_MIN && -min < TQI_AMAX_MIN; /* other teams of the warp go on: no return here */
     const float base = fmaxf(max * high, min * low), mirrored = -fmaxf(-min * high, -max * low);
-    float       best = -1.0f, d = 0.0f;
+    float best = -1.0f, d = 0.0f;
     TQ_NO_UNROLL
     for (int c = 0; c < 2 * codec.n_factors; ++c) {
         float yv, vv;
@@ -87,22 +90,23 @@ TQ_D float tq_search_scale(const tqi_codec & codec, const tq_tables * tables, in
         const float gain = yv * yv / vv;
         if (gain > best) {
             best = gain;
-            d    = yv / vv;
+            d = yv / vv;
         }
     }
     return zero ? 0.0f : d;
 }
 
 /* v: the team's values; store: whether this block exists. */
-TQ_D void tq_encode_block(const tqi_codec & codec, const tq_tables * tables, int bits, float * v, int l, bool store, uint8_t * block) {
+TQ_D void tq_encode_block(const tqi_codec & codec, const tq_tables * tables, int bits, float * v, int l, bool store,
+                          uint8_t * block) {
     TQ_UNROLL
     for (int m = 0; m < TQ_VALUES; ++m) {
         v[m] = tq_sanitize(v[m]);
     }
     if (codec.mode == TQ_MODE_SEARCH) {
         tq_transform(codec.signs == TQI_SIGNS_FIRST, v, l);
-        const uint16_t h       = tq_f32_to_f16(tq_sanitize(tq_search_scale(codec, tables, bits, v)));
-        const float    inverse = 1.0f / tq_f16_to_f32(h);
+        const uint16_t h = tq_f32_to_f16(tq_sanitize(tq_search_scale(codec, tables, bits, v)));
+        const float inverse = 1.0f / tq_f16_to_f32(h);
         TQ_UNROLL
         for (int m = 0; m < TQ_VALUES; ++m) {
             v[m] *= inverse;

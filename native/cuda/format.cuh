@@ -5,7 +5,7 @@
 #include "simt.cuh"
 
 #if !defined(_Static_assert)
-#  define _Static_assert static_assert
+#    define _Static_assert static_assert
 #endif
 extern "C" {
 #include "../src/codebook.h"
@@ -13,7 +13,7 @@ extern "C" {
 
 /* Threads that work on a block together: thread l of a team has the values l, l + 8, l + 16 and l + 24, so that f32 rows are
  * read in whole sectors, two stages of the transform need no exchange, and a trellis team has a thread per candidate. */
-#define TQ_TEAM   8
+#define TQ_TEAM 8
 #define TQ_VALUES (TQ_BLOCK / TQ_TEAM)
 
 TQ_HD uint32_t tq_float_bits(float f) {
@@ -48,7 +48,9 @@ TQ_HD float tq_f16_to_f32(uint16_t h) {
     return tq_bits_float(sign | (exp == 31 ? 0x7f800000u : (exp + 112) << 23) | man << 13);
 }
 
-TQ_HD float tq_bf16_to_f32(uint16_t h) { return tq_bits_float((uint32_t) h << 16); }
+TQ_HD float tq_bf16_to_f32(uint16_t h) {
+    return tq_bits_float((uint32_t) h << 16);
+}
 
 /* Nearest even; NaN stays NaN. */
 TQ_HD uint16_t tq_f32_to_bf16(float f) {
@@ -61,17 +63,27 @@ TQ_HD float tq_sanitize(float x) {
 }
 
 /* The f16 scale that decoders use: not finite -> 0. */
-TQ_HD uint16_t tq_finite_scale(uint16_t h) { return (h & 0x7c00u) == 0x7c00u ? (uint16_t) 0 : h; }
+TQ_HD uint16_t tq_finite_scale(uint16_t h) {
+    return (h & 0x7c00u) == 0x7c00u ? (uint16_t) 0 : h;
+}
 
 /* The sign table, bit i set where value i is negated. */
 #define TQ_SIGN_BITS 0xb1a6d4b2u
 
-TQ_HD float tq_apply_sign(float x, int i) { return tq_bits_float(tq_float_bits(x) ^ (TQ_SIGN_BITS >> i & 1u) << 31); }
+TQ_HD float tq_apply_sign(float x, int i) {
+    return tq_bits_float(tq_float_bits(x) ^ (TQ_SIGN_BITS >> i & 1u) << 31);
+}
 
-TQ_HD uint32_t tq_rotate(uint32_t t, int n) { return t << n | t >> (32 - n); }
-TQ_HD uint32_t tq_subset_low(uint32_t t) { return tq_rotate(t, 2); }
-TQ_HD uint32_t tq_subset_high(uint32_t t) { return t ^ tq_rotate(t, 1) ^ tq_rotate(t, 3); }
-TQ_HD int      tq_subset_of(uint32_t t, int i) {
+TQ_HD uint32_t tq_rotate(uint32_t t, int n) {
+    return t << n | t >> (32 - n);
+}
+TQ_HD uint32_t tq_subset_low(uint32_t t) {
+    return tq_rotate(t, 2);
+}
+TQ_HD uint32_t tq_subset_high(uint32_t t) {
+    return t ^ tq_rotate(t, 1) ^ tq_rotate(t, 3);
+}
+TQ_HD int tq_subset_of(uint32_t t, int i) {
     return (int) (2 * (tq_subset_high(t) >> i & 1u) + (tq_subset_low(t) >> i & 1u));
 }
 
@@ -89,8 +101,10 @@ TQ_HD int tq_unpack_index(int bits, const uint32_t * words, int l, int m) {
     if (bits == 4) {
         return (int) (words[m] >> (4 * l) & 15u);
     }
-    const uint32_t group = m == 0 ? words[0] : m == 1 ? words[0] >> 24 | words[1] << 8 : m == 2 ? words[1] >> 16 | words[2] << 16
-                                                                                              : words[2] >> 8;
+    const uint32_t group = m == 0   ? words[0]
+                           : m == 1 ? words[0] >> 24 | words[1] << 8
+                           : m == 2 ? words[1] >> 16 | words[2] << 16
+                                    : words[2] >> 8;
     return (int) (group >> (3 * l) & 7u);
 }
 

@@ -5,11 +5,11 @@
 #include <new>
 
 struct tq_cuda_memory {
-    void *            data;
-    void *            stream;    /* whose work it is allocated and freed among */
-    int               device;
-    bool              pooled;    /* by cudaMallocAsync */
-    std::atomic<int>  owners;
+    void * data;
+    void * stream; /* whose work it is allocated and freed among */
+    int device;
+    bool pooled; /* by cudaMallocAsync */
+    std::atomic<int> owners;
     std::atomic<bool> elsewhere; /* work on other streams may be using it */
 };
 
@@ -18,7 +18,7 @@ struct tq_cuda_memory {
 #if defined(__CUDACC__)
 
 extern "C" int tq_cuda_device_swap(int i) {
-    int       before = 0;
+    int before = 0;
     const int status = tqi_cuda_check(cudaGetDevice(&before), "asking for the current CUDA device");
     if (status != TQ_OK || before == i || i < 0) {
         return status != TQ_OK ? status : before;
@@ -29,7 +29,7 @@ extern "C" int tq_cuda_device_swap(int i) {
 
 extern "C" int tq_cuda_device_of(const void * data) {
     cudaPointerAttributes attributes;
-    const int             status = tqi_cuda_check(cudaPointerGetAttributes(&attributes, data), "asking where memory lies");
+    const int status = tqi_cuda_check(cudaPointerGetAttributes(&attributes, data), "asking where memory lies");
     if (status != TQ_OK) {
         return status;
     }
@@ -59,13 +59,14 @@ extern "C" int tq_cuda_stream_wait(void * waiting, void * other) {
 static int allocate(size_t bytes, tq_cuda_memory * m) {
     int pools = 0;
     m->pooled = cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, m->device) == cudaSuccess && pools;
-    const cudaError_t error = m->pooled ? cudaMallocAsync(&m->data, bytes, (cudaStream_t) m->stream) : cudaMalloc(&m->data, bytes);
+    const cudaError_t error =
+        m->pooled ? cudaMallocAsync(&m->data, bytes, (cudaStream_t) m->stream) : cudaMalloc(&m->data, bytes);
     if (error == cudaErrorMemoryAllocation) {
         size_t available = 0, total = 0;
         (void) cudaGetLastError();
         (void) cudaMemGetInfo(&available, &total);
-        return tqi_cuda_fail(TQ_E_MEMORY, "CUDA device %d has no memory for %zu bytes; %zu of %zu are free", m->device, bytes, available,
-                             total);
+        return tqi_cuda_fail(TQ_E_MEMORY, "CUDA device %d has no memory for %zu bytes; %zu of %zu are free", m->device,
+                             bytes, available, total);
     }
     return tqi_cuda_check(error, "allocating device memory");
 }
@@ -119,11 +120,11 @@ extern "C" int tq_cuda_memory_new(int device, size_t bytes, void * stream, tq_cu
     if (m == NULL) {
         return tqi_cuda_fail(TQ_E_MEMORY, "no host memory for a record of device memory");
     }
-    m->data      = NULL;
-    m->stream    = stream;
-    m->device    = device;
-    m->pooled    = false;
-    m->owners    = 1;
+    m->data = NULL;
+    m->stream = stream;
+    m->device = device;
+    m->pooled = false;
+    m->owners = 1;
     m->elsewhere = false;
     const int status = allocate(bytes > 0 ? bytes : 1, m);
     if (status != TQ_OK) {
@@ -131,7 +132,7 @@ extern "C" int tq_cuda_memory_new(int device, size_t bytes, void * stream, tq_cu
         return status;
     }
     *memory = m;
-    *data   = m->data;
+    *data = m->data;
     return TQ_OK;
 }
 
@@ -150,9 +151,9 @@ extern "C" void tq_cuda_memory_elsewhere(tq_cuda_memory * memory) {
 
 /* A managed tensor of either layout, and what it points to. */
 template <typename Managed> struct tq_export {
-    Managed          managed;
+    Managed managed;
     tq_cuda_memory * memory;
-    int64_t          shape[TQ_CUDA_MAX_DIMS], strides[TQ_CUDA_MAX_DIMS];
+    int64_t shape[TQ_CUDA_MAX_DIMS], strides[TQ_CUDA_MAX_DIMS];
 };
 
 /* May be called by any thread, without Python's lock, after the cache and the library's Python objects are gone. */
@@ -162,29 +163,30 @@ template <typename Managed> static void delete_export(Managed * managed) {
     delete e;
 }
 
-template <typename Managed> static Managed * new_export(tq_cuda_memory * memory, int type, int n_dims, const int64_t * shape) {
+template <typename Managed>
+static Managed * new_export(tq_cuda_memory * memory, int type, int n_dims, const int64_t * shape) {
     tq_export<Managed> * e = new (std::nothrow) tq_export<Managed>;
     if (e == NULL) {
         (void) tqi_cuda_fail(TQ_E_MEMORY, "no host memory for a DLPack tensor");
         return NULL;
     }
     memset(e, 0, sizeof *e);
-    e->memory           = memory;
-    e->managed.context  = e;
-    e->managed.deleter  = delete_export<Managed>;
+    e->memory = memory;
+    e->managed.context = e;
+    e->managed.deleter = delete_export<Managed>;
     tq_dlpack_tensor & t = e->managed.tensor;
-    t.data              = memory->data;
-    t.device_type       = tq_cuda_emulated() ? TQ_DLPACK_CPU : TQ_DLPACK_CUDA;
-    t.device_id         = memory->device;
-    t.n_dims            = n_dims;
-    t.code              = type == TQ_CUDA_TYPE_BF16 ? TQ_DLPACK_BFLOAT : TQ_DLPACK_FLOAT;
-    t.bits              = type == TQ_TYPE_F32 ? 32 : 16;
-    t.lanes             = 1;
-    t.shape             = e->shape;
-    t.strides           = e->strides;
-    int64_t stride      = 1;
+    t.data = memory->data;
+    t.device_type = tq_cuda_emulated() ? TQ_DLPACK_CPU : TQ_DLPACK_CUDA;
+    t.device_id = memory->device;
+    t.n_dims = n_dims;
+    t.code = type == TQ_CUDA_TYPE_BF16 ? TQ_DLPACK_BFLOAT : TQ_DLPACK_FLOAT;
+    t.bits = type == TQ_TYPE_F32 ? 32 : 16;
+    t.lanes = 1;
+    t.shape = e->shape;
+    t.strides = e->strides;
+    int64_t stride = 1;
     for (int i = n_dims - 1; i >= 0; --i) {
-        e->shape[i]   = shape[i];
+        e->shape[i] = shape[i];
         e->strides[i] = stride;
         stride *= shape[i];
     }
@@ -192,7 +194,8 @@ template <typename Managed> static Managed * new_export(tq_cuda_memory * memory,
     return &e->managed;
 }
 
-extern "C" void * tq_cuda_memory_export(tq_cuda_memory * memory, int type, int n_dims, const int64_t * shape, int versioned) {
+extern "C" void * tq_cuda_memory_export(tq_cuda_memory * memory, int type, int n_dims, const int64_t * shape,
+                                        int versioned) {
     if (n_dims < 0 || n_dims > TQ_CUDA_MAX_DIMS) {
         (void) tqi_cuda_fail(TQ_E_ARGUMENT, "%d dimensions given; allowed are 0 to %d", n_dims, TQ_CUDA_MAX_DIMS);
         return NULL;

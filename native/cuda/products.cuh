@@ -15,7 +15,7 @@ template <typename T> TQ_D void tq_fill_table(const float * levels, uint32_t * t
     const int n = T::ENTRIES > 0 ? T::ENTRIES : 1, n_quads = TQ_LANES / 4, i = tq_thread() % n;
     if (T::ENTRIES > 0) {
         const uint32_t x = T::entry(levels, i);
-        const tq_quad  copies = { { x, x, x, x } };
+        const tq_quad copies = { { x, x, x, x } };
         TQ_UNROLL
         for (int first = 0; first < n_quads; first += TQ_ATTENTION_THREADS / n) {
             ((tq_quad *) (void *) table)[i * (T::SPACING / 16) + (i + first + tq_thread() / n) % n_quads] = copies;
@@ -26,8 +26,8 @@ template <typename T> TQ_D void tq_fill_table(const float * levels, uint32_t * t
 /* sum[i] <- K q for tile i of query vectors, block by block in the tensor core, times K's scales: rows g and g + 8, vectors 2 t and
  * 2 t + 1. row: row g of the 16, which are stride bytes apart; part t of their blocks is the lane's. q(b, i): the fragments. */
 template <typename T, int NT, int BLOCKS, typename Q>
-TQ_D void tq_multiply_keys(const uint32_t * table, const uint8_t * row, int stride, const typename T::place & part, int n_blocks, const Q & q,
-                           float (*sum)[4]) {
+TQ_D void tq_multiply_keys(const uint32_t * table, const uint8_t * row, int stride, const typename T::place & part,
+                           int n_blocks, const Q & q, float (*sum)[4]) {
     const uint32_t * row0 = (const uint32_t *) (const void *) row;
     const uint32_t * row1 = (const uint32_t *) (const void *) (row + 8 * stride);
     TQ_UNROLL
@@ -37,18 +37,18 @@ TQ_D void tq_multiply_keys(const uint32_t * table, const uint8_t * row, int stri
     TQ_UNROLL_BY(BLOCKS > 0 ? BLOCKS : 1)
     for (int b = 0; b < n_blocks; ++b) {
         const typename T::slice s0 = T::load(row0, b, part), s1 = T::load(row1, b, part);
-        const float             d0 = T::SCALED ? tq_half_to_float(tq_load_half(row0, T::BYTES * b)) : 1.0f;
-        const float             d1 = T::SCALED ? tq_half_to_float(tq_load_half(row1, T::BYTES * b)) : 1.0f;
-        uint32_t                a[8];
+        const float d0 = T::SCALED ? tq_half_to_float(tq_load_half(row0, T::BYTES * b)) : 1.0f;
+        const float d1 = T::SCALED ? tq_half_to_float(tq_load_half(row1, T::BYTES * b)) : 1.0f;
+        uint32_t a[8];
         TQ_UNROLL
         for (int n = 0; n < 8; n += 2) {
-            a[n]     = T::along(table, s0, n);
+            a[n] = T::along(table, s0, n);
             a[n + 1] = T::along(table, s1, n);
         }
         TQ_UNROLL
         for (int i = 0; i < NT; ++i) {
-            const tq_quad x    = q(b, i);
-            float         c[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            const tq_quad x = q(b, i);
+            float c[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
             tq_mma(c, a[0], a[1], a[2], a[3], x.word[0], x.word[1]);
             tq_mma(c, a[4], a[5], a[6], a[7], x.word[2], x.word[3]);
             sum[i][0] += d0 * c[0];
@@ -61,14 +61,14 @@ TQ_D void tq_multiply_keys(const uint32_t * table, const uint8_t * row, int stri
 
 /* What a lane takes of V: one part of a block, or two. */
 template <typename T, int N> struct tq_parts {
-    int               b, at; /* the block, and where it begins */
-    typename T::place part;  /* N = 1 */
-    typename T::half  half;  /* N = 2 */
+    int b, at;              /* the block, and where it begins */
+    typename T::place part; /* N = 1 */
+    typename T::half half;  /* N = 2 */
 };
 
 template <typename T, int N> TQ_D tq_parts<T, N> tq_parts_of(int b, int part) {
     tq_parts<T, N> l;
-    l.b  = b;
+    l.b = b;
     l.at = tq_keep(T::BYTES * b);
     if constexpr (N == 1) {
         l.part = T::place_of(part);
@@ -78,7 +78,8 @@ template <typename T, int N> TQ_D tq_parts<T, N> tq_parts_of(int b, int part) {
     return l;
 }
 
-template <typename T, int N> TQ_D void tq_load_parts(const uint32_t * row, const tq_parts<T, N> & l, typename T::slice * s) {
+template <typename T, int N>
+TQ_D void tq_load_parts(const uint32_t * row, const tq_parts<T, N> & l, typename T::slice * s) {
     if constexpr (N == 1) {
         s[0] = T::load(row, l.b, l.part);
     } else {
@@ -89,14 +90,14 @@ template <typename T, int N> TQ_D void tq_load_parts(const uint32_t * row, const
 /* o <- o + V^T weights: o[i][4 s + j] has values n = 2 j and 2 j + 1 of slice s, of vectors 2 t and 2 t + 1. row: row 2 t of the
  * 16. keep: ones, or zeros if the lane has no such block. weights: B fragments. */
 template <typename T, int NT, int N>
-TQ_D void tq_multiply_values(const uint32_t * table, const uint8_t * row, int stride, const tq_parts<T, N> & parts, uint32_t keep,
-                             const uint32_t (*weights)[2], float (*o)[4 * N][4]) {
+TQ_D void tq_multiply_values(const uint32_t * table, const uint8_t * row, int stride, const tq_parts<T, N> & parts,
+                             uint32_t keep, const uint32_t (*weights)[2], float (*o)[4 * N][4]) {
     typename T::merged m[N][2];
-    uint32_t           d[2];
+    uint32_t d[2];
     TQ_UNROLL
     for (int i = 0; i < 2; ++i) { /* tokens 2 t + 8 i and the next one */
-        const uint32_t *  row0 = (const uint32_t *) (const void *) (row + 8 * i * stride);
-        const uint32_t *  row1 = (const uint32_t *) (const void *) (row + (8 * i + 1) * stride);
+        const uint32_t * row0 = (const uint32_t *) (const void *) (row + 8 * i * stride);
+        const uint32_t * row1 = (const uint32_t *) (const void *) (row + (8 * i + 1) * stride);
         typename T::slice s0[N], s1[N];
         tq_load_parts<T, N>(row0, parts, s0);
         tq_load_parts<T, N>(row1, parts, s1);

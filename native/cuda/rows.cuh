@@ -8,14 +8,14 @@
 #define TQ_ROW_THREADS 128
 
 struct tq_rows {
-    tq_cuda_view  src, dst;
+    tq_cuda_view src, dst;
     tq_cuda_index rows;
-    tqi_codec     codec;       /* of dst for encode, of src for decode */
-    tqi_codec     source;      /* encode from another type of ours */
-    int           indexed;
-    int           source_ours;
-    int           transformed;
-    int64_t       n_blocks;
+    tqi_codec codec;  /* of dst for encode, of src for decode */
+    tqi_codec source; /* encode from another type of ours */
+    int indexed;
+    int source_ours;
+    int transformed;
+    int64_t n_blocks;
 };
 
 struct tq_place {
@@ -50,25 +50,35 @@ TQ_HD uint8_t * tq_address(const tq_cuda_view & x, int unit, const tq_place & p)
 
 /* The row number that goes with row (i1, i2, i3); -1 if it is not one of n_rows. */
 TQ_HD int64_t tq_row_number(const tq_cuda_index & rows, const tq_place & p, int64_t n_rows) {
-    const uint8_t * at = (const uint8_t *) rows.data + p.i1 * (int64_t) rows.nb[0] + p.i2 % rows.ne[1] * (int64_t) rows.nb[1] +
-                         p.i3 % rows.ne[2] * (int64_t) rows.nb[2];
-    const int64_t   n  = rows.type == TQ_CUDA_TYPE_I64 ? *(const int64_t *) (const void *) at : *(const int32_t *) (const void *) at;
+    const uint8_t * at = (const uint8_t *) rows.data + p.i1 * (int64_t) rows.nb[0] +
+                         p.i2 % rows.ne[1] * (int64_t) rows.nb[1] + p.i3 % rows.ne[2] * (int64_t) rows.nb[2];
+    const int64_t n =
+        rows.type == TQ_CUDA_TYPE_I64 ? *(const int64_t *) (const void *) at : *(const int32_t *) (const void *) at;
     return n >= 0 && n < n_rows ? n : -1;
 }
 
 TQ_HD float tq_load_value(int type, const uint8_t * at) {
     switch (type) {
-        case TQ_TYPE_F32: return *(const float *) (const void *) at;
-        case TQ_TYPE_F16: return tq_f16_to_f32(*(const uint16_t *) (const void *) at);
-        default:          return tq_bf16_to_f32(*(const uint16_t *) (const void *) at);
+        case TQ_TYPE_F32:
+            return *(const float *) (const void *) at;
+        case TQ_TYPE_F16:
+            return tq_f16_to_f32(*(const uint16_t *) (const void *) at);
+        default:
+            return tq_bf16_to_f32(*(const uint16_t *) (const void *) at);
     }
 }
 
 TQ_HD void tq_store_value(int type, float x, uint8_t * at) {
     switch (type) {
-        case TQ_TYPE_F32: *(float *) (void *) at = x; break;
-        case TQ_TYPE_F16: *(uint16_t *) (void *) at = tq_f32_to_f16(x); break;
-        default:          *(uint16_t *) (void *) at = tq_f32_to_bf16(x); break;
+        case TQ_TYPE_F32:
+            *(float *) (void *) at = x;
+            break;
+        case TQ_TYPE_F16:
+            *(uint16_t *) (void *) at = tq_f32_to_f16(x);
+            break;
+        default:
+            *(uint16_t *) (void *) at = tq_f32_to_bf16(x);
+            break;
     }
 }
 
@@ -80,13 +90,14 @@ TQ_HD uint8_t * tq_value_address(const tq_cuda_view & x, const tq_place & p, int
     return tq_address(x, 1, tq_place_of(x, i + j));
 }
 
-template <int BITS, int TRELLIS> TQ_D void tq_encode_rows(const tq_rows & r, tq_tables * tables, tq_tables * source, tq_trellis_scratch * w,
-                                                          int n_threads) {
-    const int     l     = tq_thread() % TQ_TEAM;
-    const int64_t b     = (int64_t) tq_block_x() * (n_threads / TQ_TEAM) + tq_thread() / TQ_TEAM;
-    const int64_t i     = (b < r.n_blocks ? b : r.n_blocks - 1) * TQ_BLOCK;
-    bool          store = b < r.n_blocks;
-    float         v[TQ_VALUES];
+template <int BITS, int TRELLIS>
+TQ_D void tq_encode_rows(const tq_rows & r, tq_tables * tables, tq_tables * source, tq_trellis_scratch * w,
+                         int n_threads) {
+    const int l = tq_thread() % TQ_TEAM;
+    const int64_t b = (int64_t) tq_block_x() * (n_threads / TQ_TEAM) + tq_thread() / TQ_TEAM;
+    const int64_t i = (b < r.n_blocks ? b : r.n_blocks - 1) * TQ_BLOCK;
+    bool store = b < r.n_blocks;
+    float v[TQ_VALUES];
 
     tq_fill_tables(r.codec, tables);
     const tq_place from = tq_place_of(r.src, i);
@@ -120,18 +131,18 @@ template <int BITS, int TRELLIS> TQ_D void tq_encode_rows(const tq_rows & r, tq_
 }
 
 TQ_D void tq_decode_rows(const tq_rows & r, tq_tables * tables) {
-    const int      l     = tq_thread() % TQ_TEAM;
-    const int64_t  b     = (int64_t) tq_block_x() * (TQ_ROW_THREADS / TQ_TEAM) + tq_thread() / TQ_TEAM;
-    const int64_t  i     = (b < r.n_blocks ? b : r.n_blocks - 1) * TQ_BLOCK;
-    const tq_place to    = tq_place_of(r.dst, i);
-    tq_place       from  = to;
-    bool           found = true;
-    float          v[TQ_VALUES];
+    const int l = tq_thread() % TQ_TEAM;
+    const int64_t b = (int64_t) tq_block_x() * (TQ_ROW_THREADS / TQ_TEAM) + tq_thread() / TQ_TEAM;
+    const int64_t i = (b < r.n_blocks ? b : r.n_blocks - 1) * TQ_BLOCK;
+    const tq_place to = tq_place_of(r.dst, i);
+    tq_place from = to;
+    bool found = true;
+    float v[TQ_VALUES];
 
     tq_fill_tables(r.codec, tables);
     if (r.indexed) {
         from.i1 = tq_row_number(r.rows, to, r.src.ne[1]);
-        found   = from.i1 >= 0;
+        found = from.i1 >= 0;
         from.i1 = found ? from.i1 : 0;
     } else {
         from = tq_place_of(r.src, i);
@@ -150,10 +161,10 @@ TQ_D void tq_decode_rows(const tq_rows & r, tq_tables * tables) {
 #define TQ_TAIL_THREADS 128
 
 struct tq_tail_writes {
-    tq_cuda_view  src;
+    tq_cuda_view src;
     tq_cuda_index rows;
-    tq_cuda_tail  tail;
-    int           signs_first;
+    tq_cuda_tail tail;
+    int signs_first;
 };
 
 /* tq_tail_row, for tokens and rows below 2^31. */
@@ -164,12 +175,14 @@ TQ_HD int tq_tail_row_of(int64_t n_recent, int64_t n_first, int token) {
 /* The row of all streams' tails that row i of src goes to, and its cell in all streams; -1 if it goes nowhere. */
 TQ_HD int tq_tail_target(const tq_tail_writes & w, int64_t i, int * cell) {
     const tq_place p = { 0, i, 0, 0 };
-    *cell            = (int) tq_row_number(w.rows, p, w.tail.n_cells * w.tail.n_stream);
+    *cell = (int) tq_row_number(w.rows, p, w.tail.n_cells * w.tail.n_stream);
     if (*cell < 0) {
         return -1;
     }
-    const uint32_t stream = (uint32_t) *cell / (uint32_t) w.tail.n_cells, token = (uint32_t) *cell - stream * (uint32_t) w.tail.n_cells;
-    return (int) (stream * (uint32_t) (w.tail.n_recent + w.tail.n_first)) + tq_tail_row_of(w.tail.n_recent, w.tail.n_first, (int) token);
+    const uint32_t stream = (uint32_t) *cell / (uint32_t) w.tail.n_cells,
+                   token = (uint32_t) *cell - stream * (uint32_t) w.tail.n_cells;
+    return (int) (stream * (uint32_t) (w.tail.n_recent + w.tail.n_first)) +
+           tq_tail_row_of(w.tail.n_recent, w.tail.n_first, (int) token);
 }
 
 /* Values l, l + 8, ... of a block, transformed, to f16 as rows of a tail have it. */
@@ -191,23 +204,23 @@ TQ_D void tq_store_tail(int signs_first, float * v, int l, bool store, uint16_t 
  * then does not matter. */
 TQ_D void tq_encode_tail(const tq_tail_writes & w) {
     const int64_t i = tq_block_x(), n = w.src.ne[1];
-    const int     l = tq_thread() % TQ_TEAM, n_blocks = (int) (w.src.ne[0] / TQ_BLOCK);
-    int           cell, other, later = 0;
-    const int     target = tq_tail_target(w, i, &cell);
+    const int l = tq_thread() % TQ_TEAM, n_blocks = (int) (w.src.ne[0] / TQ_BLOCK);
+    int cell, other, later = 0;
+    const int target = tq_tail_target(w, i, &cell);
     for (int64_t j = i + 1 + tq_thread(); target >= 0 && j < n && !later; j += TQ_TAIL_THREADS) {
         later = tq_tail_target(w, j, &other) == target;
     }
     if (tq_sync_or(later) || target < 0) {
         return;
     }
-    const int  n_row  = (int) (w.tail.n_recent + w.tail.n_first), stream = target / n_row, row = target % n_row;
-    uint16_t * to     = (uint16_t *) (void *) ((uint8_t *) w.tail.data + stream * (int64_t) w.tail.stride_stream +
+    const int n_row = (int) (w.tail.n_recent + w.tail.n_first), stream = target / n_row, row = target % n_row;
+    uint16_t * to = (uint16_t *) (void *) ((uint8_t *) w.tail.data + stream * (int64_t) w.tail.stride_stream +
                                            row * (int64_t) w.tail.stride_row);
     TQ_NO_UNROLL
     for (int first = 0; first < n_blocks; first += TQ_TAIL_THREADS / TQ_TEAM) {
-        const int      b = first + tq_thread() / TQ_TEAM < n_blocks ? first + tq_thread() / TQ_TEAM : n_blocks - 1;
+        const int b = first + tq_thread() / TQ_TEAM < n_blocks ? first + tq_thread() / TQ_TEAM : n_blocks - 1;
         const tq_place p = { b * TQ_BLOCK, i, 0, 0 };
-        float          v[TQ_VALUES];
+        float v[TQ_VALUES];
         TQ_UNROLL
         for (int m = 0; m < TQ_VALUES; ++m) {
             v[m] = tq_load_value(w.src.type, tq_address(w.src, 1, p) + (l + TQ_TEAM * m) * (int64_t) w.src.nb[0]);
@@ -215,33 +228,36 @@ TQ_D void tq_encode_tail(const tq_tail_writes & w) {
         tq_store_tail(w.signs_first, v, l, first + tq_thread() / TQ_TEAM < n_blocks, to + b * TQ_BLOCK);
     }
     if (tq_thread() == 0) {
-        int32_t * owner = (int32_t *) (void *) ((uint8_t *) w.tail.owner + stream * (int64_t) w.tail.owner_stride_stream);
-        owner[row]      = cell % (int) w.tail.n_cells + 1;
+        int32_t * owner =
+            (int32_t *) (void *) ((uint8_t *) w.tail.owner + stream * (int64_t) w.tail.owner_stride_stream);
+        owner[row] = cell % (int) w.tail.n_cells + 1;
     }
 }
 
 struct tq_tail_reads {
     tq_attn_tail tail;
     tq_cuda_view dst;
-    int          signs_first;
+    int signs_first;
 };
 
 /* A block of threads per row of a stream's tail. */
 TQ_D void tq_decode_tail(const tq_tail_reads & r) {
-    const int       row = tq_block_x(), stream = tq_block_y(), l = tq_thread() % TQ_TEAM;
-    const int32_t * owner = (const int32_t *) (const void *) ((const uint8_t *) r.tail.owner + stream * (int64_t) r.tail.owner_stride_stream);
-    const int       token = owner[row] - 1, per_head = (int) (r.dst.ne[0] / TQ_BLOCK), n_blocks = per_head * (int) r.dst.ne[1];
+    const int row = tq_block_x(), stream = tq_block_y(), l = tq_thread() % TQ_TEAM;
+    const int32_t * owner = (const int32_t *) (const void *) ((const uint8_t *) r.tail.owner +
+                                                              stream * (int64_t) r.tail.owner_stride_stream);
+    const int token = owner[row] - 1, per_head = (int) (r.dst.ne[0] / TQ_BLOCK),
+              n_blocks = per_head * (int) r.dst.ne[1];
     if (token < 0 || token >= r.dst.ne[2] || tq_tail_row_of(r.tail.n_recent, r.tail.n_first, token) != row) {
         return;
     }
     TQ_NO_UNROLL
     for (int first = 0; first < n_blocks; first += TQ_TAIL_THREADS / TQ_TEAM) {
-        const bool      store = first + tq_thread() / TQ_TEAM < n_blocks;
-        const int       b = store ? first + tq_thread() / TQ_TEAM : n_blocks - 1, head = b / per_head;
-        const tq_place  p = { b % per_head * TQ_BLOCK, head, token, stream };
-        const uint8_t * from = (const uint8_t *) r.tail.data + stream * (int64_t) r.tail.stride_stream + row * (int64_t) r.tail.stride_row +
-                               head * (int64_t) r.tail.stride_head + 2 * p.i0;
-        float           v[TQ_VALUES];
+        const bool store = first + tq_thread() / TQ_TEAM < n_blocks;
+        const int b = store ? first + tq_thread() / TQ_TEAM : n_blocks - 1, head = b / per_head;
+        const tq_place p = { b % per_head * TQ_BLOCK, head, token, stream };
+        const uint8_t * from = (const uint8_t *) r.tail.data + stream * (int64_t) r.tail.stride_stream +
+                               row * (int64_t) r.tail.stride_row + head * (int64_t) r.tail.stride_head + 2 * p.i0;
+        float v[TQ_VALUES];
         TQ_UNROLL
         for (int m = 0; m < TQ_VALUES; ++m) {
             v[m] = tq_f16_to_f32(((const uint16_t *) (const void *) from)[l + TQ_TEAM * m]);
@@ -260,16 +276,16 @@ TQ_D void tq_decode_tail(const tq_tail_reads & r) {
 
 struct tq_vectors {
     const float * x;
-    float *       y;
-    int64_t       n_blocks;
-    int           signs_first;
+    float * y;
+    int64_t n_blocks;
+    int signs_first;
 };
 
 TQ_D void tq_transform_rows(const tq_vectors & p) {
-    const int     l = tq_thread() % TQ_TEAM;
+    const int l = tq_thread() % TQ_TEAM;
     const int64_t b = (int64_t) tq_block_x() * (TQ_ROW_THREADS / TQ_TEAM) + tq_thread() / TQ_TEAM;
     const float * x = p.x + (b < p.n_blocks ? b : p.n_blocks - 1) * TQ_BLOCK;
-    float         v[TQ_VALUES];
+    float v[TQ_VALUES];
     TQ_UNROLL
     for (int m = 0; m < TQ_VALUES; ++m) {
         v[m] = x[l + TQ_TEAM * m];

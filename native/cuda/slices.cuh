@@ -26,7 +26,7 @@
  * a whole number of words, so that where a lane's bytes lie in a word depends on b's parity alone: written so that the compiler
  * sees it and computes two shifts, not one for each block. */
 template <int BYTES> TQ_D uint32_t tq_load_word(const uint32_t * row, int b, int byte, int i) {
-    const int        at   = 8 * (byte + (b & 1 ? BYTES : 0));
+    const int at = 8 * (byte + (b & 1 ? BYTES : 0));
     const uint32_t * from = row + BYTES / 2 * (b >> 1) + (at >> 5) + i;
     return tq_funnel(from[0], from[1], at);
 }
@@ -34,13 +34,15 @@ template <int BYTES> TQ_D uint32_t tq_load_word(const uint32_t * row, int b, int
 /* Entry (word >> shift) & (ENTRIES - 1) of this lane's copy. Shift and multiplication are one, and the lane is put in by the
  * instruction that masks. */
 template <int ENTRIES, int SPACING> TQ_D uint32_t tq_look_up(const uint32_t * table, uint32_t word, int shift) {
-    const int      up   = SPACING == 256 ? 8 : 7;
+    const int up = SPACING == 256 ? 8 : 7;
     const uint32_t lane = 4u * ((uint32_t) tq_thread() % TQ_LANES), mask = (uint32_t) (ENTRIES - 1) * SPACING;
-    const uint32_t at   = ((shift >= up ? word >> (shift - up) : word << (up - shift)) & mask) | lane;
+    const uint32_t at = ((shift >= up ? word >> (shift - up) : word << (up - shift)) & mask) | lane;
     return *(const uint32_t *) (const void *) ((const uint8_t *) table + at);
 }
 
-TQ_D uint16_t tq_load_half(const uint32_t * row, int byte) { return ((const uint16_t *) (const void *) row)[byte >> 1]; }
+TQ_D uint16_t tq_load_half(const uint32_t * row, int byte) {
+    return ((const uint16_t *) (const void *) row)[byte >> 1];
+}
 
 /* Types of ours whose slice is one word of eight indices of BITS bits. */
 template <int BITS> struct tq_packed {
@@ -63,13 +65,15 @@ template <int BITS> struct tq_packed {
     }
 
     /* values n, n + 1 of a slice; n even */
-    static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) { return tq_look_up<ENTRIES, SPACING>(table, s, UP + BITS * n); }
+    static TQ_D uint32_t along(const uint32_t * table, const slice & s, int n) {
+        return tq_look_up<ENTRIES, SPACING>(table, s, UP + BITS * n);
+    }
 
     /* Bits beyond the eight indices are whatever they are: look_up takes none of them. */
     static TQ_D merged merge(const slice & a, const slice & b) {
         merged m;
         m.even = tq_select(EVEN, a, b << BITS);
-        m.odd  = tq_select(EVEN, a >> BITS, b);
+        m.odd = tq_select(EVEN, a >> BITS, b);
         return m;
     }
 
@@ -93,8 +97,8 @@ struct tq_pqo3 : tq_packed<3> {
         TQ_UNROLL
         for (int i = 0; i < 2; ++i) {
             const int at = 8 * (i * BYTES + 2 + 3 * part) - UP;
-            l.word[i]    = tq_keep(at >> 5);
-            l.shift[i]   = tq_keep(at & 31);
+            l.word[i] = tq_keep(at >> 5);
+            l.shift[i] = tq_keep(at & 31);
         }
         return l;
     }
@@ -107,8 +111,8 @@ struct tq_pqo3 : tq_packed<3> {
     /* Six bytes from an even offset on, which lie in two words. */
     static TQ_D half half_of(int b, int i) {
         const int at = BYTES * b + 2 + 6 * i;
-        half      l;
-        l.word        = tq_keep(at / 4);
+        half l;
+        l.word = tq_keep(at / 4);
         l.selector[0] = tq_keep(at % 4 == 0 ? 0x2100 : 0x4320);
         l.selector[1] = tq_keep(at % 4 == 0 ? 0x5430 : 0x7650);
         return l;
@@ -141,7 +145,9 @@ template <typename T, typename SLICE> struct tq_plain_places {
 
 struct tq_pqo4 : tq_packed<4>, tq_plain_places<tq_pqo4, uint32_t> {
     static const int BYTES = TQI_PQO4_BYTES;
-    static TQ_D uint32_t load(const uint32_t * row, int b, int part) { return tq_load_word<BYTES>(row, b, 2 + 4 * part, 0); }
+    static TQ_D uint32_t load(const uint32_t * row, int b, int part) {
+        return tq_load_word<BYTES>(row, b, 2 + 4 * part, 0);
+    }
     static TQ_D int dim(int part, int n) { return 8 * part + n; }
 };
 
@@ -155,11 +161,11 @@ template <int BITS> TQ_D void tq_trellis_slice(const uint32_t * row, int b, int 
     }
     const uint32_t low = tq_subset_low(words[0]) >> (2 * part), high = tq_subset_high(words[0]) >> (2 * part);
     *even = (words[1] >> (2 * part) << 2 & 0x0c0c0c0cu) | (high << 1 & 0x02020202u) | (low & 0x01010101u);
-    *odd  = (words[2] >> (2 * part) << 2 & 0x0c0c0c0cu) | (high & 0x02020202u) | (low >> 1 & 0x01010101u);
+    *odd = (words[2] >> (2 * part) << 2 & 0x0c0c0c0cu) | (high & 0x02020202u) | (low >> 1 & 0x01010101u);
     if (BITS == 4) {
         const uint32_t top = words[3] >> (2 * part);
         *even |= top << 4 & 0x10101010u;
-        *odd  |= top << 3 & 0x10101010u;
+        *odd |= top << 3 & 0x10101010u;
     }
 }
 
@@ -269,11 +275,13 @@ struct tq_spot {
 TQ_HD tq_spot tq_spot_of(bool trellis, int i) {
     tq_spot s;
     s.part = trellis ? i % 8 / 2 : i / 8;
-    s.n    = trellis ? 2 * (i / 8) + i % 2 : i % 8;
+    s.n = trellis ? 2 * (i / 8) + i % 2 : i % 8;
     return s;
 }
 
-TQ_HD bool tq_is_trellis(int type) { return type == TQ_TYPE_PQT3 || type == TQ_TYPE_PQT4; }
+TQ_HD bool tq_is_trellis(int type) {
+    return type == TQ_TYPE_PQT3 || type == TQ_TYPE_PQT4;
+}
 
 template <int TYPE> struct tq_type_of {
     typedef tq_f16 type;
@@ -299,13 +307,33 @@ template <typename T> struct tq_one_type<T, T> {
 };
 
 /* call, with TQ standing for the type that the number means */
-#define TQ_WITH_TYPE(type_number, call)                     \
-    switch (type_number) {                                  \
-        case TQ_TYPE_PQO3: { typedef tq_pqo3 TQ; call; break; } \
-        case TQ_TYPE_PQO4: { typedef tq_pqo4 TQ; call; break; } \
-        case TQ_TYPE_PQT3: { typedef tq_pqt3 TQ; call; break; } \
-        case TQ_TYPE_PQT4: { typedef tq_pqt4 TQ; call; break; } \
-        default:           { typedef tq_f16 TQ; call; break; }  \
+#define TQ_WITH_TYPE(type_number, call)                                                                                \
+    switch (type_number) {                                                                                             \
+        case TQ_TYPE_PQO3: {                                                                                           \
+            typedef tq_pqo3 TQ;                                                                                        \
+            call;                                                                                                      \
+            break;                                                                                                     \
+        }                                                                                                              \
+        case TQ_TYPE_PQO4: {                                                                                           \
+            typedef tq_pqo4 TQ;                                                                                        \
+            call;                                                                                                      \
+            break;                                                                                                     \
+        }                                                                                                              \
+        case TQ_TYPE_PQT3: {                                                                                           \
+            typedef tq_pqt3 TQ;                                                                                        \
+            call;                                                                                                      \
+            break;                                                                                                     \
+        }                                                                                                              \
+        case TQ_TYPE_PQT4: {                                                                                           \
+            typedef tq_pqt4 TQ;                                                                                        \
+            call;                                                                                                      \
+            break;                                                                                                     \
+        }                                                                                                              \
+        default: {                                                                                                     \
+            typedef tq_f16 TQ;                                                                                         \
+            call;                                                                                                      \
+            break;                                                                                                     \
+        }                                                                                                              \
     }
 
 /* The scales of two rows' block that begins at byte at, f16 side by side, and finite whatever they are: a weight of 0 must cancel them; 1 for f16 */

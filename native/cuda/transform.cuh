@@ -45,7 +45,9 @@ TQ_D void tq_transform(int signs_first, float * v, int l) {
 }
 
 /* The inverse of one order is the other one. */
-TQ_D void tq_inverse_transform(int signs_first, float * v, int l) { tq_transform(!signs_first, v, l); }
+TQ_D void tq_inverse_transform(int signs_first, float * v, int l) {
+    tq_transform(!signs_first, v, l);
+}
 
 /* The same where lane i of a warp has value i. */
 TQ_D float tq_transform_warp(int signs_first, float x, int lane) {

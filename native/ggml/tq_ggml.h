@@ -19,7 +19,7 @@ extern "C" {
 
 struct ggml_compute_params;
 
-#define TQ_GGML_BLOCK      32 /* values per block */
+#define TQ_GGML_BLOCK 32 /* values per block */
 #define TQ_GGML_PQO3_BYTES 14
 #define TQ_GGML_PQO4_BYTES 18
 #define TQ_GGML_PQT3_BYTES 14
@@ -44,34 +44,40 @@ static inline int64_t tq_ggml_shift_width(enum ggml_type type, int64_t n_rot) {
 
 /* ---- libggml-base: the rows of ggml's table of types, and two of its switches over types ---- */
 
-#define TQ_GGML_TYPE_TRAITS(name, bytes)                                                                                  \
-    {                                                                                                                    \
-        .type_name = #name, .blck_size = TQ_GGML_BLOCK, .type_size = (bytes), .is_quantized = true,                      \
-        .to_float = tq_ggml_to_float_##name, .from_float_ref = tq_ggml_from_float_##name,                                \
+#define TQ_GGML_TYPE_TRAITS(name, bytes)                                                                               \
+    {                                                                                                                  \
+        .type_name = #name,                                                                                            \
+        .blck_size = TQ_GGML_BLOCK,                                                                                    \
+        .type_size = (bytes),                                                                                          \
+        .is_quantized = true,                                                                                          \
+        .to_float = tq_ggml_to_float_##name,                                                                           \
+        .from_float_ref = tq_ggml_from_float_##name,                                                                   \
     }
 
-void   tq_ggml_to_float_pqo3(const void * blocks, float * x, int64_t n);
-void   tq_ggml_to_float_pqo4(const void * blocks, float * x, int64_t n);
-void   tq_ggml_to_float_pqt3(const void * blocks, float * x, int64_t n);
-void   tq_ggml_to_float_pqt4(const void * blocks, float * x, int64_t n);
-void   tq_ggml_from_float_pqo3(const float * x, void * blocks, int64_t n);
-void   tq_ggml_from_float_pqo4(const float * x, void * blocks, int64_t n);
-void   tq_ggml_from_float_pqt3(const float * x, void * blocks, int64_t n);
-void   tq_ggml_from_float_pqt4(const float * x, void * blocks, int64_t n);
+void tq_ggml_to_float_pqo3(const void * blocks, float * x, int64_t n);
+void tq_ggml_to_float_pqo4(const void * blocks, float * x, int64_t n);
+void tq_ggml_to_float_pqt3(const void * blocks, float * x, int64_t n);
+void tq_ggml_to_float_pqt4(const void * blocks, float * x, int64_t n);
+void tq_ggml_from_float_pqo3(const float * x, void * blocks, int64_t n);
+void tq_ggml_from_float_pqo4(const float * x, void * blocks, int64_t n);
+void tq_ggml_from_float_pqt3(const float * x, void * blocks, int64_t n);
+void tq_ggml_from_float_pqt4(const float * x, void * blocks, int64_t n);
 /* Encodes n values and returns the number of bytes written. */
 size_t tq_ggml_quantize(enum ggml_type type, const float * x, void * blocks, int64_t n);
 /* False, with a line on stderr, if a block's scale is NaN or infinite: the encoder never writes that. */
-bool   tq_ggml_validate(enum ggml_type type, const void * blocks, size_t n_blocks);
+bool tq_ggml_validate(enum ggml_type type, const void * blocks, size_t n_blocks);
 
 /* Whether the bool at flag is set: a ggml_abort_callback that asks no interpreter. */
-bool   tq_ggml_is_set(void * flag);
+bool tq_ggml_is_set(void * flag);
 
 /* ---- libggml-cpu: the rows of the CPU backend's table of types, and its operators ---- */
 
-#define TQ_GGML_TYPE_TRAITS_CPU(name)                                                                                     \
-    {                                                                                                                    \
-        .from_float = tq_ggml_cpu_from_float_##name, .vec_dot = tq_ggml_cpu_vec_dot_##name,                              \
-        .vec_dot_type = GGML_TYPE_F32, .nrows = 1,                                                                       \
+#define TQ_GGML_TYPE_TRAITS_CPU(name)                                                                                  \
+    {                                                                                                                  \
+        .from_float = tq_ggml_cpu_from_float_##name,                                                                   \
+        .vec_dot = tq_ggml_cpu_vec_dot_##name,                                                                         \
+        .vec_dot_type = GGML_TYPE_F32,                                                                                 \
+        .nrows = 1,                                                                                                    \
     }
 
 void tq_ggml_cpu_from_float_pqo3(const float * x, void * blocks, int64_t n);
@@ -79,10 +85,14 @@ void tq_ggml_cpu_from_float_pqo4(const float * x, void * blocks, int64_t n);
 void tq_ggml_cpu_from_float_pqt3(const float * x, void * blocks, int64_t n);
 void tq_ggml_cpu_from_float_pqt4(const float * x, void * blocks, int64_t n);
 /* s = <blocks, y>, y: f32 (n). The strides are unused: one row at a time (nrc = 1). */
-void tq_ggml_cpu_vec_dot_pqo3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc);
-void tq_ggml_cpu_vec_dot_pqo4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc);
-void tq_ggml_cpu_vec_dot_pqt3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc);
-void tq_ggml_cpu_vec_dot_pqt4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by, int nrc);
+void tq_ggml_cpu_vec_dot_pqo3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by,
+                              int nrc);
+void tq_ggml_cpu_vec_dot_pqo4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by,
+                              int nrc);
+void tq_ggml_cpu_vec_dot_pqt3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by,
+                              int nrc);
+void tq_ggml_cpu_vec_dot_pqt4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by,
+                              int nrc);
 
 /* Each operator is a pair: does it take this node, and compute it (called by every thread). Under use_ref upstream's own
  * loops run instead, over to_float, from_float and vec_dot above: test-backend-ops compares the two. */
@@ -96,8 +106,8 @@ bool tq_ggml_dup_used(const struct ggml_tensor * dst);
 void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 /* FLASH_ATTN_EXT with a type of ours on at least one side; the other may be any type that has to_float. */
-bool   tq_ggml_flash_attn_ext_used(const struct ggml_tensor * dst);
-void   tq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+bool tq_ggml_flash_attn_ext_used(const struct ggml_tensor * dst);
+void tq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 /* Bytes of work buffer for n_tasks threads; 0 if the node is not ours. */
 size_t tq_ggml_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_tasks);
 

@@ -15,7 +15,8 @@ __attribute__((constructor)) static void tq_ggml_check_abi(void) {
 
     if (found != TQ_ABI_VERSION) {
         fprintf(stderr,
-                "tqgguf: " TQ_GGML_LIBRARY " was built for ABI version %d of libtqgguf, but loaded one with %d: they come from "
+                "tqgguf: " TQ_GGML_LIBRARY
+                " was built for ABI version %d of libtqgguf, but loaded one with %d: they come from "
                 "different builds; build them together, or reinstall the wheel\n",
                 TQ_ABI_VERSION, found);
         _Exit(EXIT_FAILURE);

@@ -30,17 +30,17 @@ static void decode(enum ggml_type type, const void * blocks, float * x, int64_t 
 
 /* ---- Rows ---- */
 
-#define ROW_FUNCTIONS(name, type)                                                                                         \
-    void tq_ggml_cpu_from_float_##name(const float * x, void * blocks, int64_t n) {                                       \
-        encode(type, x, blocks, n);                                                                                       \
-    }                                                                                                                     \
-    void tq_ggml_cpu_vec_dot_##name(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y,          \
-                                    size_t by, int nrc) {                                                                 \
-        GGML_ASSERT(nrc == 1 && n % TQ_GGML_BLOCK == 0);                                                                  \
-        GGML_UNUSED(bs);                                                                                                  \
-        GGML_UNUSED(bx);                                                                                                  \
-        GGML_UNUSED(by);                                                                                                  \
-        *s = tq_dot((int) type, TQ_MODE_SEARCH, blocks, (const float *) y, n);                                            \
+#define ROW_FUNCTIONS(name, type)                                                                                      \
+    void tq_ggml_cpu_from_float_##name(const float * x, void * blocks, int64_t n) {                                    \
+        encode(type, x, blocks, n);                                                                                    \
+    }                                                                                                                  \
+    void tq_ggml_cpu_vec_dot_##name(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y,       \
+                                    size_t by, int nrc) {                                                              \
+        GGML_ASSERT(nrc == 1 && n % TQ_GGML_BLOCK == 0);                                                               \
+        GGML_UNUSED(bs);                                                                                               \
+        GGML_UNUSED(bx);                                                                                               \
+        GGML_UNUSED(by);                                                                                               \
+        *s = tq_dot((int) type, TQ_MODE_SEARCH, blocks, (const float *) y, n);                                         \
     }
 
 ROW_FUNCTIONS(pqo3, GGML_TYPE_PQO3)
@@ -57,7 +57,7 @@ static bool is_float(enum ggml_type type) {
 /* This thread's share [*begin, *end) of n items. */
 static void share(const struct ggml_compute_params * params, int64_t n, int64_t * begin, int64_t * end) {
     *begin = n * params->ith / params->nth;
-    *end   = n * (params->ith + 1) / params->nth;
+    *end = n * (params->ith + 1) / params->nth;
 }
 
 /* Address of the element with flat index i, in ggml's order of dimensions. For a type of ours i must be a block's first. */
@@ -66,8 +66,8 @@ static char * element(const struct ggml_tensor * t, int64_t i) {
     const int64_t i1 = i / t->ne[0] % t->ne[1];
     const int64_t i2 = i / (t->ne[0] * t->ne[1]) % t->ne[2];
     const int64_t i3 = i / (t->ne[0] * t->ne[1] * t->ne[2]);
-    return (char *) t->data + i0 / ggml_blck_size(t->type) * (int64_t) t->nb[0]
-        + i1 * (int64_t) t->nb[1] + i2 * (int64_t) t->nb[2] + i3 * (int64_t) t->nb[3];
+    return (char *) t->data + i0 / ggml_blck_size(t->type) * (int64_t) t->nb[0] + i1 * (int64_t) t->nb[1] +
+           i2 * (int64_t) t->nb[2] + i3 * (int64_t) t->nb[3];
 }
 
 /* How many values from flat index i on lie in one stretch of memory; at most n, at least one block or one element. */
@@ -80,13 +80,21 @@ static int64_t stretch(const struct ggml_tensor * t, int64_t i, int64_t n) {
 
 static void load(const struct ggml_tensor * t, int64_t i, int64_t n, float * x) {
     for (int64_t done = 0; done < n;) {
-        const int64_t m    = stretch(t, i + done, n - done);
-        const char *  from = element(t, i + done);
+        const int64_t m = stretch(t, i + done, n - done);
+        const char * from = element(t, i + done);
         switch (t->type) {
-            case GGML_TYPE_F32:  memcpy(x + done, from, (size_t) m * sizeof(float)); break;
-            case GGML_TYPE_F16:  ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) from, x + done, m); break;
-            case GGML_TYPE_BF16: ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) from, x + done, m); break;
-            default:             decode(t->type, from, x + done, m); break;
+            case GGML_TYPE_F32:
+                memcpy(x + done, from, (size_t) m * sizeof(float));
+                break;
+            case GGML_TYPE_F16:
+                ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) from, x + done, m);
+                break;
+            case GGML_TYPE_BF16:
+                ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) from, x + done, m);
+                break;
+            default:
+                decode(t->type, from, x + done, m);
+                break;
         }
         done += m;
     }
@@ -94,13 +102,21 @@ static void load(const struct ggml_tensor * t, int64_t i, int64_t n, float * x) 
 
 static void store(const struct ggml_tensor * t, int64_t i, int64_t n, const float * x) {
     for (int64_t done = 0; done < n;) {
-        const int64_t m  = stretch(t, i + done, n - done);
-        char *        to = element(t, i + done);
+        const int64_t m = stretch(t, i + done, n - done);
+        char * to = element(t, i + done);
         switch (t->type) {
-            case GGML_TYPE_F32:  memcpy(to, x + done, (size_t) m * sizeof(float)); break;
-            case GGML_TYPE_F16:  ggml_cpu_fp32_to_fp16(x + done, (ggml_fp16_t *) to, m); break;
-            case GGML_TYPE_BF16: ggml_cpu_fp32_to_bf16(x + done, (ggml_bf16_t *) to, m); break;
-            default:             encode(t->type, x + done, to, m); break;
+            case GGML_TYPE_F32:
+                memcpy(to, x + done, (size_t) m * sizeof(float));
+                break;
+            case GGML_TYPE_F16:
+                ggml_cpu_fp32_to_fp16(x + done, (ggml_fp16_t *) to, m);
+                break;
+            case GGML_TYPE_BF16:
+                ggml_cpu_fp32_to_bf16(x + done, (ggml_bf16_t *) to, m);
+                break;
+            default:
+                encode(t->type, x + done, to, m);
+                break;
         }
         done += m;
     }
@@ -113,39 +129,41 @@ bool tq_ggml_set_rows_used(const struct ggml_tensor * dst) {
 }
 
 static int64_t row_number(const struct ggml_tensor * idx, int64_t i1, int64_t i2, int64_t i3) {
-    const char * at = (const char *) idx->data + i1 * (int64_t) idx->nb[0] + i2 % idx->ne[1] * (int64_t) idx->nb[1]
-        + i3 % idx->ne[2] * (int64_t) idx->nb[2];
+    const char * at = (const char *) idx->data + i1 * (int64_t) idx->nb[0] + i2 % idx->ne[1] * (int64_t) idx->nb[1] +
+                      i3 % idx->ne[2] * (int64_t) idx->nb[2];
     return idx->type == GGML_TYPE_I64 ? *(const int64_t *) at : *(const int32_t *) at;
 }
 
 /* Writes the same rows into the tail that dst has, and makes them its owners. A row of the tail belongs to one thread, which goes
  * through its tokens in their order: the last one stays. */
 static void set_tail(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    const struct ggml_tensor * src   = dst->src[0];
-    const struct ggml_tensor * idx   = dst->src[1];
-    struct ggml_tensor *       rows  = dst->src[3];
-    struct ggml_tensor *       owner = dst->src[4];
+    const struct ggml_tensor * src = dst->src[0];
+    const struct ggml_tensor * idx = dst->src[1];
+    struct ggml_tensor * rows = dst->src[3];
+    struct ggml_tensor * owner = dst->src[4];
 
     GGML_ASSERT(src->ne[2] == 1 && src->ne[3] == 1 && src->ne[0] == rows->ne[0]);
 
-    const int64_t n        = src->ne[1];
-    const int64_t n_cells  = dst->ne[1] * dst->ne[2] / owner->ne[1]; /* of a stream; dst may be all streams in one */
-    const int64_t n_first  = MIN(TQ_GGML_TAIL_FIRST, n_cells);
+    const int64_t n = src->ne[1];
+    const int64_t n_cells = dst->ne[1] * dst->ne[2] / owner->ne[1]; /* of a stream; dst may be all streams in one */
+    const int64_t n_first = MIN(TQ_GGML_TAIL_FIRST, n_cells);
     const int64_t n_recent = owner->ne[0] - n_first;
-    float         x[TQ_RUN * TQ_GGML_BLOCK];
+    float x[TQ_RUN * TQ_GGML_BLOCK];
 
     for (int64_t i = 0; i < n; i++) {
-        const int64_t cell   = row_number(idx, i, 0, 0);
+        const int64_t cell = row_number(idx, i, 0, 0);
         const int64_t stream = cell / n_cells;
-        const int64_t token  = cell % n_cells;
-        const int64_t row    = tq_tail_row(n_recent, n_first, token);
+        const int64_t token = cell % n_cells;
+        const int64_t row = tq_tail_row(n_recent, n_first, token);
         if ((stream * owner->ne[0] + row) % params->nth != params->ith) {
             continue;
         }
-        if (token >= n_first && i + n_recent < n && row_number(idx, i + n_recent, 0, 0) == cell + n_recent && token + n_recent < n_cells) {
+        if (token >= n_first && i + n_recent < n && row_number(idx, i + n_recent, 0, 0) == cell + n_recent &&
+            token + n_recent < n_cells) {
             continue; /* a later token takes the row */
         }
-        uint16_t * to = (uint16_t *) ((char *) rows->data + row * (int64_t) rows->nb[1] + stream * (int64_t) rows->nb[2]);
+        uint16_t * to =
+            (uint16_t *) ((char *) rows->data + row * (int64_t) rows->nb[1] + stream * (int64_t) rows->nb[2]);
         for (int64_t j = 0; j < src->ne[0]; j += TQ_RUN * TQ_GGML_BLOCK) {
             const int64_t m = MIN(src->ne[0] - j, TQ_RUN * TQ_GGML_BLOCK);
             load(src, i * src->ne[0] + j, m, x);
@@ -153,7 +171,8 @@ static void set_tail(const struct ggml_compute_params * params, struct ggml_tens
                 GGML_ABORT("%s", tq_last_error());
             }
         }
-        *(int32_t *) ((char *) owner->data + row * (int64_t) owner->nb[0] + stream * (int64_t) owner->nb[1]) = (int32_t) (token + 1);
+        *(int32_t *) ((char *) owner->data + row * (int64_t) owner->nb[0] + stream * (int64_t) owner->nb[1]) =
+            (int32_t) (token + 1);
     }
 }
 
@@ -168,24 +187,25 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
     GGML_ASSERT(src->nb[0] == ggml_type_size(src->type) && dst->nb[0] == ggml_type_size(dst->type));
 
     const int64_t n_blocks = src->ne[0] / TQ_GGML_BLOCK;
-    float         x[TQ_RUN * TQ_GGML_BLOCK];
-    int64_t       begin;
-    int64_t       end;
+    float x[TQ_RUN * TQ_GGML_BLOCK];
+    int64_t begin;
+    int64_t end;
 
     share(params, n_blocks * ggml_nrows(src), &begin, &end);
     for (int64_t b = begin; b < end;) {
         const int64_t row = b / n_blocks;
-        const int64_t i0  = b % n_blocks;
-        const int64_t i1  = row % src->ne[1];
-        const int64_t i2  = row / src->ne[1] % src->ne[2];
-        const int64_t i3  = row / (src->ne[1] * src->ne[2]);
+        const int64_t i0 = b % n_blocks;
+        const int64_t i1 = row % src->ne[1];
+        const int64_t i2 = row / src->ne[1] % src->ne[2];
+        const int64_t i3 = row / (src->ne[1] * src->ne[2]);
 
         const int64_t to_row = row_number(idx, i1, i2, i3);
         GGML_ASSERT(to_row >= 0 && to_row < dst->ne[1]);
 
-        const char * from = (const char *) src->data + i1 * (int64_t) src->nb[1] + i2 * (int64_t) src->nb[2] + i3 * (int64_t) src->nb[3];
-        char *       to   = (char *) dst->data + i0 * (int64_t) dst->nb[0] + to_row * (int64_t) dst->nb[1]
-            + i2 * (int64_t) dst->nb[2] + i3 * (int64_t) dst->nb[3];
+        const char * from = (const char *) src->data + i1 * (int64_t) src->nb[1] + i2 * (int64_t) src->nb[2] +
+                            i3 * (int64_t) src->nb[3];
+        char * to = (char *) dst->data + i0 * (int64_t) dst->nb[0] + to_row * (int64_t) dst->nb[1] +
+                    i2 * (int64_t) dst->nb[2] + i3 * (int64_t) dst->nb[3];
 
         int64_t run = MIN(end - b, n_blocks - i0);
         if (src->type == GGML_TYPE_F32) {
@@ -206,9 +226,9 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
 
 bool tq_ggml_dup_used(const struct ggml_tensor * dst) {
     const enum ggml_type from = dst->src[0]->type;
-    const enum ggml_type to   = dst->type;
-    return from != to && (tq_ggml_is_ours(from) || tq_ggml_is_ours(to))
-        && (tq_ggml_is_ours(from) || is_float(from)) && (tq_ggml_is_ours(to) || is_float(to));
+    const enum ggml_type to = dst->type;
+    return from != to && (tq_ggml_is_ours(from) || tq_ggml_is_ours(to)) && (tq_ggml_is_ours(from) || is_float(from)) &&
+           (tq_ggml_is_ours(to) || is_float(to));
 }
 
 void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
@@ -217,9 +237,9 @@ void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor *
     GGML_ASSERT(ggml_nelements(src) == ggml_nelements(dst));
 
     const int64_t n = ggml_nelements(dst) / TQ_GGML_BLOCK;
-    float         x[TQ_RUN * TQ_GGML_BLOCK];
-    int64_t       begin;
-    int64_t       end;
+    float x[TQ_RUN * TQ_GGML_BLOCK];
+    int64_t begin;
+    int64_t end;
 
     share(params, n, &begin, &end);
     for (int64_t b = begin; b < end; b += TQ_RUN) {
@@ -239,8 +259,8 @@ size_t tq_ggml_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_ta
     if (!tq_ggml_flash_attn_ext_used(dst)) {
         return 0;
     }
-    const struct tq_attn a     = tq_ggml_attention(dst);
-    const size_t         bytes = tq_attn_work_bytes(&a, n_tasks);
+    const struct tq_attn a = tq_ggml_attention(dst);
+    const size_t bytes = tq_attn_work_bytes(&a, n_tasks);
     if (bytes == 0) {
         GGML_ABORT("%s", tq_last_error());
     }

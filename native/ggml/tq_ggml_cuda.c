@@ -9,7 +9,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-static_assert((int) GGML_TYPE_BF16 == TQ_CUDA_TYPE_BF16 && (int) GGML_TYPE_I32 == TQ_CUDA_TYPE_I32 && (int) GGML_TYPE_I64 == TQ_CUDA_TYPE_I64,
+static_assert((int) GGML_TYPE_BF16 == TQ_CUDA_TYPE_BF16 && (int) GGML_TYPE_I32 == TQ_CUDA_TYPE_I32 &&
+                  (int) GGML_TYPE_I64 == TQ_CUDA_TYPE_I64,
               "type numbers differ");
 
 static _Thread_local char reason[512];
@@ -44,9 +45,12 @@ static bool is_copy(const struct ggml_tensor * node) {
 bool tq_ggml_cuda_used(const struct ggml_tensor * node) {
     const struct ggml_tensor * const * src = (const struct ggml_tensor * const *) node->src;
     switch (node->op) {
-        case GGML_OP_SET_ROWS:       return tq_ggml_is_ours(node->type);
-        case GGML_OP_GET_ROWS:       return tq_ggml_is_ours(src[0]->type);
-        case GGML_OP_FLASH_ATTN_EXT: return tq_ggml_is_ours(src[1]->type) || tq_ggml_is_ours(src[2]->type);
+        case GGML_OP_SET_ROWS:
+            return tq_ggml_is_ours(node->type);
+        case GGML_OP_GET_ROWS:
+            return tq_ggml_is_ours(src[0]->type);
+        case GGML_OP_FLASH_ATTN_EXT:
+            return tq_ggml_is_ours(src[1]->type) || tq_ggml_is_ours(src[2]->type);
         case GGML_OP_DUP:
         case GGML_OP_CPY:
         case GGML_OP_CONT:
@@ -54,7 +58,8 @@ bool tq_ggml_cuda_used(const struct ggml_tensor * node) {
                 return false; /* bytes as they are: upstream's copy does */
             }
             return tq_ggml_is_ours(src[0]->type) || tq_ggml_is_ours(node->type);
-        default:                     return false;
+        default:
+            return false;
     }
 }
 
@@ -81,13 +86,13 @@ static tq_cuda_index row_numbers(const struct ggml_tensor * t) {
 /* f16 in the layout of a cache: heads of a token side by side. */
 static struct ggml_tensor dense_like(const struct ggml_tensor * t, void * data) {
     struct ggml_tensor x = *t;
-    x.type  = GGML_TYPE_F16;
-    x.data  = data;
+    x.type = GGML_TYPE_F16;
+    x.data = data;
     x.nb[0] = sizeof(ggml_fp16_t);
     x.nb[2] = x.nb[0] * (size_t) t->ne[0];
     x.nb[1] = x.nb[2] * (size_t) t->ne[2];
     x.nb[3] = x.nb[1] * (size_t) t->ne[1];
-    x.view_src  = NULL;
+    x.view_src = NULL;
     x.view_offs = 0;
     return x;
 }
@@ -107,12 +112,13 @@ static tq_cuda_view by_tokens(const struct ggml_tensor * t) {
 static bool rows_supported(const struct ggml_tensor * node, enum ggml_type values) {
     const struct ggml_tensor * ids = node->src[1];
     if (!is_float(values) || (node->op == GGML_OP_GET_ROWS && values != GGML_TYPE_F32)) {
-        return refuse("%s with values of %s is not done on CUDA; f32 is%s", ggml_op_name(node->op), ggml_type_name(values),
-                      node->op == GGML_OP_GET_ROWS ? "" : ", and f16 and bf16 are");
+        return refuse("%s with values of %s is not done on CUDA; f32 is%s", ggml_op_name(node->op),
+                      ggml_type_name(values), node->op == GGML_OP_GET_ROWS ? "" : ", and f16 and bf16 are");
     }
-    if ((ids->type != GGML_TYPE_I32 && ids->type != GGML_TYPE_I64) || node->src[0]->nb[0] != ggml_type_size(node->src[0]->type)) {
-        return refuse("%s with row numbers of %s, or rows that do not lie in one piece, is not done on CUDA", ggml_op_name(node->op),
-                      ggml_type_name(ids->type));
+    if ((ids->type != GGML_TYPE_I32 && ids->type != GGML_TYPE_I64) ||
+        node->src[0]->nb[0] != ggml_type_size(node->src[0]->type)) {
+        return refuse("%s with row numbers of %s, or rows that do not lie in one piece, is not done on CUDA",
+                      ggml_op_name(node->op), ggml_type_name(ids->type));
     }
     if (node->op == GGML_OP_SET_ROWS && node->src[3] && (node->src[0]->ne[2] != 1 || node->src[0]->ne[3] != 1)) {
         return refuse("a precise tail is written for rows in one plane");
@@ -122,38 +128,42 @@ static bool rows_supported(const struct ggml_tensor * node, enum ggml_type value
 
 static bool copy_supported(const struct ggml_tensor * node) {
     const enum ggml_type from = node->src[0]->type;
-    if (from == node->type || (!tq_ggml_is_ours(from) && !is_float(from)) || (!tq_ggml_is_ours(node->type) && !is_float(node->type))) {
-        return refuse("copying %s to %s%s is not done on CUDA; ours to and from f32, f16, bf16 and each other is", ggml_type_name(from),
-                      ggml_type_name(node->type), from == node->type ? " with other strides" : "");
+    if (from == node->type || (!tq_ggml_is_ours(from) && !is_float(from)) ||
+        (!tq_ggml_is_ours(node->type) && !is_float(node->type))) {
+        return refuse("copying %s to %s%s is not done on CUDA; ours to and from f32, f16, bf16 and each other is",
+                      ggml_type_name(from), ggml_type_name(node->type),
+                      from == node->type ? " with other strides" : "");
     }
     for (int i = 0; i < 2; i++) {
         const struct ggml_tensor * t = i == 0 ? node->src[0] : node;
         if (tq_ggml_is_ours(t->type) && t->nb[0] != ggml_type_size(t->type)) {
-            return refuse("copying %s whose blocks do not lie side by side is not done on CUDA", ggml_type_name(t->type));
+            return refuse("copying %s whose blocks do not lie side by side is not done on CUDA",
+                          ggml_type_name(t->type));
         }
     }
     return true;
 }
 
 static bool attention_supported(const struct ggml_tensor * node) {
-    const struct ggml_tensor * q    = node->src[0];
-    const struct ggml_tensor * k    = node->src[1];
-    const struct ggml_tensor * v    = node->src[2];
+    const struct ggml_tensor * q = node->src[0];
+    const struct ggml_tensor * k = node->src[1];
+    const struct ggml_tensor * v = node->src[2];
     const struct ggml_tensor * mask = node->src[3];
     for (int i = 1; i < 3; i++) {
-        const struct ggml_tensor * t     = node->src[i];
+        const struct ggml_tensor * t = node->src[i];
         const struct ggml_tensor * cache = t->view_src ? t->view_src : t;
         if (cache->buffer && ggml_backend_buffer_is_host(cache->buffer)) {
             return refuse("a KV cache in the CPU's memory is read there, not copied to the device for every token");
         }
         if ((!tq_ggml_is_ours(t->type) && t->type != GGML_TYPE_F16) || t->nb[0] != ggml_type_size(t->type)) {
-            return refuse("K of %s with V of %s is not done on CUDA; beside a type of ours the other is one of ours or f16",
-                          ggml_type_name(k->type), ggml_type_name(v->type));
+            return refuse(
+                "K of %s with V of %s is not done on CUDA; beside a type of ours the other is one of ours or f16",
+                ggml_type_name(k->type), ggml_type_name(v->type));
         }
     }
     if (q->type != GGML_TYPE_F32 || (mask && mask->type != GGML_TYPE_F16)) {
-        return refuse("attention with q of %s and a mask of %s is not done on CUDA; f32 and f16 is", ggml_type_name(q->type),
-                      mask ? ggml_type_name(mask->type) : "none");
+        return refuse("attention with q of %s and a mask of %s is not done on CUDA; f32 and f16 is",
+                      ggml_type_name(q->type), mask ? ggml_type_name(mask->type) : "none");
     }
     if (q->nb[0] != sizeof(float) || (mask && mask->nb[0] != sizeof(ggml_fp16_t))) {
         return refuse("attention with a q or a mask whose rows do not lie in one piece is not done on CUDA");
@@ -167,20 +177,24 @@ bool tq_ggml_cuda_supported(const struct ggml_tensor * node) {
         return refuse("%s", tq_cuda_last_error());
     }
     switch (node->op) {
-        case GGML_OP_SET_ROWS:       return rows_supported(node, node->src[0]->type);
-        case GGML_OP_GET_ROWS:       return rows_supported(node, node->type);
-        case GGML_OP_FLASH_ATTN_EXT: return attention_supported(node);
-        default:                     return is_copy(node) && copy_supported(node);
+        case GGML_OP_SET_ROWS:
+            return rows_supported(node, node->src[0]->type);
+        case GGML_OP_GET_ROWS:
+            return rows_supported(node, node->type);
+        case GGML_OP_FLASH_ATTN_EXT:
+            return attention_supported(node);
+        default:
+            return is_copy(node) && copy_supported(node);
     }
 }
 
 /* ---- SET_ROWS ---- */
 
 static void set_rows(const struct ggml_tensor * node, void * stream) {
-    const tq_cuda_view         src   = view(node->src[0]);
-    const tq_cuda_view         dst   = view(node);
-    const tq_cuda_index        ids   = row_numbers(node->src[1]);
-    const struct ggml_tensor * rows  = node->src[3];
+    const tq_cuda_view src = view(node->src[0]);
+    const tq_cuda_view dst = view(node);
+    const tq_cuda_index ids = row_numbers(node->src[1]);
+    const struct ggml_tensor * rows = node->src[3];
     const struct ggml_tensor * owner = node->src[4];
 
     check(tq_cuda_encode(&src, &ids, &dst, stream), node);
@@ -188,15 +202,15 @@ static void set_rows(const struct ggml_tensor * node, void * stream) {
         return;
     }
     tq_cuda_tail tail = {
-        .data                = rows->data,
-        .owner               = owner->data,
-        .n_cells             = node->ne[1] * node->ne[2] / owner->ne[1], /* of a stream; node may be all streams in one */
-        .n_stream            = owner->ne[1],
-        .stride_row          = rows->nb[1],
-        .stride_stream       = rows->nb[2],
+        .data = rows->data,
+        .owner = owner->data,
+        .n_cells = node->ne[1] * node->ne[2] / owner->ne[1], /* of a stream; node may be all streams in one */
+        .n_stream = owner->ne[1],
+        .stride_row = rows->nb[1],
+        .stride_stream = rows->nb[2],
         .owner_stride_stream = owner->nb[1],
     };
-    tail.n_first  = MIN(TQ_GGML_TAIL_FIRST, tail.n_cells);
+    tail.n_first = MIN(TQ_GGML_TAIL_FIRST, tail.n_cells);
     tail.n_recent = owner->ne[0] - tail.n_first;
     GGML_ASSERT(src.ne[0] == rows->ne[0]);
     check(tq_cuda_tail_encode(&src, &ids, TQ_MODE_SEARCH, &tail, stream), node);
@@ -207,33 +221,34 @@ static void set_rows(const struct ggml_tensor * node, void * stream) {
 /* An equivalent node for upstream's kernels: K and V of ours are replaced by f16 that lies in work. */
 struct dense_attention {
     struct ggml_tensor node, k, v;
-    bool               one; /* V is a part of K (MLA) and is not decoded for itself */
-    size_t             work_bytes;
+    bool one; /* V is a part of K (MLA) and is not decoded for itself */
+    size_t work_bytes;
 };
 
 static void make_dense(const struct ggml_tensor * node, void * work, struct dense_attention * d) {
     const struct ggml_tensor * k = node->src[1];
     const struct ggml_tensor * v = node->src[2];
 
-    *d     = (struct dense_attention) { .node = *node, .k = *k, .v = *v };
-    d->one = k->type == v->type && v->view_src && v->view_src == k->view_src && v->view_offs == k->view_offs && v->ne[0] <= k->ne[0];
+    *d = (struct dense_attention) { .node = *node, .k = *k, .v = *v };
+    d->one = k->type == v->type && v->view_src && v->view_src == k->view_src && v->view_offs == k->view_offs &&
+             v->ne[0] <= k->ne[0];
     for (int i = 1; i < 4; i++) {
         d->one = d->one && k->nb[i] == v->nb[i] && k->ne[i] == v->ne[i];
     }
     if (tq_ggml_is_ours(k->type)) {
-        d->k          = dense_like(k, work);
+        d->k = dense_like(k, work);
         d->work_bytes = GGML_PAD((size_t) d->k.ne[3] * d->k.nb[3], 128);
     }
     if (d->one) {
         for (int i = 0; i < 4; i++) {
             d->v.nb[i] = d->k.nb[i];
         }
-        d->v.type      = GGML_TYPE_F16;
-        d->v.data      = d->k.data;
-        d->v.view_src  = &d->k;
+        d->v.type = GGML_TYPE_F16;
+        d->v.data = d->k.data;
+        d->v.view_src = &d->k;
         d->v.view_offs = 0;
     } else if (tq_ggml_is_ours(v->type)) {
-        d->v           = dense_like(v, (char *) work + d->work_bytes);
+        d->v = dense_like(v, (char *) work + d->work_bytes);
         d->work_bytes += GGML_PAD((size_t) d->v.ne[3] * d->v.nb[3], 128);
     }
     d->node.src[1] = &d->k;
@@ -244,7 +259,8 @@ static void make_dense(const struct ggml_tensor * node, void * work, struct dens
 }
 
 /* Whether upstream computes this node, on decoded K and V; d is then filled. */
-static bool is_dense(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * work, struct dense_attention * d) {
+static bool is_dense(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * work,
+                     struct dense_attention * d) {
     const struct ggml_tensor * q = node->src[0];
     if (q->ne[1] * (q->ne[2] / node->src[1]->ne[2]) <= TQ_GGML_CUDA_FUSED_VECTORS) {
         return false;
@@ -264,8 +280,9 @@ static void decode(const struct ggml_tensor * node, const struct ggml_tensor * t
     }
 }
 
-static void attend(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * work, void * stream) {
-    const struct tq_attn   a = tq_ggml_attention(node);
+static void attend(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * work,
+                   void * stream) {
+    const struct tq_attn a = tq_ggml_attention(node);
     struct dense_attention d;
     if (!is_dense(node, dense, work, &d)) {
         check(tq_cuda_attn(&a, work, stream), node);
@@ -287,8 +304,8 @@ static size_t work_bytes(const struct ggml_tensor * node, const struct tq_ggml_c
     if (is_dense(node, dense, NULL, &d)) {
         return d.work_bytes;
     }
-    const struct tq_attn a     = tq_ggml_attention(node);
-    const size_t         bytes = tq_cuda_attn_work_bytes(&a);
+    const struct tq_attn a = tq_ggml_attention(node);
+    const size_t bytes = tq_cuda_attn_work_bytes(&a);
     check(bytes == (size_t) -1 ? TQ_E_ARGUMENT : TQ_OK, node);
     return bytes;
 }
@@ -322,7 +339,9 @@ void tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_d
             break;
         default:
             GGML_ASSERT(is_copy(node));
-            check(tq_ggml_is_ours(node->type) ? tq_cuda_encode(&src, NULL, &dst, stream) : tq_cuda_decode(&src, NULL, 0, &dst, stream), node);
+            check(tq_ggml_is_ours(node->type) ? tq_cuda_encode(&src, NULL, &dst, stream)
+                                              : tq_cuda_decode(&src, NULL, 0, &dst, stream),
+                  node);
             break;
     }
 }

@@ -30,22 +30,30 @@ struct tq_ggml_cuda_dense {
 
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
 /* The other vendors' builds of ggml-cuda's sources have no such kernels: their switches refuse our types, and this says why. */
-static inline bool         tq_ggml_cuda_used(const struct ggml_tensor *) { return false; }
-static inline bool         tq_ggml_cuda_supported(const struct ggml_tensor *) { return false; }
-static inline const char * tq_ggml_cuda_reason(void) { return "the kernels for this type are written for CUDA"; }
-static inline size_t       tq_ggml_cuda_alloc_bytes(const struct ggml_tensor *, const struct tq_ggml_cuda_dense *) { return 0; }
-static inline void         tq_ggml_cuda_compute(struct ggml_tensor *, const struct tq_ggml_cuda_dense *, void *) {}
+static inline bool tq_ggml_cuda_used(const struct ggml_tensor *) {
+    return false;
+}
+static inline bool tq_ggml_cuda_supported(const struct ggml_tensor *) {
+    return false;
+}
+static inline const char * tq_ggml_cuda_reason(void) {
+    return "the kernels for this type are written for CUDA";
+}
+static inline size_t tq_ggml_cuda_alloc_bytes(const struct ggml_tensor *, const struct tq_ggml_cuda_dense *) {
+    return 0;
+}
+static inline void tq_ggml_cuda_compute(struct ggml_tensor *, const struct tq_ggml_cuda_dense *, void *) {}
 #else
 /* Whether the node is one of the above, or of their kind with a type that is not: no kernel of upstream's may have it. */
-bool         tq_ggml_cuda_used(const struct ggml_tensor * node);
+bool tq_ggml_cuda_used(const struct ggml_tensor * node);
 /* Whether the current device can compute such a node. */
-bool         tq_ggml_cuda_supported(const struct ggml_tensor * node);
+bool tq_ggml_cuda_supported(const struct ggml_tensor * node);
 /* Why it could not the last node that the calling thread asked about. */
 const char * tq_ggml_cuda_reason(void);
 /* Bytes of device memory for the node's result and, behind it, for what compute needs besides: as upstream does it for K and V
  * that it converts, so that ggml plans this memory when a context is made. dense->compute is not used. */
-size_t       tq_ggml_cuda_alloc_bytes(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense);
-void         tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * stream);
+size_t tq_ggml_cuda_alloc_bytes(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense);
+void tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * stream);
 #endif
 
 #ifdef __cplusplus

@@ -14,8 +14,8 @@ static ggml_backend_dev_t device_of(const struct ggml_tensor * t) {
 }
 
 static bool is_view(const struct ggml_tensor * node) {
-    return node->op == GGML_OP_NONE || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_PERMUTE
-        || node->op == GGML_OP_TRANSPOSE;
+    return node->op == GGML_OP_NONE || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE ||
+           node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
 }
 
 /* What the device's backend says of the node it has just refused. */
@@ -35,17 +35,22 @@ const char * tq_ggml_graph_obstacle(struct ggml_cgraph * graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         const struct ggml_tensor * node = ggml_graph_node(graph, i);
         for (int j = 0; j < GGML_MAX_SRC && !is_view(node); j++) {
-            const struct ggml_tensor * t   = node->src[j] && node->src[j]->view_src ? node->src[j]->view_src : node->src[j];
-            ggml_backend_dev_t         dev = t ? device_of(t) : NULL;
+            const struct ggml_tensor * t =
+                node->src[j] && node->src[j]->view_src ? node->src[j]->view_src : node->src[j];
+            ggml_backend_dev_t dev = t ? device_of(t) : NULL;
             if (dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META) {
-                snprintf(message, sizeof(message), "%s is of type %s, which is not cut into the devices' parts (split mode tensor); "
-                         "choose split mode layer or another type", ggml_get_name(t), ggml_type_name(t->type));
+                snprintf(message, sizeof(message),
+                         "%s is of type %s, which is not cut into the devices' parts (split mode tensor); "
+                         "choose split mode layer or another type",
+                         ggml_get_name(t), ggml_type_name(t->type));
                 return message;
             }
             if (dev && !ggml_backend_dev_supports_op(dev, node)) {
-                snprintf(message, sizeof(message), "%s cannot do %s with %s, which is of type %s: %s; keep the KV cache on the CPU "
-                         "(offload_kqv = False, --no-kv-offload) or choose other types", ggml_backend_dev_name(dev), ggml_op_desc(node),
-                         ggml_get_name(t), ggml_type_name(t->type), reason_of(dev, node));
+                snprintf(message, sizeof(message),
+                         "%s cannot do %s with %s, which is of type %s: %s; keep the KV cache on the CPU "
+                         "(offload_kqv = False, --no-kv-offload) or choose other types",
+                         ggml_backend_dev_name(dev), ggml_op_desc(node), ggml_get_name(t), ggml_type_name(t->type),
+                         reason_of(dev, node));
                 return message;
             }
         }

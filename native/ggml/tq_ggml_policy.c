@@ -4,10 +4,10 @@
 #include "ggml-backend.h"
 
 static _Thread_local const struct tq_ggml_layer_policy * policy;
-static _Thread_local int32_t                             n_policy;
+static _Thread_local int32_t n_policy;
 
 void tq_ggml_policy_set(const struct tq_ggml_layer_policy * layers, int32_t n_layer) {
-    policy   = layers;
+    policy = layers;
     n_policy = layers ? n_layer : 0;
 }
 

@@ -12,10 +12,11 @@ extern "C" {
 #endif
 
 struct tq_ggml_layer_policy {
-    int32_t       type_k; /* an enum ggml_type whose block divides the layer's head sizes: nothing here can check it */
-    int32_t       type_v;
-    const float * k_mean; /* (n_head_kv * head_dim_k), subtracted from every key before it is stored; NULL: nothing is */
-    int64_t       n_mean; /* values in k_mean */
+    int32_t type_k; /* an enum ggml_type whose block divides the layer's head sizes: nothing here can check it */
+    int32_t type_v;
+    const float *
+        k_mean;     /* (n_head_kv * head_dim_k), subtracted from every key before it is stored; NULL: nothing is */
+    int64_t n_mean; /* values in k_mean */
 };
 
 /* layers: (n_layer), by layer number, with their means to be kept by the caller until the policy is cleared; NULL clears. */
@@ -33,14 +34,15 @@ bool tq_ggml_policy_rotates_v(enum ggml_type type);
 /* A tensor in ctx for layer il's mean key of n values; NULL if its keys are not centred. It lies in the cache's buffer, which
  * llama.cpp clears now and then: once it is allocated, and after every clearing, its values must be set. */
 struct ggml_tensor * tq_ggml_policy_new_k_mean(struct ggml_context * ctx, uint32_t il, int64_t n);
-void                 tq_ggml_k_mean_set(struct ggml_tensor * mean, const float * values);
+void tq_ggml_k_mean_set(struct ggml_tensor * mean, const float * values);
 
 /* The mean key of a layer whose keys are centred, valid until the policy is cleared. */
 const float * tq_ggml_policy_k_mean(uint32_t il);
 
 /* The part of a mean that belongs to k, a view of the cache with the first k->ne[0] values of each head: (k->ne[0],
  * n_head_kv). NULL if mean is. */
-static inline struct ggml_tensor * tq_ggml_k_mean_like(struct ggml_context * ctx, struct ggml_tensor * mean, const struct ggml_tensor * k) {
+static inline struct ggml_tensor * tq_ggml_k_mean_like(struct ggml_context * ctx, struct ggml_tensor * mean,
+                                                       const struct ggml_tensor * k) {
     return mean ? ggml_view_2d(ctx, mean, k->ne[0], k->ne[1], ggml_nbytes(mean) / (size_t) k->ne[1], 0) : NULL;
 }
 

@@ -9,17 +9,17 @@
 #include <string>
 
 #ifdef _WIN32
-#include <winsock2.h>
+#    include <winsock2.h>
 #else
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <sys/socket.h>
+#    include <netinet/in.h>
+#    include <netinet/tcp.h>
+#    include <sys/socket.h>
 #endif
 
 namespace {
 
 struct counts {
-    int32_t lost  = 0;
+    int32_t lost = 0;
     int32_t alive = 0;
 };
 
@@ -36,7 +36,7 @@ void set(intptr_t socket, int level, int name, int value) {
     (void) setsockopt(socket, level, name, (const char *) &value, sizeof(value));
 }
 
-} // namespace
+}  // namespace
 
 void tq_ggml_rpc_connected(const char * endpoint) {
     std::lock_guard<std::mutex> lock(mutex);
@@ -61,7 +61,7 @@ void tq_ggml_rpc_watch(intptr_t socket) {
     set(socket, SOL_SOCKET, SO_KEEPALIVE, 1);
 #ifdef __linux__
     set(socket, IPPROTO_TCP, TCP_KEEPIDLE, idle);
-    set(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, 1000 * TQ_GGML_RPC_SILENCE); // of data that nobody acknowledges
+    set(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, 1000 * TQ_GGML_RPC_SILENCE);  // of data that nobody acknowledges
 #endif
 #ifdef __APPLE__
     set(socket, IPPROTO_TCP, TCP_KEEPALIVE, idle);
@@ -74,7 +74,8 @@ void tq_ggml_rpc_watch(intptr_t socket) {
 }
 
 uint32_t tq_ggml_rpc_protocol(void) {
-    return (uint32_t) RPC_PROTO_MAJOR_VERSION << 24 | RPC_PROTO_MINOR_VERSION << 16 | RPC_PROTO_PATCH_VERSION << 8 | TQ_GGML_RPC_VERSION;
+    return (uint32_t) RPC_PROTO_MAJOR_VERSION << 24 | RPC_PROTO_MINOR_VERSION << 16 | RPC_PROTO_PATCH_VERSION << 8 |
+           TQ_GGML_RPC_VERSION;
 }
 
 int32_t tq_ggml_rpc_n_lost(const char * endpoint) {

@@ -19,19 +19,19 @@ extern "C" {
 #define TQ_GGML_RPC_VERSION 1
 
 /* In the place of answers that a lost worker owes, where zero would be a division by it or an assertion. */
-#define TQ_GGML_RPC_NOWHERE   4096
+#define TQ_GGML_RPC_NOWHERE 4096
 #define TQ_GGML_RPC_ALIGNMENT 128
 
 #ifdef __linux__
-#define TQ_GGML_RPC_SEND_FLAGS MSG_NOSIGNAL /* a worker that is gone is an error, not a SIGPIPE */
+#    define TQ_GGML_RPC_SEND_FLAGS MSG_NOSIGNAL /* a worker that is gone is an error, not a SIGPIPE */
 #else
-#define TQ_GGML_RPC_SEND_FLAGS 0 /* macOS: tq_ggml_rpc_watch sets SO_NOSIGPIPE */
+#    define TQ_GGML_RPC_SEND_FLAGS 0 /* macOS: tq_ggml_rpc_watch sets SO_NOSIGPIPE */
 #endif
 
 #if defined(_WIN32)
-#define TQ_GGML_RPC_API __declspec(dllexport)
+#    define TQ_GGML_RPC_API __declspec(dllexport)
 #else
-#define TQ_GGML_RPC_API __attribute__((visibility("default")))
+#    define TQ_GGML_RPC_API __attribute__((visibility("default")))
 #endif
 
 /* ---- For the client ---- */
@@ -50,18 +50,18 @@ void tq_ggml_rpc_watch(intptr_t socket);
 /* The protocol this build speaks: upstream's major, minor and patch, and TQ_GGML_RPC_VERSION, one byte each, the first on top. */
 TQ_GGML_RPC_API uint32_t tq_ggml_rpc_protocol(void);
 /* Connections of this process to an endpoint ("host:port"): lost since its start, and alive now. */
-TQ_GGML_RPC_API int32_t  tq_ggml_rpc_n_lost(const char * endpoint);
-TQ_GGML_RPC_API int32_t  tq_ggml_rpc_n_alive(const char * endpoint);
+TQ_GGML_RPC_API int32_t tq_ggml_rpc_n_lost(const char * endpoint);
+TQ_GGML_RPC_API int32_t tq_ggml_rpc_n_alive(const char * endpoint);
 
 #ifdef __cplusplus
 }
 
 /* ---- For the worker ---- */
 
-#include <algorithm>
-#include <cstddef>
-#include <new>
-#include <vector>
+#    include <algorithm>
+#    include <cstddef>
+#    include <new>
+#    include <vector>
 
 /* Receives a message of n_bytes, a number that the client only says: memory is taken as the bytes come. Upstream takes all of it
  * at once, and zeroes it, so that eight bytes of a client that means no more could have the system kill the worker. False if
@@ -70,7 +70,7 @@ template <class Socket> bool tq_ggml_rpc_receive(Socket & socket, std::vector<ui
     if (n_bytes > message.max_size()) {
         throw std::bad_alloc();
     }
-    message.reserve(n_bytes); // addresses; a page becomes memory when it is written to
+    message.reserve(n_bytes);  // addresses; a page becomes memory when it is written to
     for (size_t begin = 0; begin < n_bytes; begin = message.size()) {
         message.resize(std::min<uint64_t>(n_bytes, begin + (1 << 20)));
         if (!socket.recv_data(message.data() + begin, message.size() - begin)) {

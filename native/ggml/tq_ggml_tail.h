@@ -15,10 +15,11 @@
 extern "C" {
 #endif
 
-#define TQ_GGML_TAIL_FIRST 4 /* cells at the beginning of a stream that keep a row each: where attention sinks are, as a rule */
+#define TQ_GGML_TAIL_FIRST                                                                                             \
+    4 /* cells at the beginning of a stream that keep a row each: where attention sinks are, as a rule */
 
 /* How many recent tokens the KV caches that this thread makes from now on keep in f16; 0: none, and no first ones. */
-void    tq_ggml_tail_set(int32_t n_recent);
+void tq_ggml_tail_set(int32_t n_recent);
 int32_t tq_ggml_tail_get(void);
 
 /* Gives a cache tensor (n_embd_gqa, kv_size, n_stream) of ours its companions in ctx, if this thread wants a tail; t may be NULL. */

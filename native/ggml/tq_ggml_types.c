@@ -10,7 +10,8 @@
 #include <stdio.h>
 #include <string.h>
 
-static_assert((int) GGML_TYPE_F32 == (int) TQ_TYPE_F32 && (int) GGML_TYPE_F16 == (int) TQ_TYPE_F16, "type numbers differ");
+static_assert((int) GGML_TYPE_F32 == (int) TQ_TYPE_F32 && (int) GGML_TYPE_F16 == (int) TQ_TYPE_F16,
+              "type numbers differ");
 static_assert((int) GGML_TYPE_PQO3 == (int) TQ_TYPE_PQO3, "type number of pqo3 differs");
 static_assert((int) GGML_TYPE_PQO4 == (int) TQ_TYPE_PQO4, "type number of pqo4 differs");
 static_assert((int) GGML_TYPE_PQT3 == (int) TQ_TYPE_PQT3, "type number of pqt3 differs");
@@ -29,12 +30,12 @@ static void decode(enum ggml_type type, const void * blocks, float * x, int64_t 
     }
 }
 
-#define ROW_FUNCTIONS(name, type)                                                                                         \
-    void tq_ggml_to_float_##name(const void * blocks, float * x, int64_t n) {                                             \
-        decode(type, blocks, x, n);                                                                                       \
-    }                                                                                                                     \
-    void tq_ggml_from_float_##name(const float * x, void * blocks, int64_t n) {                                           \
-        encode(type, x, blocks, n);                                                                                       \
+#define ROW_FUNCTIONS(name, type)                                                                                      \
+    void tq_ggml_to_float_##name(const void * blocks, float * x, int64_t n) {                                          \
+        decode(type, blocks, x, n);                                                                                    \
+    }                                                                                                                  \
+    void tq_ggml_from_float_##name(const float * x, void * blocks, int64_t n) {                                        \
+        encode(type, x, blocks, n);                                                                                    \
     }
 
 ROW_FUNCTIONS(pqo3, GGML_TYPE_PQO3)
@@ -54,7 +55,8 @@ bool tq_ggml_validate(enum ggml_type type, const void * blocks, size_t n_blocks)
         uint16_t scale; /* f16, the first member of every layout */
         memcpy(&scale, (const char *) blocks + i * block_bytes, sizeof(scale));
         if ((scale & 0x7c00) == 0x7c00) {
-            fprintf(stderr, "%s: found a scale that is NaN or infinite in block %zu of type %s\n", __func__, i, ggml_type_name(type));
+            fprintf(stderr, "%s: found a scale that is NaN or infinite in block %zu of type %s\n", __func__, i,
+                    ggml_type_name(type));
             return false;
         }
     }

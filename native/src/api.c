@@ -31,22 +31,33 @@ const char * tq_version(void) {
 
 const char * tq_type_name(int type) {
     switch (type) {
-        case TQ_TYPE_F32:  return "f32";
-        case TQ_TYPE_F16:  return "f16";
-        case TQ_TYPE_PQO3: return "pqo3";
-        case TQ_TYPE_PQO4: return "pqo4";
-        case TQ_TYPE_PQT3: return "pqt3";
-        case TQ_TYPE_PQT4: return "pqt4";
-        default:           return NULL;
+        case TQ_TYPE_F32:
+            return "f32";
+        case TQ_TYPE_F16:
+            return "f16";
+        case TQ_TYPE_PQO3:
+            return "pqo3";
+        case TQ_TYPE_PQO4:
+            return "pqo4";
+        case TQ_TYPE_PQT3:
+            return "pqt3";
+        case TQ_TYPE_PQT4:
+            return "pqt4";
+        default:
+            return NULL;
     }
 }
 
 const char * tq_mode_name(int mode) {
     switch (mode) {
-        case TQ_MODE_SEARCH:  return "search";
-        case TQ_MODE_MAXNORM: return "maxnorm";
-        case TQ_MODE_L2NORM:  return "l2norm";
-        default:              return NULL;
+        case TQ_MODE_SEARCH:
+            return "search";
+        case TQ_MODE_MAXNORM:
+            return "maxnorm";
+        case TQ_MODE_L2NORM:
+            return "l2norm";
+        default:
+            return NULL;
     }
 }
 
@@ -55,9 +66,12 @@ size_t tq_row_bytes(int type, int64_t n) {
         return 0;
     }
     switch (type) {
-        case TQ_TYPE_F32: return (size_t) n * 4;
-        case TQ_TYPE_F16: return (size_t) n * 2;
-        default:          break;
+        case TQ_TYPE_F32:
+            return (size_t) n * 4;
+        case TQ_TYPE_F16:
+            return (size_t) n * 2;
+        default:
+            break;
     }
     const tqi_codec * codec = tqi_codec_get(type, TQ_MODE_SEARCH);
     return codec == NULL || n % TQ_BLOCK != 0 ? 0 : (size_t) (n / TQ_BLOCK) * (size_t) codec->block_bytes;
@@ -92,7 +106,8 @@ static const tqi_codec * check_blocks(int type, int mode, const void * a, const 
         return NULL;
     }
     if (n < 0 || n % TQ_BLOCK != 0) {
-        tqi_fail(TQ_E_ARGUMENT, "%lld values given; a count must be a multiple of %d and not negative", (long long) n, TQ_BLOCK);
+        tqi_fail(TQ_E_ARGUMENT, "%lld values given; a count must be a multiple of %d and not negative", (long long) n,
+                 TQ_BLOCK);
         return NULL;
     }
     if (n > 0 && (a == NULL || b == NULL)) {
@@ -130,7 +145,7 @@ int tq_tail_encode(int type, int mode, const float * x, int64_t n, uint16_t * ro
         return TQ_E_ARGUMENT;
     }
     const tqi_kernels * kernel = tqi_active();
-    float               y[CHUNK_BLOCKS * TQ_BLOCK];
+    float y[CHUNK_BLOCKS * TQ_BLOCK];
     for (int64_t i = 0; i < n; i += CHUNK_BLOCKS * TQ_BLOCK) {
         const int64_t m = n - i < CHUNK_BLOCKS * TQ_BLOCK ? n - i : CHUNK_BLOCKS * TQ_BLOCK;
         for (int64_t j = 0; j < m; ++j) {
@@ -147,12 +162,12 @@ float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n
     if (codec == NULL) {
         return NAN;
     }
-    const tqi_kernels * kernel   = tqi_active();
-    const int64_t       n_blocks = n / TQ_BLOCK;
-    float               q[CHUNK_BLOCKS * TQ_BLOCK], sum = 0.0f;
+    const tqi_kernels * kernel = tqi_active();
+    const int64_t n_blocks = n / TQ_BLOCK;
+    float q[CHUNK_BLOCKS * TQ_BLOCK], sum = 0.0f;
     for (int64_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
         const int n_part = (int) (n_blocks - b < CHUNK_BLOCKS ? n_blocks - b : CHUNK_BLOCKS);
-        float     s;
+        float s;
         memcpy(q, x + b * TQ_BLOCK, (size_t) n_part * TQ_BLOCK * sizeof(float));
         kernel->transform(codec->signs, q, n_part);
         kernel->scores(codec, (const uint8_t *) blocks + b * codec->block_bytes, 0, 1, q, 1, n_part, &s, 1);

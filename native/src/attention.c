@@ -15,27 +15,27 @@
 
 #include <math.h>
 
-#define TILE          TQI_AHEAD /* keys per tile */
-#define TILED_VECTORS 64  /* query vectors that a tiled task aims at */
-#define CHUNK_MIN     256 /* keys: a shorter range is not worth a partial result */
-#define MAX_SPAN      16  /* tasks that go through the keys together */
-#define ALIGN         64  /* bytes */
+#define TILE TQI_AHEAD   /* keys per tile */
+#define TILED_VECTORS 64 /* query vectors that a tiled task aims at */
+#define CHUNK_MIN 256    /* keys: a shorter range is not worth a partial result */
+#define MAX_SPAN 16      /* tasks that go through the keys together */
+#define ALIGN 64         /* bytes */
 
 typedef struct {
-    int              fused;
-    int              group;      /* query heads per KV head */
-    int              rows;       /* query rows per task */
-    int              n_vec;      /* group * rows */
-    int              n_col;      /* n_vec, padded to TQI_LANES in the tiled way */
-    int64_t          n_row_blocks;
-    int64_t          n_chunks;
-    int64_t          chunk;      /* keys per chunk, a multiple of TILE */
-    int64_t          n_tasks;
-    int              span;       /* tasks that go through the keys together, at most */
-    size_t           vectors;    /* floats of one task's q, o, max, sum */
-    size_t           scratch;    /* floats per thread */
-    size_t           partial;    /* floats per task; 0 if keys are not cut */
-    const tqi_codec * k_codec;   /* NULL: not a type of ours */
+    int fused;
+    int group; /* query heads per KV head */
+    int rows;  /* query rows per task */
+    int n_vec; /* group * rows */
+    int n_col; /* n_vec, padded to TQI_LANES in the tiled way */
+    int64_t n_row_blocks;
+    int64_t n_chunks;
+    int64_t chunk; /* keys per chunk, a multiple of TILE */
+    int64_t n_tasks;
+    int span;                  /* tasks that go through the keys together, at most */
+    size_t vectors;            /* floats of one task's q, o, max, sum */
+    size_t scratch;            /* floats per thread */
+    size_t partial;            /* floats per task; 0 if keys are not cut */
+    const tqi_codec * k_codec; /* NULL: not a type of ours */
     const tqi_codec * v_codec;
 } plan;
 
@@ -57,20 +57,24 @@ static int check_tail(const char * name, const tq_attn_operand * x, const tqi_co
     }
     if (x->tail.owner == NULL || x->tail.n_recent < 1 || x->tail.n_first < 0 || x->tail.n_recent > INT32_MAX ||
         x->tail.n_first > INT32_MAX) {
-        return tqi_fail(TQ_E_ARGUMENT, "%s: a tail with owner %s, n_recent = %lld, n_first = %lld given; it needs owners, at least 1 "
-                        "recent row and at least 0 first ones", name, x->tail.owner == NULL ? "null" : "given",
-                        (long long) x->tail.n_recent, (long long) x->tail.n_first);
+        return tqi_fail(TQ_E_ARGUMENT,
+                        "%s: a tail with owner %s, n_recent = %lld, n_first = %lld given; it needs owners, at least 1 "
+                        "recent row and at least 0 first ones",
+                        name, x->tail.owner == NULL ? "null" : "given", (long long) x->tail.n_recent,
+                        (long long) x->tail.n_first);
     }
     return TQ_OK;
 }
 
 static int check_operand(const char * name, const tq_attn_operand * x, const tqi_codec ** codec) {
     *codec = NULL;
-    if (x->head_dim <= 0 || x->head_dim > TQ_MAX_HEAD_DIM || x->n_head <= 0 || x->n_head > TQ_MAX_HEADS || x->n_stream <= 0 ||
-        x->n_stream > TQ_MAX_HEADS) {
-        return tqi_fail(TQ_E_ARGUMENT, "%s: head_dim %lld, n_head %lld, n_stream %lld given; each must be positive, at most %d, %d, %d",
-                        name, (long long) x->head_dim, (long long) x->n_head, (long long) x->n_stream, TQ_MAX_HEAD_DIM, TQ_MAX_HEADS,
-                        TQ_MAX_HEADS);
+    if (x->head_dim <= 0 || x->head_dim > TQ_MAX_HEAD_DIM || x->n_head <= 0 || x->n_head > TQ_MAX_HEADS ||
+        x->n_stream <= 0 || x->n_stream > TQ_MAX_HEADS) {
+        return tqi_fail(
+            TQ_E_ARGUMENT,
+            "%s: head_dim %lld, n_head %lld, n_stream %lld given; each must be positive, at most %d, %d, %d", name,
+            (long long) x->head_dim, (long long) x->n_head, (long long) x->n_stream, TQ_MAX_HEAD_DIM, TQ_MAX_HEADS,
+            TQ_MAX_HEADS);
     }
     if (x->decoder != NULL || x->type == TQ_TYPE_F32 || x->type == TQ_TYPE_F16) {
         return TQ_OK;
@@ -80,8 +84,8 @@ static int check_operand(const char * name, const tq_attn_operand * x, const tqi
         return tqi_fail(TQ_E_ARGUMENT, "%s: type %d in mode %d needs a decoder", name, x->type, x->mode);
     }
     if (x->head_dim % TQ_BLOCK != 0) {
-        return tqi_fail(TQ_E_ARGUMENT, "%s: head_dim = %lld given; %s needs a multiple of %d", name, (long long) x->head_dim,
-                        tq_type_name(x->type), TQ_BLOCK);
+        return tqi_fail(TQ_E_ARGUMENT, "%s: head_dim = %lld given; %s needs a multiple of %d", name,
+                        (long long) x->head_dim, tq_type_name(x->type), TQ_BLOCK);
     }
     return TQ_OK;
 }
@@ -90,9 +94,9 @@ static int check_operand(const char * name, const tq_attn_operand * x, const tqi
 
 /* Tokens side by side: in blocks, or in rows of the tail. */
 typedef struct {
-    int             first; /* token of the tile */
-    int             n;
-    const uint8_t * rows;  /* of the first token and KV head 0, in the tail; NULL: in blocks */
+    int first; /* token of the tile */
+    int n;
+    const uint8_t * rows; /* of the first token and KV head 0, in the tail; NULL: in blocks */
 } run;
 
 typedef struct {
@@ -102,27 +106,28 @@ typedef struct {
 
 /* Cuts tokens t0 .. t0 + n - 1 of a stream into runs. */
 static void find_runs(const tq_attn_operand * x, int64_t stream, int64_t t0, int n, runs * to) {
-    to->n    = 1;
+    to->n = 1;
     to->r[0] = (run) { .first = 0, .n = n, .rows = NULL };
     if (x->tail.data == NULL) {
         return;
     }
-    const tq_attn_tail * tail  = &x->tail;
-    const int32_t *      owner = (const int32_t *) (const void *) ((const uint8_t *) tail->owner + (size_t) stream * tail->owner_stride_stream);
-    const uint8_t *      rows  = (const uint8_t *) tail->data + (size_t) stream * tail->stride_stream;
-    const uint8_t *      after = NULL; /* where the run goes on */
-    int64_t              row   = tq_tail_row(tail->n_recent, 0, t0);
+    const tq_attn_tail * tail = &x->tail;
+    const int32_t * owner =
+        (const int32_t *) (const void *) ((const uint8_t *) tail->owner + (size_t) stream * tail->owner_stride_stream);
+    const uint8_t * rows = (const uint8_t *) tail->data + (size_t) stream * tail->stride_stream;
+    const uint8_t * after = NULL; /* where the run goes on */
+    int64_t row = tq_tail_row(tail->n_recent, 0, t0);
     to->n = 0;
     for (int t = 0; t < n; ++t) {
-        const int64_t   mine = t0 + t < tail->n_first ? tail->n_recent + t0 + t : row;
-        const uint8_t * at   = owner[mine] == t0 + t + 1 ? rows + (size_t) mine * tail->stride_row : NULL;
+        const int64_t mine = t0 + t < tail->n_first ? tail->n_recent + t0 + t : row;
+        const uint8_t * at = owner[mine] == t0 + t + 1 ? rows + (size_t) mine * tail->stride_row : NULL;
         if (to->n > 0 && at == after) {
             to->r[to->n - 1].n++;
         } else {
             to->r[to->n++] = (run) { .first = t, .n = 1, .rows = at };
         }
         after = at != NULL ? at + tail->stride_row : NULL;
-        row   = row + 1 < tail->n_recent ? row + 1 : 0;
+        row = row + 1 < tail->n_recent ? row + 1 : 0;
     }
 }
 
@@ -138,20 +143,25 @@ static int make_plan(const tq_attn * a, int n_threads, plan * p) {
     }
     if (a->q.head_dim != a->k.head_dim || a->k.n_head != a->v.n_head || a->q.n_head % a->k.n_head != 0 ||
         a->k.n_stream != a->v.n_stream || a->q.n_stream % a->k.n_stream != 0) {
-        return tqi_fail(TQ_E_ARGUMENT, "q (%lld, %lld, %lld), k (%lld, %lld, %lld), v (.., %lld, %lld) given as (head_dim, n_head, "
-                        "n_stream); head_dim of q and k, heads and streams of k and v must be equal, and q's a multiple of them",
-                        (long long) a->q.head_dim, (long long) a->q.n_head, (long long) a->q.n_stream, (long long) a->k.head_dim,
-                        (long long) a->k.n_head, (long long) a->k.n_stream, (long long) a->v.n_head, (long long) a->v.n_stream);
+        return tqi_fail(
+            TQ_E_ARGUMENT,
+            "q (%lld, %lld, %lld), k (%lld, %lld, %lld), v (.., %lld, %lld) given as (head_dim, n_head, "
+            "n_stream); head_dim of q and k, heads and streams of k and v must be equal, and q's a multiple of them",
+            (long long) a->q.head_dim, (long long) a->q.n_head, (long long) a->q.n_stream, (long long) a->k.head_dim,
+            (long long) a->k.n_head, (long long) a->k.n_stream, (long long) a->v.n_head, (long long) a->v.n_stream);
     }
     if (a->n_q < 0 || a->n_kv < 0 || a->n_q > INT32_MAX || a->n_kv > INT32_MAX || n_threads <= 0 || n_threads > 65536) {
-        return tqi_fail(TQ_E_ARGUMENT, "n_q = %lld, n_kv = %lld, n_threads = %d given; allowed are counts from 0 to 2^31 - 1 and 1 to "
-                        "65536 threads", (long long) a->n_q, (long long) a->n_kv, n_threads);
+        return tqi_fail(TQ_E_ARGUMENT,
+                        "n_q = %lld, n_kv = %lld, n_threads = %d given; allowed are counts from 0 to 2^31 - 1 and 1 to "
+                        "65536 threads",
+                        (long long) a->n_q, (long long) a->n_kv, n_threads);
     }
     if (a->mask != NULL && (a->n_mask_head <= 0 || a->n_mask_stream <= 0)) {
         return tqi_fail(TQ_E_ARGUMENT, "n_mask_head = %lld, n_mask_stream = %lld given; both must be positive",
                         (long long) a->n_mask_head, (long long) a->n_mask_stream);
     }
-    if (check_tail("k", &a->k, p->k_codec) != TQ_OK || check_tail("v", &a->v, p->v_codec) != TQ_OK || check_tail("q", &a->q, NULL) != TQ_OK) {
+    if (check_tail("k", &a->k, p->k_codec) != TQ_OK || check_tail("v", &a->v, p->v_codec) != TQ_OK ||
+        check_tail("q", &a->q, NULL) != TQ_OK) {
         return TQ_E_ARGUMENT;
     }
     const size_t dk = (size_t) a->k.head_dim, dv = (size_t) a->v.head_dim;
@@ -163,27 +173,27 @@ static int make_plan(const tq_attn * a, int n_threads, plan * p) {
         p->rows = p->group <= TILED_VECTORS / 2 ? TILED_VECTORS / p->group : 1;
         p->rows = (int) min64(p->rows, a->n_q > 0 ? a->n_q : 1);
     }
-    p->n_vec        = p->group * p->rows;
-    p->fused        = p->k_codec != NULL && p->v_codec != NULL && p->n_vec <= TQI_MAX_FUSED;
-    p->n_col        = p->fused ? p->n_vec : (p->n_vec + TQI_LANES - 1) / TQI_LANES * TQI_LANES;
+    p->n_vec = p->group * p->rows;
+    p->fused = p->k_codec != NULL && p->v_codec != NULL && p->n_vec <= TQI_MAX_FUSED;
+    p->n_col = p->fused ? p->n_vec : (p->n_vec + TQI_LANES - 1) / TQI_LANES * TQI_LANES;
     p->n_row_blocks = (a->n_q + p->rows - 1) / p->rows;
 
     /* cut the keys only as far as it takes to give every thread the same number of tasks */
     const int64_t whole = a->q.n_stream * a->k.n_head * p->n_row_blocks;
-    p->n_chunks         = 1;
+    p->n_chunks = 1;
     if (whole > 0 && whole % n_threads != 0 && whole < 8 * n_threads) {
         const int64_t most = (a->n_kv + CHUNK_MIN - 1) / CHUNK_MIN;
-        p->n_chunks        = min64(n_threads, most > 0 ? most : 1);
+        p->n_chunks = min64(n_threads, most > 0 ? most : 1);
     }
-    p->chunk    = ((a->n_kv + p->n_chunks - 1) / p->n_chunks + TILE - 1) / TILE * TILE;
+    p->chunk = ((a->n_kv + p->n_chunks - 1) / p->n_chunks + TILE - 1) / TILE * TILE;
     p->n_chunks = p->chunk > 0 ? (a->n_kv + p->chunk - 1) / p->chunk : 1;
-    p->n_tasks  = whole * p->n_chunks;
-    p->partial  = p->n_chunks > 1 ? padded((size_t) p->n_vec * (dv + 2)) : 0;
+    p->n_tasks = whole * p->n_chunks;
+    p->partial = p->n_chunks > 1 ? padded((size_t) p->n_vec * (dv + 2)) : 0;
 
     const size_t n = (size_t) p->n_col;
-    p->span        = p->fused ? (int) min64(a->k.n_head, MAX_SPAN) : 1;
-    p->vectors     = padded(dk * n) + padded(dv * n) + 2 * padded(n);
-    p->scratch     = (size_t) p->span * p->vectors + padded(TILE * n) + padded(n) + padded(dk > dv ? dk : dv);
+    p->span = p->fused ? (int) min64(a->k.n_head, MAX_SPAN) : 1;
+    p->vectors = padded(dk * n) + padded(dv * n) + 2 * padded(n);
+    p->scratch = (size_t) p->span * p->vectors + padded(TILE * n) + padded(n) + padded(dk > dv ? dk : dv);
     if (!p->fused) {
         p->scratch += padded(TILE * (dk > dv ? dk : dv));
     }
@@ -203,7 +213,7 @@ size_t tq_attn_work_bytes(const tq_attn * args, int n_threads) {
             return 0;
         }
         const size_t n_floats = p.scratch * (size_t) n + p.partial * (size_t) p.n_tasks;
-        most                  = n_floats > most ? n_floats : most;
+        most = n_floats > most ? n_floats : most;
     }
     return most * sizeof(float) + ALIGN;
 }
@@ -232,18 +242,25 @@ static float * aligned(void * work) {
 
 static scratch carve(const tq_attn * a, const plan * p, void * work, int thread) {
     const size_t dk = (size_t) a->k.head_dim, dv = (size_t) a->v.head_dim, n = (size_t) p->n_col;
-    float *      at = aligned(work) + p->scratch * (size_t) thread;
-    scratch      w;
+    float * at = aligned(work) + p->scratch * (size_t) thread;
+    scratch w;
     for (int i = 0; i < p->span; ++i) {
-        w.x[i].q   = at; at += padded(dk * n);
-        w.x[i].o   = at; at += padded(dv * n);
-        w.x[i].max = at; at += padded(n);
-        w.x[i].sum = at; at += padded(n);
+        w.x[i].q = at;
+        at += padded(dk * n);
+        w.x[i].o = at;
+        at += padded(dv * n);
+        w.x[i].max = at;
+        at += padded(n);
+        w.x[i].sum = at;
+        at += padded(n);
     }
-    w.s      = at; at += padded(TILE * n);
-    w.factor = at; at += padded(n);
-    w.row    = at; at += padded(dk > dv ? dk : dv);
-    w.tile   = at;
+    w.s = at;
+    at += padded(TILE * n);
+    w.factor = at;
+    at += padded(n);
+    w.row = at;
+    at += padded(dk > dv ? dk : dv);
+    w.tile = at;
     return w;
 }
 
@@ -278,17 +295,18 @@ static void finish_scores(const tq_attn * a, float * s, int n, int stride, float
     }
     if (mask != NULL) { /* what is hidden does not count, whatever it is */
         for (int t = 0; t < n; ++t) {
-            s[t * stride] = mask[t] == F16_NEGATIVE_INFINITY ? -INFINITY : s[t * stride] + slope * tqi_f16_to_f32(mask[t]);
+            s[t * stride] =
+                mask[t] == F16_NEGATIVE_INFINITY ? -INFINITY : s[t * stride] + slope * tqi_f16_to_f32(mask[t]);
         }
     }
 }
 
 /* Decodes n rows to f32, in the transformed domain for types of ours: tile: (n, head_dim). */
-static void decode_rows(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec, const uint8_t * rows, int n,
-                        float * tile) {
+static void decode_rows(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec,
+                        const uint8_t * rows, int n, float * tile) {
     for (int t = 0; t < n; ++t) {
         const uint8_t * row = rows + (size_t) t * x->stride_token;
-        float *         to  = tile + (size_t) t * (size_t) x->head_dim;
+        float * to = tile + (size_t) t * (size_t) x->head_dim;
         if (codec != NULL) {
             tqi_prefetch(row + TILE * x->stride_token, (size_t) (x->head_dim / TQ_BLOCK * codec->block_bytes));
             kernel->unpack(codec, row, x->head_dim / TQ_BLOCK, to);
@@ -308,8 +326,8 @@ static const uint8_t * operand_at(const tq_attn_operand * x, int64_t stream, int
 }
 
 /* Decodes the tokens of a tile, from t0 on, each from where it lies. */
-static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec, int64_t stream, int64_t head,
-                        int64_t t0, const runs * from, float * tile) {
+static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec, int64_t stream,
+                        int64_t head, int64_t t0, const runs * from, float * tile) {
     for (const run * r = from->r; r < from->r + from->n; ++r) {
         float * to = tile + (size_t) r->first * (size_t) x->head_dim;
         if (r->rows == NULL) {
@@ -326,21 +344,21 @@ static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, c
 /* One task's place. Query vector i is head head0 + i % group of row row0 + i / group. */
 typedef struct {
     int64_t q_stream, kv_stream, kv_head, head0, row0, chunk;
-    int     n_vec; /* fewer than the plan's in the last row block */
+    int n_vec; /* fewer than the plan's in the last row block */
 } task;
 
 /* KV heads count fastest, then chunks, row blocks, streams. */
 static task task_of(const tq_attn * a, const plan * p, int64_t index) {
     task t;
-    t.kv_head   = index % a->k.n_head;
-    index      /= a->k.n_head;
-    t.chunk     = index % p->n_chunks;
-    index      /= p->n_chunks;
-    t.row0      = index % p->n_row_blocks * p->rows;
-    t.q_stream  = index / p->n_row_blocks;
+    t.kv_head = index % a->k.n_head;
+    index /= a->k.n_head;
+    t.chunk = index % p->n_chunks;
+    index /= p->n_chunks;
+    t.row0 = index % p->n_row_blocks * p->rows;
+    t.q_stream = index / p->n_row_blocks;
     t.kv_stream = t.q_stream / (a->q.n_stream / a->k.n_stream);
-    t.head0     = t.kv_head * p->group;
-    t.n_vec     = (int) min64(p->rows, a->n_q - t.row0) * p->group;
+    t.head0 = t.kv_head * p->group;
+    t.n_vec = (int) min64(p->rows, a->n_q - t.row0) * p->group;
     return t;
 }
 
@@ -357,7 +375,7 @@ static visibility tile_visibility(const tq_attn * a, const plan * p, const task 
             continue; /* the heads of a group share this mask row */
         }
         const uint16_t * mask = mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
-        uint16_t         bits = 0, differ = 0;
+        uint16_t bits = 0, differ = 0;
         for (int j = 0; j < n; ++j) {
             bits |= mask[j];
             differ |= mask[j] ^ F16_NEGATIVE_INFINITY;
@@ -372,7 +390,8 @@ static visibility tile_visibility(const tq_attn * a, const plan * p, const task 
 }
 
 /* Loads query vector i, scaled, and transformed if K is. */
-static void load_query(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i, float * q) {
+static void load_query(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i,
+                       float * q) {
     memcpy(q, operand_at(&a->q, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group),
            (size_t) a->q.head_dim * sizeof(float));
     const float scale = a->softcap > 0.0f ? a->scale / a->softcap : a->scale;
@@ -385,16 +404,16 @@ static void load_query(const tqi_kernels * kernel, const tq_attn * a, const plan
 }
 
 /* Adds the sink and writes o / sum, back in the original domain, to the output. */
-static void write_output(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i, float max, float sum,
-                         float * o) {
+static void write_output(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i,
+                         float max, float sum, float * o) {
     const int64_t head = t->head0 + i % p->group;
-    const int64_t row  = t->row0 + i / p->group;
-    float         factor = 1.0f;
+    const int64_t row = t->row0 + i / p->group;
+    float factor = 1.0f;
     if (a->sinks != NULL) {
         const float sink = a->sinks[head];
-        const float top  = fmaxf(max, sink);
-        factor           = max == -INFINITY ? 0.0f : expf(max - top);
-        sum              = sum * factor + (sink == -INFINITY ? 0.0f : expf(sink - top));
+        const float top = fmaxf(max, sink);
+        factor = max == -INFINITY ? 0.0f : expf(max - top);
+        sum = sum * factor + (sink == -INFINITY ? 0.0f : expf(sink - top));
     }
     factor = sum == 0.0f ? 0.0f : factor / sum;
     for (int64_t j = 0; j < a->v.head_dim; ++j) {
@@ -409,8 +428,8 @@ static void write_output(const tqi_kernels * kernel, const tq_attn * a, const pl
 }
 
 /* Hands a finished vector on: to the output, or to the task's partial results (max, sum, o) per vector. */
-static void put_result(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i, float max, float sum,
-                       float * o, float * partial) {
+static void put_result(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i, float max,
+                       float sum, float * o, float * partial) {
     if (partial == NULL) {
         write_output(kernel, a, p, t, i, max, sum, o);
         return;
@@ -422,22 +441,23 @@ static void put_result(const tqi_kernels * kernel, const tq_attn * a, const plan
 }
 
 /* One task's share of a tile. */
-static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const vectors * x, float * s,
-                       int64_t t0, int n, visibility seen, const runs * k, const runs * v) {
+static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const vectors * x,
+                       float * s, int64_t t0, int n, visibility seen, const runs * k, const runs * v) {
     const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim;
     for (const run * r = k->r; r < k->r + k->n; ++r) {
         if (r->rows == NULL) {
-            kernel->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0 + r->first), a->k.stride_token, r->n, x->q, t->n_vec,
-                           dk / TQ_BLOCK, s + r->first, TILE);
+            kernel->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0 + r->first), a->k.stride_token,
+                           r->n, x->q, t->n_vec, dk / TQ_BLOCK, s + r->first, TILE);
         } else {
-            kernel->scores_f16(r->rows + (size_t) t->kv_head * a->k.tail.stride_head, a->k.tail.stride_row, r->n, x->q, t->n_vec, dk,
-                               s + r->first, TILE);
+            kernel->scores_f16(r->rows + (size_t) t->kv_head * a->k.tail.stride_head, a->k.tail.stride_row, r->n, x->q,
+                               t->n_vec, dk, s + r->first, TILE);
         }
     }
     for (int i = 0; i < t->n_vec; ++i) {
         const int64_t head = t->head0 + i % p->group;
         if (seen == MIXED || a->softcap > 0.0f) {
-            const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
+            const uint16_t * mask =
+                seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
             finish_scores(a, s + i * TILE, n, 1, slope_of(a, head), mask);
         }
         const float factor = kernel->softmax_row(s + i * TILE, n, &x->max[i], &x->sum[i]);
@@ -449,11 +469,11 @@ static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan
     }
     for (const run * r = v->r; r < v->r + v->n; ++r) {
         if (r->rows == NULL) {
-            kernel->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0 + r->first), a->v.stride_token, r->n,
-                               s + r->first, TILE, t->n_vec, dv / TQ_BLOCK, x->o);
+            kernel->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0 + r->first),
+                               a->v.stride_token, r->n, s + r->first, TILE, t->n_vec, dv / TQ_BLOCK, x->o);
         } else {
-            kernel->accumulate_f16(r->rows + (size_t) t->kv_head * a->v.tail.stride_head, a->v.tail.stride_row, r->n, s + r->first, TILE,
-                                   t->n_vec, dv, x->o);
+            kernel->accumulate_f16(r->rows + (size_t) t->kv_head * a->v.tail.stride_head, a->v.tail.stride_row, r->n,
+                                   s + r->first, TILE, t->n_vec, dv, x->o);
         }
     }
 }
@@ -472,9 +492,9 @@ static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan 
     }
     const int64_t end = min64(a->n_kv, (tasks[0].chunk + 1) * p->chunk);
     for (int64_t t0 = tasks[0].chunk * p->chunk; t0 < end; t0 += TILE) {
-        const int  n    = (int) min64(TILE, end - t0);
+        const int n = (int) min64(TILE, end - t0);
         visibility seen = ALL_SEEN;
-        runs       k, v;
+        runs k, v;
         find_runs(&a->k, tasks[0].kv_stream, t0, n, &k);
         find_runs(&a->v, tasks[0].kv_stream, t0, n, &v);
         for (int h = 0; h < n_tasks; ++h) {
@@ -513,8 +533,8 @@ static void drop_unseen(const tq_attn * a, const plan * p, const task * t, int64
 
 static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const scratch * w,
                       float * partial) {
-    const int       dk = (int) a->k.head_dim, dv = (int) a->v.head_dim, n_col = p->n_col;
-    const vectors * x  = &w->x[0];
+    const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim, n_col = p->n_col;
+    const vectors * x = &w->x[0];
     memset(x->q, 0, (size_t) dk * (size_t) n_col * sizeof(float));
     memset(x->o, 0, (size_t) dv * (size_t) n_col * sizeof(float));
     for (int i = 0; i < n_col; ++i) {
@@ -539,8 +559,9 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan 
         decode_tile(kernel, &a->k, p->k_codec, t->kv_stream, t->kv_head, t0, &lie, w->tile);
         kernel->gemm(w->tile, dk, 1, x->q, n, dk, n_col, 0, w->s);
         for (int i = 0; i < t->n_vec && (seen == MIXED || a->softcap > 0.0f); ++i) {
-            const int64_t    head = t->head0 + i % p->group;
-            const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
+            const int64_t head = t->head0 + i % p->group;
+            const uint16_t * mask =
+                seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
             finish_scores(a, w->s + i, n, n_col, slope_of(a, head), mask);
         }
         kernel->softmax_columns(w->s, n, n_col, x->max, x->sum, w->factor);
@@ -565,14 +586,14 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan 
 }
 
 /* Merges the partial results of one task's chunks; first is its task of chunk 0, the others follow n_head tasks apart. */
-static void merge_chunks(const tqi_kernels * kernel, const tq_attn * a, const plan * p, int64_t first, const float * partials,
-                         float * o) {
-    const task   t    = task_of(a, p, first);
-    const size_t dv   = (size_t) a->v.head_dim;
+static void merge_chunks(const tqi_kernels * kernel, const tq_attn * a, const plan * p, int64_t first,
+                         const float * partials, float * o) {
+    const task t = task_of(a, p, first);
+    const size_t dv = (size_t) a->v.head_dim;
     const size_t next = (size_t) a->k.n_head * p->partial;
     for (int i = 0; i < t.n_vec; ++i) {
-        const float * at  = partials + (size_t) first * p->partial + (size_t) i * (dv + 2);
-        float         max = -INFINITY, sum = 0.0f;
+        const float * at = partials + (size_t) first * p->partial + (size_t) i * (dv + 2);
+        float max = -INFINITY, sum = 0.0f;
         for (int64_t c = 0; c < p->n_chunks; ++c) {
             max = fmaxf(max, at[(size_t) c * next]);
         }
@@ -601,22 +622,22 @@ int tq_attn_compute(const tq_attn * args, int phase, int thread, int n_threads, 
         return TQ_E_ARGUMENT;
     }
     if (thread < 0 || thread >= n_threads || phase < 0 || phase > 1) {
-        return tqi_fail(TQ_E_ARGUMENT, "phase %d of thread %d of %d given; phases are 0 and 1, threads from 0 to %d", phase, thread,
-                        n_threads, n_threads - 1);
+        return tqi_fail(TQ_E_ARGUMENT, "phase %d of thread %d of %d given; phases are 0 and 1, threads from 0 to %d",
+                        phase, thread, n_threads, n_threads - 1);
     }
     if (args->n_q > 0 && (args->q.data == NULL || args->out == NULL ||
                           (args->n_kv > 0 && (args->k.data == NULL || args->v.data == NULL)))) {
         return tqi_fail(TQ_E_ARGUMENT, "null pointer given for q, k, v or out");
     }
-    const tqi_kernels * kernel   = tqi_active();
-    const scratch       w        = carve(args, &p, work, thread);
-    float *             partials = aligned(work) + p.scratch * (size_t) n_threads;
+    const tqi_kernels * kernel = tqi_active();
+    const scratch w = carve(args, &p, work, thread);
+    float * partials = aligned(work) + p.scratch * (size_t) n_threads;
     if (phase == 0) {
         const int64_t last = p.n_tasks * (thread + 1) / n_threads;
         for (int64_t i = p.n_tasks * thread / n_threads; i < last;) {
-            task      tasks[MAX_SPAN];
+            task tasks[MAX_SPAN];
             const int n = (int) min64(min64(p.span, last - i), args->k.n_head - i % args->k.n_head);
-            tasks[0]    = task_of(args, &p, i);
+            tasks[0] = task_of(args, &p, i);
             for (int h = 1; h < n; ++h) {
                 tasks[h] = task_of(args, &p, i + h);
             }

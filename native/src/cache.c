@@ -9,16 +9,16 @@
 typedef struct {
     uint8_t * k;
     uint8_t * v;
-    int64_t   n_tokens;
-    int64_t   capacity;
+    int64_t n_tokens;
+    int64_t capacity;
 } tqi_layer;
 
 struct tq_cache {
-    tq_cache_config   config;
+    tq_cache_config config;
     const tqi_codec * codec;
-    size_t            token_bytes; /* of k, and of v, per token */
-    int64_t           token_dim;   /* n_head_kv * head_dim */
-    tqi_layer *       layers;      /* (n_layer) */
+    size_t token_bytes; /* of k, and of v, per token */
+    int64_t token_dim;  /* n_head_kv * head_dim */
+    tqi_layer * layers; /* (n_layer) */
 };
 
 int tq_cache_new(const tq_cache_config * config, tq_cache ** cache) {
@@ -30,11 +30,12 @@ int tq_cache_new(const tq_cache_config * config, tq_cache ** cache) {
         return tqi_fail(TQ_E_ARGUMENT, "bits = %d given; allowed are 3 and 4", config->bits);
     }
     if (config->head_dim <= 0 || config->head_dim > TQ_MAX_HEAD_DIM || config->head_dim % TQ_BLOCK != 0) {
-        return tqi_fail(TQ_E_ARGUMENT, "head_dim = %d given; it must be a positive multiple of %d, at most %d", config->head_dim,
-                        TQ_BLOCK, TQ_MAX_HEAD_DIM);
+        return tqi_fail(TQ_E_ARGUMENT, "head_dim = %d given; it must be a positive multiple of %d, at most %d",
+                        config->head_dim, TQ_BLOCK, TQ_MAX_HEAD_DIM);
     }
     if (config->n_head_kv <= 0 || config->n_head_kv > TQ_MAX_HEADS || config->n_layer <= 0) {
-        return tqi_fail(TQ_E_ARGUMENT, "n_head_kv = %d, n_layer = %d given; both must be positive, the first at most %d",
+        return tqi_fail(TQ_E_ARGUMENT,
+                        "n_head_kv = %d, n_layer = %d given; both must be positive, the first at most %d",
                         config->n_head_kv, config->n_layer, TQ_MAX_HEADS);
     }
     const tqi_codec * codec = tqi_codec_get(config->bits == 3 ? TQ_TYPE_PQO3 : TQ_TYPE_PQO4, config->mode);
@@ -42,18 +43,18 @@ int tq_cache_new(const tq_cache_config * config, tq_cache ** cache) {
         return tqi_fail(TQ_E_ARGUMENT, "mode %d given; allowed are search (0), maxnorm (1), l2norm (2)", config->mode);
     }
     tq_cache * new_cache = calloc(1, sizeof *new_cache);
-    tqi_layer * layers   = calloc((size_t) config->n_layer, sizeof *layers);
+    tqi_layer * layers = calloc((size_t) config->n_layer, sizeof *layers);
     if (new_cache == NULL || layers == NULL) {
         free(new_cache);
         free(layers);
         return tqi_fail(TQ_E_MEMORY, "no memory for a cache of %d layers", config->n_layer);
     }
-    new_cache->config      = *config;
-    new_cache->codec       = codec;
-    new_cache->token_dim   = (int64_t) config->n_head_kv * config->head_dim;
+    new_cache->config = *config;
+    new_cache->codec = codec;
+    new_cache->token_dim = (int64_t) config->n_head_kv * config->head_dim;
     new_cache->token_bytes = tq_row_bytes(codec->type, new_cache->token_dim);
-    new_cache->layers      = layers;
-    *cache                 = new_cache;
+    new_cache->layers = layers;
+    *cache = new_cache;
     return TQ_OK;
 }
 
@@ -81,9 +82,9 @@ static int reserve(const tq_cache * cache, tqi_layer * layer, int64_t n_tokens) 
         return TQ_OK;
     }
     const int64_t capacity = n_tokens + n_tokens / 4 + 128;
-    const size_t  bytes    = (size_t) capacity * cache->token_bytes;
-    uint8_t *     k        = malloc(bytes);
-    uint8_t *     v        = malloc(bytes);
+    const size_t bytes = (size_t) capacity * cache->token_bytes;
+    uint8_t * k = malloc(bytes);
+    uint8_t * v = malloc(bytes);
     if (k == NULL || v == NULL) {
         free(k);
         free(v);
@@ -96,8 +97,8 @@ static int reserve(const tq_cache * cache, tqi_layer * layer, int64_t n_tokens) 
     }
     free(layer->k);
     free(layer->v);
-    layer->k        = k;
-    layer->v        = v;
+    layer->k = k;
+    layer->v = v;
     layer->capacity = capacity;
     return TQ_OK;
 }
@@ -107,7 +108,7 @@ static int append(tq_cache * cache, int index, const float * k, const float * v,
     if (status != TQ_OK) {
         return status;
     }
-    tqi_layer *   layer = &cache->layers[index];
+    tqi_layer * layer = &cache->layers[index];
     const int64_t limit = INT64_MAX / 16 / (int64_t) (cache->token_dim * (int64_t) sizeof(float));
     if (n_tokens < 0 || n_tokens > limit - layer->n_tokens) {
         return tqi_fail(TQ_E_ARGUMENT, "%lld tokens given; allowed are 0 to %lld more", (long long) n_tokens,
@@ -123,9 +124,9 @@ static int append(tq_cache * cache, int index, const float * k, const float * v,
     if (status != TQ_OK) {
         return status;
     }
-    const tqi_kernels * kernel   = tqi_active();
-    const size_t        offset   = (size_t) layer->n_tokens * cache->token_bytes;
-    const int64_t       n_blocks = n_tokens * cache->token_dim / TQ_BLOCK;
+    const tqi_kernels * kernel = tqi_active();
+    const size_t offset = (size_t) layer->n_tokens * cache->token_bytes;
+    const int64_t n_blocks = n_tokens * cache->token_dim / TQ_BLOCK;
     kernel->encode(cache->codec, k, n_blocks, layer->k + offset);
     kernel->encode(cache->codec, v, n_blocks, layer->v + offset);
     layer->n_tokens += n_tokens;
@@ -159,20 +160,20 @@ int tq_cache_prefill(tq_cache * cache, int layer, const float * k, const float *
 static tq_attn_operand operand(const tq_cache * cache, const uint8_t * data) {
     const size_t row = cache->token_bytes / (size_t) cache->config.n_head_kv;
     return (tq_attn_operand) {
-        .data          = data,
-        .type          = cache->codec->type,
-        .mode          = cache->config.mode,
-        .head_dim      = cache->config.head_dim,
-        .n_head        = cache->config.n_head_kv,
-        .n_stream      = 1,
-        .stride_token  = cache->token_bytes,
-        .stride_head   = row,
+        .data = data,
+        .type = cache->codec->type,
+        .mode = cache->config.mode,
+        .head_dim = cache->config.head_dim,
+        .n_head = cache->config.n_head_kv,
+        .n_stream = 1,
+        .stride_token = cache->token_bytes,
+        .stride_head = row,
         .stride_stream = 0,
     };
 }
 
-int tq_cache_decode(tq_cache * cache, int layer, const float * k, const float * v, const float * q, int n_head, float scale,
-                    float * out) {
+int tq_cache_decode(tq_cache * cache, int layer, const float * k, const float * v, const float * q, int n_head,
+                    float scale, float * out) {
     int status = check_layer(cache, layer);
     if (status != TQ_OK) {
         return status;
@@ -195,12 +196,12 @@ int tq_cache_decode(tq_cache * cache, int layer, const float * k, const float * 
         }
     }
     const int64_t before = cache->layers[layer].n_tokens;
-    status               = append(cache, layer, k, v, 1);
+    status = append(cache, layer, k, v, 1);
     if (status != TQ_OK) {
         return status;
     }
-    const tqi_layer * l          = &cache->layers[layer];
-    const size_t      head_bytes = (size_t) cache->config.head_dim * sizeof(float);
+    const tqi_layer * l = &cache->layers[layer];
+    const size_t head_bytes = (size_t) cache->config.head_dim * sizeof(float);
     const tq_attn     args       = {
         .q = {
             .data = q, .type = TQ_TYPE_F32, .head_dim = cache->config.head_dim, .n_head = n_head, .n_stream = 1,
@@ -216,11 +217,12 @@ int tq_cache_decode(tq_cache * cache, int layer, const float * k, const float * 
         .out_stride_head = head_bytes,
     };
     const size_t work_bytes = tq_attn_work_bytes(&args, 1);
-    void *       work       = work_bytes > 0 ? malloc(work_bytes) : NULL;
+    void * work = work_bytes > 0 ? malloc(work_bytes) : NULL;
     if (work == NULL) {
         cache->layers[layer].n_tokens = before;
-        return work_bytes == 0 ? TQ_E_ARGUMENT
-                               : tqi_fail(TQ_E_MEMORY, "no memory for %zu bytes of scratch; the cache is unchanged", work_bytes);
+        return work_bytes == 0
+                   ? TQ_E_ARGUMENT
+                   : tqi_fail(TQ_E_MEMORY, "no memory for %zu bytes of scratch; the cache is unchanged", work_bytes);
     }
     status = tq_attn_compute(&args, 0, 0, 1, work);
     if (status == TQ_OK) {
@@ -229,7 +231,8 @@ int tq_cache_decode(tq_cache * cache, int layer, const float * k, const float * 
     free(work);
     for (int64_t i = 0; status == TQ_OK && i < n_values; ++i) {
         if (!isfinite(out[i])) {
-            status = tqi_fail(TQ_E_ARGUMENT, "q and scale = %g are so large that their scores overflow; nothing was appended",
+            status = tqi_fail(TQ_E_ARGUMENT,
+                              "q and scale = %g are so large that their scores overflow; nothing was appended",
                               (double) scale);
         }
     }
@@ -244,9 +247,9 @@ int tq_cache_dequantize(tq_cache * cache, int layer, float * k_out, float * v_ou
     if (status != TQ_OK) {
         return status;
     }
-    const tqi_kernels * kernel   = tqi_active();
-    const tqi_layer *   l        = &cache->layers[layer];
-    const int64_t       n_blocks = l->n_tokens * cache->token_dim / TQ_BLOCK;
+    const tqi_kernels * kernel = tqi_active();
+    const tqi_layer * l = &cache->layers[layer];
+    const int64_t n_blocks = l->n_tokens * cache->token_dim / TQ_BLOCK;
     if (k_out != NULL) {
         kernel->decode(cache->codec, l->k, n_blocks, k_out);
     }
@@ -267,8 +270,8 @@ int tq_cache_truncate(tq_cache * cache, int layer, int64_t n_tokens) {
         return (int) n;
     }
     if (n_tokens < 0 || n_tokens > n) {
-        return tqi_fail(TQ_E_ARGUMENT, "truncation to %lld tokens given; layer %d has %lld", (long long) n_tokens, layer,
-                        (long long) n);
+        return tqi_fail(TQ_E_ARGUMENT, "truncation to %lld tokens given; layer %d has %lld", (long long) n_tokens,
+                        layer, (long long) n);
     }
     cache->layers[layer].n_tokens = n_tokens;
     return TQ_OK;

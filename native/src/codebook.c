@@ -40,8 +40,13 @@ static const tqi_codec pqo4_search = {
 };
 
 static const tqi_codec pqo3_maxnorm = {
-    .type = TQ_TYPE_PQO3, .mode = TQ_MODE_MAXNORM, .bits = 3, .n_levels = 8, .block_bytes = TQI_PQO3_BYTES,
-    .signs = TQI_SIGNS_LAST, .outer = 2.1573f,
+    .type = TQ_TYPE_PQO3,
+    .mode = TQ_MODE_MAXNORM,
+    .bits = 3,
+    .n_levels = 8,
+    .block_bytes = TQI_PQO3_BYTES,
+    .signs = TQI_SIGNS_LAST,
+    .outer = 2.1573f,
     .levels = { -2.1573f, -1.3336f, -0.7434f, -0.2428f, 0.2428f, 0.7434f, 1.3336f, 2.1573f },
     .boundaries = { -1.7455f, -1.0385f, -0.4931f, 0.0f, 0.4931f, 1.0385f, 1.7455f, INFINITY },
 };
@@ -90,14 +95,15 @@ static const tqi_codec pqo4_l2norm = {
 
 /* The trellis types' levels, in units of 1/64: small integers, so that one instruction can look up 16 or 32 of them; the
  * rounding costs less than 0.2 % in NMSE. */
-#define PQT3_LEVELS(X) \
+#define PQT3_LEVELS(X)                                                                                                 \
     X(-101) X(-75) X(-57) X(-44) X(-32) X(-22) X(-12) X(-3) X(7) X(16) X(27) X(38) X(51) X(66) X(90) X(127)
-#define PQT4_LEVELS(X) \
-    X(-104) X(-87) X(-74) X(-64) X(-56) X(-50) X(-43) X(-38) X(-33) X(-28) X(-23) X(-19) X(-14) X(-10) X(-5) X(-1) \
-    X(3) X(8) X(12) X(17) X(22) X(27) X(33) X(38) X(44) X(50) X(57) X(65) X(75) X(86) X(100) X(127)
+#define PQT4_LEVELS(X)                                                                                                 \
+    X(-104)                                                                                                            \
+    X(-87) X(-74) X(-64) X(-56) X(-50) X(-43) X(-38) X(-33) X(-28) X(-23) X(-19) X(-14) X(-10) X(-5) X(-1) X(3) X(8)   \
+        X(12) X(17) X(22) X(27) X(33) X(38) X(44) X(50) X(57) X(65) X(75) X(86) X(100) X(127)
 
-#define UNITS(i)     (i),
-#define LEVEL(i)     (float) (i) * TQI_LEVEL_UNIT,
+#define UNITS(i) (i),
+#define LEVEL(i) (float) (i) * TQI_LEVEL_UNIT,
 #define MIDWAY(i, j) (0.5f * TQI_LEVEL_UNIT * (float) ((i) + (j)))
 
 /* The factors are the best of several dozen sets tried: NMSE .0169 and .0041. */
@@ -127,7 +133,8 @@ static const tqi_codec pqt4_search = {
 
 const tqi_codec * tqi_codec_get(int type, int mode) {
     static const tqi_codec * const codecs[] = {
-        &pqo3_search, &pqo3_maxnorm, &pqo3_l2norm, &pqo4_search, &pqo4_maxnorm, &pqo4_l2norm, &pqt3_search, &pqt4_search,
+        &pqo3_search,  &pqo3_maxnorm, &pqo3_l2norm, &pqo4_search,
+        &pqo4_maxnorm, &pqo4_l2norm,  &pqt3_search, &pqt4_search,
     };
     for (size_t i = 0; i < sizeof codecs / sizeof codecs[0]; ++i) {
         if (codecs[i]->type == type && codecs[i]->mode == mode) {

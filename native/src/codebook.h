@@ -4,7 +4,7 @@
 
 #include "format.h"
 
-#define TQI_MAX_LEVELS  32
+#define TQI_MAX_LEVELS 32
 #define TQI_MAX_FACTORS 4
 
 /* Where the block transform applies the sign table. */
@@ -14,19 +14,19 @@ typedef enum {
 } tqi_sign_order;
 
 typedef struct {
-    int            type;
-    int            mode;
-    int            bits;
-    int            trellis;                       /* whether this is pqt3 or pqt4; see trellis.h */
-    int            n_levels;
-    int            block_bytes;
+    int type;
+    int mode;
+    int bits;
+    int trellis; /* whether this is pqt3 or pqt4; see trellis.h */
+    int n_levels;
+    int block_bytes;
     tqi_sign_order signs;
-    int            n_factors;                     /* search: scale candidates per sign */
-    float          factors[TQI_MAX_FACTORS];
-    float          outer;                         /* maxnorm: the centroid that the largest magnitude maps to */
-    float          levels[TQI_MAX_LEVELS];        /* ascending */
-    float          boundaries[TQI_MAX_LEVELS];    /* n_levels - 1 of them (trellis: n_levels - 4), then +infinity or nothing */
-    int8_t         level_units[TQI_MAX_LEVELS];   /* trellis: levels in units of TQI_LEVEL_UNIT */
+    int n_factors; /* search: scale candidates per sign */
+    float factors[TQI_MAX_FACTORS];
+    float outer;                        /* maxnorm: the centroid that the largest magnitude maps to */
+    float levels[TQI_MAX_LEVELS];       /* ascending */
+    float boundaries[TQI_MAX_LEVELS];   /* n_levels - 1 of them (trellis: n_levels - 4), then +infinity or nothing */
+    int8_t level_units[TQI_MAX_LEVELS]; /* trellis: levels in units of TQI_LEVEL_UNIT */
 } tqi_codec;
 
 #define TQI_LEVEL_UNIT 0.015625f /* 1/64 */

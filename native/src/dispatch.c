@@ -26,7 +26,7 @@ static _Atomic(const tqi_kernels *) active;
 /* CPUID, asked once: in a virtual machine it takes 20 us. */
 static int usable(int i) {
     static atomic_int known[N_KERNELS]; /* 0: not yet, 1: no, 2: yes */
-    int               answer = atomic_load_explicit(&known[i], memory_order_relaxed);
+    int answer = atomic_load_explicit(&known[i], memory_order_relaxed);
     if (answer == 0) {
         answer = kernels[i]->supported() ? 2 : 1;
         atomic_store_explicit(&known[i], answer, memory_order_relaxed);
@@ -60,9 +60,9 @@ static const tqi_kernels * best(void) {
 
 /* The kernel of that name, or NULL with a message that lists the usable ones. */
 static const tqi_kernels * find(const char * name) {
-    char   list[128] = "auto";
-    size_t length    = strlen(list);
-    int    built     = 0;
+    char list[128] = "auto";
+    size_t length = strlen(list);
+    int built = 0;
     for (int i = 0; i < N_KERNELS; ++i) {
         if (usable(i)) {
             if (strcmp(kernels[i]->name, name) == 0) {

@@ -10,17 +10,17 @@
 #include <string.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#  error "the block formats are little-endian and this code assumes a little-endian machine"
+#    error "the block formats are little-endian and this code assumes a little-endian machine"
 #endif
 
 typedef struct {
-    uint16_t d;      /* f16 scale; negative mirrors the codebook */
-    uint8_t  qs[12]; /* index j of group g (8 values) at bits 3j..3j+2 of the 24-bit word at qs + 3g */
+    uint16_t d;     /* f16 scale; negative mirrors the codebook */
+    uint8_t qs[12]; /* index j of group g (8 values) at bits 3j..3j+2 of the 24-bit word at qs + 3g */
 } tqi_block_pqo3;
 
 typedef struct {
     uint16_t d;
-    uint8_t  qs[16]; /* value 2i in the low, 2i+1 in the high nibble of byte i */
+    uint8_t qs[16]; /* value 2i in the low, 2i+1 in the high nibble of byte i */
 } tqi_block_pqo4;
 
 /* A trellis block: value i's level is 4 e[i] + its subset, which follows from t (trellis.h). All words are such that a shift
@@ -28,17 +28,17 @@ typedef struct {
  * eight words of four bytes, and shifts each by its own j. */
 typedef struct {
     uint16_t d;
-    uint8_t  t[4];    /* a 32-bit word */
-    uint8_t  even[4]; /* bits 0 and 1 of e[i] for even i, at bits i and i + 1 of a 32-bit word */
-    uint8_t  odd[4];  /* the same for odd i, at bits i - 1 and i */
+    uint8_t t[4];    /* a 32-bit word */
+    uint8_t even[4]; /* bits 0 and 1 of e[i] for even i, at bits i and i + 1 of a 32-bit word */
+    uint8_t odd[4];  /* the same for odd i, at bits i - 1 and i */
 } tqi_block_pqt3;
 
 typedef struct {
     uint16_t d;
-    uint8_t  t[4];
-    uint8_t  even[4];
-    uint8_t  odd[4];
-    uint8_t  top[4]; /* bit 2 of e[i] at bit i of a 32-bit word */
+    uint8_t t[4];
+    uint8_t even[4];
+    uint8_t odd[4];
+    uint8_t top[4]; /* bit 2 of e[i] at bit i of a 32-bit word */
 } tqi_block_pqt4;
 
 #define TQI_PQO3_BYTES 14
@@ -51,10 +51,10 @@ _Static_assert(sizeof(tqi_block_pqo4) == TQI_PQO4_BYTES, "block_pqo4 must have n
 _Static_assert(sizeof(tqi_block_pqt3) == TQI_PQT3_BYTES, "block_pqt3 must have no padding");
 _Static_assert(sizeof(tqi_block_pqt4) == TQI_PQT4_BYTES, "block_pqt4 must have no padding");
 
-#define TQI_F16_MAX       65504.0f
-#define TQI_RSQRT_BLOCK   0.17677669529663687f /* 1 / sqrt(32) */
-#define TQI_AMAX_MIN      5.9604645e-8f        /* 2^-24, the smallest f16: blocks below it are zero blocks */
-#define TQI_NORM_MIN      1e-10f               /* turboquant-rs clamps its scales from below by this */
+#define TQI_F16_MAX 65504.0f
+#define TQI_RSQRT_BLOCK 0.17677669529663687f /* 1 / sqrt(32) */
+#define TQI_AMAX_MIN 5.9604645e-8f           /* 2^-24, the smallest f16: blocks below it are zero blocks */
+#define TQI_NORM_MIN 1e-10f                  /* turboquant-rs clamps its scales from below by this */
 
 static inline uint32_t tqi_float_bits(float f) {
     uint32_t u;
@@ -83,8 +83,8 @@ static inline uint32_t tqi_load_u32(const void * p) {
 /* f16 -> f32, exact. Subnormals are scaled by a multiplication, so no branch depends on their leading zeros. */
 static inline float tqi_f16_to_f32(uint16_t h) {
     const uint32_t sign = (uint32_t) (h & 0x8000u) << 16;
-    const uint32_t exp  = (h >> 10) & 0x1fu;
-    const uint32_t man  = h & 0x3ffu;
+    const uint32_t exp = (h >> 10) & 0x1fu;
+    const uint32_t man = h & 0x3ffu;
     if (exp == 0) {
         const float f = (float) man * 5.9604644775390625e-8f;
         return sign ? -f : f;
@@ -97,9 +97,9 @@ static inline float tqi_f16_to_f32(uint16_t h) {
 
 /* f32 -> f16, round to nearest even; the same result as F16C and NEON conversion for finite values. */
 static inline uint16_t tqi_f32_to_f16(float f) {
-    const uint32_t u    = tqi_float_bits(f);
+    const uint32_t u = tqi_float_bits(f);
     const uint32_t sign = (u >> 16) & 0x8000u;
-    const uint32_t abs  = u & 0x7fffffffu;
+    const uint32_t abs = u & 0x7fffffffu;
     if (abs >= 0x47800000u) { /* 65536 and above, infinity, NaN */
         return (uint16_t) (sign | (abs > 0x7f800000u ? 0x7e00u : 0x7c00u));
     }

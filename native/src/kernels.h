@@ -7,9 +7,9 @@
 
 #include <stddef.h>
 
-#define TQI_MAX_FUSED 8  /* query vectors that scores and accumulate take at once */
-#define TQI_AHEAD     64 /* rows; the next tile's, see attention.c */
-#define TQI_LANES     16 /* gemm's n_col and softmax_columns' n_col are multiples of this */
+#define TQI_MAX_FUSED 8 /* query vectors that scores and accumulate take at once */
+#define TQI_AHEAD 64    /* rows; the next tile's, see attention.c */
+#define TQI_LANES 16    /* gemm's n_col and softmax_columns' n_col are multiples of this */
 
 typedef struct {
     const char * name;
@@ -34,35 +34,54 @@ typedef struct {
      *
      * s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok rows, stride bytes apart; q: (n_q, dim), transformed;
      * s: (n_q, ld) */
-    void (*scores)(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
-                   float * s, int ld);
+    void (*scores)(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
+                   int n_blocks, float * s, int ld);
     /* o[i] += sum_t p[i, t] v[t]; p: (n_q, ld), o: (n_q, dim), transformed */
-    void (*accumulate)(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
-                       int n_blocks, float * o);
+    void (*accumulate)(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
+                       int n_q, int n_blocks, float * o);
     /* The same two for rows of f16 bits: (n_tok, dim) by stride; s is set, o is added to. */
-    void (*scores_f16)(const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int dim, float * s, int ld);
-    void (*accumulate_f16)(const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q, int dim, float * o);
+    void (*scores_f16)(const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int dim, float * s,
+                       int ld);
+    void (*accumulate_f16)(const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q, int dim,
+                           float * o);
     /* Online softmax over a row of n scores: updates max and sum, s becomes exp(s - max); returns what earlier results must
      * be multiplied by. A row that has seen no key yet (max -infinity) gives zeros. */
     float (*softmax_row)(float * s, int n, float * max, float * sum);
 
     /* c[r, j] (+)= sum_k a[r * a_row + k * a_k] b[k, j]; b: (n_k, n_col), c: (n_row, n_col) */
-    void (*gemm)(const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add, float * c);
+    void (*gemm)(const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add,
+                 float * c);
     /* The same down each column of s: (n_row, n_col); max, sum, factor: (n_col). */
     void (*softmax_columns)(float * s, int n_row, int n_col, float * max, float * sum, float * factor);
 } tqi_kernels;
 
 /* Calls f(bits, n_q, ...), an inline function, with both as constants. */
-#define TQI_BY_N_Q(f, bits, n_q, ...)                                                                                     \
-    switch (n_q) {                                                                                                        \
-        case 1: f(bits, 1, __VA_ARGS__); break;                                                                           \
-        case 2: f(bits, 2, __VA_ARGS__); break;                                                                           \
-        case 3: f(bits, 3, __VA_ARGS__); break;                                                                           \
-        case 4: f(bits, 4, __VA_ARGS__); break;                                                                           \
-        case 5: f(bits, 5, __VA_ARGS__); break;                                                                           \
-        case 6: f(bits, 6, __VA_ARGS__); break;                                                                           \
-        case 7: f(bits, 7, __VA_ARGS__); break;                                                                           \
-        default: f(bits, 8, __VA_ARGS__); break;                                                                          \
+#define TQI_BY_N_Q(f, bits, n_q, ...)                                                                                  \
+    switch (n_q) {                                                                                                     \
+        case 1:                                                                                                        \
+            f(bits, 1, __VA_ARGS__);                                                                                   \
+            break;                                                                                                     \
+        case 2:                                                                                                        \
+            f(bits, 2, __VA_ARGS__);                                                                                   \
+            break;                                                                                                     \
+        case 3:                                                                                                        \
+            f(bits, 3, __VA_ARGS__);                                                                                   \
+            break;                                                                                                     \
+        case 4:                                                                                                        \
+            f(bits, 4, __VA_ARGS__);                                                                                   \
+            break;                                                                                                     \
+        case 5:                                                                                                        \
+            f(bits, 5, __VA_ARGS__);                                                                                   \
+            break;                                                                                                     \
+        case 6:                                                                                                        \
+            f(bits, 6, __VA_ARGS__);                                                                                   \
+            break;                                                                                                     \
+        case 7:                                                                                                        \
+            f(bits, 7, __VA_ARGS__);                                                                                   \
+            break;                                                                                                     \
+        default:                                                                                                       \
+            f(bits, 8, __VA_ARGS__);                                                                                   \
+            break;                                                                                                     \
     }
 
 /* Asks for a row's cache lines; any address is harmless. */

@@ -14,7 +14,7 @@ static inline void tqi_hadamard32(float * y) {
             for (int j = i; j < i + h; ++j) {
                 const float a = y[j];
                 const float b = y[j + h];
-                y[j]     = a + b;
+                y[j] = a + b;
                 y[j + h] = a - b;
             }
         }

@@ -14,12 +14,12 @@
 
 #include <math.h>
 
-#define TQI_STATES      8
-#define TQI_SUBSETS     4
-#define TQI_CANDIDATES  8     /* scales per block that the encoder tries: four factors, both signs */
-#define TQI_CUT         16    /* values on either side of the cut that decide the state there: closed_path, trellis_portable.c */
-#define TQI_FAR         1e30f /* what the paths cost that begin in another state than the one wanted */
-#define TQI_TRELLIS_RUN 16    /* blocks that are transformed at once before they are searched */
+#define TQI_STATES 8
+#define TQI_SUBSETS 4
+#define TQI_CANDIDATES 8 /* scales per block that the encoder tries: four factors, both signs */
+#define TQI_CUT 16 /* values on either side of the cut that decide the state there: closed_path, trellis_portable.c */
+#define TQI_FAR 1e30f      /* what the paths cost that begin in another state than the one wanted */
+#define TQI_TRELLIS_RUN 16 /* blocks that are transformed at once before they are searched */
 
 static inline uint32_t tqi_rotate(uint32_t t, int n) {
     return t << n | t >> (32 - n);
@@ -38,11 +38,12 @@ static inline uint32_t tqi_subset_high(uint32_t t) {
  * and negative in turn. Returns 0 if the block counts as zero; the scales are valid numbers even so. */
 static inline int tqi_trellis_candidates(const tqi_codec * codec, float max, float min, float * scale) {
     const float high = 1.0f / codec->levels[codec->n_levels - 1];
-    const float low  = 1.0f / codec->levels[0];
-    const int   some = max >= TQI_AMAX_MIN || -min >= TQI_AMAX_MIN;
-    const float base = some ? fmaxf(max * high, min * low) : 1.0f, mirrored = some ? fmaxf(-min * high, -max * low) : 1.0f;
+    const float low = 1.0f / codec->levels[0];
+    const int some = max >= TQI_AMAX_MIN || -min >= TQI_AMAX_MIN;
+    const float base = some ? fmaxf(max * high, min * low) : 1.0f,
+                mirrored = some ? fmaxf(-min * high, -max * low) : 1.0f;
     for (int c = 0; c < TQI_CANDIDATES; c += 2) {
-        scale[c]     = base * codec->factors[c / 2];
+        scale[c] = base * codec->factors[c / 2];
         scale[c + 1] = -(mirrored * codec->factors[c / 2]);
     }
     return some;
@@ -65,12 +66,12 @@ static inline void tqi_trellis_put(int bits, uint16_t d, uint32_t t, const int32
 
 /* What an instruction set implements for these types: search is what encode does after the transform, y: its result; for the
  * others see tqi_kernels. */
-#define TQI_TRELLIS_FUNCTIONS(isa)                                                                                        \
-    void tqi_trellis_search_##isa(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);          \
-    void tqi_trellis_unpack_##isa(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);          \
-    void tqi_trellis_scores_##isa(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q,  \
-                                  int n_q, int n_blocks, float * s, int ld);                                              \
-    void tqi_trellis_accumulate_##isa(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,               \
+#define TQI_TRELLIS_FUNCTIONS(isa)                                                                                     \
+    void tqi_trellis_search_##isa(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);       \
+    void tqi_trellis_unpack_##isa(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);       \
+    void tqi_trellis_scores_##isa(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,                \
+                                  const float * q, int n_q, int n_blocks, float * s, int ld);                          \
+    void tqi_trellis_accumulate_##isa(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,            \
                                       const float * p, int ld, int n_q, int n_blocks, float * o);
 
 /* The portable scores and accumulate go through unpack for all types. */
@@ -85,10 +86,11 @@ typedef void (*tqi_trellis_searcher)(const tqi_codec * codec, const float * y, i
 
 /* Encodes by an instruction set's transform and search. */
 static inline void tqi_trellis_encode(const tqi_codec * codec, void (*transform)(tqi_sign_order, float *, int64_t),
-                                      tqi_trellis_searcher search, const float * x, int64_t n_blocks, uint8_t * blocks) {
+                                      tqi_trellis_searcher search, const float * x, int64_t n_blocks,
+                                      uint8_t * blocks) {
     for (int64_t b = 0; b < n_blocks; b += TQI_TRELLIS_RUN) {
         const int64_t n = n_blocks - b < TQI_TRELLIS_RUN ? n_blocks - b : TQI_TRELLIS_RUN;
-        float         y[TQI_TRELLIS_RUN * TQ_BLOCK];
+        float y[TQI_TRELLIS_RUN * TQ_BLOCK];
         for (int64_t i = 0; i < n * TQ_BLOCK; ++i) {
             y[i] = tqi_sanitize(x[b * TQ_BLOCK + i]);
         }

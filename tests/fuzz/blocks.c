@@ -20,13 +20,13 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (size < 1) {
         return 0;
     }
-    const int    c = data[0] % N_CODECS, type = codecs[c].type, mode = codecs[c].mode;
+    const int c = data[0] % N_CODECS, type = codecs[c].type, mode = codecs[c].mode;
     const size_t block_bytes = tq_row_bytes(type, TQ_BLOCK);
-    size_t       n_blocks    = (size - 1) / block_bytes;
-    n_blocks                 = n_blocks < MAX_BLOCKS ? n_blocks : MAX_BLOCKS;
+    size_t n_blocks = (size - 1) / block_bytes;
+    n_blocks = n_blocks < MAX_BLOCKS ? n_blocks : MAX_BLOCKS;
     /* all arrays end where their memory does: reading or writing on is an error that the sanitizer sees */
     const uint8_t * blocks = data + size - n_blocks * block_bytes;
-    const size_t    n      = n_blocks * TQ_BLOCK, skip = (MAX_BLOCKS - n_blocks) * TQ_BLOCK;
+    const size_t n = n_blocks * TQ_BLOCK, skip = (MAX_BLOCKS - n_blocks) * TQ_BLOCK;
     for (int k = 0; k < n_kernels; ++k) {
         float * y = (k == 0 ? want : got) + skip;
         use_kernel(k);

@@ -4,21 +4,21 @@
 
 #define MAX_TOKENS 96
 #define MAX_LAYERS 3
-#define MAX_DIM    256 /* values of a token */
+#define MAX_DIM 256 /* values of a token */
 
 #if defined(__has_feature)
-#  if __has_feature(address_sanitizer)
+#    if __has_feature(address_sanitizer)
 /* more memory than there is makes malloc fail, as it does without the sanitizer */
 const char * __asan_default_options(void);
 const char * __asan_default_options(void) {
     return "allocator_may_return_null=1";
 }
-#  endif
+#    endif
 #endif
 
 typedef struct {
     float k[MAX_TOKENS * MAX_DIM], v[MAX_TOKENS * MAX_DIM]; /* as they should be decoded */
-    int    n_tokens;
+    int n_tokens;
     size_t capacity;
 } model;
 
@@ -27,8 +27,8 @@ static model layers[MAX_LAYERS];
 /* n values that the input does not pay for, or its own bytes; returns them encoded and decoded in want. */
 static float * make_values(bytes * in, uint32_t * state, int type, int mode, size_t n, float * want) {
     uint8_t * blocks = malloc(tq_row_bytes(type, (int64_t) n) + 1);
-    float *   x      = malloc(n * sizeof(float) + 1);
-    const int wild   = take_below(in, 3) == 0;
+    float * x = malloc(n * sizeof(float) + 1);
+    const int wild = take_below(in, 3) == 0;
     if (blocks == NULL || x == NULL) {
         exit(2);
     }
@@ -43,11 +43,11 @@ static float * make_values(bytes * in, uint32_t * state, int type, int mode, siz
 
 static void check_layers(tq_cache * cache, const tq_cache_config * config) {
     static float k[MAX_TOKENS * MAX_DIM], v[MAX_TOKENS * MAX_DIM];
-    const size_t dim   = (size_t) (config->n_head_kv * config->head_dim);
-    size_t       bytes = 0;
+    const size_t dim = (size_t) (config->n_head_kv * config->head_dim);
+    size_t bytes = 0;
     for (int i = 0; i < config->n_layer; ++i) {
         const model * m = &layers[i];
-        const size_t  n = (size_t) m->n_tokens * dim;
+        const size_t n = (size_t) m->n_tokens * dim;
         REQUIRE(tq_cache_seq_len(cache, i) == m->n_tokens, "%d tokens", (int) tq_cache_seq_len(cache, i));
         REQUIRE(tq_cache_dequantize(cache, i, k, v) == TQ_OK, "%s", tq_last_error());
         REQUIRE(memcmp(k, m->k, n * sizeof(float)) == 0 && memcmp(v, m->v, n * sizeof(float)) == 0, "layer %d", i);
@@ -64,43 +64,52 @@ static void grow(model * m, int n) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
-    bytes      in    = { data, size };
-    uint32_t   state = 1u + (uint32_t) size;
+    bytes in = { data, size };
+    uint32_t state = 1u + (uint32_t) size;
     tq_cache * cache = NULL;
     if (n_kernels == 0) {
         find_kernels();
     }
     use_kernel(take_below(&in, n_kernels));
-    tq_cache_config config = { .bits = 3 + take_below(&in, 2), .head_dim = 32 * (1 + take_below(&in, 4)),
-                               .n_head_kv = 1 + take_below(&in, 2), .n_layer = 1 + take_below(&in, MAX_LAYERS),
+    tq_cache_config config = { .bits = 3 + take_below(&in, 2),
+                               .head_dim = 32 * (1 + take_below(&in, 4)),
+                               .n_head_kv = 1 + take_below(&in, 2),
+                               .n_layer = 1 + take_below(&in, MAX_LAYERS),
                                .mode = take_below(&in, 3) };
     if (take_below(&in, 8) == 0) { /* any numbers make a cache or an error */
-        const tq_cache_config wild = { .bits = 3 + take_below(&in, 2), .head_dim = (int) take_u32(&in), .n_head_kv = (int) take_u32(&in),
-                                       .n_layer = (int) (take_u32(&in) & 0x8000ffffu), .mode = (int8_t) take(&in) };
-        const int ok = wild.head_dim > 0 && wild.head_dim <= TQ_MAX_HEAD_DIM && wild.head_dim % 32 == 0 && wild.n_head_kv > 0 &&
-                       wild.n_head_kv <= TQ_MAX_HEADS && wild.n_layer > 0 && wild.mode >= 0 && wild.mode <= 2;
+        const tq_cache_config wild = { .bits = 3 + take_below(&in, 2),
+                                       .head_dim = (int) take_u32(&in),
+                                       .n_head_kv = (int) take_u32(&in),
+                                       .n_layer = (int) (take_u32(&in) & 0x8000ffffu),
+                                       .mode = (int8_t) take(&in) };
+        const int ok = wild.head_dim > 0 && wild.head_dim <= TQ_MAX_HEAD_DIM && wild.head_dim % 32 == 0 &&
+                       wild.n_head_kv > 0 && wild.n_head_kv <= TQ_MAX_HEADS && wild.n_layer > 0 && wild.mode >= 0 &&
+                       wild.mode <= 2;
         const int status = tq_cache_new(&wild, &cache);
         REQUIRE((status == TQ_OK) == ok && (cache != NULL) == ok, "status %d, %s", status, tq_last_error());
         tq_cache_free(cache);
     }
     REQUIRE(tq_cache_new(&config, &cache) == TQ_OK, "%s", tq_last_error());
-    const int    type = config.bits == 3 ? TQ_TYPE_PQO3 : TQ_TYPE_PQO4;
-    const size_t dim  = (size_t) (config.n_head_kv * config.head_dim);
+    const int type = config.bits == 3 ? TQ_TYPE_PQO3 : TQ_TYPE_PQO4;
+    const size_t dim = (size_t) (config.n_head_kv * config.head_dim);
     for (int i = 0; i < MAX_LAYERS; ++i) {
         layers[i].n_tokens = 0;
         layers[i].capacity = 0;
     }
     while (in.left > 0) {
         const int call = take_below(&in, 8), layer = take_below(&in, config.n_layer);
-        model *   m    = &layers[layer];
+        model * m = &layers[layer];
         if (call <= 1) { /* prefill, with results or without */
-            const int n    = take_below(&in, 40) % (MAX_TOKENS - m->n_tokens + 1);
-            float *   k    = make_values(&in, &state, type, config.mode, (size_t) n * dim, m->k + (size_t) m->n_tokens * dim);
-            float *   v    = make_values(&in, &state, type, config.mode, (size_t) n * dim, m->v + (size_t) m->n_tokens * dim);
-            float *   out  = malloc((size_t) (m->n_tokens + n) * dim * 2 * sizeof(float) + 1);
+            const int n = take_below(&in, 40) % (MAX_TOKENS - m->n_tokens + 1);
+            float * k =
+                make_values(&in, &state, type, config.mode, (size_t) n * dim, m->k + (size_t) m->n_tokens * dim);
+            float * v =
+                make_values(&in, &state, type, config.mode, (size_t) n * dim, m->v + (size_t) m->n_tokens * dim);
+            float * out = malloc((size_t) (m->n_tokens + n) * dim * 2 * sizeof(float) + 1);
             const int before = m->n_tokens;
-            float *   v_out  = out + (size_t) (before + n) * dim;
-            REQUIRE(tq_cache_prefill(cache, layer, k, v, n, call ? out : NULL, call ? v_out : NULL) == TQ_OK, "%s", tq_last_error());
+            float * v_out = out + (size_t) (before + n) * dim;
+            REQUIRE(tq_cache_prefill(cache, layer, k, v, n, call ? out : NULL, call ? v_out : NULL) == TQ_OK, "%s",
+                    tq_last_error());
             grow(m, n);
             if (call) { /* the given ones if the layer was empty, else the whole layer decoded */
                 const size_t n_bytes = (size_t) (before + n) * dim * sizeof(float);
@@ -111,31 +120,34 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             free(v);
             free(out);
         } else if (call <= 3) { /* decode */
-            const int group  = 1 + take_below(&in, 9), wild = take_below(&in, 4) == 0;
+            const int group = 1 + take_below(&in, 9), wild = take_below(&in, 4) == 0;
             const int n_head = group * config.n_head_kv;
             if (m->n_tokens == MAX_TOKENS) {
                 continue;
             }
-            float *     k     = make_values(&in, &state, type, config.mode, dim, m->k + (size_t) m->n_tokens * dim);
-            float *     v     = make_values(&in, &state, type, config.mode, dim, m->v + (size_t) m->n_tokens * dim);
-            const int   n     = n_head * config.head_dim;
-            float *     q     = malloc((size_t) n * 2 * sizeof(float)), *out = q + n;
+            float * k = make_values(&in, &state, type, config.mode, dim, m->k + (size_t) m->n_tokens * dim);
+            float * v = make_values(&in, &state, type, config.mode, dim, m->v + (size_t) m->n_tokens * dim);
+            const int n = n_head * config.head_dim;
+            float *q = malloc((size_t) n * 2 * sizeof(float)), *out = q + n;
             const float scale = wild ? take_float(&in) : 0.125f;
-            int         valid = isfinite(scale) != 0;
+            int valid = isfinite(scale) != 0;
             for (int i = 0; i < n; ++i) {
                 q[i] = wild ? take_float(&in) : (float) (int32_t) scramble(&state) / 1073741824.0f;
                 valid &= isfinite(q[i]) != 0;
             }
             const int status = tq_cache_decode(cache, layer, k, v, q, n_head, scale, out);
             REQUIRE(status == TQ_OK || status == TQ_E_ARGUMENT, "status %d", status);
-            REQUIRE(status == TQ_OK ? valid : !valid || wild, "status %d for q that is %s: %s", status, valid ? "good" : "bad", tq_last_error());
+            REQUIRE(status == TQ_OK ? valid : !valid || wild, "status %d for q that is %s: %s", status,
+                    valid ? "good" : "bad", tq_last_error());
             if (status == TQ_OK) {
                 grow(m, 1);
                 for (int h = 0; h < n_head; ++h) { /* no output is beyond the largest value of its head */
                     double most = 0.0;
                     for (int t = 0; t < m->n_tokens; ++t) {
                         for (int i = 0; i < config.head_dim; ++i) {
-                            most = fmax(most, fabs((double) m->v[(size_t) t * dim + (size_t) (h / group * config.head_dim + i)]));
+                            most = fmax(
+                                most,
+                                fabs((double) m->v[(size_t) t * dim + (size_t) (h / group * config.head_dim + i)]));
                         }
                     }
                     for (int i = 0; i < config.head_dim; ++i) {
@@ -146,7 +158,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             } else if ((size_t) m->n_tokens + 1 > m->capacity) {
                 /* the storage may have grown before the scores were found to overflow */
                 const int grown = tq_cache_memory_usage(cache) > 0;
-                size_t    others = 0;
+                size_t others = 0;
                 for (int i = 0; i < config.n_layer; ++i) {
                     others += i == layer ? 0 : layers[i].capacity;
                 }
@@ -169,11 +181,12 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
                 }
             }
         } else if (call == 6) { /* bad calls */
-            float         x = 0.0f;
+            float x = 0.0f;
             const int64_t n = (int64_t) ((uint64_t) take_u32(&in) << 32 | take_u32(&in));
-            const int     bad_layer = take_below(&in, 2) ? -1 - take(&in) : config.n_layer + take(&in);
+            const int bad_layer = take_below(&in, 2) ? -1 - take(&in) : config.n_layer + take(&in);
             /* far beyond any memory, before anything of k or v is read */
-            REQUIRE(tq_cache_prefill(cache, layer, &x, &x, n < 0 ? n : n | (int64_t) 1 << 56, NULL, NULL) < 0, "%lld tokens", (long long) n);
+            REQUIRE(tq_cache_prefill(cache, layer, &x, &x, n < 0 ? n : n | (int64_t) 1 << 56, NULL, NULL) < 0,
+                    "%lld tokens", (long long) n);
             REQUIRE(tq_cache_prefill(cache, layer, NULL, &x, 1, NULL, NULL) == TQ_E_ARGUMENT, "no k");
             REQUIRE(tq_cache_prefill(cache, layer, &x, &x, 1, &x, NULL) == TQ_E_ARGUMENT, "no v_out");
             REQUIRE(tq_cache_prefill(cache, bad_layer, &x, &x, 1, NULL, NULL) == TQ_E_ARGUMENT, "layer %d", bad_layer);

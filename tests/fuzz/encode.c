@@ -3,13 +3,13 @@
 #include "encoder.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
-    static float    x[MAX_BLOCKS * TQ_BLOCK];
+    static float x[MAX_BLOCKS * TQ_BLOCK];
     static uint16_t want[MAX_BLOCKS * TQ_BLOCK], got[MAX_BLOCKS * TQ_BLOCK];
-    bytes           in = { data, size };
+    bytes in = { data, size };
     if (n_kernels == 0) {
         find_kernels();
     }
-    const codec  c = codecs[take_below(&in, N_PQO)];
+    const codec c = codecs[take_below(&in, N_PQO)];
     const size_t n = take_values(&in, x);
     check_encoder(c.type, c.mode, x, n);
     for (int k = 0; k < n_kernels; ++k) {

@@ -13,20 +13,20 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size);
 
-#define REQUIRE(condition, ...)                                                                        \
-    do {                                                                                               \
-        if (!(condition)) {                                                                            \
-            fprintf(stderr, "%s:%d: broken: %s: ", __FILE__, __LINE__, #condition);                    \
-            fprintf(stderr, __VA_ARGS__);                                                              \
-            fprintf(stderr, " (%s)\n", tq_kernel_active());                                            \
-            abort();                                                                                   \
-        }                                                                                              \
+#define REQUIRE(condition, ...)                                                                                        \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            fprintf(stderr, "%s:%d: broken: %s: ", __FILE__, __LINE__, #condition);                                    \
+            fprintf(stderr, __VA_ARGS__);                                                                              \
+            fprintf(stderr, " (%s)\n", tq_kernel_active());                                                            \
+            abort();                                                                                                   \
+        }                                                                                                              \
     } while (0)
 
 /* The kernels that this machine can run, portable first: the others are compared with it. */
 #define MAX_KERNELS 8
 static const char * kernels[MAX_KERNELS];
-static int          n_kernels;
+static int n_kernels;
 
 static inline void find_kernels(void) {
     for (int i = tq_kernel_count() - 1; n_kernels == 0 && i >= 0; --i) {
@@ -49,7 +49,7 @@ static inline void use_kernel(int i) {
  * weights: each block adds half of 1 / 8191 of its largest possible level times a sum over 32 channels or a tile's tokens, and that
  * is sqrt(32) times a length at most. */
 #define F32_TOLERANCE 1e-5
-#define TILE          64
+#define TILE 64
 
 static inline int sums_integers(void) {
     return strcmp(tq_kernel_active(), "avx512") == 0;
@@ -62,7 +62,7 @@ static inline double dot_bound(double q, double k, double reach) {
 
 /* The largest magnitude of a codec's levels. */
 static inline double outermost(int type, int mode) {
-    float     levels[32];
+    float levels[32];
     const int n = tq_codebook(type, mode, levels, NULL);
     return n > 0 ? fmax(fabs((double) levels[0]), fabs((double) levels[n - 1])) : 0.0;
 }
@@ -80,12 +80,12 @@ typedef struct {
 } codec;
 
 static const codec codecs[] = {
-    { TQ_TYPE_PQO3, TQ_MODE_SEARCH }, { TQ_TYPE_PQO4, TQ_MODE_SEARCH }, { TQ_TYPE_PQO3, TQ_MODE_MAXNORM },
+    { TQ_TYPE_PQO3, TQ_MODE_SEARCH },  { TQ_TYPE_PQO4, TQ_MODE_SEARCH }, { TQ_TYPE_PQO3, TQ_MODE_MAXNORM },
     { TQ_TYPE_PQO4, TQ_MODE_MAXNORM }, { TQ_TYPE_PQO3, TQ_MODE_L2NORM }, { TQ_TYPE_PQO4, TQ_MODE_L2NORM },
-    { TQ_TYPE_PQT3, TQ_MODE_SEARCH }, { TQ_TYPE_PQT4, TQ_MODE_SEARCH },
+    { TQ_TYPE_PQT3, TQ_MODE_SEARCH },  { TQ_TYPE_PQT4, TQ_MODE_SEARCH },
 };
 #define N_CODECS ((int) (sizeof codecs / sizeof codecs[0]))
-#define N_PQO    6 /* of them; the others are trellis types, whose encoder is ten times as slow */
+#define N_PQO 6 /* of them; the others are trellis types, whose encoder is ten times as slow */
 
 static inline uint16_t load_u16(const void * p) {
     uint16_t u;
@@ -96,7 +96,7 @@ static inline uint16_t load_u16(const void * p) {
 /* The bytes of an input, one after another; zeros when it is at its end. */
 typedef struct {
     const uint8_t * at;
-    size_t          left;
+    size_t left;
 } bytes;
 
 static inline uint8_t take(bytes * in) {
@@ -121,7 +121,7 @@ static inline uint32_t take_u32(bytes * in) {
 
 static inline float take_float(bytes * in) {
     const uint32_t u = take_u32(in);
-    float          f;
+    float f;
     memcpy(&f, &u, sizeof f);
     return f;
 }

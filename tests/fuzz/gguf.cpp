@@ -1,8 +1,8 @@
 // gguf.cpp: llama.cpp's own GGUF parser with our types registered, on any bytes: it refuses them or gives a context whose sizes fit.
 //
 // It is upstream's code (ggml/src/gguf.cpp); what the patches add to it are types whose traits it asks for.
-#include "ggml.h"
 #include "gguf.h"
+#include "ggml.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -10,8 +10,7 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size);
 
-static void silent(enum ggml_log_level, const char *, void *) {
-}
+static void silent(enum ggml_log_level, const char *, void *) {}
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     static bool first = true;
@@ -19,9 +18,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         ggml_log_set(silent, nullptr);
         first = false;
     }
-    ggml_context *   tensors = nullptr;
-    gguf_init_params params  = { /*no_alloc =*/ true, /*ctx =*/ nullptr };
-    gguf_context *   gguf    = gguf_init_from_buffer(data, size, params);
+    ggml_context * tensors = nullptr;
+    gguf_init_params params = { /*no_alloc =*/true, /*ctx =*/nullptr };
+    gguf_context * gguf = gguf_init_from_buffer(data, size, params);
     if (gguf == nullptr) {
         return 0;
     }
@@ -35,9 +34,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (empty || (gguf = gguf_init_from_buffer(data, size, params)) == nullptr) {
         return 0;
     }
-    ggml_tensor * tensor = ggml_get_first_tensor(tensors); // not by name: ggml's end at a zero, GGUF's may hold some
+    ggml_tensor * tensor = ggml_get_first_tensor(tensors);  // not by name: ggml's end at a zero, GGUF's may hold some
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i, tensor = ggml_get_next_tensor(tensors, tensor)) {
-        if (tensor == nullptr || ggml_nbytes(tensor) != gguf_get_tensor_size(gguf, i) || tensor->ne[0] % ggml_blck_size(tensor->type) != 0) {
+        if (tensor == nullptr || ggml_nbytes(tensor) != gguf_get_tensor_size(gguf, i) ||
+            tensor->ne[0] % ggml_blck_size(tensor->type) != 0) {
             abort();
         }
     }

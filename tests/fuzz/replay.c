@@ -9,7 +9,7 @@ int main(int argc, char ** argv) {
             return 2;
         }
         const size_t size = (size_t) ftell(file);
-        uint8_t *    data = malloc(size + 1);
+        uint8_t * data = malloc(size + 1);
         rewind(file);
         if (data == NULL || fread(data, 1, size, file) != size) {
             perror(argv[i]);

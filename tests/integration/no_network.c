@@ -57,7 +57,8 @@ ssize_t sendto(int socket, const void * data, size_t n, int flags, const struct 
 }
 
 int getaddrinfo(const char * host, const char * service, const struct addrinfo * hints, struct addrinfo ** found) {
-    int (*next)(const char *, const char *, const struct addrinfo *, struct addrinfo **) = dlsym(RTLD_NEXT, "getaddrinfo");
+    int (*next)(const char *, const char *, const struct addrinfo *, struct addrinfo **) =
+        dlsym(RTLD_NEXT, "getaddrinfo");
     if (host != NULL && strcmp(host, "127.0.0.1") != 0 && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0) {
         note("getaddrinfo", host);
         return EAI_FAIL;

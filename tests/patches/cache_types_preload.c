@@ -19,20 +19,22 @@ static int number(const char * name) {
 }
 
 struct llama_context_params llama_context_default_params(void) {
-    struct llama_context_params (*original)(void) = (struct llama_context_params (*)(void)) dlsym(RTLD_NEXT, "llama_context_default_params");
-    struct llama_context_params params            = original();
-    params.type_k                                 = (enum ggml_type) number("TQGGUF_TEST_K");
-    params.type_v                                 = (enum ggml_type) number("TQGGUF_TEST_V");
-    params.flash_attn_type                        = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    struct llama_context_params (*original)(void) =
+        (struct llama_context_params (*)(void)) dlsym(RTLD_NEXT, "llama_context_default_params");
+    struct llama_context_params params = original();
+    params.type_k = (enum ggml_type) number("TQGGUF_TEST_K");
+    params.type_v = (enum ggml_type) number("TQGGUF_TEST_V");
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
     tq_ggml_tail_set(number("TQGGUF_TEST_TAIL"));
     return params;
 }
 
 float * llama_get_logits_ith(struct llama_context * ctx, int32_t i) {
-    float * (*original)(struct llama_context *, int32_t) = (float * (*) (struct llama_context *, int32_t)) dlsym(RTLD_NEXT, "llama_get_logits_ith");
-    float *      logits = original(ctx, i);
-    const char * path   = getenv("TQGGUF_TEST_LOGITS");
-    FILE *       file   = logits && path ? fopen(path, "ab") : NULL;
+    float * (*original)(struct llama_context *, int32_t) =
+        (float * (*)(struct llama_context *, int32_t) ) dlsym(RTLD_NEXT, "llama_get_logits_ith");
+    float * logits = original(ctx, i);
+    const char * path = getenv("TQGGUF_TEST_LOGITS");
+    FILE * file = logits && path ? fopen(path, "ab") : NULL;
     if (file) {
         fwrite(logits, sizeof(float), (size_t) llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx))), file);
         fclose(file);

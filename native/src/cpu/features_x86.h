@@ -8,7 +8,7 @@
 #include <cpuid.h>
 
 /* Registers that the operating system keeps for each thread (XCR0): those of AVX, and those of AVX-512 besides. */
-#define TQI_XCR0_AVX    0x06u
+#define TQI_XCR0_AVX 0x06u
 #define TQI_XCR0_AVX512 0xe6u
 
 typedef struct {
@@ -17,7 +17,7 @@ typedef struct {
 
 static inline tqi_features_x86 tqi_features_x86_read(void) {
     tqi_features_x86 f = { 0, 0, 0, 0 };
-    unsigned         eax, ebx, ecx, edx;
+    unsigned eax, ebx, ecx, edx;
     if (__get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
         f.ecx_1 = ecx;
     }
@@ -37,7 +37,8 @@ static inline int tqi_has_all(unsigned bits, unsigned wanted) {
 
 static inline int tqi_has_avx2_fma_f16c(void) {
     const tqi_features_x86 f = tqi_features_x86_read();
-    return tqi_has_all(f.xcr0, TQI_XCR0_AVX) && tqi_has_all(f.ecx_1, bit_AVX | bit_FMA | bit_F16C) && tqi_has_all(f.ebx_7, bit_AVX2);
+    return tqi_has_all(f.xcr0, TQI_XCR0_AVX) && tqi_has_all(f.ecx_1, bit_AVX | bit_FMA | bit_F16C) &&
+           tqi_has_all(f.ebx_7, bit_AVX2);
 }
 
 /* AVX-512 F, BW, DQ, VL, VBMI and VNNI. */

@@ -14,7 +14,8 @@ static int supported(void) {
 }
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16") /* where a loop's counter must be a constant, and GCC does not see that it pays */
+#define UNROLL                                                                                                         \
+    _Pragma("GCC unroll 16") /* where a loop's counter must be a constant, and GCC does not see that it pays */
 
 /* ---- Transform ---- */
 
@@ -38,10 +39,10 @@ INLINE block hadamard32(block y) {
     const __m512 norm = _mm512_set1_ps(TQI_RSQRT_BLOCK);
     for (int i = 0; i < 2; ++i) {
         __m512 x = y.v[i];
-        x        = STAGE(x, _mm512_permute_ps(x, 0xb1), 0xaaaa);
-        x        = STAGE(x, _mm512_permute_ps(x, 0x4e), 0xcccc);
-        x        = STAGE(x, _mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);
-        y.v[i]   = STAGE(x, _mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
+        x = STAGE(x, _mm512_permute_ps(x, 0xb1), 0xaaaa);
+        x = STAGE(x, _mm512_permute_ps(x, 0x4e), 0xcccc);
+        x = STAGE(x, _mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);
+        y.v[i] = STAGE(x, _mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
     }
     return (block) { {
         _mm512_mul_ps(_mm512_add_ps(y.v[0], y.v[1]), norm),
@@ -74,9 +75,9 @@ static void inverse_transform(tqi_sign_order order, float * y, int64_t n_blocks)
 INLINE float sum32(block p) {
     const __m512 h = _mm512_add_ps(p.v[0], p.v[1]);
     const __m256 q = _mm256_add_ps(_mm512_castps512_ps256(h), _mm512_extractf32x8_ps(h, 1));
-    __m128       r = _mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1));
-    r              = _mm_add_ps(r, _mm_movehl_ps(r, r));
-    r              = _mm_add_ss(r, _mm_movehdup_ps(r));
+    __m128 r = _mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1));
+    r = _mm_add_ps(r, _mm_movehl_ps(r, r));
+    r = _mm_add_ss(r, _mm_movehdup_ps(r));
     return _mm_cvtss_f32(r);
 }
 
@@ -92,8 +93,9 @@ INLINE table load_table(const tqi_codec * codec) {
     for (int bit = 0; bit < 4; ++bit) {
         for (int i = 0; i < 16; ++i) {
             /* lanes whose higher bits are set choose between the levels around that multiple of 2^bit */
-            const int above  = (i & (codec->n_levels - 1)) >> (bit + 1) << (bit + 1);
-            step[3 - bit][i] = above + (1 << bit) <= codec->n_levels - 1 ? codec->boundaries[above + (1 << bit) - 1] : INFINITY;
+            const int above = (i & (codec->n_levels - 1)) >> (bit + 1) << (bit + 1);
+            step[3 - bit][i] =
+                above + (1 << bit) <= codec->n_levels - 1 ? codec->boundaries[above + (1 << bit) - 1] : INFINITY;
         }
     }
     float levels[16];
@@ -102,15 +104,15 @@ INLINE table load_table(const tqi_codec * codec) {
     }
     return (table) {
         .levels = _mm512_loadu_ps(levels),
-        .step = { _mm512_loadu_ps(step[0]), _mm512_loadu_ps(step[1]), _mm512_loadu_ps(step[2]), _mm512_loadu_ps(step[3]) },
+        .step = { _mm512_loadu_ps(step[0]), _mm512_loadu_ps(step[1]), _mm512_loadu_ps(step[2]),
+                  _mm512_loadu_ps(step[3]) },
     };
 }
 
 INLINE __m512i index16(int bits, const table * c, __m512 t) {
     __m512i index = _mm512_setzero_si512();
     for (int bit = bits - 1; bit >= 0; --bit) {
-        const __mmask16 above =
-            _mm512_cmp_ps_mask(t, _mm512_permutexvar_ps(index, c->step[3 - bit]), _CMP_GT_OQ);
+        const __mmask16 above = _mm512_cmp_ps_mask(t, _mm512_permutexvar_ps(index, c->step[3 - bit]), _CMP_GT_OQ);
         index = _mm512_mask_or_epi32(index, above, index, _mm512_set1_epi32(1 << bit));
     }
     return index;
@@ -120,21 +122,20 @@ INLINE block sanitize(block x) {
     const __m512 limit = _mm512_set1_ps(TQI_F16_MAX), minus = _mm512_set1_ps(-TQI_F16_MAX);
     for (int i = 0; i < 2; ++i) {
         const __m512 number = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v[i], x.v[i], _CMP_ORD_Q), x.v[i]);
-        x.v[i]              = _mm512_max_ps(_mm512_min_ps(number, limit), minus);
+        x.v[i] = _mm512_max_ps(_mm512_min_ps(number, limit), minus);
     }
     return x;
 }
 
 /* Packs 16 indices: lanes 0..7 and 8..15 into a word each of 8 * bits bits. */
 INLINE void pack16(int bits, __m512i index, uint8_t * out) {
-    const __m512i shift =
-        bits == 3 ? _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 0, 3, 6, 9, 12, 15, 18, 21)
-                  : _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i shift = bits == 3 ? _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 0, 3, 6, 9, 12, 15, 18, 21)
+                                    : _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     __m512i word = _mm512_sllv_epi32(index, shift);
-    word         = _mm512_or_si512(word, _mm512_shuffle_epi32(word, _MM_PERM_BADC));
-    word         = _mm512_or_si512(word, _mm512_shuffle_epi32(word, _MM_PERM_CDAB));
-    word         = _mm512_or_si512(word, _mm512_shuffle_i32x4(word, word, 0xb1));
-    const uint32_t low  = (uint32_t) _mm_cvtsi128_si32(_mm512_castsi512_si128(word));
+    word = _mm512_or_si512(word, _mm512_shuffle_epi32(word, _MM_PERM_BADC));
+    word = _mm512_or_si512(word, _mm512_shuffle_epi32(word, _MM_PERM_CDAB));
+    word = _mm512_or_si512(word, _mm512_shuffle_i32x4(word, word, 0xb1));
+    const uint32_t low = (uint32_t) _mm_cvtsi128_si32(_mm512_castsi512_si128(word));
     const uint32_t high = (uint32_t) _mm_cvtsi128_si32(_mm512_extracti32x4_epi32(word, 2));
     memcpy(out, &low, (size_t) bits);
     memcpy(out + bits, &high, (size_t) bits);
@@ -152,28 +153,28 @@ INLINE void put_block(int bits, const table * c, uint16_t d, block t, uint8_t * 
 
 INLINE float search_scale(int bits, const tqi_codec * codec, const table * c, block y) {
     const float high = 1.0f / codec->levels[codec->n_levels - 1];
-    const float low  = 1.0f / codec->levels[0];
-    const float max  = _mm512_reduce_max_ps(_mm512_max_ps(y.v[0], y.v[1]));
-    const float min  = _mm512_reduce_min_ps(_mm512_min_ps(y.v[0], y.v[1]));
+    const float low = 1.0f / codec->levels[0];
+    const float max = _mm512_reduce_max_ps(_mm512_max_ps(y.v[0], y.v[1]));
+    const float min = _mm512_reduce_min_ps(_mm512_min_ps(y.v[0], y.v[1]));
     if (max < TQI_AMAX_MIN && -min < TQI_AMAX_MIN) {
         return 0.0f;
     }
     const float base[2] = { fmaxf(max * high, min * low), -fmaxf(-min * high, -max * low) };
-    float       best = -1.0f, d = 0.0f;
+    float best = -1.0f, d = 0.0f;
     for (int f = 0; f < codec->n_factors; ++f) {
         for (int s = 0; s < 2; ++s) {
             const __m512 inverse = _mm512_set1_ps(1.0f / (base[s] * codec->factors[f]));
-            block        a, b;
+            block a, b;
             for (int i = 0; i < 2; ++i) {
                 const __m512 v = _mm512_permutexvar_ps(index16(bits, c, _mm512_mul_ps(y.v[i], inverse)), c->levels);
-                a.v[i]         = _mm512_mul_ps(y.v[i], v);
-                b.v[i]         = _mm512_mul_ps(v, v);
+                a.v[i] = _mm512_mul_ps(y.v[i], v);
+                b.v[i] = _mm512_mul_ps(v, v);
             }
             const float yv = sum32(a), vv = sum32(b);
             const float gain = yv * yv / vv;
             if (gain > best) {
                 best = gain;
-                d    = yv / vv;
+                d = yv / vv;
             }
         }
     }
@@ -187,11 +188,11 @@ INLINE uint16_t f32_to_f16(float x) {
 INLINE void encode_search(int bits, const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
     const table c = load_table(codec);
     for (int64_t b = 0; b < n_blocks; ++b, x += TQ_BLOCK, blocks += 4 * bits + 2) {
-        block          y       = transform_block(TQI_SIGNS_FIRST, sanitize(load_block(x)));
-        const uint16_t d       = f32_to_f16(tqi_sanitize(search_scale(bits, codec, &c, y)));
-        const __m512   inverse = _mm512_set1_ps(1.0f / _cvtsh_ss(d));
-        y.v[0]                 = _mm512_mul_ps(y.v[0], inverse);
-        y.v[1]                 = _mm512_mul_ps(y.v[1], inverse);
+        block y = transform_block(TQI_SIGNS_FIRST, sanitize(load_block(x)));
+        const uint16_t d = f32_to_f16(tqi_sanitize(search_scale(bits, codec, &c, y)));
+        const __m512 inverse = _mm512_set1_ps(1.0f / _cvtsh_ss(d));
+        y.v[0] = _mm512_mul_ps(y.v[0], inverse);
+        y.v[1] = _mm512_mul_ps(y.v[1], inverse);
         put_block(bits, &c, d, y, blocks);
     }
 }
@@ -254,32 +255,36 @@ INLINE __m128i load_indices(int bits, const uint8_t * row, int64_t b, int64_t n_
 }
 
 /* For vpermb: of two blocks' 16 bytes, side by side, the two bytes that hold index c of each, in lane c; begin: index_begin. */
-#define BYTES_AT(bits, begin, c)                                                                                          \
-    (uint8_t) ((begin) + (bits) * (c) / 8), (uint8_t) (((begin) + (bits) * (c) / 8 + 1) % 16),                            \
-    (uint8_t) (16 + (begin) + (bits) * (c) / 8), (uint8_t) (16 + ((begin) + (bits) * (c) / 8 + 1) % 16)
-#define BYTES_AT4(bits, begin, c)                                                                                         \
-    BYTES_AT(bits, begin, c), BYTES_AT(bits, begin, (c) + 1), BYTES_AT(bits, begin, (c) + 2), BYTES_AT(bits, begin, (c) + 3)
-#define BYTES_OF(bits, begin, c)                                                                                          \
-    { BYTES_AT4(bits, begin, c), BYTES_AT4(bits, begin, (c) + 4), BYTES_AT4(bits, begin, (c) + 8), BYTES_AT4(bits, begin, (c) + 12) }
+#define BYTES_AT(bits, begin, c)                                                                                       \
+    (uint8_t) ((begin) + (bits) * (c) / 8), (uint8_t) (((begin) + (bits) * (c) / 8 + 1) % 16),                         \
+        (uint8_t) (16 + (begin) + (bits) * (c) / 8), (uint8_t) (16 + ((begin) + (bits) * (c) / 8 + 1) % 16)
+#define BYTES_AT4(bits, begin, c)                                                                                      \
+    BYTES_AT(bits, begin, c), BYTES_AT(bits, begin, (c) + 1), BYTES_AT(bits, begin, (c) + 2),                          \
+        BYTES_AT(bits, begin, (c) + 3)
+#define BYTES_OF(bits, begin, c)                                                                                       \
+    { BYTES_AT4(bits, begin, c), BYTES_AT4(bits, begin, (c) + 4), BYTES_AT4(bits, begin, (c) + 8),                     \
+      BYTES_AT4(bits, begin, (c) + 12) }
 
-static const uint8_t pair_bytes[3][2][64] = {
-    { BYTES_OF(3, 2, 0), BYTES_OF(3, 2, 16) }, { BYTES_OF(3, 4, 0), BYTES_OF(3, 4, 16) }, { BYTES_OF(4, 0, 0), BYTES_OF(4, 0, 16) }
-};
+static const uint8_t pair_bytes[3][2][64] = { { BYTES_OF(3, 2, 0), BYTES_OF(3, 2, 16) },
+                                              { BYTES_OF(3, 4, 0), BYTES_OF(3, 4, 16) },
+                                              { BYTES_OF(4, 0, 0), BYTES_OF(4, 0, 16) } };
 
 INLINE const uint8_t (*pair_bytes_of(int bits, int64_t b, int64_t n_blocks))[64] {
     return pair_bytes[bits == 4 ? 2 : index_begin(bits, b, n_blocks) == 2 ? 0 : 1];
 }
 
 INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
-    const __m512  levels = bits == 3 ? _mm512_broadcast_f32x8(_mm256_loadu_ps(codec->levels)) : _mm512_loadu_ps(codec->levels);
-    const __m512i shift  = bits == 3 ? _mm512_broadcast_i32x8(_mm256_setr_epi32(0, 3, 6, 1, 4, 7, 2, 5)) : _mm512_set1_epi64(4LL << 32);
+    const __m512 levels =
+        bits == 3 ? _mm512_broadcast_f32x8(_mm256_loadu_ps(codec->levels)) : _mm512_loadu_ps(codec->levels);
+    const __m512i shift =
+        bits == 3 ? _mm512_broadcast_i32x8(_mm256_setr_epi32(0, 3, 6, 1, 4, 7, 2, 5)) : _mm512_set1_epi64(4LL << 32);
     for (int64_t b = 0; b < n_blocks; ++b) {
-        const uint8_t(*at)[64] = pair_bytes_of(bits, b, n_blocks);
-        const __m512i bytes    = _mm512_zextsi128_si512(load_indices(bits, blocks, b, n_blocks));
-        const __m512  d        = _mm512_set1_ps(tqi_block_scale(blocks + b * (4 * bits + 2)));
+        const uint8_t (*at)[64] = pair_bytes_of(bits, b, n_blocks);
+        const __m512i bytes = _mm512_zextsi128_si512(load_indices(bits, blocks, b, n_blocks));
+        const __m512 d = _mm512_set1_ps(tqi_block_scale(blocks + b * (4 * bits + 2)));
         for (int h = 0; h < 2; ++h) {
             const __m512i word = _mm512_permutexvar_epi8(_mm512_loadu_si512(at[h]), bytes);
-            const __m512  v    = _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), levels);
+            const __m512 v = _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), levels);
             _mm512_storeu_ps(y + b * TQ_BLOCK + 16 * h, _mm512_mul_ps(d, v));
         }
     }
@@ -320,28 +325,28 @@ static void widen(const uint16_t * x, int64_t n, float * y) {
  * The factors are as large as they can be without a sum over a block's channels, or over a tile's tokens, overflowing 32 bits.
  * Rounding changes a score by 1e-4 of |q| |k| (standard deviation), a thousandth of what 3 bits do to it. */
 #define K_LEVEL_MAX 8191
-#define Q_MAX       8191
+#define Q_MAX 8191
 #define V_LEVEL_MAX 4095
-#define WEIGHT_MAX  8191
+#define WEIGHT_MAX 8191
 _Static_assert((int64_t) TQ_BLOCK * K_LEVEL_MAX * Q_MAX <= INT32_MAX, "scores must not overflow");
 _Static_assert((int64_t) TQI_AHEAD * V_LEVEL_MAX * WEIGHT_MAX <= INT32_MAX, "the sum over a tile must not overflow");
 
-#define TINY       1e-30f /* magnitudes below it count as zero, so that their reciprocals stay finite */
-#define MAX_BLOCKS 18     /* of a row at once: head_dim 576 */
+#define TINY 1e-30f   /* magnitudes below it count as zero, so that their reciprocals stay finite */
+#define MAX_BLOCKS 18 /* of a row at once: head_dim 576 */
 
 /* The codebook as integers for vpermw, which looks up by five bits: those above the index's own come from its neighbour and
  * must not matter, so the levels are repeated. step: what the integer 1 stands for. */
 typedef struct {
     __m512i levels;
-    float   step;
+    float step;
 } integer_table;
 
 INLINE integer_table load_integer_table(int bits, const tqi_codec * codec, int level_max) {
     integer_table c;
-    const float   low = -codec->levels[0], high = codec->levels[codec->n_levels - 1];
-    c.step               = (low > high ? low : high) / (float) level_max;
-    const __m512  levels = _mm512_div_ps(_mm512_loadu_ps(codec->levels), _mm512_set1_ps(c.step));
-    const __m256i words  = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(levels));
+    const float low = -codec->levels[0], high = codec->levels[codec->n_levels - 1];
+    c.step = (low > high ? low : high) / (float) level_max;
+    const __m512 levels = _mm512_div_ps(_mm512_loadu_ps(codec->levels), _mm512_set1_ps(c.step));
+    const __m256i words = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(levels));
     c.levels = bits == 3 ? _mm512_broadcast_i32x4(_mm256_castsi256_si128(words)) : _mm512_broadcast_i64x4(words);
     return c;
 }
@@ -363,13 +368,13 @@ INLINE __m512 load_scales(const uint16_t * d) {
 /* Rounds n vectors of values to integers of magnitude max at most; returns what the integer 1 stands for (NaN if a value is
  * not finite). */
 INLINE float round_to_words(const __m512 * x, int n, int max, uint16_t * words) {
-    __m512    top = _mm512_setzero_ps();
+    __m512 top = _mm512_setzero_ps();
     __mmask16 bad = 0;
     for (int i = 0; i < n; ++i) {
         top = _mm512_max_ps(top, _mm512_abs_ps(x[i]));
         bad |= _mm512_fpclass_ps_mask(x[i], 0x99);
     }
-    const float  largest = _mm512_reduce_max_ps(top);
+    const float largest = _mm512_reduce_max_ps(top);
     const __m512 inverse = _mm512_set1_ps(largest < TINY ? 0.0f : (float) max / largest);
     for (int i = 0; i < n; ++i) {
         _mm256_storeu_si256((__m256i *) (void *) (words + 16 * i),
@@ -387,20 +392,20 @@ INLINE void transpose16(int bits, const uint8_t * const * rows, int b, int n_blo
     /* a group of eight 3-bit indices is three bytes: one dword each */
     const __m128i place = _mm_add_epi8(_mm_setr_epi8(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11),
                                        _mm_set1_epi8((char) index_begin(bits, b, n_blocks)));
-    __m512i       x[4];
+    __m512i x[4];
     for (int i = 0; i < 4; ++i) {
         __m512i y = _mm512_castsi128_si512(load_indices(bits, rows[i], b, n_blocks));
-        y         = _mm512_inserti32x4(y, load_indices(bits, rows[i + 4], b, n_blocks), 1);
-        y         = _mm512_inserti32x4(y, load_indices(bits, rows[i + 8], b, n_blocks), 2);
-        y         = _mm512_inserti32x4(y, load_indices(bits, rows[i + 12], b, n_blocks), 3);
-        x[i]      = bits == 3 ? _mm512_shuffle_epi8(y, _mm512_broadcast_i32x4(place)) : y;
+        y = _mm512_inserti32x4(y, load_indices(bits, rows[i + 4], b, n_blocks), 1);
+        y = _mm512_inserti32x4(y, load_indices(bits, rows[i + 8], b, n_blocks), 2);
+        y = _mm512_inserti32x4(y, load_indices(bits, rows[i + 12], b, n_blocks), 3);
+        x[i] = bits == 3 ? _mm512_shuffle_epi8(y, _mm512_broadcast_i32x4(place)) : y;
     }
     const __m512i lo01 = _mm512_unpacklo_epi32(x[0], x[1]), lo23 = _mm512_unpacklo_epi32(x[2], x[3]);
     const __m512i hi01 = _mm512_unpackhi_epi32(x[0], x[1]), hi23 = _mm512_unpackhi_epi32(x[2], x[3]);
-    groups[0]          = _mm512_unpacklo_epi64(lo01, lo23);
-    groups[1]          = _mm512_unpackhi_epi64(lo01, lo23);
-    groups[2]          = _mm512_unpacklo_epi64(hi01, hi23);
-    groups[3]          = _mm512_unpackhi_epi64(hi01, hi23);
+    groups[0] = _mm512_unpacklo_epi64(lo01, lo23);
+    groups[1] = _mm512_unpackhi_epi64(lo01, lo23);
+    groups[2] = _mm512_unpacklo_epi64(hi01, hi23);
+    groups[3] = _mm512_unpackhi_epi64(hi01, hi23);
 }
 
 /* For vpmultishiftqb: brings indices j and j + 1 of each dword's group into the low bits of its two words. */
@@ -410,25 +415,25 @@ INLINE __m512i pair_shift(int bits, int j) {
 }
 
 /* Blocks b0 .. b0 + n_part - 1 of the rows; adds to s if b0 is not the first. */
-INLINE void scores_part(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q,
-                        int n_blocks, int b0, int n_part, float * s, int ld) {
-    const integer_table c     = load_integer_table(bits, codec, K_LEVEL_MAX);
-    const int           bytes = 4 * bits + 2;
-    uint16_t            q_words[TQI_MAX_FUSED][MAX_BLOCKS * TQ_BLOCK], d[MAX_BLOCKS][TQI_AHEAD];
-    float               q_unit[TQI_MAX_FUSED][MAX_BLOCKS];
+INLINE void scores_part(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
+                        const float * q, int n_blocks, int b0, int n_part, float * s, int ld) {
+    const integer_table c = load_integer_table(bits, codec, K_LEVEL_MAX);
+    const int bytes = 4 * bits + 2;
+    uint16_t q_words[TQI_MAX_FUSED][MAX_BLOCKS * TQ_BLOCK], d[MAX_BLOCKS][TQI_AHEAD];
+    float q_unit[TQI_MAX_FUSED][MAX_BLOCKS];
     for (int i = 0; i < n_q; ++i) {
         for (int b = 0; b < n_part; ++b) {
             const block x = load_block(q + (i * n_blocks + b0 + b) * TQ_BLOCK);
-            q_unit[i][b]  = c.step * round_to_words(x.v, 2, Q_MAX, q_words[i] + b * TQ_BLOCK);
+            q_unit[i][b] = c.step * round_to_words(x.v, 2, Q_MAX, q_words[i] + b * TQ_BLOCK);
         }
     }
     for (int b = 0; b < n_part; ++b) {
         gather_scales(k + (b0 + b) * bytes, stride, n_tok, d[b]);
     }
     for (int t = 0; t < n_tok; t += 16) {
-        const int       n = n_tok - t < 16 ? n_tok - t : 16;
+        const int n = n_tok - t < 16 ? n_tok - t : 16;
         const uint8_t * rows[16]; /* past the end: the last row again, not stored */
-        __m512          total[TQI_MAX_FUSED];
+        __m512 total[TQI_MAX_FUSED];
         for (int j = 0; j < 16; ++j) {
             rows[j] = k + (size_t) (t + (j < n ? j : n - 1)) * stride;
             tqi_prefetch(rows[j] + TQI_AHEAD * stride, (size_t) (n_blocks * bytes));
@@ -444,7 +449,7 @@ INLINE void scores_part(int bits, int n_q, const tqi_codec * codec, const uint8_
             }
             UNROLL
             for (int j = 0; j < TQ_BLOCK; j += 2) {
-                const __m512i index  = _mm512_multishift_epi64_epi8(pair_shift(bits, j % 8), groups[j / 8]);
+                const __m512i index = _mm512_multishift_epi64_epi8(pair_shift(bits, j % 8), groups[j / 8]);
                 const __m512i levels = _mm512_permutexvar_epi16(index, c.levels);
                 for (int i = 0; i < n_q; ++i) {
                     sum[i] = _mm512_dpwssd_epi32(sum[i], levels, pair_at(q_words[i] + b * TQ_BLOCK + j));
@@ -452,7 +457,8 @@ INLINE void scores_part(int bits, int n_q, const tqi_codec * codec, const uint8_
             }
             const __m512 scale = load_scales(d[b] + t);
             for (int i = 0; i < n_q; ++i) {
-                total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), _mm512_mul_ps(scale, _mm512_set1_ps(q_unit[i][b])), total[i]);
+                total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]),
+                                           _mm512_mul_ps(scale, _mm512_set1_ps(q_unit[i][b])), total[i]);
             }
         }
         const __mmask16 stored = (__mmask16) ((1u << n) - 1u);
@@ -466,8 +472,8 @@ INLINE void scores_part(int bits, int n_q, const tqi_codec * codec, const uint8_
     }
 }
 
-INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q,
-                        int n_blocks, float * s, int ld) {
+INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
+                        const float * q, int n_blocks, float * s, int ld) {
     for (int b = 0; b < n_blocks; b += MAX_BLOCKS) {
         const int n_part = n_blocks - b < MAX_BLOCKS ? n_blocks - b : MAX_BLOCKS;
         scores_part(bits, n_q, codec, k, stride, n_tok, q, n_blocks, b, n_part, s, ld);
@@ -475,31 +481,33 @@ INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_
 }
 
 /* One block of all rows, whose scales are d: adds to o, the block of query vector 0. */
-INLINE void accumulate_block(int bits, int n_q, const integer_table * c, const uint8_t * v, size_t stride, int n_tok, const float * p,
-                             int ld, int b, int n_blocks, const uint16_t * d, float * o) {
-    const __m512i    shift = bits == 3 ? _mm512_broadcast_i32x8(_mm256_setr_epi16(0, 0, 3, 3, 6, 6, 1, 1, 4, 4, 7, 7, 2, 2, 5, 5))
-                                       : _mm512_set1_epi64(0x0004000400000000);
-    const uint8_t(*at)[64] = pair_bytes_of(bits, b, n_blocks);
-    const __m512i    bytes[2] = { _mm512_loadu_si512(at[0]), _mm512_loadu_si512(at[1]) };
-    uint16_t         weights[TQI_MAX_FUSED][TQI_AHEAD];
-    float            unit[TQI_MAX_FUSED];
-    __m512i          sum[TQI_MAX_FUSED][2];
+INLINE void accumulate_block(int bits, int n_q, const integer_table * c, const uint8_t * v, size_t stride, int n_tok,
+                             const float * p, int ld, int b, int n_blocks, const uint16_t * d, float * o) {
+    const __m512i shift =
+        bits == 3 ? _mm512_broadcast_i32x8(_mm256_setr_epi16(0, 0, 3, 3, 6, 6, 1, 1, 4, 4, 7, 7, 2, 2, 5, 5))
+                  : _mm512_set1_epi64(0x0004000400000000);
+    const uint8_t (*at)[64] = pair_bytes_of(bits, b, n_blocks);
+    const __m512i bytes[2] = { _mm512_loadu_si512(at[0]), _mm512_loadu_si512(at[1]) };
+    uint16_t weights[TQI_MAX_FUSED][TQI_AHEAD];
+    float unit[TQI_MAX_FUSED];
+    __m512i sum[TQI_MAX_FUSED][2];
     for (int i = 0; i < n_q; ++i) {
         __m512 w[TQI_AHEAD / 16];
         for (int j = 0; j < TQI_AHEAD / 16; ++j) {
-            const int       n    = n_tok - 16 * j;
+            const int n = n_tok - 16 * j;
             const __mmask16 mask = (__mmask16) (n >= 16 ? 0xffffu : n > 0 ? (1u << n) - 1u : 0u);
-            w[j]                 = _mm512_maskz_mul_ps(mask, load_scales(d + 16 * j), _mm512_maskz_loadu_ps(mask, p + i * ld + 16 * j));
+            w[j] = _mm512_maskz_mul_ps(mask, load_scales(d + 16 * j), _mm512_maskz_loadu_ps(mask, p + i * ld + 16 * j));
         }
-        unit[i]   = c->step * round_to_words(w, TQI_AHEAD / 16, WEIGHT_MAX, weights[i]);
+        unit[i] = c->step * round_to_words(w, TQI_AHEAD / 16, WEIGHT_MAX, weights[i]);
         sum[i][0] = sum[i][1] = _mm512_setzero_si512();
     }
     for (int t = 0; t < n_tok; t += 2, v += 2 * stride) {
-        const uint8_t * next = t + 1 < n_tok ? v + stride : v; /* an odd last token is paired with itself, at weight 0 */
-        const __m512i   x    = _mm512_castsi256_si512(_mm256_inserti128_si256(
+        const uint8_t * next =
+            t + 1 < n_tok ? v + stride : v; /* an odd last token is paired with itself, at weight 0 */
+        const __m512i x = _mm512_castsi256_si512(_mm256_inserti128_si256(
             _mm256_castsi128_si256(load_indices(bits, v, b, n_blocks)), load_indices(bits, next, b, n_blocks), 1));
         for (int h = 0; h < 2; ++h) {
-            const __m512i index  = _mm512_srlv_epi16(_mm512_permutexvar_epi8(bytes[h], x), shift);
+            const __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(bytes[h], x), shift);
             const __m512i levels = _mm512_permutexvar_epi16(index, c->levels);
             for (int i = 0; i < n_q; ++i) {
                 sum[i][h] = _mm512_dpwssd_epi32(sum[i][h], levels, pair_at(weights[i] + t));
@@ -509,7 +517,8 @@ INLINE void accumulate_block(int bits, int n_q, const integer_table * c, const u
     for (int i = 0; i < n_q; ++i) {
         for (int h = 0; h < 2; ++h) {
             float * to = o + i * n_blocks * TQ_BLOCK + 16 * h;
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][h]), _mm512_set1_ps(unit[i]), _mm512_loadu_ps(to)));
+            _mm512_storeu_ps(
+                to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][h]), _mm512_set1_ps(unit[i]), _mm512_loadu_ps(to)));
         }
     }
 }
@@ -517,13 +526,13 @@ INLINE void accumulate_block(int bits, int n_q, const integer_table * c, const u
 /* Rows in parts of a tile and of MAX_BLOCKS. */
 INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,
                             const float * p, int ld, int n_blocks, float * o) {
-    const integer_table c     = load_integer_table(bits, codec, V_LEVEL_MAX);
-    const int           bytes = 4 * bits + 2;
+    const integer_table c = load_integer_table(bits, codec, V_LEVEL_MAX);
+    const int bytes = 4 * bits + 2;
     for (int t0 = 0; t0 < n_tok; t0 += TQI_AHEAD, v += TQI_AHEAD * stride, p += TQI_AHEAD) {
         const int n = n_tok - t0 < TQI_AHEAD ? n_tok - t0 : TQI_AHEAD;
         for (int b0 = 0; b0 < n_blocks; b0 += MAX_BLOCKS) {
             const int n_part = n_blocks - b0 < MAX_BLOCKS ? n_blocks - b0 : MAX_BLOCKS;
-            uint16_t  d[MAX_BLOCKS][TQI_AHEAD];
+            uint16_t d[MAX_BLOCKS][TQI_AHEAD];
             for (int b = 0; b < n_part; ++b) {
                 gather_scales(v + (b0 + b) * bytes, stride, n, d[b]);
             }
@@ -537,8 +546,8 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
     }
 }
 
-static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
-                   float * s, int ld) {
+static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
+                   int n_blocks, float * s, int ld) {
     if (codec->trellis) {
         tqi_trellis_scores_avx512(codec, k, stride, n_tok, q, n_q, n_blocks, s, ld);
         return;
@@ -550,8 +559,8 @@ static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, in
     }
 }
 
-static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
-                       int n_blocks, float * o) {
+static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
+                       int n_q, int n_blocks, float * o) {
     if (codec->trellis) {
         tqi_trellis_accumulate_avx512(codec, v, stride, n_tok, p, ld, n_q, n_blocks, o);
         return;
@@ -567,33 +576,34 @@ static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride
  * 2e-7 (ln 2 in two parts after Cody and Waite). */
 INLINE __m512 exp16(__m512 x) {
     const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
-    const __m512    n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512          r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r                 = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 e          = _mm512_set1_ps(1.0f / 720.0f);
-    e                 = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 120.0f));
-    e                 = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 24.0f));
-    e                 = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 6.0f));
-    e                 = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.5f));
-    e                 = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f));
-    e                 = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 e = _mm512_set1_ps(1.0f / 720.0f);
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 120.0f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 24.0f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 6.0f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.5f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f));
     return _mm512_maskz_scalef_ps(normal, e, n);
 }
 
 static float softmax_row(float * s, int n, float * max, float * sum) {
     const __m512 nothing = _mm512_set1_ps(-INFINITY);
-    __m512       v       = _mm512_set1_ps(*max);
+    __m512 v = _mm512_set1_ps(*max);
     for (int t = 0; t < n; t += 16) {
         const __mmask16 mask = (__mmask16) (n - t >= 16 ? 0xffffu : (1u << (n - t)) - 1u);
-        v                    = _mm512_max_ps(v, _mm512_mask_loadu_ps(nothing, mask, s + t));
+        v = _mm512_max_ps(v, _mm512_mask_loadu_ps(nothing, mask, s + t));
     }
-    const float top    = _mm512_reduce_max_ps(v);
-    const float base   = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
+    const float top = _mm512_reduce_max_ps(v);
+    const float base = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
     const float factor = top == *max ? 1.0f : expf(*max - top);
-    __m512      total  = _mm512_setzero_ps();
+    __m512 total = _mm512_setzero_ps();
     for (int t = 0; t < n; t += 16) {
         const __mmask16 mask = (__mmask16) (n - t >= 16 ? 0xffffu : (1u << (n - t)) - 1u);
-        const __m512    e    = exp16(_mm512_sub_ps(_mm512_mask_loadu_ps(nothing, mask, s + t), _mm512_set1_ps(base)));
+        const __m512 e = exp16(_mm512_sub_ps(_mm512_mask_loadu_ps(nothing, mask, s + t), _mm512_set1_ps(base)));
         _mm512_mask_storeu_ps(s + t, mask, e);
         total = _mm512_add_ps(total, e);
     }
@@ -603,8 +613,8 @@ static float softmax_row(float * s, int n, float * max, float * sum) {
 }
 
 /* n_row rows of c at a time, n_vec vectors of columns: at most 24 sums in registers. */
-INLINE void gemm_rows(int n_row, int n_vec, const float * a, int a_row, int a_k, const float * b, int n_k, int n_col, int add,
-                      float * c) {
+INLINE void gemm_rows(int n_row, int n_vec, const float * a, int a_row, int a_k, const float * b, int n_k, int n_col,
+                      int add, float * c) {
     __m512 sum[12][2];
     for (int r = 0; r < n_row; ++r) {
         for (int j = 0; j < n_vec; ++j) {
@@ -630,21 +640,25 @@ INLINE void gemm_rows(int n_row, int n_vec, const float * a, int a_row, int a_k,
     }
 }
 
-INLINE void gemm_columns(int n_vec, const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add,
-                         float * c) {
+INLINE void gemm_columns(int n_vec, const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col,
+                         int add, float * c) {
     int r = 0;
     for (; r + 12 <= n_row; r += 12) {
-        gemm_rows(12, n_vec, a + (size_t) r * (size_t) a_row, a_row, a_k, b, n_k, n_col, add, c + (size_t) r * (size_t) n_col);
+        gemm_rows(12, n_vec, a + (size_t) r * (size_t) a_row, a_row, a_k, b, n_k, n_col, add,
+                  c + (size_t) r * (size_t) n_col);
     }
     for (; r + 4 <= n_row; r += 4) {
-        gemm_rows(4, n_vec, a + (size_t) r * (size_t) a_row, a_row, a_k, b, n_k, n_col, add, c + (size_t) r * (size_t) n_col);
+        gemm_rows(4, n_vec, a + (size_t) r * (size_t) a_row, a_row, a_k, b, n_k, n_col, add,
+                  c + (size_t) r * (size_t) n_col);
     }
     for (; r < n_row; ++r) {
-        gemm_rows(1, n_vec, a + (size_t) r * (size_t) a_row, a_row, a_k, b, n_k, n_col, add, c + (size_t) r * (size_t) n_col);
+        gemm_rows(1, n_vec, a + (size_t) r * (size_t) a_row, a_row, a_k, b, n_k, n_col, add,
+                  c + (size_t) r * (size_t) n_col);
     }
 }
 
-static void gemm(const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add, float * c) {
+static void gemm(const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add,
+                 float * c) {
     int j = 0;
     for (; j + 32 <= n_col; j += 32) {
         gemm_columns(2, a, a_row, a_k, b + j, n_row, n_k, n_col, add, c + j);
@@ -657,15 +671,15 @@ static void gemm(const float * a, int a_row, int a_k, const float * b, int n_row
 static void softmax_columns(float * s, int n_row, int n_col, float * max, float * sum, float * factor) {
     for (int j = 0; j < n_col; j += 16) {
         const __m512 old = _mm512_loadu_ps(max + j);
-        __m512       top = old;
+        __m512 top = old;
         for (int t = 0; t < n_row; ++t) {
             top = _mm512_max_ps(_mm512_loadu_ps(s + t * n_col + j), top);
         }
         /* a column that has seen no key yet: subtract 0 instead of -infinity, so that its exponentials are 0, not NaN */
         const __mmask16 seen = _mm512_cmp_ps_mask(top, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
-        const __m512    base = _mm512_maskz_mov_ps(seen, top);
-        const __m512    f    = exp16(_mm512_sub_ps(old, base));
-        __m512          total = _mm512_mul_ps(f, _mm512_loadu_ps(sum + j));
+        const __m512 base = _mm512_maskz_mov_ps(seen, top);
+        const __m512 f = exp16(_mm512_sub_ps(old, base));
+        __m512 total = _mm512_mul_ps(f, _mm512_loadu_ps(sum + j));
         for (int t = 0; t < n_row; ++t) {
             const __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(s + t * n_col + j), base));
             _mm512_storeu_ps(s + t * n_col + j, e);
@@ -679,34 +693,34 @@ static void softmax_columns(float * s, int n_row, int n_col, float * max, float 
 
 /* ---- Rows of a tail ---- */
 
-#define VF                 __m512
-#define VF_LANES           16
-#define vf_zero()          _mm512_setzero_ps()
-#define vf_set1(x)         _mm512_set1_ps(x)
-#define vf_load(p)         _mm512_loadu_ps(p)
-#define vf_store(p, a)     _mm512_storeu_ps(p, a)
-#define vf_load_f16(p)     _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (const void *) (p)))
+#define VF __m512
+#define VF_LANES 16
+#define vf_zero() _mm512_setzero_ps()
+#define vf_set1(x) _mm512_set1_ps(x)
+#define vf_load(p) _mm512_loadu_ps(p)
+#define vf_store(p, a) _mm512_storeu_ps(p, a)
+#define vf_load_f16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (const void *) (p)))
 #define vf_store_f16(p, a) _mm256_storeu_si256((__m256i *) (void *) (p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
 #define vf_clamp(a, limit) _mm512_min_ps(_mm512_max_ps(a, _mm512_set1_ps(-(limit))), _mm512_set1_ps(limit))
-#define vf_fma(a, b, c)    _mm512_fmadd_ps(a, b, c)
-#define vf_sum(a)          _mm512_reduce_add_ps(a)
+#define vf_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define vf_sum(a) _mm512_reduce_add_ps(a)
 #include "rows_f16.h"
 
 const tqi_kernels tqi_kernels_avx512 = {
-    .name              = "avx512",
-    .supported         = supported,
-    .encode            = encode,
-    .decode            = decode,
-    .unpack            = unpack,
-    .widen             = widen,
-    .narrow            = narrow,
-    .transform         = transform,
+    .name = "avx512",
+    .supported = supported,
+    .encode = encode,
+    .decode = decode,
+    .unpack = unpack,
+    .widen = widen,
+    .narrow = narrow,
+    .transform = transform,
     .inverse_transform = inverse_transform,
-    .scores            = scores,
-    .accumulate        = accumulate,
-    .scores_f16        = scores_f16,
-    .accumulate_f16    = accumulate_f16,
-    .softmax_row       = softmax_row,
-    .gemm              = gemm,
-    .softmax_columns   = softmax_columns,
+    .scores = scores,
+    .accumulate = accumulate,
+    .scores_f16 = scores_f16,
+    .accumulate_f16 = accumulate_f16,
+    .softmax_row = softmax_row,
+    .gemm = gemm,
+    .softmax_columns = softmax_columns,
 };

@@ -59,7 +59,7 @@ static void put_block(const tqi_codec * codec, uint16_t d, const float * t, uint
 
 /* sum y v and sum v v for the codebook values v nearest to y / d. */
 static void fit(const tqi_codec * codec, const float * y, float d, float * yv, float * vv) {
-    float       a[TQ_BLOCK], b[TQ_BLOCK];
+    float a[TQ_BLOCK], b[TQ_BLOCK];
     const float inverse = 1.0f / d;
     for (int i = 0; i < TQ_BLOCK; ++i) {
         const float v = codec->levels[index_of(codec, y[i] * inverse)];
@@ -73,8 +73,8 @@ static void fit(const tqi_codec * codec, const float * y, float d, float * yv, f
 /* Least-squares scale over the candidates: with indices fixed, the squared error is sum y^2 - (sum y v)^2 / sum v^2. */
 static float search_scale(const tqi_codec * codec, const float * y) {
     const float high = 1.0f / codec->levels[codec->n_levels - 1];
-    const float low  = 1.0f / codec->levels[0];
-    float       max = y[0], min = y[0];
+    const float low = 1.0f / codec->levels[0];
+    float max = y[0], min = y[0];
     for (int i = 1; i < TQ_BLOCK; ++i) {
         max = y[i] > max ? y[i] : max;
         min = y[i] < min ? y[i] : min;
@@ -84,7 +84,7 @@ static float search_scale(const tqi_codec * codec, const float * y) {
     }
     /* the smallest scale that clips nothing, with the codebook as it is and mirrored */
     const float base[2] = { fmaxf(max * high, min * low), -fmaxf(-min * high, -max * low) };
-    float       best = -1.0f, d = 0.0f;
+    float best = -1.0f, d = 0.0f;
     for (int f = 0; f < codec->n_factors; ++f) {
         for (int s = 0; s < 2; ++s) {
             float yv, vv;
@@ -92,7 +92,7 @@ static float search_scale(const tqi_codec * codec, const float * y) {
             const float gain = yv * yv / vv;
             if (gain > best) {
                 best = gain;
-                d    = yv / vv;
+                d = yv / vv;
             }
         }
     }
@@ -113,7 +113,7 @@ static void encode_block(const tqi_codec * codec, const float * x, uint8_t * blo
                 return;
             }
             const uint16_t h = tqi_f32_to_f16(tqi_sanitize(search_scale(codec, y)));
-            const float    inverse = 1.0f / tqi_f16_to_f32(h);
+            const float inverse = 1.0f / tqi_f16_to_f32(h);
             for (int i = 0; i < TQ_BLOCK; ++i) {
                 y[i] *= inverse;
             }
@@ -156,7 +156,7 @@ static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, u
 }
 
 static void unpack_block(const tqi_codec * codec, const uint8_t * block, float * y) {
-    uint8_t     index[TQ_BLOCK];
+    uint8_t index[TQ_BLOCK];
     const float d = tqi_block_scale(block);
     if (codec->trellis) {
         tqi_trellis_unpack_portable(codec, block, 1, y);
@@ -199,8 +199,8 @@ static void widen(const uint16_t * x, int64_t n, float * y) {
 
 /* ---- Attention ---- */
 
-static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int n_blocks,
-                   float * s, int ld) {
+static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
+                   int n_blocks, float * s, int ld) {
     for (int t = 0; t < n_tok; ++t) {
         for (int i = 0; i < n_q; ++i) {
             s[i * ld + t] = 0.0f;
@@ -209,8 +209,8 @@ static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, in
             float y[TQ_BLOCK];
             unpack_block(codec, k + (size_t) t * stride + (size_t) (b * codec->block_bytes), y);
             for (int i = 0; i < n_q; ++i) {
-                const float * qb  = q + (i * n_blocks + b) * TQ_BLOCK;
-                float         sum = 0.0f;
+                const float * qb = q + (i * n_blocks + b) * TQ_BLOCK;
+                float sum = 0.0f;
                 for (int j = 0; j < TQ_BLOCK; ++j) {
                     sum += y[j] * qb[j];
                 }
@@ -220,8 +220,8 @@ static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, in
     }
 }
 
-static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q,
-                       int n_blocks, float * o) {
+static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
+                       int n_q, int n_blocks, float * o) {
     for (int t = 0; t < n_tok; ++t) {
         for (int b = 0; b < n_blocks; ++b) {
             float y[TQ_BLOCK];
@@ -242,7 +242,7 @@ static float softmax_row(float * s, int n, float * max, float * sum) {
         top = fmaxf(top, s[t]);
     }
     const float factor = top == *max ? 1.0f : expf(*max - top);
-    const float base   = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
+    const float base = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
     *sum *= factor;
     for (int t = 0; t < n; ++t) {
         s[t] = expf(s[t] - base);
@@ -252,14 +252,15 @@ static float softmax_row(float * s, int n, float * max, float * sum) {
     return factor;
 }
 
-static void gemm(const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add, float * c) {
+static void gemm(const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add,
+                 float * c) {
     for (int r = 0; r < n_row; ++r) {
         float * cr = c + (size_t) r * (size_t) n_col;
         if (!add) {
             memset(cr, 0, (size_t) n_col * sizeof(float));
         }
         for (int k = 0; k < n_k; ++k) {
-            const float   w  = a[(size_t) r * (size_t) a_row + (size_t) k * (size_t) a_k];
+            const float w = a[(size_t) r * (size_t) a_row + (size_t) k * (size_t) a_k];
             const float * bk = b + (size_t) k * (size_t) n_col;
             for (int j = 0; j < n_col; ++j) {
                 cr[j] += w * bk[j];
@@ -288,18 +289,18 @@ static void softmax_columns(float * s, int n_row, int n_col, float * max, float 
 
 /* ---- Rows of a tail ---- */
 
-#define INLINE             static inline
-#define VF                 float
-#define VF_LANES           1
-#define vf_zero()          0.0f
-#define vf_set1(x)         (x)
-#define vf_load(p)         (*(p))
-#define vf_store(p, a)     (*(p) = (a))
-#define vf_load_f16(p)     tqi_f16_to_f32(tqi_load_u16(p))
+#define INLINE static inline
+#define VF float
+#define VF_LANES 1
+#define vf_zero() 0.0f
+#define vf_set1(x) (x)
+#define vf_load(p) (*(p))
+#define vf_store(p, a) (*(p) = (a))
+#define vf_load_f16(p) tqi_f16_to_f32(tqi_load_u16(p))
 #define vf_store_f16(p, a) store_f16(p, a)
 #define vf_clamp(a, limit) fminf(fmaxf(a, -(limit)), limit)
-#define vf_fma(a, b, c)    ((a) * (b) + (c))
-#define vf_sum(a)          (a)
+#define vf_fma(a, b, c) ((a) * (b) + (c))
+#define vf_sum(a) (a)
 
 static void store_f16(uint16_t * to, float x) {
     const uint16_t h = tqi_f32_to_f16(x);
@@ -309,20 +310,20 @@ static void store_f16(uint16_t * to, float x) {
 #include "rows_f16.h"
 
 const tqi_kernels tqi_kernels_portable = {
-    .name              = "portable",
-    .supported         = supported,
-    .encode            = encode,
-    .decode            = decode,
-    .unpack            = unpack,
-    .widen             = widen,
-    .narrow            = narrow,
-    .transform         = transform,
+    .name = "portable",
+    .supported = supported,
+    .encode = encode,
+    .decode = decode,
+    .unpack = unpack,
+    .widen = widen,
+    .narrow = narrow,
+    .transform = transform,
     .inverse_transform = inverse_transform,
-    .scores            = scores,
-    .accumulate        = accumulate,
-    .scores_f16        = scores_f16,
-    .accumulate_f16    = accumulate_f16,
-    .softmax_row       = softmax_row,
-    .gemm              = gemm,
-    .softmax_columns   = softmax_columns,
+    .scores = scores,
+    .accumulate = accumulate,
+    .scores_f16 = scores_f16,
+    .accumulate_f16 = accumulate_f16,
+    .softmax_row = softmax_row,
+    .gemm = gemm,
+    .softmax_columns = softmax_columns,
 };

@@ -5,10 +5,11 @@
  * INLINE. The rows are few beside the blocks of a cache and are read in f32: what they cost is the conversion. */
 #include "kernels.h"
 
-INLINE void scores_f16_rows(int n_q, const uint8_t * k, size_t stride, int n_tok, const float * q, int dim, float * s, int ld) {
+INLINE void scores_f16_rows(int n_q, const uint8_t * k, size_t stride, int n_tok, const float * q, int dim, float * s,
+                            int ld) {
     for (int t = 0; t < n_tok; ++t) {
         const uint16_t * row = (const uint16_t *) (const void *) (k + (size_t) t * stride);
-        VF               sum[TQI_MAX_FUSED];
+        VF sum[TQI_MAX_FUSED];
         for (int i = 0; i < n_q; ++i) {
             sum[i] = vf_zero();
         }
@@ -24,7 +25,8 @@ INLINE void scores_f16_rows(int n_q, const uint8_t * k, size_t stride, int n_tok
     }
 }
 
-INLINE void accumulate_f16_rows(int n_q, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int dim, float * o) {
+INLINE void accumulate_f16_rows(int n_q, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int dim,
+                                float * o) {
     for (int j = 0; j < dim; j += VF_LANES) {
         VF sum[TQI_MAX_FUSED];
         for (int i = 0; i < n_q; ++i) {
@@ -42,14 +44,16 @@ INLINE void accumulate_f16_rows(int n_q, const uint8_t * v, size_t stride, int n
     }
 }
 
-#define SCORES_F16(BITS, N_Q, ...)     scores_f16_rows(N_Q, __VA_ARGS__)
+#define SCORES_F16(BITS, N_Q, ...) scores_f16_rows(N_Q, __VA_ARGS__)
 #define ACCUMULATE_F16(BITS, N_Q, ...) accumulate_f16_rows(N_Q, __VA_ARGS__)
 
-static void scores_f16(const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int dim, float * s, int ld) {
+static void scores_f16(const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int dim, float * s,
+                       int ld) {
     TQI_BY_N_Q(SCORES_F16, 16, n_q, k, stride, n_tok, q, dim, s, ld)
 }
 
-static void accumulate_f16(const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q, int dim, float * o) {
+static void accumulate_f16(const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q, int dim,
+                           float * o) {
     TQI_BY_N_Q(ACCUMULATE_F16, 16, n_q, v, stride, n_tok, p, ld, dim, o)
 }
 

@@ -22,11 +22,11 @@ static int subset_of(uint32_t t, int i) {
 static void step(const float * distance, float * cost, int * origin) {
     float next[TQI_STATES];
     for (int s = 0; s < TQI_STATES; ++s) {
-        const int   bit = s >> 2, a = s >> 1 & 1, b = s & 1;
-        const int   from = 4 * a + 2 * b; /* or the state after it: the bit that is shifted out was 0 or 1 */
+        const int bit = s >> 2, a = s >> 1 & 1, b = s & 1;
+        const int from = 4 * a + 2 * b; /* or the state after it: the bit that is shifted out was 0 or 1 */
         const float zero = cost[from] + distance[2 * (bit ^ a) + b];
-        const float one  = cost[from + 1] + distance[2 * (bit ^ a ^ 1) + b];
-        next[s]   = one < zero ? one : zero;
+        const float one = cost[from + 1] + distance[2 * (bit ^ a ^ 1) + b];
+        next[s] = one < zero ? one : zero;
         origin[s] = one < zero ? from + 1 : from;
     }
     memcpy(cost, next, sizeof next);
@@ -41,7 +41,7 @@ static void step(const float * distance, float * cost, int * origin) {
  * the work. */
 static uint32_t closed_path(const float (*distances)[TQI_SUBSETS], float * distance) {
     float cost[TQI_STATES] = { 0 };
-    int   origin[TQ_BLOCK][TQI_STATES], cut[TQI_STATES];
+    int origin[TQ_BLOCK][TQI_STATES], cut[TQI_STATES];
     for (int i = TQI_CUT; i < TQ_BLOCK; ++i) {
         step(distances[i], cost, origin[i]);
     }
@@ -89,25 +89,25 @@ static float search_path(const tqi_codec * codec, const float * y, uint32_t * t)
     float best = INFINITY, inverse = 1.0f;
     for (int c = 0; c < TQI_CANDIDATES; ++c) {
         const float tried = 1.0f / scale[c];
-        float       distances[TQ_BLOCK][TQI_SUBSETS], distance;
+        float distances[TQ_BLOCK][TQI_SUBSETS], distance;
         for (int i = 0; i < TQ_BLOCK; ++i) {
             for (int u = 0; u < TQI_SUBSETS; ++u) {
-                const float x          = y[i] * tried;
+                const float x = y[i] * tried;
                 const float difference = x - codec->levels[TQI_SUBSETS * nearest(codec, u, x) + u];
-                distances[i][u]        = difference * difference;
+                distances[i][u] = difference * difference;
             }
         }
-        const uint32_t path  = closed_path((const float (*)[TQI_SUBSETS]) distances, &distance);
-        const float    error = distance * (scale[c] * scale[c]);
+        const uint32_t path = closed_path((const float (*)[TQI_SUBSETS]) distances, &distance);
+        const float error = distance * (scale[c] * scale[c]);
         if (error < best) {
-            best    = error;
+            best = error;
             inverse = tried;
-            *t      = path;
+            *t = path;
         }
     }
     float yv[TQ_BLOCK], vv[TQ_BLOCK];
     for (int i = 0; i < TQ_BLOCK; ++i) {
-        const int   u = subset_of(*t, i);
+        const int u = subset_of(*t, i);
         const float v = codec->levels[TQI_SUBSETS * nearest(codec, u, y[i] * inverse) + u];
         yv[i] = y[i] * v;
         vv[i] = v * v;
@@ -118,10 +118,10 @@ static float search_path(const tqi_codec * codec, const float * y, uint32_t * t)
 
 void tqi_trellis_search_portable(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
-        uint32_t       t = 0;
+        uint32_t t = 0;
         const uint16_t d = tqi_f32_to_f16(tqi_sanitize(search_path(codec, y, &t)));
-        const float    inverse = 1.0f / tqi_f16_to_f32(d);
-        int32_t        e[TQ_BLOCK];
+        const float inverse = 1.0f / tqi_f16_to_f32(d);
+        int32_t e[TQ_BLOCK];
         for (int i = 0; i < TQ_BLOCK; ++i) {
             e[i] = nearest(codec, subset_of(t, i), y[i] * inverse);
         }
@@ -132,7 +132,7 @@ void tqi_trellis_search_portable(const tqi_codec * codec, const float * y, int64
 void tqi_trellis_unpack_portable(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
     for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
         const float d = tqi_block_scale(blocks);
-        uint32_t    words[4] = { 0, 0, 0, 0 }; /* t, even, odd, top */
+        uint32_t words[4] = { 0, 0, 0, 0 }; /* t, even, odd, top */
         memcpy(words, blocks + sizeof(uint16_t), (size_t) (4 * codec->bits));
         for (int i = 0; i < TQ_BLOCK; ++i) {
             const uint32_t e = (words[1 + i % 2] >> (i & ~1) & 3) + 4 * (words[3] >> i & 1);

@@ -12,15 +12,15 @@
  *          words_count(n, a, b): n + 1 where a < b, else n
  *   truth  LANES truth values: truth_less(a, b), truth_equal(a, b), truth_select(which, yes, no), truth_lane(&which, j) */
 
-#define N_BLOCKS   (LANES / TQI_CANDIDATES)
+#define N_BLOCKS (LANES / TQI_CANDIDATES)
 #define MAX_SUBSET (TQI_MAX_LEVELS / TQI_SUBSETS) /* levels in a subset: 4 or 8 */
-#define UNROLL     _Pragma("GCC unroll 8")        /* so that arrays of vectors become registers */
+#define UNROLL _Pragma("GCC unroll 8")            /* so that arrays of vectors become registers */
 
 /* The codebook by subset. */
 typedef struct {
     float levels[TQI_SUBSETS][MAX_SUBSET];
     float boundaries[TQI_SUBSETS][MAX_SUBSET];
-    float level_row[MAX_SUBSET][MAX_SUBSET];    /* the same by e; a row holds the four subsets, filled up to eight */
+    float level_row[MAX_SUBSET][MAX_SUBSET]; /* the same by e; a row holds the four subsets, filled up to eight */
     float boundary_row[MAX_SUBSET][MAX_SUBSET];
 } subset_tables;
 
@@ -28,9 +28,9 @@ static subset_tables load_subsets(const tqi_codec * codec) {
     subset_tables c;
     memset(&c, 0, sizeof c);
     for (int j = 0; j < codec->n_levels; ++j) {
-        c.levels[j % TQI_SUBSETS][j / TQI_SUBSETS]       = codec->levels[j];
-        c.boundaries[j % TQI_SUBSETS][j / TQI_SUBSETS]   = codec->boundaries[j];
-        c.level_row[j / TQI_SUBSETS][j % TQI_SUBSETS]    = codec->levels[j];
+        c.levels[j % TQI_SUBSETS][j / TQI_SUBSETS] = codec->levels[j];
+        c.boundaries[j % TQI_SUBSETS][j / TQI_SUBSETS] = codec->boundaries[j];
+        c.level_row[j / TQI_SUBSETS][j % TQI_SUBSETS] = codec->levels[j];
         c.boundary_row[j / TQI_SUBSETS][j % TQI_SUBSETS] = codec->boundaries[j];
     }
     return c;
@@ -41,12 +41,12 @@ INLINE void measure(int n, const subset_tables * c, const float * y, lanes inver
     for (int u = 0; u < TQI_SUBSETS; ++u) {
         for (int i = 0; i < TQ_BLOCK; ++i) {
             const lanes x = lanes_mul(lanes_per_block(y + i, TQ_BLOCK), inverse);
-            words       e = words_zero();
+            words e = words_zero();
             for (int j = 0; j < n - 1; ++j) {
                 e = words_count(e, lanes_set1(c->boundaries[u][j]), x);
             }
             const lanes difference = lanes_sub(x, lanes_lookup(c->levels[u], e));
-            distance[i][u]         = lanes_mul(difference, difference);
+            distance[i][u] = lanes_mul(difference, difference);
         }
     }
 }
@@ -57,7 +57,7 @@ INLINE void step(const lanes * distance, lanes * cost, truth * one) {
     lanes next[TQI_STATES];
     UNROLL
     for (int s = 0; s < TQI_STATES; ++s) {
-        const int   from = 2 * (s % 4), u = 2 * (s >> 2 ^ (s >> 1 & 1)) + (s & 1);
+        const int from = 2 * (s % 4), u = 2 * (s >> 2 ^ (s >> 1 & 1)) + (s & 1);
         const lanes p = lanes_add(cost[from], distance[u]), q = lanes_add(cost[from + 1], distance[u ^ 2]);
         next[s] = lanes_min(q, p);
         if (one) {
@@ -76,7 +76,7 @@ INLINE lanes closing_state(const lanes (*distance)[TQI_SUBSETS]) {
     UNROLL
     for (int s = 0; s < TQI_STATES; ++s) {
         cost[s] = lanes_set1(0.0f);
-        cut[s]  = lanes_set1((float) s);
+        cut[s] = lanes_set1((float) s);
     }
     for (int i = TQI_CUT; i < TQ_BLOCK; ++i) {
         step(distance[i], cost, NULL);
@@ -97,8 +97,8 @@ INLINE lanes closing_state(const lanes (*distance)[TQI_SUBSETS]) {
     UNROLL
     for (int s = 1; s < TQI_STATES; ++s) {
         const truth better = truth_less(cost[s], cost[0]);
-        cost[0]            = lanes_min(cost[s], cost[0]);
-        cut[0]             = truth_select(better, cut[s], cut[0]);
+        cost[0] = lanes_min(cost[s], cost[0]);
+        cut[0] = truth_select(better, cut[s], cut[0]);
     }
     return cut[0];
 }
@@ -130,11 +130,12 @@ INLINE words subsets_at(uint32_t t, int i) {
 INLINE float fit(int n, const subset_tables * c, const float * y, float inverse, uint32_t t) {
     float yv[TQ_BLOCK], vv[TQ_BLOCK];
     for (int i = 0; i < TQ_BLOCK; i += LANES) {
-        const words u  = subsets_at(t, i);
+        const words u = subsets_at(t, i);
         const lanes yi = lanes_load(y + i), x = lanes_mul(yi, lanes_set1(inverse));
-        lanes       v = lanes_lookup(c->level_row[0], u);
+        lanes v = lanes_lookup(c->level_row[0], u);
         for (int j = 1; j < n; ++j) {
-            v = truth_select(truth_less(lanes_lookup(c->boundary_row[j - 1], u), x), lanes_lookup(c->level_row[j], u), v);
+            v = truth_select(truth_less(lanes_lookup(c->boundary_row[j - 1], u), x), lanes_lookup(c->level_row[j], u),
+                             v);
         }
         lanes_store(yv + i, lanes_mul(yi, v));
         lanes_store(vv + i, lanes_mul(v, v));
@@ -144,12 +145,12 @@ INLINE float fit(int n, const subset_tables * c, const float * y, float inverse,
 }
 
 INLINE void put_block(int n, const subset_tables * c, const float * y, uint16_t d, uint32_t t, uint8_t * block) {
-    int32_t     e[TQ_BLOCK];
+    int32_t e[TQ_BLOCK];
     const lanes inverse = lanes_set1(1.0f / tqi_f16_to_f32(d));
     for (int i = 0; i < TQ_BLOCK; i += LANES) {
         const words u = subsets_at(t, i);
         const lanes x = lanes_mul(lanes_load(y + i), inverse);
-        words       k = words_zero();
+        words k = words_zero();
         for (int j = 0; j < n - 1; ++j) {
             k = words_count(k, lanes_lookup(c->boundary_row[j], u), x);
         }
@@ -169,17 +170,18 @@ INLINE int block_candidates(const tqi_codec * codec, const float * y, float * sc
     lanes_store(lowest, min);
     for (int j = 1; j < LANES; ++j) {
         highest[0] = highest[j] > highest[0] ? highest[j] : highest[0];
-        lowest[0]  = lowest[j] < lowest[0] ? lowest[j] : lowest[0];
+        lowest[0] = lowest[j] < lowest[0] ? lowest[j] : lowest[0];
     }
     return tqi_trellis_candidates(codec, highest[0], lowest[0], scale);
 }
 
 /* N_BLOCKS blocks at y, of which the first n_used are stored. */
-INLINE void encode_blocks(int n, const tqi_codec * codec, const subset_tables * c, const float * y, int n_used, uint8_t * blocks) {
+INLINE void encode_blocks(int n, const tqi_codec * codec, const subset_tables * c, const float * y, int n_used,
+                          uint8_t * blocks) {
     lanes distance[TQ_BLOCK][TQI_SUBSETS];
     truth one[TQ_BLOCK][TQI_STATES];
     float scale[LANES], inverse[LANES], closing[LANES], error[LANES];
-    int   some[N_BLOCKS];
+    int some[N_BLOCKS];
     for (int b = 0; b < N_BLOCKS; ++b) {
         some[b] = block_candidates(codec, y + b * TQ_BLOCK, scale + b * TQI_CANDIDATES);
     }
@@ -187,10 +189,10 @@ INLINE void encode_blocks(int n, const tqi_codec * codec, const subset_tables * 
         inverse[j] = 1.0f / scale[j];
     }
     measure(n, c, y, lanes_load(inverse), distance);
-    const lanes cut = closing_state((const lanes (*)[TQI_SUBSETS]) distance);
-    const lanes d   = lanes_load(scale);
+    const lanes cut = closing_state((const lanes(*)[TQI_SUBSETS]) distance);
+    const lanes d = lanes_load(scale);
     lanes_store(closing, cut);
-    lanes_store(error, lanes_mul(close_path((const lanes (*)[TQI_SUBSETS]) distance, cut, one), lanes_mul(d, d)));
+    lanes_store(error, lanes_mul(close_path((const lanes(*)[TQI_SUBSETS]) distance, cut, one), lanes_mul(d, d)));
     for (int b = 0; b < n_used; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
         int best = b * TQI_CANDIDATES;
         for (int j = best + 1; j < (b + 1) * TQI_CANDIDATES; ++j) {
