@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import tqgguf
-from tqgguf import demo
 from tqgguf._native import threads
+from tqgguf.demo import model as demo
 
 TASKS = Path("/proc/self/task")
 pytestmark = [pytest.mark.model, pytest.mark.skipif(not TASKS.exists(), reason="needs /proc")]
