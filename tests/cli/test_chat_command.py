@@ -99,7 +99,8 @@ def test_a_long_prompt_shows_a_bar_and_can_be_stopped(terminal: Callable[..., An
 def test_loading_shows_a_bar(terminal: Callable[..., Any]) -> None:
     screen = terminal(
         "-c",
-        "from tqgguf.cli import main, progress\n"
+        "from tqgguf.cli import main\n"
+        "from tqgguf.cli.render import progress\n"
         "progress.PATIENCE = -1\n"  # the demo model is loaded sooner than a bar would come
         f"main(['run', {MODEL!r}, '-p', 'What is the capital of France?', '--temp', '0', '--threads', '1'])",
     )

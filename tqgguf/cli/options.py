@@ -1,4 +1,4 @@
-"""Options that several commands share, and the model they describe."""
+"""Options that several commands share, and the model that they describe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..model.llama import Llama
 
 DEFAULT_CONTEXT: Final = 4096
-"""Context if `--ctx` is not given, or what the model was trained for if that is less."""
+"""Context without `--ctx`; a model trained for less gets the context it was trained for."""
 
 
 def cache_name(text: str) -> str:
@@ -39,6 +39,11 @@ def cache_or_pair(text: str) -> str | tuple[str, str]:
         return cache_name_or_policy(text)
     k, _, v = text.partition("/")
     return cache_name(k), cache_name(v)
+
+
+def cache_list(text: str) -> tuple[str | tuple[str, str], ...]:
+    """argparse type: caches with commas between: types, pairs such as pqo4/pqo3, policy files."""
+    return tuple(cache_or_pair(part.strip()) for part in text.split(","))
 
 
 def _between(low: int, high: int, text: str) -> int:
@@ -124,7 +129,7 @@ def add_tail_option(group: argparse._ActionsContainer) -> None:
         type=tail,
         metavar="N",
         default=DEFAULT_TAIL,
-        help=f"newest tokens kept in f16 beside a cache of ours, 0 for none (default: {DEFAULT_TAIL})",
+        help=f"newest tokens kept in f16 beside a pqo or pqt cache, 0 for none (default: {DEFAULT_TAIL})",
     )
 
 
@@ -143,7 +148,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, sampling: bool = True)
         "--rpc",
         type=workers,
         metavar="HOST:PORT,...",
-        help="workers (`tqgguf worker`) that hold the model and its cache, on networks you trust: nothing is encrypted",
+        help="workers (`tqgguf worker`) that hold the model and its cache; use a trusted network: nothing is encrypted",
     )
     if sampling:
         parser.add_argument("--seed", type=seed, metavar="N", help="seed of the sampler (default: random)")
@@ -159,7 +164,7 @@ def add_threads_option(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=threads,
         metavar="N",
-        help="threads (default: half of the processors, and all of them while a prompt is read)",
+        help="threads (default: half of the processors; all of them while a prompt is read)",
     )
 
 
@@ -174,10 +179,10 @@ def workers(text: str) -> list[str]:
 
 
 def chosen_cache(args: argparse.Namespace) -> str | tuple[str, str]:
-    """What the options of `add_cache_options` ask for.
+    """The cache that the options of `add_cache_options` describe.
 
     Raises:
-        ArgumentError: a policy file beside --cache-k or --cache-v.
+        ArgumentError: a policy file together with --cache-k or --cache-v.
     """
     if args.cache_k is None and args.cache_v is None:
         return str(args.cache)
@@ -188,30 +193,26 @@ def chosen_cache(args: argparse.Namespace) -> str | tuple[str, str]:
 
 def add_chat_format_option(parser: argparse.ArgumentParser) -> None:
     """Adds --chat-format."""
-    parser.add_argument(
-        "--chat-format", metavar="NAME", help="chat format of a model that brings no template: chatml, ..."
-    )
-
-
-def check_chat_format(name: str | None) -> None:
-    """Raises ArgumentError, which lists the valid ones, unless it is the name of a chat format of llama_cpp."""
-    if name is None:
-        return
-    from .._native import import_llama_cpp
-
-    registry = import_llama_cpp().llama_chat_format.LlamaChatCompletionHandlerRegistry()
-    if name not in registry._chat_handlers:
-        raise ArgumentError(
-            f"unknown chat format {name!r}; valid ones are {', '.join(sorted(registry._chat_handlers))}"
-        )
+    parser.add_argument("--chat-format", metavar="NAME", help="chat format of a model without a template: chatml, ...")
 
 
 def check_template(path: str, chat_format: str | None) -> None:
-    """Raises TqggufError if neither the model's file nor the user says how a conversation is written."""
+    """Refuses a model without a chat template, unless a chat format is named.
+
+    Raises:
+        ArgumentError: llama_cpp has no chat format of that name; the message lists those it has.
+        TqggufError: the model has no chat template, and no chat format is named.
+    """
+    from .._native import import_llama_cpp
     from ..gguf.header import read_header
 
-    check_chat_format(chat_format)
-    if chat_format is None and "tokenizer.chat_template" not in read_header(path).metadata:
+    if chat_format is not None:
+        formats = import_llama_cpp().llama_chat_format
+        try:
+            formats.get_chat_completion_handler(chat_format)
+        except formats.LlamaChatCompletionHandlerNotFoundException as error:
+            raise ArgumentError(f"unknown chat format {chat_format!r}: {error}") from None
+    elif "tokenizer.chat_template" not in read_header(path).metadata:
         raise TqggufError(
             f"{path} has no chat template, so how it was taught to converse is not known: "
             f"name a format with --chat-format, or continue a text with `tqgguf run --raw`"
@@ -219,7 +220,7 @@ def check_template(path: str, chat_format: str | None) -> None:
 
 
 def context_of(asked: int | None, path: str) -> int:
-    """The context asked for with `--ctx`, or else what the model at `path` gets."""
+    """The context of `--ctx`, or the default one of the model at `path`."""
     from ..gguf.info import read_model_info
 
     return asked or min(DEFAULT_CONTEXT, read_model_info(path).n_ctx_train)
@@ -228,13 +229,13 @@ def context_of(asked: int | None, path: str) -> int:
 def load_model(
     args: argparse.Namespace, path: str, bar: Bar, *, n_ctx: int | None = None, chat_format: str | None = None
 ) -> Llama:
-    """Loads a model with the options of `add_model_options`, quietly; Ctrl-C ends that. It reports to `bar`.
+    """Loads a model with the options of `add_model_options`. llama.cpp's log is not shown; Ctrl-C ends the loading.
 
     Args:
         args: the options.
         path: a GGUF file.
         bar: the progress bar.
-        n_ctx: the context; None for what `--ctx` asks for.
+        n_ctx: the context; None for that of `--ctx`.
         chat_format: as for `llama_cpp.Llama`.
     """
     from ..model.llama import Llama

@@ -1,4 +1,4 @@
-"""`tqgguf demo`: the model that comes with the package answers a question from a compressed cache."""
+"""`tqgguf demo`: the bundled model answers a question from a compressed cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "demo",
-        help="see it work, with the model that comes along",
+        help="see it work, with the bundled model",
         description="Asks the bundled model a question and shows what its KV cache takes; then offers a chat.",
         epilog="example: tqgguf demo --cache pqo4",
     )
