@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ..cache.tail import DEFAULT_TAIL, MAX_TAIL
@@ -47,6 +48,7 @@ def cache_list(text: str) -> tuple[str | tuple[str, str], ...]:
 
 
 def _between(low: int, high: int, text: str) -> int:
+    """argparse type: an integer in a range."""
     try:
         value = int(text)
     except ValueError:
@@ -56,10 +58,12 @@ def _between(low: int, high: int, text: str) -> int:
     return value
 
 
-def positive(text: str) -> int:
-    """argparse type: a positive integer of 31 bits."""
-    return _between(1, 2**31 - 1, text)
-
+positive = partial(_between, 1, 2**31 - 1)
+context = partial(_between, 32, 2**31 - 1)  # with room for a prompt
+threads = partial(_between, 1, 512)  # as many as llama.cpp can take
+seed = partial(_between, 0, 2**32 - 1)
+tail = partial(_between, 0, MAX_TAIL)
+port = partial(_between, 0, 65535)  # 0: any that is free
 
 _UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -76,21 +80,6 @@ def memory_size(text: str) -> int:
     return value
 
 
-def context(text: str) -> int:
-    """argparse type: a context length that leaves room for a prompt."""
-    return _between(32, 2**31 - 1, text)
-
-
-def threads(text: str) -> int:
-    """argparse type: a number of threads that llama.cpp can take."""
-    return _between(1, 512, text)
-
-
-def seed(text: str) -> int:
-    """argparse type: a seed of 32 bits."""
-    return _between(0, 2**32 - 1, text)
-
-
 def temperature(text: str) -> float:
     """argparse type: a sampling temperature, 0 or more."""
     try:
@@ -100,11 +89,6 @@ def temperature(text: str) -> float:
     if not 0 <= value < 100:
         raise argparse.ArgumentTypeError(f"must be a number between 0 and 100, not {text!r}")
     return value
-
-
-def tail(text: str) -> int:
-    """argparse type: how many of the newest tokens to keep in f16."""
-    return _between(0, MAX_TAIL, text)
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -133,9 +117,17 @@ def add_tail_option(group: argparse._ActionsContainer) -> None:
     )
 
 
-def port(text: str) -> int:
-    """argparse type: a port, or 0 for any that is free."""
-    return _between(0, 65535, text)
+def add_text_options(parser: argparse.ArgumentParser, *, ctx: str = "", chunks: str) -> None:
+    """Adds model, --file, --ctx, --chunks, --batch, --threads, of commands that read a text in chunks."""
+    parser.add_argument("model", help="a GGUF file")
+    parser.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text file (the demo model has a text of its own)")
+    ctx = f"tokens in a chunk (default: 2048, or the trained context if less{ctx})"
+    parser.add_argument("--ctx", type=positive, metavar="N", help=ctx)
+    parser.add_argument("--chunks", type=positive, metavar="N", help=f"chunks to read at most{chunks}")
+    parser.add_argument(
+        "--batch", type=positive, default=512, metavar="N", help="tokens read at once; fewer save memory (default: 512)"
+    )
+    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: all processors)")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, sampling: bool = True) -> None:
@@ -211,7 +203,7 @@ def check_template(path: str, chat_format: str | None) -> None:
         try:
             formats.get_chat_completion_handler(chat_format)
         except formats.LlamaChatCompletionHandlerNotFoundException as error:
-            raise ArgumentError(f"unknown chat format {chat_format!r}: {error}") from None
+            raise ArgumentError(f"--chat-format {chat_format}: {error}") from None
     elif "tokenizer.chat_template" not in read_header(path).metadata:
         raise TqggufError(
             f"{path} has no chat template, so how it was taught to converse is not known: "

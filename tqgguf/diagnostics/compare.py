@@ -74,8 +74,8 @@ DEFAULT_CHUNKS: Final = 8
 """Chunks of the demo model's own text. Any other text is read as a whole."""
 
 Array = npt.NDArray[np.float64]
-TokenProgress = Callable[[int, int], None]
-"""Called with (tokens read, tokens in all); each token counts once for each cache."""
+CountProgress = Callable[[int, int], None]
+"""Called with how much is done, and of how much."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def compare(
     n_chunks: int | None = None,
     n_batch: int = 512,
     n_threads: int | None = None,
-    progress: TokenProgress | None = None,
+    progress: CountProgress | None = None,
 ) -> Comparison:
     """Measures caches against the first of them.
 
@@ -258,7 +258,7 @@ def compare_trial(
     n_chunks: int | None,
     n_batch: int,
     n_threads: int | None,
-    progress: TokenProgress | None,
+    progress: CountProgress | None,
 ) -> Comparison:
     """`compare`, with what it measures resolved before."""
     check_count("n_batch", n_batch)
@@ -547,7 +547,7 @@ def standard_error(values: Array) -> float:
 
 
 def read_chunks(
-    model: Llama, readers: Sequence[Reader], chunks: npt.NDArray[np.int32], progress: TokenProgress | None
+    model: Llama, readers: Sequence[Reader], chunks: npt.NDArray[np.int32], progress: CountProgress | None
 ) -> None:
     """Lets every reader read the chunks (n_chunks, n_ctx) batch by batch and scores it against the first reader."""
     n_ctx, n_batch, n_vocab = chunks.shape[1], model.n_batch, model.n_vocab()

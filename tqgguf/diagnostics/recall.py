@@ -11,7 +11,7 @@ import contextlib
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from ..count import check_count
 from ..demo import model as demo
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..model.llama import Llama
-from .compare import Trial, load
+from .compare import CountProgress, Trial, load
 
 __all__ = ["DEPTHS", "Recall", "RecallScore", "needle_prompt", "recall", "recall_trial"]
 
@@ -35,9 +35,6 @@ DEMO_SIZES: Final = (16, 64, 140, 280)
 
 NEEDLE_SHARES: Final = (4, 2, 1)
 """Needle prompts take a quarter, a half and all of the context."""
-
-AnswerProgress = Callable[[int, int], None]
-"""Called with (questions answered, questions in all)."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def recall(
     n_predict: int = 32,
     seed: int = 0,
     n_threads: int | None = None,
-    progress: AnswerProgress | None = None,
+    progress: CountProgress | None = None,
 ) -> Recall:
     """Asks every cache the same questions through the model's chat template, greedily.
 
@@ -126,7 +123,7 @@ def recall_trial(
     seed: int = 0,
     *,
     n_threads: int | None,
-    progress: AnswerProgress | None,
+    progress: CountProgress | None,
 ) -> Recall:
     """`recall`, with what it measures resolved before."""
     info, n_ctx = trial.info, trial.n_ctx

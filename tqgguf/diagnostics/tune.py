@@ -31,9 +31,9 @@ from .capture import mean_keys
 from .compare import (
     DEFAULT_CHUNKS,
     Array,
+    CountProgress,
     NamedCache,
     Reader,
-    TokenProgress,
     TypeQuality,
     context_length,
     further_context,
@@ -176,12 +176,11 @@ def tune(
     policy without centring, and every single type within the budget. So it can be a single type; then a note says so.
 
     With max_kld, types grow from the smallest ones in the order of gain per byte, and bisection finds the first policy
-    on this way whose divergence on the held-out part is at most max_kld. The held-out part decides where the way ends,
-    not its steps.
+    on this way whose divergence on the held-out part, which decides nothing else, is at most max_kld.
 
-    The tuning part is read once for each part of the cache and type: with n layers and three types 6 n times. It is
-    read n times more to measure centring, and twice more for each further type of a layer that centring helps. Memory
-    is that of `compare` with n_parallel + 1 caches.
+    The tuning part is read once for each part of the cache and type, 6 n times with n layers and three types; n times
+    more to measure centring; and twice more for each further type of a layer that centring helps. Memory is that of
+    `compare` with n_parallel + 1 caches.
 
     Args:
         path: a GGUF file.
@@ -200,10 +199,9 @@ def tune(
             token counts once for each cache.
 
     Raises:
-        ArgumentError: both or neither of budget and max_kld; a budget below the smallest type; a max_kld below the
-            divergence of the largest type; fewer than two types, an unknown type, or a type given twice; centre=True
-            with a model whose keys cannot be centred; a number out of its range; no text for a model that is not the
-            demo model.
+        ArgumentError: both or neither of budget and max_kld, or one that no policy reaches; fewer than two types, an
+            unknown type, or a type given twice; centre=True with a model whose keys cannot be centred; a number out of
+            its range; no text for a model that is not the demo model.
         TextError: the text is empty or has fewer than two chunks.
         CacheTypeError: the model cannot have one of the types.
         UnsupportedError: the model has no KV cache, or keeps V within K (MLA).
@@ -329,7 +327,7 @@ class _Bench:
         readers = self.read(title, caches, self.held_out)
         return [reader.quality(self.model.model_info, self.held_out.shape[1], self.held_out.size) for reader in readers]
 
-    def _from(self, title: str, before: int, total: int) -> TokenProgress | None:
+    def _from(self, title: str, before: int, total: int) -> CountProgress | None:
         report = self.progress
         return (lambda done, _: report(title, before + done, total)) if report else None
 

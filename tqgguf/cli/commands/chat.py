@@ -14,7 +14,7 @@ from ..interrupt import stopping
 from ..options import add_chat_format_option, add_model_options, check_template, load_model, positive
 from ..prompt import Prompt
 from ..render.format import cache_line, in_words, sparkline
-from ..render.live import LiveView, PlainView
+from ..render.live import LiveView, PlainView, answer_pieces
 from ..render.progress import Bar
 
 if TYPE_CHECKING:
@@ -304,13 +304,9 @@ class Conversation:
         try:
             with stopping(self.model):
                 self.revive()
-                for chunk in self.model.create_chat_completion(
-                    self.messages, stream=True, seed=self.seed, **self.options
-                ):
-                    finish = chunk["choices"][0]["finish_reason"] or finish
-                    piece = chunk["choices"][0]["delta"].get("content") or ""
-                    if not text:
-                        piece = piece.lstrip()
+                options = {**self.options, "stream": True, "seed": self.seed}
+                for piece, reason in answer_pieces(self.model.create_chat_completion(self.messages, **options)):
+                    finish = reason or finish
                     if piece:
                         text += piece
                         self.view.write(piece)

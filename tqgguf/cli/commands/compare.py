@@ -14,7 +14,7 @@ from ...cache.tail import DEFAULT_TAIL
 from ...config import CACHE_TYPES, MEASURED_TYPES
 from ...errors import TqggufError
 from ...gguf.info import read_model_info
-from ..options import cache_list, positive, tail, threads
+from ..options import add_text_options, cache_list, tail
 from ..render.format import to_json
 from ..render.plot import check_plot, plot
 from ..render.progress import Bar
@@ -35,8 +35,7 @@ def add_parser(commands: Any) -> None:
         "KL divergence, tokens predicted alike. The weights are loaded once, for all caches.",
         epilog="example: tqgguf compare model.gguf -f text.txt --cache f16,pqo4,pqo4/pqo3,policy.gguf --plot kld.png",
     )
-    parser.add_argument("model", help="a GGUF file")
-    parser.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text file (the demo model has a text of its own)")
+    add_text_options(parser, ctx="; 512 with --attention", chunks=" (default: all; 8 of the demo model's text)")
     parser.add_argument(
         "--cache",
         type=cache_list,
@@ -51,19 +50,6 @@ def add_parser(commands: Any) -> None:
         metavar="N,N",
         help=f"newest tokens kept in f16; each pqo or pqt cache is measured with each N (default: {DEFAULT_TAIL})",
     )
-    parser.add_argument(
-        "--ctx",
-        type=positive,
-        metavar="N",
-        help="tokens in a chunk (default: 2048, or the trained context if less; 512 with --attention)",
-    )
-    parser.add_argument(
-        "--chunks", type=positive, metavar="N", help="chunks to read at most (default: all; 8 of the demo model's text)"
-    )
-    parser.add_argument(
-        "--batch", type=positive, default=512, metavar="N", help="tokens read at once; fewer save memory (default: 512)"
-    )
-    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: all processors)")
     parser.add_argument("--recall", action="store_true", help="also ask for facts planted in prompts, and count")
     parser.add_argument("--plot", metavar="FILE", help="also draw KL divergence over bytes (.png, .svg, .pdf)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")

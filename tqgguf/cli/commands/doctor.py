@@ -27,12 +27,15 @@ def add_parser(commands: Any) -> None:
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from ...diagnostics.attention_path import attention_path
     from ...diagnostics.installation import installation
     from ..render.doctor import print_checks
 
     result = installation()
-    path = attention_path(args.model, chosen_cache(args), tail=args.tail) if args.model and result.ok else None
+    path = None
+    if args.model and result.ok:  # the module needs the libraries, which may be what is wrong
+        from ...diagnostics.attention_path import attention_path
+
+        path = attention_path(args.model, chosen_cache(args), tail=args.tail)
     ok = result.ok and (path is None or path.obstacle is None)
     if args.json:
         data = {"ok": ok, "checks": result.checks, "kernels": result.kernels, "kernel": result.kernel}

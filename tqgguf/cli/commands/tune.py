@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError, PolicyError
 from ...whole_file import check_folder
-from ..options import add_tail_option, cache_name, positive, threads
+from ..options import add_tail_option, add_text_options, cache_name, positive
 from ..render.format import to_json
 from ..render.progress import Bar
 
@@ -29,8 +29,7 @@ def add_parser(commands: Any) -> None:
         epilog="example: tqgguf tune model.gguf -f text.txt -o policy.gguf --budget 4.0 "
         "(then: tqgguf chat model.gguf --cache policy.gguf)",
     )
-    parser.add_argument("model", help="a GGUF file")
-    parser.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text file (the demo model has a text of its own)")
+    add_text_options(parser, chunks=", half of them held out (default: 8)")
     parser.add_argument("-o", "--output", required=True, metavar="POLICY", help="the file to write, ending in .gguf")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--budget", type=number, metavar="BITS", help="bits per value, averaged over the whole cache")
@@ -54,19 +53,9 @@ def add_parser(commands: Any) -> None:
         "--no-centre", action="store_const", const=False, dest="centre", help="store keys as they are"
     )
     parser.add_argument(
-        "--ctx", type=positive, metavar="N", help="tokens in a chunk (default: 2048, or the trained context if less)"
-    )
-    parser.add_argument(
-        "--chunks", type=positive, metavar="N", help="chunks to read at most, half of them held out (default: 8)"
-    )
-    parser.add_argument(
-        "--batch", type=positive, default=512, metavar="N", help="tokens read at once; fewer save memory (default: 512)"
-    )
-    parser.add_argument(
         "--parallel", type=positive, default=8, metavar="N", help="caches at once; fewer save memory (default: 8)"
     )
     add_tail_option(parser)
-    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: all processors)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(call=call)
 

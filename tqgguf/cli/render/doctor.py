@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from ...diagnostics.attention_path import AttentionPath
 from ...diagnostics.installation import Check, Installation
 from .format import printable, ranges
 from .table import print_table
+
+if TYPE_CHECKING:  # it needs the libraries, which may be what is wrong
+    from ...diagnostics.attention_path import AttentionPath
 
 
 def print_checks(result: Installation, path: AttentionPath | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...errors import TqggufError
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ...model.llama import Llama
+
+
+def answer_pieces(chunks: Iterable[Any]) -> Iterator[tuple[str, str | None]]:
+    """The texts of a streamed answer without white space at its beginning, each with the reason if the answer ends."""
+    begun = False
+    for chunk in chunks:
+        choice = chunk["choices"][0]
+        piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        yield piece, choice["finish_reason"]
 
 
 class PlainView:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ...config import CACHE_TYPES
 from ...errors import ArgumentError, UnsupportedError
+from ...whole_file import check_folder
 
 if TYPE_CHECKING:
     from ...diagnostics.compare import Comparison, TypeQuality
@@ -29,10 +29,7 @@ def check_plot(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise ArgumentError(f"cannot draw {path}: the name must end in {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise ArgumentError(f"cannot draw {path}: folder {path.absolute().parent} does not exist")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ArgumentError(f"cannot draw {path}: no permission to write there")
+    check_folder(path, f"cannot draw {path}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
