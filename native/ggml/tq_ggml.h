@@ -67,9 +67,6 @@ size_t tq_ggml_quantize(enum ggml_type type, const float * x, void * blocks, int
 /* False, with a line on stderr, if a block's scale is NaN or infinite: the encoder never writes that. */
 bool tq_ggml_validate(enum ggml_type type, const void * blocks, size_t n_blocks);
 
-/* Whether the bool at flag is set: a ggml_abort_callback that asks no interpreter. */
-bool tq_ggml_is_set(void * flag);
-
 /* ---- libggml-cpu: the rows of the CPU backend's table of types, and its operators ---- */
 
 #define TQ_GGML_TYPE_TRAITS_CPU(name)                                                                                  \

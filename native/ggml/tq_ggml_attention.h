@@ -14,7 +14,7 @@ static inline struct tq_attn_tail tq_ggml_tail_of(const struct ggml_tensor * t, 
     const struct ggml_tensor * cache = t->view_src;
     const int64_t stream = (int64_t) (t->view_offs / cache->nb[2]);
     const int64_t block = (int64_t) (t->view_offs % cache->nb[2] / cache->nb[0]);
-    const int64_t first = MIN(TQ_GGML_TAIL_FIRST, cache->ne[1]);
+    const int64_t first = tq_ggml_tail_n_first(cache);
 
     GGML_ASSERT(t->view_offs % cache->nb[2] < cache->nb[1] && t->nb[1] == cache->nb[1] && t->nb[2] % cache->nb[0] == 0);
     GGML_ASSERT(t->ne[3] == 1 || t->nb[3] == cache->nb[2]);

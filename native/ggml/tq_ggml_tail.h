@@ -33,6 +33,11 @@ static inline struct ggml_tensor * tq_ggml_tail_rows(const struct ggml_tensor * 
     return t && t->op == GGML_OP_NONE && tq_ggml_is_ours(t->type) ? t->src[0] : NULL;
 }
 
+/* Rows of the tail that belong to the first cells of a stream of a cache tensor; the others are for the newest cells. */
+static inline int64_t tq_ggml_tail_n_first(const struct ggml_tensor * t) {
+    return TQ_GGML_TAIL_FIRST < t->ne[1] ? TQ_GGML_TAIL_FIRST : t->ne[1];
+}
+
 /* Bytes of a cache tensor's companions; t may be NULL. */
 static inline size_t tq_ggml_tail_bytes(const struct ggml_tensor * t) {
     return tq_ggml_tail_rows(t) ? ggml_nbytes(t->src[0]) + ggml_nbytes(t->src[1]) : 0;

@@ -62,7 +62,3 @@ bool tq_ggml_validate(enum ggml_type type, const void * blocks, size_t n_blocks)
     }
     return true;
 }
-
-bool tq_ggml_is_set(void * flag) {
-    return *(const volatile bool *) flag;
-}
