@@ -1,5 +1,5 @@
-/* tq_ggml_attention.h: a FLASH_ATTN_EXT node as the arguments of libtqgguf's attention, on the CPU and on CUDA. C only; included
- * by tq_ggml_cpu.c and tq_ggml_cuda.c. */
+/* tq_ggml_attention.h: a FLASH_ATTN_EXT node as the arguments of libtqgguf's attention, on the CPU and on CUDA. C only;
+ * included by tq_ggml_cpu.c and tq_ggml_cuda.c. */
 #ifndef TQ_GGML_ATTENTION_H
 #define TQ_GGML_ATTENTION_H
 
@@ -8,7 +8,8 @@
 #include "ggml-impl.h"
 #include "tqgguf.h"
 
-/* The tail of a view of the cache, (head_dim, n_kv, n_head_kv, n_stream): the view may begin at a later stream or value of a row. */
+/* The tail of a view of the cache, (head_dim, n_kv, n_head_kv, n_stream): the view may begin at a later stream or value
+ * of a row. */
 static inline struct tq_attn_tail tq_ggml_tail_of(const struct ggml_tensor * t, const struct ggml_tensor * rows,
                                                   const struct ggml_tensor * owner) {
     const struct ggml_tensor * cache = t->view_src;
@@ -43,7 +44,7 @@ static inline struct tq_attn_operand tq_ggml_operand(const struct ggml_tensor * 
         .stride_head = t->nb[2],
         .stride_stream = t->nb[3],
     };
-    if (!tq_ggml_is_ours(t->type) && t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) {
+    if (!tq_ggml_is_pqo(t->type) && t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) {
         o.decoder = ggml_get_type_traits(t->type)->to_float;
         GGML_ASSERT(o.decoder && "flash attention: a K or V type without to_float");
     }

@@ -1,11 +1,13 @@
-/* tq_ggml_cache.h: the tensors of the KV caches that llama.cpp made, so that a caller compares them with what it asked for.
+/* tq_ggml_cache.h: the tensors of the KV caches that llama.cpp made, so that a caller compares them with what it asked
+ * for.
  *
- * The constructor of llama_kv_cache notes each K and V tensor it owns in a list of its thread, after it has allocated them: type, size
- * and buffer are the tensor's own. Every cache with a cell per token is a llama_kv_cache: plain, iswa (first the layers with full
- * attention, then those with a window), msa, dsa, dsv4 (raw, csa, hca, lid) and the attention part of a hybrid memory.
+ * The constructor of llama_kv_cache notes each K and V tensor it owns in a list of its thread, after it has allocated
+ * them: type, size and buffer are the tensor's own. Every cache with a cell per token is a llama_kv_cache: plain, iswa
+ * (first the layers with full attention, then those with a window), msa, dsa, dsv4 (raw, csa, hca, lid) and the
+ * attention part of a hybrid memory.
  *
- * Not noted: a layer that uses the tensors of another layer, or of another context's cache; V of MLA, which has none; the states of
- * recurrent layers and of dsv4's compressors, which have no cells and are f32.
+ * Not noted: a layer that uses the tensors of another layer, or of another context's cache; V of MLA, which has none;
+ * the states of recurrent layers and of dsv4's compressors, which have no cells and are f32.
  *
  * Use, on one thread: tq_ggml_cache_list_begin(), llama_init_from_model(), tq_ggml_cache_list(NULL, 0) for the number,
  * tq_ggml_cache_list(to, n), tq_ggml_cache_list_end(). In libggml-base. */
@@ -48,8 +50,8 @@ int32_t tq_ggml_cache_list(struct tq_ggml_cache_tensor * to, int32_t n);
 /* Frees the calling thread's list; nothing is noted any more. */
 void tq_ggml_cache_list_end(void);
 
-/* For the constructor: notes K or V of a layer, if the thread keeps a list. t: a cache tensor, or NULL, which is not noted; mean: what
- * is subtracted from it, or NULL. */
+/* For the constructor: notes K or V of a layer, if the thread keeps a list. t: a cache tensor, or NULL, which is not
+ * noted; mean: what is subtracted from it, or NULL. */
 void tq_ggml_cache_note(const struct ggml_tensor * t, uint32_t layer, int32_t side, const struct ggml_tensor * mean,
                         bool rotated);
 

@@ -30,17 +30,23 @@ void tq_ggml_policy_set_rotation(bool allowed) {
     rotation_forbidden = !allowed;
 }
 
+/* Stock quantized types gain from the rotation. The types of tqgguf rotate each block themselves, and a second Hadamard
+ * matrix would undo most of the first. */
+static bool gains(enum ggml_type type) {
+    return ggml_is_quantized(type) && !tq_ggml_is_pqo(type);
+}
+
 /* type: of every layer, where there is no policy */
 static bool rotates(enum ggml_type type, bool is_k) {
-    bool gains = n_policy == 0 && tq_ggml_wants_rotation(type);
+    bool any = n_policy == 0 && gains(type);
     for (int32_t il = 0; il < n_policy; il++) {
         const enum ggml_type of_il = (enum ggml_type)(is_k ? policy[il].type_k : policy[il].type_v);
-        if (tq_ggml_is_ours(of_il) || (is_k && policy[il].k_mean)) {
+        if (tq_ggml_is_pqo(of_il) || (is_k && policy[il].k_mean)) {
             return false;
         }
-        gains |= tq_ggml_wants_rotation(of_il);
+        any |= gains(of_il);
     }
-    return gains && !rotation_forbidden;
+    return any && !rotation_forbidden;
 }
 
 bool tq_ggml_policy_rotates_k(enum ggml_type type) {

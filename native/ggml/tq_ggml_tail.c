@@ -17,7 +17,7 @@ int32_t tq_ggml_tail_get(void) {
 }
 
 void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t) {
-    if (!t || !tq_ggml_is_ours(t->type) || recent == 0) {
+    if (!t || !tq_ggml_is_pqo(t->type) || recent == 0) {
         return;
     }
     const int64_t n_recent = recent < t->ne[1] ? recent : t->ne[1];
