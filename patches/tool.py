@@ -26,7 +26,7 @@ from release import DOWNLOADS, fetch, ggml_version, obtain, read_pin, read_relea
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "build" / "upstream"
-FORMAT = "2"  # of the work tree: part of the stamp's key
+FORMAT = "1"  # of the work tree: part of the stamp's key
 HOOK_FIELDS = ("What:", "Why not in native/:", "Relies on:", "Tested by:")
 FIX_FIELDS = ("What happens:", "To see it:", "Cause:", "Mend:", "Tested by:")
 COLUMNS = 120
