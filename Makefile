@@ -130,7 +130,7 @@ conformance-programs: build/installed
 	$(CMAKE) --build $(BUILD) --target upstream_tests --target conformance
 
 # The same release without the series, built the same way: what stock types and speed are compared with. Of the series it has
-# patch 7 alone, without which it crashes on processors with AMX.
+# the first fix alone, without which it crashes on processors with AMX.
 stock: stock-configured
 	$(CMAKE) --build $(STOCK)/cmake --target llama --target mtmd
 
@@ -138,7 +138,7 @@ stock-tools: stock-configured ## stock llama-bench and llama-perplexity, in buil
 	$(CMAKE) --build $(STOCK)/cmake --target llama-bench --target llama-perplexity
 
 stock-configured: build/installed
-	$(BIN)/python patches/tool.py --work $(STOCK)/source apply --stock 0007
+	$(BIN)/python patches/tool.py --work $(STOCK)/source apply --stock llama.cpp/fixes/0001
 	$(CMAKE) -G Ninja -S $(STOCK)/source/llama.cpp -B $(STOCK)/cmake -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Release \
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
 		-DLLAMA_OPENSSL=OFF -DGGML_RPC=ON -DGGML_RPC_RDMA=OFF >build/stock/configure.log 2>&1 || { cat build/stock/configure.log; exit 1; }
@@ -177,7 +177,7 @@ docs: build/installed ## docs/api.md from the docstrings, and the pictures of do
 	$(BIN)/python docs/generate/figures.py
 	$(BIN)/python docs/generate/terminal.py
 
-check-patches: $(VENV)/ready ## clean apply, byte-equal re-export, idempotence, line budget
+check-patches: $(VENV)/ready ## clean apply, byte-equal re-export, idempotence, budget of files and hunks
 	$(BIN)/python patches/tool.py check
 
 clean: ## remove everything built or installed here
