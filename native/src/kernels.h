@@ -1,4 +1,4 @@
-/* kernels.h: what one instruction set implements. kernels_portable.c is the truth; the others must give the same bytes
+/* kernels.h: what one instruction set implements. portable.c is the truth; the others must give the same bytes
  * from encode and the same values from decode, and agree within rounding in the attention steps. */
 #ifndef TQI_KERNELS_H
 #define TQI_KERNELS_H

@@ -1,4 +1,4 @@
-/* kernels_avx512.c: AVX-512 with BW, DQ, VL, VBMI and VNNI (Ice Lake, Zen 4 and later). One block is two vectors of 16 values.
+/* avx512.c: AVX-512 with BW, DQ, VL, VBMI and VNNI (Ice Lake, Zen 4 and later). One block is two vectors of 16 values.
  *
  * Both formats decode alike: vpermb brings each lane its two bytes, a variable shift brings the index down, vpermps looks
  * it up in 16 levels (3 bits: the eight levels twice, so bit 3 need not be cleared). */

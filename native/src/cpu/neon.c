@@ -1,4 +1,4 @@
-/* kernels_neon.c: AArch64 Advanced SIMD. One block is eight vectors of four values; codebooks are looked up as bytes with
+/* neon.c: AArch64 Advanced SIMD. One block is eight vectors of four values; codebooks are looked up as bytes with
  * tbl. encode and decode follow the portable order of operations exactly; the attention steps use FMA. */
 #include "kernels.h"
 #include "trellis.h"

@@ -1,4 +1,4 @@
-/* kernels_avx2.c: AVX2 + FMA + F16C. One block is four vectors of eight values.
+/* avx2.c: AVX2 + FMA + F16C. One block is four vectors of eight values.
  *
  * encode and decode follow the portable order of operations exactly (no FMA there); the attention steps use FMA. */
 #include "features_x86.h"

@@ -1,4 +1,4 @@
-/* kernels_portable.c: every step in plain C, the truth that the other kernels are held to. */
+/* portable.c: every step in plain C, the truth that the other kernels are held to. */
 #include "kernels.h"
 #include "transform.h"
 #include "trellis.h"
