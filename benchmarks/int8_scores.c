@@ -43,7 +43,7 @@ INLINE float scale_of(const uint8_t * in) {
     return _cvtsh_ss(h);
 }
 
-/* f32, as kernels_avx2.c does it */
+/* f32, as avx2.c does it */
 INLINE void f32_way(int n_q) {
     const __m256 table = _mm256_loadu_ps(levels);
     for (int t = 0; t < KEYS; ++t) {

@@ -1,85 +1,19 @@
-/* kernels_avx512.c: AVX-512 with BW, DQ, VL, VBMI and VNNI (Ice Lake, Zen 4 and later). One block is two vectors of 16 values.
+/* avx512.c: the PQO types, and what does not depend on the type, in AVX-512 with BW, DQ, VL, VBMI and VNNI (Ice Lake, Zen 4
+ * and later).
  *
  * Both formats decode alike: vpermb brings each lane its two bytes, a variable shift brings the index down, vpermps looks
  * it up in 16 levels (3 bits: the eight levels twice, so bit 3 need not be cleared). */
-#include "features_x86.h"
-#include "kernels.h"
-#include "trellis.h"
+#include "vector_avx512.h"
 
-#include <immintrin.h>
+#include "features_x86.h"
+
 #include <math.h>
 
 static int supported(void) {
     return tqi_has_avx512();
 }
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL                                                                                                         \
-    _Pragma("GCC unroll 16") /* where a loop's counter must be a constant, and GCC does not see that it pays */
-
-/* ---- Transform ---- */
-
-typedef struct {
-    __m512 v[2]; /* values 0..15, 16..31 */
-} block;
-
-INLINE block load_block(const float * x) {
-    return (block) { { _mm512_loadu_ps(x), _mm512_loadu_ps(x + 16) } };
-}
-
-INLINE void store_block(float * x, block y) {
-    _mm512_storeu_ps(x, y.v[0]);
-    _mm512_storeu_ps(x + 16, y.v[1]);
-}
-
-/* One butterfly stage inside a vector: lanes of the mask get partner - self, the others self + partner. */
-#define STAGE(x, partner, mask) _mm512_mask_sub_ps(_mm512_add_ps(x, partner), mask, partner, x)
-
-INLINE block hadamard32(block y) {
-    const __m512 norm = _mm512_set1_ps(TQI_RSQRT_BLOCK);
-    for (int i = 0; i < 2; ++i) {
-        __m512 x = y.v[i];
-        x = STAGE(x, _mm512_permute_ps(x, 0xb1), 0xaaaa);
-        x = STAGE(x, _mm512_permute_ps(x, 0x4e), 0xcccc);
-        x = STAGE(x, _mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);
-        y.v[i] = STAGE(x, _mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
-    }
-    return (block) { {
-        _mm512_mul_ps(_mm512_add_ps(y.v[0], y.v[1]), norm),
-        _mm512_mul_ps(_mm512_sub_ps(y.v[0], y.v[1]), norm),
-    } };
-}
-
-INLINE block apply_signs(block y) {
-    const block s = load_block(tqi_signs);
-    return (block) { { _mm512_mul_ps(y.v[0], s.v[0]), _mm512_mul_ps(y.v[1], s.v[1]) } };
-}
-
-INLINE block transform_block(tqi_sign_order order, block y) {
-    return order == TQI_SIGNS_FIRST ? hadamard32(apply_signs(y)) : apply_signs(hadamard32(y));
-}
-
-static void transform(tqi_sign_order order, float * y, int64_t n_blocks) {
-    for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK) {
-        store_block(y, transform_block(order, load_block(y)));
-    }
-}
-
-static void inverse_transform(tqi_sign_order order, float * y, int64_t n_blocks) {
-    transform(order == TQI_SIGNS_FIRST ? TQI_SIGNS_LAST : TQI_SIGNS_FIRST, y, n_blocks);
-}
-
 /* ---- Encode ---- */
-
-/* tqi_sum32's halving tree. */
-INLINE float sum32(block p) {
-    const __m512 h = _mm512_add_ps(p.v[0], p.v[1]);
-    const __m256 q = _mm256_add_ps(_mm512_castps512_ps256(h), _mm512_extractf32x8_ps(h, 1));
-    __m128 r = _mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1));
-    r = _mm_add_ps(r, _mm_movehl_ps(r, r));
-    r = _mm_add_ss(r, _mm_movehdup_ps(r));
-    return _mm_cvtss_f32(r);
-}
 
 /* A codebook in registers: each step of a binary search over its boundaries compares with one looked up by the index so
  * far, and its levels. */
@@ -88,7 +22,8 @@ typedef struct {
     __m512 step[4]; /* the boundary that decides index bit 3 (4-bit codebooks only), 2, 1, 0 */
 } table;
 
-INLINE table load_table(const tqi_codec * codec) {
+INLINE table load_table(int bits, const tqi_codec * codec) {
+    (void) bits;
     float step[4][16];
     for (int bit = 0; bit < 4; ++bit) {
         for (int i = 0; i < 16; ++i) {
@@ -109,7 +44,7 @@ INLINE table load_table(const tqi_codec * codec) {
     };
 }
 
-INLINE __m512i index16(int bits, const table * c, __m512 t) {
+INLINE __m512i index_of(int bits, const table * c, __m512 t) {
     __m512i index = _mm512_setzero_si512();
     for (int bit = bits - 1; bit >= 0; --bit) {
         const __mmask16 above = _mm512_cmp_ps_mask(t, _mm512_permutexvar_ps(index, c->step[3 - bit]), _CMP_GT_OQ);
@@ -118,17 +53,13 @@ INLINE __m512i index16(int bits, const table * c, __m512 t) {
     return index;
 }
 
-INLINE block sanitize(block x) {
-    const __m512 limit = _mm512_set1_ps(TQI_F16_MAX), minus = _mm512_set1_ps(-TQI_F16_MAX);
-    for (int i = 0; i < 2; ++i) {
-        const __m512 number = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v[i], x.v[i], _CMP_ORD_Q), x.v[i]);
-        x.v[i] = _mm512_max_ps(_mm512_min_ps(number, limit), minus);
-    }
-    return x;
+INLINE vec level_of(int bits, const table * c, words index) {
+    (void) bits;
+    return _mm512_permutexvar_ps(index, c->levels);
 }
 
 /* Packs 16 indices: lanes 0..7 and 8..15 into a word each of 8 * bits bits. */
-INLINE void pack16(int bits, __m512i index, uint8_t * out) {
+INLINE void pack(int bits, __m512i index, uint8_t * out) {
     const __m512i shift = bits == 3 ? _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 0, 3, 6, 9, 12, 15, 18, 21)
                                     : _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     __m512i word = _mm512_sllv_epi32(index, shift);
@@ -141,102 +72,7 @@ INLINE void pack16(int bits, __m512i index, uint8_t * out) {
     memcpy(out + bits, &high, (size_t) bits);
 }
 
-INLINE void put_block(int bits, const table * c, uint16_t d, block t, uint8_t * out) {
-    if ((d & 0x7fffu) == 0) {
-        memset(out, 0, (size_t) (4 * bits + 2));
-        return;
-    }
-    memcpy(out, &d, sizeof d);
-    pack16(bits, index16(bits, c, t.v[0]), out + 2);
-    pack16(bits, index16(bits, c, t.v[1]), out + 2 + 2 * bits);
-}
-
-INLINE float search_scale(int bits, const tqi_codec * codec, const table * c, block y) {
-    const float high = 1.0f / codec->levels[codec->n_levels - 1];
-    const float low = 1.0f / codec->levels[0];
-    const float max = _mm512_reduce_max_ps(_mm512_max_ps(y.v[0], y.v[1]));
-    const float min = _mm512_reduce_min_ps(_mm512_min_ps(y.v[0], y.v[1]));
-    if (max < TQI_AMAX_MIN && -min < TQI_AMAX_MIN) {
-        return 0.0f;
-    }
-    const float base[2] = { fmaxf(max * high, min * low), -fmaxf(-min * high, -max * low) };
-    float best = -1.0f, d = 0.0f;
-    for (int f = 0; f < codec->n_factors; ++f) {
-        for (int s = 0; s < 2; ++s) {
-            const __m512 inverse = _mm512_set1_ps(1.0f / (base[s] * codec->factors[f]));
-            block a, b;
-            for (int i = 0; i < 2; ++i) {
-                const __m512 v = _mm512_permutexvar_ps(index16(bits, c, _mm512_mul_ps(y.v[i], inverse)), c->levels);
-                a.v[i] = _mm512_mul_ps(y.v[i], v);
-                b.v[i] = _mm512_mul_ps(v, v);
-            }
-            const float yv = sum32(a), vv = sum32(b);
-            const float gain = yv * yv / vv;
-            if (gain > best) {
-                best = gain;
-                d = yv / vv;
-            }
-        }
-    }
-    return d;
-}
-
-INLINE uint16_t f32_to_f16(float x) {
-    return (uint16_t) _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
-}
-
-INLINE void encode_search(int bits, const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
-    const table c = load_table(codec);
-    for (int64_t b = 0; b < n_blocks; ++b, x += TQ_BLOCK, blocks += 4 * bits + 2) {
-        block y = transform_block(TQI_SIGNS_FIRST, sanitize(load_block(x)));
-        const uint16_t d = f32_to_f16(tqi_sanitize(search_scale(bits, codec, &c, y)));
-        const __m512 inverse = _mm512_set1_ps(1.0f / _cvtsh_ss(d));
-        y.v[0] = _mm512_mul_ps(y.v[0], inverse);
-        y.v[1] = _mm512_mul_ps(y.v[1], inverse);
-        put_block(bits, &c, d, y, blocks);
-    }
-}
-
-INLINE block divide(block y, float d) {
-    return (block) { { _mm512_div_ps(y.v[0], _mm512_set1_ps(d)), _mm512_div_ps(y.v[1], _mm512_set1_ps(d)) } };
-}
-
-INLINE void encode_norm(int bits, const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
-    const table c = load_table(codec);
-    for (int64_t b = 0; b < n_blocks; ++b, x += TQ_BLOCK, blocks += 4 * bits + 2) {
-        block y = sanitize(load_block(x));
-        float d;
-        if (codec->mode == TQ_MODE_MAXNORM) {
-            y = transform_block(TQI_SIGNS_LAST, y);
-            d = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(y.v[0]), _mm512_abs_ps(y.v[1]))) / codec->outer;
-            d = d > TQI_NORM_MIN ? d : TQI_NORM_MIN;
-            y = divide(y, d);
-        } else {
-            d = sqrtf(sum32((block) { { _mm512_mul_ps(y.v[0], y.v[0]), _mm512_mul_ps(y.v[1], y.v[1]) } }));
-            d = d > TQI_NORM_MIN ? d : TQI_NORM_MIN;
-            y = transform_block(TQI_SIGNS_LAST, divide(y, d));
-        }
-        put_block(bits, &c, f32_to_f16(d < TQI_F16_MAX ? d : TQI_F16_MAX), y, blocks);
-    }
-}
-
-static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
-    if (codec->trellis) {
-        tqi_trellis_encode(codec, transform, tqi_trellis_search_avx512, x, n_blocks, blocks);
-        return;
-    }
-    if (codec->mode != TQ_MODE_SEARCH) {
-        if (codec->bits == 3) {
-            encode_norm(3, codec, x, n_blocks, blocks);
-        } else {
-            encode_norm(4, codec, x, n_blocks, blocks);
-        }
-    } else if (codec->bits == 3) {
-        encode_search(3, codec, x, n_blocks, blocks);
-    } else {
-        encode_search(4, codec, x, n_blocks, blocks);
-    }
-}
+#include "scale_search.h"
 
 /* ---- Decode ---- */
 
@@ -247,7 +83,7 @@ INLINE int index_begin(int bits, int64_t b, int64_t n_blocks) {
 }
 
 INLINE __m128i load_indices(int bits, const uint8_t * row, int64_t b, int64_t n_blocks) {
-    const uint8_t * indices = row + b * (4 * bits + 2) + 2;
+    const uint8_t * indices = row + (size_t) b * TQI_BLOCK_BYTES(bits) + 2;
     if (bits == 3 && n_blocks == 1) {
         return _mm_maskz_loadu_epi8(0x3fff, row);
     }
@@ -281,36 +117,12 @@ INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * block
     for (int64_t b = 0; b < n_blocks; ++b) {
         const uint8_t (*at)[64] = pair_bytes_of(bits, b, n_blocks);
         const __m512i bytes = _mm512_zextsi128_si512(load_indices(bits, blocks, b, n_blocks));
-        const __m512 d = _mm512_set1_ps(tqi_block_scale(blocks + b * (4 * bits + 2)));
+        const __m512 d = _mm512_set1_ps(tqi_block_scale(blocks + (size_t) b * TQI_BLOCK_BYTES(bits)));
         for (int h = 0; h < 2; ++h) {
             const __m512i word = _mm512_permutexvar_epi8(_mm512_loadu_si512(at[h]), bytes);
             const __m512 v = _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), levels);
             _mm512_storeu_ps(y + b * TQ_BLOCK + 16 * h, _mm512_mul_ps(d, v));
         }
-    }
-}
-
-static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
-    if (codec->trellis) {
-        tqi_trellis_unpack_avx512(codec, blocks, n_blocks, y);
-        return;
-    }
-    if (codec->bits == 3) {
-        unpack_rows(3, codec, blocks, n_blocks, y);
-    } else {
-        unpack_rows(4, codec, blocks, n_blocks, y);
-    }
-}
-
-static void decode(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * x) {
-    unpack(codec, blocks, n_blocks, x);
-    inverse_transform(codec->signs, x, n_blocks);
-}
-
-static void widen(const uint16_t * x, int64_t n, float * y) {
-    for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 mask = (__mmask16) (n - i >= 16 ? 0xffffu : (1u << (n - i)) - 1u);
-        _mm512_mask_storeu_ps(y + i, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x + i)));
     }
 }
 
@@ -346,8 +158,8 @@ INLINE integer_table load_integer_table(int bits, const tqi_codec * codec, int l
     const float low = -codec->levels[0], high = codec->levels[codec->n_levels - 1];
     c.step = (low > high ? low : high) / (float) level_max;
     const __m512 levels = _mm512_div_ps(_mm512_loadu_ps(codec->levels), _mm512_set1_ps(c.step));
-    const __m256i words = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(levels));
-    c.levels = bits == 3 ? _mm512_broadcast_i32x4(_mm256_castsi256_si128(words)) : _mm512_broadcast_i64x4(words);
+    const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(levels));
+    c.levels = bits == 3 ? _mm512_broadcast_i32x4(_mm256_castsi256_si128(rounded)) : _mm512_broadcast_i64x4(rounded);
     return c;
 }
 
@@ -367,7 +179,7 @@ INLINE __m512 load_scales(const uint16_t * d) {
 
 /* Rounds n vectors of values to integers of magnitude max at most; returns what the integer 1 stands for (NaN if a value is
  * not finite). */
-INLINE float round_to_words(const __m512 * x, int n, int max, uint16_t * words) {
+INLINE float round_to_words(const __m512 * x, int n, int max, uint16_t * to) {
     __m512 top = _mm512_setzero_ps();
     __mmask16 bad = 0;
     for (int i = 0; i < n; ++i) {
@@ -377,14 +189,14 @@ INLINE float round_to_words(const __m512 * x, int n, int max, uint16_t * words) 
     const float largest = _mm512_reduce_max_ps(top);
     const __m512 inverse = _mm512_set1_ps(largest < TINY ? 0.0f : (float) max / largest);
     for (int i = 0; i < n; ++i) {
-        _mm256_storeu_si256((__m256i *) (void *) (words + 16 * i),
+        _mm256_storeu_si256((__m256i *) (void *) (to + 16 * i),
                             _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse))));
     }
     return bad ? NAN : largest < TINY ? 0.0f : largest / (float) max;
 }
 
-INLINE __m512i pair_at(const uint16_t * words) {
-    return _mm512_set1_epi32((int) tqi_load_u32(words));
+INLINE __m512i pair_at(const uint16_t * at) {
+    return _mm512_set1_epi32((int) tqi_load_u32(at));
 }
 
 /* Word j of out: index j of groups[g] in its low bits, for 16 tokens side by side; rows are their blocks. */
@@ -418,7 +230,7 @@ INLINE __m512i pair_shift(int bits, int j) {
 INLINE void scores_part(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
                         const float * q, int n_blocks, int b0, int n_part, float * s, int ld) {
     const integer_table c = load_integer_table(bits, codec, K_LEVEL_MAX);
-    const int bytes = 4 * bits + 2;
+    const int bytes = (int) TQI_BLOCK_BYTES(bits);
     uint16_t q_words[TQI_MAX_FUSED][MAX_BLOCKS * TQ_BLOCK], d[MAX_BLOCKS][TQI_AHEAD];
     float q_unit[TQI_MAX_FUSED][MAX_BLOCKS];
     for (int i = 0; i < n_q; ++i) {
@@ -527,7 +339,7 @@ INLINE void accumulate_block(int bits, int n_q, const integer_table * c, const u
 INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,
                             const float * p, int ld, int n_blocks, float * o) {
     const integer_table c = load_integer_table(bits, codec, V_LEVEL_MAX);
-    const int bytes = 4 * bits + 2;
+    const int bytes = (int) TQI_BLOCK_BYTES(bits);
     for (int t0 = 0; t0 < n_tok; t0 += TQI_AHEAD, v += TQI_AHEAD * stride, p += TQI_AHEAD) {
         const int n = n_tok - t0 < TQI_AHEAD ? n_tok - t0 : TQI_AHEAD;
         for (int b0 = 0; b0 < n_blocks; b0 += MAX_BLOCKS) {
@@ -546,178 +358,21 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
     }
 }
 
-static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
-                   int n_blocks, float * s, int ld) {
-    if (codec->trellis) {
-        tqi_trellis_scores_avx512(codec, k, stride, n_tok, q, n_q, n_blocks, s, ld);
-        return;
-    }
-    if (codec->bits == 3) {
-        TQI_BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
-    } else {
-        TQI_BY_N_Q(scores_rows, 4, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
-    }
-}
-
-static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
-                       int n_q, int n_blocks, float * o) {
-    if (codec->trellis) {
-        tqi_trellis_accumulate_avx512(codec, v, stride, n_tok, p, ld, n_q, n_blocks, o);
-        return;
-    }
-    if (codec->bits == 3) {
-        TQI_BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
-    } else {
-        TQI_BY_N_Q(accumulate_rows, 4, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
-    }
-}
-
-/* exp for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 Taylor polynomial for e^r; 0 below -87.3. Relative error under
- * 2e-7 (ln 2 in two parts after Cody and Waite). */
-INLINE __m512 exp16(__m512 x) {
-    const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
-                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 e = _mm512_set1_ps(1.0f / 720.0f);
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 120.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 24.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 6.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.5f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f));
-    return _mm512_maskz_scalef_ps(normal, e, n);
-}
-
-static float softmax_row(float * s, int n, float * max, float * sum) {
-    const __m512 nothing = _mm512_set1_ps(-INFINITY);
-    __m512 v = _mm512_set1_ps(*max);
-    for (int t = 0; t < n; t += 16) {
-        const __mmask16 mask = (__mmask16) (n - t >= 16 ? 0xffffu : (1u << (n - t)) - 1u);
-        v = _mm512_max_ps(v, _mm512_mask_loadu_ps(nothing, mask, s + t));
-    }
-    const float top = _mm512_reduce_max_ps(v);
-    const float base = top == -INFINITY ? 0.0f : top; /* no key seen: zeros, but NaN stays NaN */
-    const float factor = top == *max ? 1.0f : expf(*max - top);
-    __m512 total = _mm512_setzero_ps();
-    for (int t = 0; t < n; t += 16) {
-        const __mmask16 mask = (__mmask16) (n - t >= 16 ? 0xffffu : (1u << (n - t)) - 1u);
-        const __m512 e = exp16(_mm512_sub_ps(_mm512_mask_loadu_ps(nothing, mask, s + t), _mm512_set1_ps(base)));
-        _mm512_mask_storeu_ps(s + t, mask, e);
-        total = _mm512_add_ps(total, e);
-    }
-    *max = top;
-    *sum = *sum * factor + _mm512_reduce_add_ps(total);
-    return factor;
-}
-
-/* n_row rows of c at a time, n_vec vectors of columns: at most 24 sums in registers. */
-INLINE void gemm_rows(int n_row, int n_vec, const float * a, int a_row, int a_k, const float * b, int n_k, int n_col,
-                      int add, float * c) {
-    __m512 sum[12][2];
-    for (int r = 0; r < n_row; ++r) {
-        for (int j = 0; j < n_vec; ++j) {
-            sum[r][j] = add ? _mm512_loadu_ps(c + r * n_col + 16 * j) : _mm512_setzero_ps();
-        }
-    }
-    for (int k = 0; k < n_k; ++k, a += a_k, b += n_col) {
-        __m512 bk[2];
-        for (int j = 0; j < n_vec; ++j) {
-            bk[j] = _mm512_loadu_ps(b + 16 * j);
-        }
-        for (int r = 0; r < n_row; ++r) {
-            const __m512 w = _mm512_set1_ps(a[r * a_row]);
-            for (int j = 0; j < n_vec; ++j) {
-                sum[r][j] = _mm512_fmadd_ps(w, bk[j], sum[r][j]);
-            }
-        }
-    }
-    for (int r = 0; r < n_row; ++r) {
-        for (int j = 0; j < n_vec; ++j) {
-            _mm512_storeu_ps(c + r * n_col + 16 * j, sum[r][j]);
-        }
-    }
-}
-
-INLINE void gemm_columns(int n_vec, const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col,
-                         int add, float * c) {
-    int r = 0;
-    for (; r + 12 <= n_row; r += 12) {
-        gemm_rows(12, n_vec, a + (size_t) r * (size_t) a_row, a_row, a_k, b, n_k, n_col, add,
-                  c + (size_t) r * (size_t) n_col);
-    }
-    for (; r + 4 <= n_row; r += 4) {
-        gemm_rows(4, n_vec, a + (size_t) r * (size_t) a_row, a_row, a_k, b, n_k, n_col, add,
-                  c + (size_t) r * (size_t) n_col);
-    }
-    for (; r < n_row; ++r) {
-        gemm_rows(1, n_vec, a + (size_t) r * (size_t) a_row, a_row, a_k, b, n_k, n_col, add,
-                  c + (size_t) r * (size_t) n_col);
-    }
-}
-
-static void gemm(const float * a, int a_row, int a_k, const float * b, int n_row, int n_k, int n_col, int add,
-                 float * c) {
-    int j = 0;
-    for (; j + 32 <= n_col; j += 32) {
-        gemm_columns(2, a, a_row, a_k, b + j, n_row, n_k, n_col, add, c + j);
-    }
-    if (j < n_col) {
-        gemm_columns(1, a, a_row, a_k, b + j, n_row, n_k, n_col, add, c + j);
-    }
-}
-
-static void softmax_columns(float * s, int n_row, int n_col, float * max, float * sum, float * factor) {
-    for (int j = 0; j < n_col; j += 16) {
-        const __m512 old = _mm512_loadu_ps(max + j);
-        __m512 top = old;
-        for (int t = 0; t < n_row; ++t) {
-            top = _mm512_max_ps(_mm512_loadu_ps(s + t * n_col + j), top);
-        }
-        /* a column that has seen no key yet: subtract 0 instead of -infinity, so that its exponentials are 0, not NaN */
-        const __mmask16 seen = _mm512_cmp_ps_mask(top, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
-        const __m512 base = _mm512_maskz_mov_ps(seen, top);
-        const __m512 f = exp16(_mm512_sub_ps(old, base));
-        __m512 total = _mm512_mul_ps(f, _mm512_loadu_ps(sum + j));
-        for (int t = 0; t < n_row; ++t) {
-            const __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(s + t * n_col + j), base));
-            _mm512_storeu_ps(s + t * n_col + j, e);
-            total = _mm512_add_ps(total, e);
-        }
-        _mm512_storeu_ps(max + j, top);
-        _mm512_storeu_ps(sum + j, total);
-        _mm512_storeu_ps(factor + j, f);
-    }
-}
-
-/* ---- Rows of a tail ---- */
-
-#define VF __m512
-#define VF_LANES 16
-#define vf_zero() _mm512_setzero_ps()
-#define vf_set1(x) _mm512_set1_ps(x)
-#define vf_load(p) _mm512_loadu_ps(p)
-#define vf_store(p, a) _mm512_storeu_ps(p, a)
-#define vf_load_f16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (const void *) (p)))
-#define vf_store_f16(p, a) _mm256_storeu_si256((__m256i *) (void *) (p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
-#define vf_clamp(a, limit) _mm512_min_ps(_mm512_max_ps(a, _mm512_set1_ps(-(limit))), _mm512_set1_ps(limit))
-#define vf_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define vf_sum(a) _mm512_reduce_add_ps(a)
+#include "gemm.h"
 #include "rows_f16.h"
+#include "softmax.h"
+#include "steps.h"
+
+static const tqi_steps pqo = { encode, unpack, scores, accumulate };
 
 const tqi_kernels tqi_kernels_avx512 = {
     .name = "avx512",
     .supported = supported,
-    .encode = encode,
-    .decode = decode,
-    .unpack = unpack,
+    .pqo = &pqo,
+    .trellis = &tqi_trellis_avx512,
     .widen = widen,
     .narrow = narrow,
     .transform = transform,
-    .inverse_transform = inverse_transform,
-    .scores = scores,
-    .accumulate = accumulate,
     .scores_f16 = scores_f16,
     .accumulate_f16 = accumulate_f16,
     .softmax_row = softmax_row,

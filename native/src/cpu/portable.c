@@ -1,4 +1,4 @@
-/* kernels_portable.c: every step in plain C, the truth that the other kernels are held to. */
+/* portable.c: every step in plain C, the truth that the other kernels are held to. */
 #include "kernels.h"
 #include "transform.h"
 #include "trellis.h"
@@ -108,10 +108,6 @@ static void encode_block(const tqi_codec * codec, const float * x, uint8_t * blo
     switch (codec->mode) {
         case TQ_MODE_SEARCH: {
             tqi_transform(codec->signs, y);
-            if (codec->trellis) {
-                tqi_trellis_search_portable(codec, y, 1, block);
-                return;
-            }
             const uint16_t h = tqi_f32_to_f16(tqi_sanitize(search_scale(codec, y)));
             const float inverse = 1.0f / tqi_f16_to_f32(h);
             for (int i = 0; i < TQ_BLOCK; ++i) {
@@ -155,22 +151,14 @@ static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, u
     }
 }
 
-static void unpack_block(const tqi_codec * codec, const uint8_t * block, float * y) {
-    uint8_t index[TQ_BLOCK];
-    const float d = tqi_block_scale(block);
-    if (codec->trellis) {
-        tqi_trellis_unpack_portable(codec, block, 1, y);
-        return;
-    }
-    unpack_indices(codec->bits, block + sizeof(uint16_t), index);
-    for (int i = 0; i < TQ_BLOCK; ++i) {
-        y[i] = d * codec->levels[index[i]];
-    }
-}
-
 static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
-    for (int64_t b = 0; b < n_blocks; ++b) {
-        unpack_block(codec, blocks + b * codec->block_bytes, y + b * TQ_BLOCK);
+    for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
+        uint8_t index[TQ_BLOCK];
+        const float d = tqi_block_scale(blocks);
+        unpack_indices(codec->bits, blocks + sizeof(uint16_t), index);
+        for (int i = 0; i < TQ_BLOCK; ++i) {
+            y[i] = d * codec->levels[index[i]];
+        }
     }
 }
 
@@ -180,24 +168,12 @@ static void transform(tqi_sign_order order, float * y, int64_t n_blocks) {
     }
 }
 
-static void inverse_transform(tqi_sign_order order, float * y, int64_t n_blocks) {
-    for (int64_t b = 0; b < n_blocks; ++b) {
-        tqi_inverse_transform(order, y + b * TQ_BLOCK);
-    }
-}
-
-static void decode(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * x) {
-    unpack(codec, blocks, n_blocks, x);
-    inverse_transform(codec->signs, x, n_blocks);
-}
-
-static void widen(const uint16_t * x, int64_t n, float * y) {
-    for (int64_t i = 0; i < n; ++i) {
-        y[i] = tqi_f16_to_f32(tqi_load_u16(x + i));
-    }
-}
-
 /* ---- Attention ---- */
+
+/* A block of either kind. */
+static void unpack_block(const tqi_codec * codec, const uint8_t * block, float * y) {
+    tqi_steps_of(&tqi_kernels_portable, codec)->unpack(codec, block, 1, y);
+}
 
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
                    int n_blocks, float * s, int ld) {
@@ -289,38 +265,38 @@ static void softmax_columns(float * s, int n_row, int n_col, float * max, float 
 
 /* ---- Rows of a tail ---- */
 
+/* The words of vector.h that rows_f16.h takes, for vectors of one float. */
 #define INLINE static inline
-#define VF float
-#define VF_LANES 1
-#define vf_zero() 0.0f
-#define vf_set1(x) (x)
-#define vf_load(p) (*(p))
-#define vf_store(p, a) (*(p) = (a))
-#define vf_load_f16(p) tqi_f16_to_f32(tqi_load_u16(p))
-#define vf_store_f16(p, a) store_f16(p, a)
-#define vf_clamp(a, limit) fminf(fmaxf(a, -(limit)), limit)
-#define vf_fma(a, b, c) ((a) * (b) + (c))
-#define vf_sum(a) (a)
+#define LANES 1
+typedef float vec;
+#define v_set1(x) (x)
+#define v_load(p) (*(p))
+#define v_store(p, a) (*(p) = (a))
+#define v_load_f16(p) tqi_f16_to_f32(tqi_load_u16(p))
+#define v_min(a, b) fminf(a, b)
+#define v_max(a, b) fmaxf(a, b)
+#define v_fma(a, b, c) ((a) * (b) + (c))
+#define v_sum(a) (a)
+#define f16_to_f32(h) tqi_f16_to_f32(h)
 
-static void store_f16(uint16_t * to, float x) {
+static void v_store_f16(uint16_t * to, float x) {
     const uint16_t h = tqi_f32_to_f16(x);
     memcpy(to, &h, sizeof h);
 }
 
 #include "rows_f16.h"
 
+static const tqi_steps pqo = { encode, unpack, scores, accumulate };
+static const tqi_steps trellis = { tqi_trellis_encode_portable, tqi_trellis_unpack_portable, scores, accumulate };
+
 const tqi_kernels tqi_kernels_portable = {
     .name = "portable",
     .supported = supported,
-    .encode = encode,
-    .decode = decode,
-    .unpack = unpack,
+    .pqo = &pqo,
+    .trellis = &trellis,
     .widen = widen,
     .narrow = narrow,
     .transform = transform,
-    .inverse_transform = inverse_transform,
-    .scores = scores,
-    .accumulate = accumulate,
     .scores_f16 = scores_f16,
     .accumulate_f16 = accumulate_f16,
     .softmax_row = softmax_row,
