@@ -68,27 +68,28 @@ def test_a_policy_ends_with_the_model_it_was_for() -> None:
 
 
 def test_centred_keys_give_the_same_logits(tmp_path: Path, random_model: Callable[..., Path]) -> None:
-    # Weights of f32: with weights of Q8_0 llama.cpp rounds activations to 8 bits, and one that falls to the level beside
+    # The weights are f32. For weights of Q8_0 llama.cpp rounds activations to 8 bits: one that falls to the other level
     # moves the logits of the demo model by 2e-4.
     model = random_model(n_layer=4)
     random = np.random.default_rng(0)
     means = {i: random.standard_normal((2, 64)).astype(np.float32) for i in range(4)}
+    path = tmp_path / "policy.gguf"
 
     def read(kind: str, flash_attn: bool, centre: bool) -> np.ndarray:
-        CachePolicy((kind,) * 4, (kind,) * 4, means if centre else {}, model_hash(model)).write(tmp_path / "policy.gguf")
+        CachePolicy((kind,) * 4, (kind,) * 4, means if centre else {}, model_hash(model)).write(path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return logits(load(str(tmp_path / "policy.gguf"), path=model, flash_attn=flash_attn))
+            return logits(load(str(path), path=model, flash_attn=flash_attn))
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
-    # Without flash attention llama.cpp computes on an f32 cache as it is. What moves is f32 rounding of 6e-8 an operation:
-    # measured 2e-7 to 4e-7. A single rounding of keys to f16 would give 1e-4.
+    # Without flash attention llama.cpp computes on an f32 cache as it is. The subtraction rounds each key by 2^-24, and
+    # every sum after it rounds otherwise: 4e-7 in all, measured. Keys rounded to f16 would move logits by 1e-4.
     exact, centred = (read("f32", False, centre) for centre in (False, True))
     assert 0 < distance(centred, exact) < 1e-5
-    # Keys less a mean of their own size have twice their variance, so 1.4 times their f16 rounding error. The two roundings
-    # are independent: 1.7 of plain's error. Flash attention rounds, too.
+    # Keys less a mean of their own size have twice their variance, so 1.4 times their f16 rounding error, and the two
+    # errors are independent: together 1.7 times that of the keys as they are.
     plain, centred = (read("f16", True, centre) for centre in (False, True))
     assert 0 < distance(centred, plain) < 4 * distance(plain, exact)
 
