@@ -202,8 +202,10 @@ def test_with_all_in_the_tail_it_is_an_f16_cache(
     contexts = [opened(path, cache, tail=tail, **options) for cache, tail in caches]
 
     def differ(step: Callable[[Any], Any]) -> None:
+        # ggml's flash attention over an f16 cache sums V in f16: 5e-3 in qwen3. One of 400 rows that is another token's
+        # gives 5e-2.
         exact, precise, blocks = (step(context) for context in contexts)
-        assert distance(precise, exact) < min(5e-3, 0.1 * distance(blocks, exact))
+        assert distance(precise, exact) < min(1e-2, 0.1 * distance(blocks, exact))
 
     differ(lambda context: context.read(TOKENS[:400], 0))
     differ(lambda context: context.read(OTHERS[:300], 0, 1))
