@@ -46,7 +46,7 @@ def test_a_state_continues_as_the_context_did(
             assert context.span(seq or 0)[1] == 299
             now = context.read(TOKENS[300:310], 300, seq or 0)
             if name in WINDOWS:
-                assert distance(now, want) < 1e-4
+                assert distance(now, want) < 1e-3  # 3e-5 with avx512, which sums 16-bit integers, and 6e-6 with avx2
             else:
                 np.testing.assert_array_equal(now, want)
 
