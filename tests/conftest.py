@@ -53,10 +53,11 @@ def kernel(request: pytest.FixtureRequest, native: Any) -> Iterator[str]:
         pytest.skip(f"kernel {name} is not in this build")
     if not listed[name]:
         pytest.skip(f"kernel {name} cannot run on this machine")
+    before = native.active_kernel()  # what TQGGUF_KERNEL forces is in force for the tests that follow, too
     native.force_kernel(name)
     assert native.active_kernel() == name
     yield name
-    native.force_kernel("auto")
+    native.force_kernel(before)
 
 
 @pytest.fixture

@@ -24,6 +24,9 @@ MODEL = str(demo.MODEL_PATH)
 CHAT = ("chat", MODEL, "--temp", "0", "--threads", "1")
 ESCAPE = "\x1b"
 
+STOPPED = 3.0
+"""Seconds after which Ctrl-C has stopped an answer: 0.7 (`interrupt.GRACE`) and what a busy machine adds."""
+
 
 @pytest.fixture
 def chat(python: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +70,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Any
     start = time.monotonic()
     screen.type("\x03")
     screen.expect(r"\[stopped\].*> ")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < STOPPED
     screen.type("/cache\n")
     screen.expect("1 answers.*> ")
     screen.type("\x03")
@@ -91,7 +94,7 @@ def test_a_long_prompt_shows_a_bar_and_can_be_stopped(terminal: Callable[..., An
     start = time.monotonic()
     screen.type("\x03")
     screen.expect(r"\[stopped\]")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < STOPPED
     screen.type("/exit\n")
     assert screen.end() == 0
 
@@ -297,7 +300,7 @@ def test_ctrl_c_ends_run(endless: tuple[str, ...], tmp_path: Path, raw: bool) ->
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < STOPPED
     assert process.returncode == 130 and errors.decode() == "\ntqgguf: interrupted\n"
 
 
