@@ -493,7 +493,7 @@ def test_a_chat_template_that_is_none(tmp_path: Path) -> None:
 ABORT = """
 import ctypes, sys, threading
 import tqgguf
-from tqgguf import demo
+from tqgguf.demo import model as demo
 from tqgguf._native import library_path
 ggml = ctypes.CDLL(str(library_path("ggml-base")))
 def load(**options):

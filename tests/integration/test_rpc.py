@@ -471,7 +471,8 @@ def test_either_side_looks_whether_the_other_is_there(names: list[str]) -> None:
 
 CUT = """
 import socket, sys, threading, tqgguf
-from tqgguf import demo, workers
+from tqgguf.demo import model as demo
+from tqgguf.model import workers
 workers.Workers.greet = lambda self: None
 target = ("127.0.0.1", int(sys.argv[1]))
 
