@@ -1,4 +1,4 @@
-"""benchmarks/cuda.py from end to end: on the emulated kernels, and where there is no GPU."""
+"""benchmarks/speed/cuda.py from end to end: on the emulated kernels, and where there is no GPU."""
 
 from __future__ import annotations
 
