@@ -112,7 +112,7 @@ cuda-test: cuda ## the tests on the GPU; upstream's own with our types, too, aft
 	$(BIN)/python -m pytest -m cuda tests/native tests/patches
 
 cuda-bench: build/installed cuda ## tests and speed of the CUDA kernels on the GPU, saved in benchmarks/results
-	$(BIN)/python benchmarks/cuda.py
+	$(BIN)/python benchmarks/speed/cuda.py
 
 cuda-compile: $(VENV)/ready ## native/cuda for every supported architecture and the patched ggml-cuda.cu, where nvcc is present
 	@if command -v nvcc >/dev/null; then $(BIN)/python patches/tool.py apply >/dev/null && \
@@ -123,7 +123,7 @@ conformance-upstream: build/installed ## upstream's programs on the patched libl
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_TOOLS=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
 	$(CMAKE) --build $(BUILD) $(UPSTREAM_PROGRAMS:%=--target test-%)
 	$(BIN)/python tests/patches/upstream_programs.py $(BUILD)/bin tqgguf/demo/demo.gguf
-	$(BIN)/python tests/patches/architectures.py $(BUILD)/bin/test-llama-archs
+	$(BIN)/python tests/patches/upstream_architectures.py $(BUILD)/bin/test-llama-archs
 
 conformance-programs: build/installed
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_CONFORMANCE=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
@@ -165,9 +165,9 @@ build/wheel-tools: $(VENV)/ready requirements-wheel.txt
 # Other programs on the machine slow it down, but change nothing that it judges.
 MINUTES ?= 30
 soak: build/installed ## MINUTES=30 of mixed requests, 1,000 requests at once, 1,000 kills while a session is saved
-	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
-	$(BIN)/python benchmarks/serve_load.py
-	$(BIN)/python benchmarks/session_kill.py --kills 1000
+	$(BIN)/python benchmarks/endurance/soak.py --minutes $(MINUTES)
+	$(BIN)/python benchmarks/endurance/serve_load.py
+	$(BIN)/python benchmarks/endurance/session_kill.py --kills 1000
 
 report: $(VENV)/ready ## what becomes of the patches on other releases, which it downloads (patches/README.md)
 	$(BIN)/python patches/tool.py report --write

@@ -234,14 +234,14 @@ def benchmark(folder: Path, name: str, *args: str) -> tuple[int, dict[str, Any],
 
 
 def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
-    status, result, said = benchmark(tmp_path, "serve_load.py", "--requests", "24")
+    status, result, said = benchmark(tmp_path, "endurance/serve_load.py", "--requests", "24")
     assert status == 0, said
     assert (result["answered"], result["wrong"]) == (24, 0)
 
 
 def test_a_soak_sees_a_leak_and_nothing_else(tmp_path: Path) -> None:
     status, result, said = benchmark(
-        tmp_path, "soak.py", "--minutes", "0.12", "--clients", "3", "--leak", "5000000", "--max-slope", "100"
+        tmp_path, "endurance/soak.py", "--minutes", "0.12", "--clients", "3", "--leak", "5000000", "--max-slope", "100"
     )
     assert status == 1 and len(result["failures"]) == 1, said
     assert result["failures"][0].startswith("memory grows by ") and result["slope_mib_per_1000_requests"] > 100

@@ -359,9 +359,7 @@ def test_a_length_that_a_client_only_says(worker: Callable[..., Any]) -> None:
         assert "Paris" in answer(model)
 
 
-@pytest.mark.skipif(
-    "TQGGUF_STOCK_LIB" not in os.environ, reason="TQGGUF_STOCK_LIB names no stock build (make conformance)"
-)
+@pytest.mark.stock
 def test_a_stock_worker(worker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It serves caches of stock types; ours are refused, and if nobody asked it would hang up, not be harmed."""
     stock = worker(str(Path(__file__).with_name("stock_worker.py")), os.environ["TQGGUF_STOCK_LIB"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = str(Path(__file__).parents[2] / "benchmarks" / "cuda.py")
+SCRIPT = str(Path(__file__).parents[2] / "benchmarks" / "speed" / "cuda.py")
 
 
 def test_a_rehearsal_measures_everything_and_claims_nothing(
