@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import SOON
 
 from tqgguf.demo import model as demo
 
@@ -32,7 +33,7 @@ def server(serve: Callable[..., Any]) -> Iterator[Any]:
     server = serve(MODEL, "--threads", "1")
     yield server
     seconds, said = server.end()
-    assert (server.process.returncode, said) == (0, "") and seconds < 1
+    assert (server.process.returncode, said) == (0, "") and seconds < SOON
 
 
 @pytest.fixture
@@ -143,11 +144,11 @@ def test_a_client_that_goes_away_frees_its_place(busy: Any) -> None:
     reply = busy.client().completions.create(model="x", prompt="hello", max_tokens=3, temperature=0)
     assert reply.usage.completion_tokens == 3
     seconds, said = busy.end(signal.SIGINT)
-    assert said == "" and seconds < 1 and busy.process.returncode == 0
+    assert said == "" and seconds < SOON and busy.process.returncode == 0
 
 
 @pytest.mark.parametrize(("stream", "prompt"), [(False, "hello"), (True, "hello"), (False, "so " * 15000)])
-def test_it_ends_within_a_second_whatever_it_computes(busy: Any, stream: bool, prompt: str) -> None:
+def test_it_ends_at_once_whatever_it_computes(busy: Any, stream: bool, prompt: str) -> None:
     outcome: list[Any] = []
 
     def talk() -> None:
@@ -164,7 +165,7 @@ def test_it_ends_within_a_second_whatever_it_computes(busy: Any, stream: bool, p
         time.sleep(0.05)
     time.sleep(0.5)
     seconds, said = busy.end(signal.SIGINT)
-    assert said == "" and seconds < 1 and busy.process.returncode == 0
+    assert said == "" and seconds < SOON and busy.process.returncode == 0
     for thread in threads:
         thread.join(10)
     assert len(outcome) == 2

@@ -2,8 +2,8 @@
 
     make wheel wheel-check
 
-or, for another wheel, TQGGUF_WHEEL=file.whl pytest tests/packaging. Without the variable the tests are left out: they take
-minutes, and pip fetches the package's dependencies.
+or, for another wheel, TQGGUF_WHEEL=file.whl pytest tests/packaging. Without the variable these tests are left out: they
+take minutes, and pip fetches the dependencies of the package.
 """
 
 from __future__ import annotations
