@@ -33,7 +33,7 @@ def pytest_report_header() -> str:
     """Says what this machine has, and what it lacks."""
     kernels = here.kernels()
     absent = [name for name in here.KERNELS if name not in kernels]
-    return f"kernels: {' '.join(kernels)}; not here: {'; '.join([' '.join(absent), *MISSING.values()])}"
+    return f"kernels: {' '.join(kernels)}; left out: {'; '.join([' '.join(absent), *MISSING.values()])}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -64,7 +64,7 @@ def test_they_do_the_work_and_end_with_the_model(n_threads: int, n_threads_batch
 
 
 def spent_after_answers(*models: Any) -> dict[str, float]:
-    """Milliseconds that threads ran for after the models' answers, until they slept; without threads that were there."""
+    """Milliseconds that each thread ran for after the models' answers, until it slept."""
     for model in models:
         assert "Paris" in answer(model)
     begin = work()

@@ -55,10 +55,15 @@ def lacks_gpu() -> str:
     return "" if cuda_library_path().is_file() else "no CUDA build (make cuda)"
 
 
+def _has_openmp() -> bool:
+    return any(b"libgomp" in path.read_bytes() for path in _native.LIB_DIR.glob("libggml-cpu*"))
+
+
 def missing() -> dict[str, str]:
     """Markers of the tests that cannot run here, and what they lack."""
     lacks = {
         "cuda": lacks_gpu(),
+        "own_threads": "threads of a ggml without OpenMP (make wheel-check)" if _has_openmp() else "",
         "stock": "" if os.environ.get("TQGGUF_STOCK_LIB") else "no stock build (make conformance)",
         "wheel": "" if os.environ.get("TQGGUF_WHEEL") else "no wheel (make wheel wheel-check)",
     }
