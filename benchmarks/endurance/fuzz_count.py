@@ -1,6 +1,6 @@
 """Adds what the last `make fuzz` executed to benchmarks/results/fuzz.json.
 
-    make fuzz FUZZ_SECONDS=600 && python benchmarks/fuzz_count.py
+    make fuzz FUZZ_SECONDS=600 && python benchmarks/endurance/fuzz_count.py
 
 A log is taken once. Counts are of the code as it was then: whoever changes what a target tests takes its count out of
 the file.
@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import machine
 
-REPOSITORY: Final = Path(__file__).parents[1]
+REPOSITORY: Final = Path(__file__).parents[2]
 LOGS: Final = REPOSITORY / "build" / "fuzz"
 RESULTS: Final = REPOSITORY / "benchmarks" / "results" / "fuzz.json"
 

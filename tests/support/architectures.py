@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from gguf_file import TOKENS, Tensor, shape_keys, write_gguf
 
 N_EMBD: Final = 128
 N_FF: Final = 192
@@ -240,48 +241,24 @@ ARCHITECTURES: Final = {
 
 def write_architecture(path: Path, name: str) -> Path:
     """Writes a random f32 model of one of `ARCHITECTURES`, with a vocabulary of bytes."""
-    import gguf
-
     arch = ARCHITECTURES[name]
-    keys: dict[str, Any] = {
-        "context_length": N_CTX,
-        "embedding_length": N_EMBD,
-        "block_count": N_LAYER,
-        "feed_forward_length": N_FF,
-        "rope.dimension_count": HEAD_DIM,
-        "attention.head_count": N_HEAD,
-        "attention.head_count_kv": N_HEAD_KV,
-        "attention.key_length": HEAD_DIM,
-        "attention.value_length": HEAD_DIM,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        **arch.keys,
-    }
-    writer = gguf.GGUFWriter(path, name)
-    for key, value in keys.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)]
-        add(f"{name}.{key}", value)
-    tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{i:02X}>".encode() for i in range(256)), "\u2581".encode()]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
-    writer.add_token_types([int(kind) for kind in kinds + [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL]])
+    shape = {"n_embd": N_EMBD, "n_layer": N_LAYER, "n_ff": N_FF, "n_head": N_HEAD, "n_head_kv": N_HEAD_KV}
+    keys = shape_keys(n_ctx=N_CTX, head_dim=HEAD_DIM, **shape) | arch.keys
     rng = np.random.default_rng(0)
-    for tensor, shape in _tensors(arch, len(tokens)):
-        noise = (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
-        fixed = 1.0 if "norm" in tensor else -1.0 if tensor.endswith("ssm_a") else None  # a state must decay
-        writer.add_tensor(tensor, noise if fixed is None else np.full(shape, fixed, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+
+    def tensors() -> Iterator[Tensor]:
+        for tensor, size in _shapes(arch):
+            noise = rng.standard_normal(size) / np.sqrt(size[-1])
+            fixed = 1.0 if "norm" in tensor else -1.0 if tensor.endswith("ssm_a") else None  # a state must decay
+            yield tensor, noise if fixed is None else np.full(size, fixed)
+
+    return write_gguf(path, name, keys, tensors())
 
 
-def _tensors(arch: Architecture, n_vocab: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    top: Shapes = {"token_embd.weight": (n_vocab, N_EMBD)}
+def _shapes(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    top: Shapes = {"token_embd.weight": (len(TOKENS), N_EMBD)}
     if not arch.tied:
-        top |= {"output.weight": (n_vocab, N_EMBD)}
+        top |= {"output.weight": (len(TOKENS), N_EMBD)}
     yield from (top | _norms("output_norm") | arch.top).items()
     for i in range(N_LAYER):
         for name, shape in arch.layer(i).items():

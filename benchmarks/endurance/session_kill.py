@@ -1,6 +1,6 @@
 """Kills a process (SIGKILL) while it saves sessions, again and again, and checks each time that the file is whole.
 
-    python benchmarks/session_kill.py --kills 1000      # saves results/session_kill.json
+    python benchmarks/endurance/session_kill.py --kills 1000      # saves results/session_kill.json
 
 A child, forked once the models are loaded, writes two sessions in turn over the same file, first the one that is not
 there. It is killed at a random moment; then the file must load, checksum and all, and be one of the two.
@@ -20,12 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import machine
 
 import tqgguf
 from tqgguf.demo import model as demo
 
-RESULTS = Path(__file__).parent / "results" / "session_kill.json"
+RESULTS = Path(__file__).parents[1] / "results" / "session_kill.json"
 TOKENS = (300, 900)
 
 

@@ -1,9 +1,9 @@
 """Speed on a GPU: builds, checks, then times the CUDA kernels beside llama.cpp's f16 attention and a copy.
 
     make cuda-bench              what it needs, then: make cuda, the tests marked cuda, kernels, llama-bench
-    python benchmarks/cuda.py    the same without the first; saves results/cuda_GPU.json
-    python benchmarks/cuda.py --only kernels --quick
-    python benchmarks/cuda.py --emulate build/cuda-emulated/libtqgguf_cuda-*.so --output -    a rehearsal without a GPU
+    python benchmarks/speed/cuda.py    the same without the first; saves results/cuda_GPU.json
+    python benchmarks/speed/cuda.py --only kernels --quick
+    python benchmarks/speed/cuda.py --emulate build/cuda-emulated/libtqgguf_cuda-*.so --output -   a rehearsal
 
 Attention: one layer of 8 KV heads, one query row per sequence, as in decoding. Contenders run in turn, round by round;
 a figure is the median over rounds, a ratio the median of the ratios within rounds. K and V are taken from as many
@@ -31,6 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import ggml_attention
 import machine
 import numpy as np
@@ -43,8 +45,8 @@ from tqgguf._native.library import LIB_DIR
 from tqgguf.config import CACHE_TYPES
 from tqgguf.errors import OutOfMemoryError, TqggufError
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parents[1] / "results"
 OURS = ("pqo3", "pqo4", "pqt3", "pqt4")
 MIXED = "pqo4/pqo3"
 """K's type and V's: the pair that people choose."""
@@ -629,7 +631,7 @@ def main() -> None:
         raise SystemExit(f"nothing was timed: {native.path} is {'' if native.emulated else 'not '}emulated")
     document: dict[str, Any] = {
         "warning": EMULATED if emulated else None,
-        "command": " ".join(["python", "benchmarks/cuda.py", *(w for w in sys.argv[1:] if "/" not in w)]),
+        "command": " ".join(["python", "benchmarks/speed/cuda.py", *(w for w in sys.argv[1:] if "/" not in w)]),
         "machine": {} if emulated else machine.facts(),
     }
     attention: list[AttentionFigure] = []

@@ -1,6 +1,6 @@
 """Loads one `tqgguf.Llama` behind a server for long: does its memory stay flat, and does it answer the same to the end?
 
-    python benchmarks/soak.py --minutes 30       # make soak; saves results/soak.json
+    python benchmarks/endurance/soak.py --minutes 30       # make soak; saves results/soak.json
 
 Several clients ask, in an order drawn from --seed: short questions whole and as streams; a long question; a text that
 is gone on with for longer than the context, which is shifted each time it is full; a session that is loaded, gone on
@@ -29,13 +29,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import machine
 import numpy as np
 from server_process import ServerProcess, chat
 
 from tqgguf.demo import model as demo
 
-RESULTS = Path(__file__).parent / "results" / "soak.json"
+RESULTS = Path(__file__).parents[1] / "results" / "soak.json"
 N_CTX = 512
 KEPT = 4
 """Tokens at the beginning that a shift keeps."""

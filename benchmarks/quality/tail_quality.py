@@ -1,7 +1,7 @@
 """What the precise tail does to the demo model's predictions, by its length and by the tokens computed at once.
 
-    python benchmarks/tail_quality.py            # prints the table of docs/quality.md, saves results/tail_quality.json
-    python benchmarks/tail_quality.py --chunks 1 --output -
+    python benchmarks/quality/tail_quality.py   # saves results/tail_quality.json, prints that of docs/quality.md
+    python benchmarks/quality/tail_quality.py --chunks 1 --output -
 
 A batch is written into the cache before it is read. With one token at a time every token finds its predecessors in the
 tail, as it does when a model answers; of a batch longer than the tail only the last ones do.
@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import machine
 
 from tqgguf import read_model_info
@@ -23,7 +25,7 @@ from tqgguf.cache.policy import resolve
 from tqgguf.demo import model as demo
 from tqgguf.diagnostics.compare import NamedCache, Reader, load, own_text, read_chunks, text_chunks
 
-RESULTS = Path(__file__).parent / "results" / "tail_quality.json"
+RESULTS = Path(__file__).parents[1] / "results" / "tail_quality.json"
 N_CTX = 2048
 UBATCHES = (1, 32, 128, 512)
 TAILS = (0, 1, 32, 128, 512)

@@ -1,7 +1,7 @@
 """What the precise tail costs in speed: decode and prefill of a model of random weights, with and without, in turn.
 
-    python benchmarks/tail.py            # saves results/tail.json
-    python benchmarks/tail.py --output - # prints only
+    python benchmarks/speed/tail.py            # saves results/tail.json
+    python benchmarks/speed/tail.py --output - # prints only
 
 Each round reads a prompt of every depth from an empty cache, in batches as `tqgguf.Llama` cuts it, then decodes tokens
 behind it, with one cache after the other, so that slow and fast moments of the machine meet all of them. Figures are
@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import machine
 import numpy as np
 import random_model
@@ -28,7 +30,7 @@ import tqgguf
 from tqgguf.cache.tail import tail_batch
 from tqgguf.model.llama import llama_cpp
 
-RESULTS = Path(__file__).parent / "results" / "tail.json"
+RESULTS = Path(__file__).parents[1] / "results" / "tail.json"
 SHAPE = random_model.Shape()
 TAILS = (0, 128)
 

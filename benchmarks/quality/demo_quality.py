@@ -1,7 +1,7 @@
 """What each KV cache type costs the demo model: greedy texts that stay the same, and right answers by task.
 
-    python benchmarks/demo_quality.py            # all types, 100 recall prompts a size; saves results/demo_quality.json
-    python benchmarks/demo_quality.py --cases 20 --types f16 pqo4 pqo3 --output -
+    python benchmarks/quality/demo_quality.py   # all types, 100 recall prompts a size; saves its result
+    python benchmarks/quality/demo_quality.py --cases 20 --types f16 pqo4 pqo3 --output -
 
 Tasks: every capital in every form of the question; and recall of one fact out of many, by number of facts (140 are
 1,000 tokens of the model, 280 fill its context) and of names (fewer names: more facts that differ in their kind only).
@@ -20,12 +20,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import machine
 
 import tqgguf
 from tqgguf.demo import model as demo
 
-RESULTS = Path(__file__).parent / "results" / "demo_quality.json"
+RESULTS = Path(__file__).parents[1] / "results" / "demo_quality.json"
 TYPES = ("f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
 FIRST_SEED = 3_000_000
 RECALL_SIZES = ((16, 124), (64, 124), (140, 124), (140, 35), (280, 124), (280, 70))
@@ -149,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = measure(args.types, args.cases, args.threads)
     result = {
-        "command": " ".join(["python", "benchmarks/demo_quality.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/quality/demo_quality.py", *sys.argv[1:]]),
         "machine": machine.facts(),
         "model": demo.MODEL_PATH.name,
         "greedy_prompts": len(demo.GREEDY_PROMPTS),

@@ -1,6 +1,6 @@
 """Loads `tqgguf serve` with several clients at once: is every request answered, and does its memory stay flat?
 
-    python benchmarks/serve_load.py --requests 1000 --clients 4      # saves results/serve_load.json
+    python benchmarks/endurance/serve_load.py --requests 1000 --clients 4      # saves results/serve_load.json
 
 The demo model is asked for capitals, every second time as a stream, and every answer is compared with the one it gives
 when nobody else asks. Needs the packages of `tqgguf[server]`, and openai. For hours of mixed requests: soak.py.
@@ -14,13 +14,15 @@ import threading
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import machine
 from server_process import ServerProcess, chat
 
 from tqgguf.demo import model as demo
 
 COUNTRIES = ("France", "Peru", "Spain", "Japan", "Kenya", "Italy", "Norway", "Chile", "Egypt", "Greece")
-RESULTS = Path(__file__).parent / "results" / "serve_load.json"
+RESULTS = Path(__file__).parents[1] / "results" / "serve_load.json"
 
 
 def main() -> int:

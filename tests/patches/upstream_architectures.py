@@ -1,7 +1,7 @@
 """Every architecture of upstream's test-llama-archs with compressed caches, and the table of docs/architectures.md.
 
-    architectures.py PROGRAM [--only REGEX] [--write]    compares the table with docs, or writes it
-    architectures.py --model FILE                        what one model does, as JSON
+    upstream_architectures.py PROGRAM [--only REGEX] [--write]    compares the table with docs, or writes it
+    upstream_architectures.py --model FILE                        what one model does, as JSON
 
 test-llama-archs saves its models, tiny and random, to files; `tqgguf.Llama` loads each with f16 and with compressed
 caches, in a process of its own, and 136 tokens are read: 128 in batches of 64, then one by one. Models that llama.cpp

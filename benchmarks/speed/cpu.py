@@ -1,8 +1,9 @@
 """Speed on the CPU: single steps of libtqgguf, and llama.cpp with and without a compressed cache.
 
-    python benchmarks/cpu.py micro                       ns per block and GB/s of encode, decode, dot, attention
-    python benchmarks/cpu.py llama --bin build/bin       tokens per second, by llama-bench (`make tools` builds it;
-                                                         `make stock-tools`: --stock build/stock/cmake/bin)
+    python benchmarks/speed/cpu.py micro                   ns per block and GB/s of encode, decode, dot, attention
+    python benchmarks/speed/cpu.py llama --bin build/bin   tokens per second, by llama-bench
+
+`make tools` builds the patched llama-bench, `make stock-tools` a stock one for --stock build/stock/cmake/bin.
 
 `llama` runs the patched llama-bench and, for the stock types, the stock one of `--stock DIR` in turn, round by round,
 so that a drift of the machine hits all of them alike; it prints medians, and ratios of each round to f16 in that
@@ -23,6 +24,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import machine
 import numpy as np
 import random_model
@@ -33,7 +36,7 @@ from rich.table import Table
 from tqgguf._native import library
 from tqgguf.config import CACHE_TYPES
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 OURS = {name: kind for name, kind in CACHE_TYPES.items() if kind.ours}
 console = Console(stderr=True)
 
@@ -288,7 +291,7 @@ def save(name: str, key: str, rows: list[Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    document = {"command": " ".join(["python", "benchmarks/cpu.py", *words]), "machine": machine.facts()}
+    document = {"command": " ".join(["python", "benchmarks/speed/cpu.py", *words]), "machine": machine.facts()}
     path.write_text(json.dumps({**document, key: [asdict(row) for row in rows]}, indent=1) + "\n")
     return path
 

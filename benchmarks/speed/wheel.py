@@ -1,8 +1,8 @@
 """Speed of several builds of tqgguf, in turn: prefill and decode of the demo model and of random weights.
 
     unzip -q dist/tqgguf-*.whl -d build/unpacked
-    python benchmarks/wheel.py native=. wheel=build/unpacked                      # saves results/wheel.json
-    python benchmarks/wheel.py native=. haswell=build/unpacked@haswell --output -  # a variant by name, prints only
+    python benchmarks/speed/wheel.py native=. wheel=build/unpacked                      # saves results/wheel.json
+    python benchmarks/speed/wheel.py native=. haswell=build/unpacked@haswell --output -  # a variant, prints only
 
 A build is NAME=DIRECTORY, where the package `tqgguf` lies in DIRECTORY (a checkout, an unpacked wheel); @VARIANT sets
 TQGGUF_CPU. The others are compared with the first. Every round runs each build in a process of its own, so that slow
@@ -24,7 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "wheel.json"
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
+RESULTS = Path(__file__).parents[1] / "results" / "wheel.json"
 WEIGHTS = ("f16", "q8_0", "q4_0")
 CACHES = ("f16", "pqo3")
 LAYERS = 2
@@ -98,7 +100,7 @@ def main() -> None:
     import machine
     import random_model
 
-    demo = Path(__file__).parent.parent / "tqgguf" / "demo" / "demo.gguf"
+    demo = Path(__file__).parents[2] / "tqgguf" / "demo" / "demo.gguf"
     with tempfile.TemporaryDirectory() as directory:
         models = [demo, *(Path(directory) / f"{weights}.gguf" for weights in args.weights)]
         for path in models[1:]:

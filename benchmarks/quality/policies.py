@@ -1,7 +1,7 @@
 """What tuned cache policies cost the demo model, beside single types in all layers, on text that tuning did not read.
 
-    python benchmarks/policies.py                # saves results/policies.json and prints the table of docs/quality.md
-    python benchmarks/policies.py --chunks 4 --budgets 4 --output -
+    python benchmarks/quality/policies.py   # saves results/policies.json, prints the table of docs/quality.md
+    python benchmarks/quality/policies.py --chunks 4 --budgets 4 --output -
 
 A conversation of the demo model is cut in two: `tqgguf.tune` measures layers on the first half, and every figure here
 is of the second.
@@ -15,13 +15,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import machine
 
 import tqgguf
 from tqgguf import Tuning, TypeQuality
 from tqgguf.demo import model as demo
 
-RESULTS = Path(__file__).parent / "results" / "policies.json"
+RESULTS = Path(__file__).parents[1] / "results" / "policies.json"
 CHOICES = (("pqt3", "pqt4", "q8_0"), ("pqo3", "pqo4", "q8_0"))
 BUDGETS = (3.75, 4.0, 5.0)
 
