@@ -1,4 +1,4 @@
-"""The figures that README.md and docs/faq.md quote are those of the pages and results that they come from."""
+"""Compares the figures that the pages quote with the pages and the benchmark results that they come from."""
 
 from __future__ import annotations
 
