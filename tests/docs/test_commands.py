@@ -1,7 +1,7 @@
 """Runs every command and every program of README.md and docs/, page by page, on the demo model.
 
-A page is run from top to bottom in a folder with the files that a reader would have. NOT_RUN lists the commands that are
-not run, with the reason. A command that is neither in NOT_RUN nor in RULES fails.
+A page is run from top to bottom in a folder with the files that a reader would have. NOT_RUN lists the commands that
+are not run, with the reason. A command that is neither in NOT_RUN nor in RULES fails.
 """
 
 from __future__ import annotations

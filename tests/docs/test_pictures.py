@@ -24,7 +24,7 @@ def load(name: str, needs: str) -> Any:
 
 
 def drawn_lines(svg: str) -> list[str]:
-    """The lines of a drawn terminal, title first. Speeds and heights of bars, which differ from run to run, are masked."""
+    """The lines of a drawn terminal, title first. Speeds and bar heights are masked: they differ from run to run."""
     lines: dict[str, str] = {}
     for y, text in re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*>([^<]*)</text>', svg):
         lines[y] = lines.get(y, "") + html.unescape(text).replace("\xa0", " ")
