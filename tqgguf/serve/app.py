@@ -227,7 +227,7 @@ def _add_figures(app: Any, model: Llama, name: str, counts: _Counts) -> None:
     async def cache(request: Request, format: str | None = None) -> Response:
         wanted = format or ("prometheus" if "text/plain" in request.headers.get("accept", "") else "json")
         if wanted == "json":
-            return JSONResponse(dataclasses.asdict(figures()))
+            return Response(json.dumps(dataclasses.asdict(figures())), media_type="application/json")
         if wanted == "prometheus":
             return await metrics()
         return Response(f"format is {wanted!r}, must be json or prometheus\n", 400, media_type="text/plain")
