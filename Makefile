@@ -33,7 +33,8 @@ demo: build/installed ## build (CUDA=1: with llama.cpp's CUDA backend), then tal
 	$(BIN)/tqgguf demo
 
 check: build/installed lint conformance-kernels ## an answer in a minute: lint, the quick tests, every kernel's bytes
-	$(BIN)/python -m pytest tests/unit tests/native -m "not model and not slow and not emulated" --durations=5
+	$(BIN)/python -m pytest tests/unit tests/native \
+		-m "not model and not slow and not emulated and not long" --durations=5
 
 test: build/installed lint ## build, then lint and the tests
 	$(BIN)/python -m pytest

@@ -239,6 +239,7 @@ TYPE_PAIRS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("head_dim_k", "head_dim_v"), [(32 * i, 32 * i) for i in range(1, 9)] + [(576, 512), (192, 128)]
 )
@@ -289,12 +290,14 @@ def test_lengths(kernel: str, native: Any, n_kv: int) -> None:
         check_case(native, Case(n_kv=n_kv, n_q=n_q, n_threads=n_threads, mask="causal" if n_kv >= n_q else "none"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("type", reference.TYPES)
 def test_outliers_and_tokens_of_very_different_size(kernel: str, native: Any, type: str) -> None:
     for n_kv in (64, 1000):
         check_case(native, Case(type, type, head_dim_k=128, head_dim_v=128, n_kv=n_kv, spread=2.0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n_kv", [1, 3, 7, 16, 65, 600])
 @pytest.mark.parametrize("n_q", [1, 40])
 def test_nan_in_q_is_never_hidden(kernel: str, native: Any, n_q: int, n_kv: int) -> None:
@@ -321,6 +324,7 @@ def test_a_scale_that_is_not_finite_counts_as_zero(kernel: str, native: Any, n_q
         assert np.isfinite(got).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tail", [1, 31, 64, 128, 1000])
 @pytest.mark.parametrize("n_q", [1, 3, 40])
 def test_a_tail_is_read_where_it_owns_a_token(kernel: str, native: Any, n_q: int, tail: int) -> None:
@@ -378,6 +382,7 @@ def test_streams_and_unaligned_operands(kernel: str, native: Any) -> None:
         check_case(native, Case("pqt3", "pqt4", n_stream=2, offset=offset))
 
 
+@pytest.mark.long
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.builds(
