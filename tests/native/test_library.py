@@ -37,9 +37,9 @@ def test_auto_takes_the_first_that_runs(native: Any) -> None:
 
 
 def test_an_unknown_kernel_lists_the_valid_ones(native: Any) -> None:
-    with pytest.raises((ArgumentError, UnsupportedError)) as caught:
+    with pytest.raises(ArgumentError) as caught:
         native.force_kernel("sse9")
-    assert "sse9" in str(caught.value) and "portable" in str(caught.value)
+    assert "sse9" in str(caught.value) and all(name in str(caught.value) for name in native.kernels())
     assert native.active_kernel() in native.kernels()
 
 
