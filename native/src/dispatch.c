@@ -59,24 +59,24 @@ static const tqi_kernels * best(void) {
     return &tqi_kernels_portable;
 }
 
-/* Sets the kernel of that name, or fails with a message that lists those that exist. */
-static int find(const char * name, const tqi_kernels ** kernel) {
+/* Finds the kernel of that name; the message of a failure lists the usable ones. */
+static int find(const char * name, const tqi_kernels ** found) {
     char list[128] = "auto";
     size_t length = strlen(list);
-    int known = 0;
+    int built = 0;
     for (int i = 0; i < N_KERNELS; ++i) {
-        const int wanted = strcmp(kernels[i]->name, name) == 0;
-        if (wanted && usable(i)) {
-            *kernel = kernels[i];
-            return TQ_OK;
+        if (usable(i)) {
+            if (strcmp(kernels[i]->name, name) == 0) {
+                *found = kernels[i];
+                return TQ_OK;
+            }
+            length += (size_t) snprintf(list + length, sizeof list - length, ", %s", kernels[i]->name);
+        } else if (strcmp(kernels[i]->name, name) == 0) {
+            built = 1;
         }
-        known = known || wanted;
-        length += (size_t) snprintf(list + length, sizeof list - length, ", %s%s", kernels[i]->name,
-                                    usable(i) ? "" : " (not on this machine)");
     }
-    return known ? tqi_fail(TQ_E_UNSUPPORTED, "kernel '%s' needs CPU features that this machine lacks; there are: %s",
-                            name, list)
-                 : tqi_fail(TQ_E_ARGUMENT, "kernel '%s' does not exist in this library; there are: %s", name, list);
+    return tqi_fail(built ? TQ_E_UNSUPPORTED : TQ_E_ARGUMENT, "kernel '%s' %s; usable here: %s", name,
+                    built ? "needs CPU features this machine lacks" : "does not exist in this library", list);
 }
 
 int tq_kernel_force(const char * name) {
