@@ -1,6 +1,7 @@
 /* format.h: the block layouts and the scalar steps that every kernel shares.
  *
- * One block holds TQ_BLOCK = 32 consecutive values of one head: an f16 scale, then what tells each value's codebook level. */
+ * One block holds TQ_BLOCK = 32 consecutive values of one head: an f16 scale, then what tells each value's codebook
+ * level. */
 #ifndef TQI_FORMAT_H
 #define TQI_FORMAT_H
 
@@ -23,9 +24,9 @@ typedef struct {
     uint8_t qs[16]; /* value 2i in the low, 2i+1 in the high nibble of byte i */
 } tqi_block_pqo4;
 
-/* A trellis block: value i's level is 4 e[i] + its subset, which follows from t (trellis.h). All words are such that a shift
- * of each by j brings values j, 8 + j, 16 + j and 24 + j into the same bits of its four bytes: vector code reads a block as
- * eight words of four bytes, and shifts each by its own j. */
+/* A trellis block: value i's level is 4 e[i] + its subset, which follows from t (trellis.h). All words are such that a
+ * shift of each by j brings values j, 8 + j, 16 + j and 24 + j into the same bits of its four bytes: vector code reads
+ * a block as eight words of four bytes, and shifts each by its own j. */
 typedef struct {
     uint16_t d;
     uint8_t t[4];    /* a 32-bit word */
