@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from patience import SOON
 
 from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 
 MODEL = str(demo.MODEL_PATH)
-ENDED = 5.0
-"""Seconds after which a server has ended: one or two, and what a busy machine adds. What it computes takes minutes."""
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 CHAT = "/v1/chat/completions"
 
@@ -31,7 +30,7 @@ def server(serve: Callable[..., Any]) -> Iterator[Any]:
     server = serve(MODEL, "--threads", "1", "--origin", "https://chat.example")
     yield server
     seconds, said = server.end()
-    assert server.process.returncode == 0 and seconds < ENDED and "Traceback" not in said, said
+    assert server.process.returncode == 0 and seconds < SOON and "Traceback" not in said, said
 
 
 def send(server: Any, path: str, data: Any, **headers: str) -> tuple[int, Any, Any]:
@@ -230,7 +229,7 @@ def test_it_ends_in_a_grammar_without_end(serve: Callable[..., Any]) -> None:
         time.sleep(0.05)
     time.sleep(0.5)
     seconds, said = server.end()
-    assert said == "" and seconds < ENDED and server.process.returncode == 0
+    assert said == "" and seconds < SOON and server.process.returncode == 0
     asking.join(10)
 
 
@@ -259,10 +258,11 @@ def test_the_models_are_listed_while_an_answer_is_computed(serve: Callable[..., 
         end = time.monotonic() + 10
         while server.figures()["tokens_read"] < 1 and time.monotonic() < end:
             time.sleep(0.05)
-        assert '"object":"model"' in server.get("/v1/models")[1]
+        start = time.monotonic()
+        assert '"object":"model"' in server.get("/v1/models")[1] and time.monotonic() - start < SOON
         assert server.figures()["requests_in_progress"] == 1
     finally:
-        assert server.end()[0] < ENDED
+        assert server.end()[0] < SOON
         asking.join(10)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import SOON
 
 from tqgguf import read_session
 from tqgguf._native import library_path
@@ -64,12 +65,12 @@ def test_the_help_warns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_ends_within_a_second(worker: Callable[..., Any], number: int) -> None:
+def test_it_ends_at_once(worker: Callable[..., Any], number: int) -> None:
     each = worker()
     with socket.create_connection(("127.0.0.1", each.port)):  # which it waits for in llama.cpp
         each.wait("a client has come")
         each.process.send_signal(number)
-        assert each.process.wait(5) == 0  # one second, and what a busy machine adds; it would wait for ever
+        assert each.process.wait(20) == 0
     assert each.said.rstrip().endswith("a client has come")
 
 
@@ -249,7 +250,7 @@ def test_the_server_survives_its_worker(serve: Callable[..., Server], worker: Ca
         status, answer = server.ask()
         assert status == 503 and answer["retry-after"] == "1"
         assert f"{lost}, and with it" in answer["error"]["message"] and "no worker at" in answer["error"]["message"]
-    assert time.monotonic() - start < 25  # a client that waited PATIENCE for the worker each time would take 100 s
+    assert time.monotonic() - start < 50  # waiting for the worker each time would take 5 s each
     assert "demo" in server.get("/v1/models")
 
     worker(port=pair[1].port)
@@ -261,7 +262,8 @@ def test_the_server_survives_its_worker(serve: Callable[..., Server], worker: Ca
     assert cache["lost"] == "" and cache["tokens_used"] > 0 and server.process.poll() is None
     assert "Traceback" not in server.log.read_text() and "was loaded again" in server.log.read_text()
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(10) == 0
+    start = time.monotonic()
+    assert server.process.wait(20) == 0 and time.monotonic() - start < SOON
 
 
 def test_a_stream_is_told(serve: Callable[..., Server], worker: Callable[..., Any]) -> None:

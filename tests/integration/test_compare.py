@@ -1,6 +1,6 @@
 """`tqgguf.compare` and `tqgguf.recall` on loaded models: the right tokens are scored, and types rank as they must.
 
-Agreement with llama.cpp's own llama-perplexity is checked by benchmarks/compare_upstream.py, which needs that program.
+Agreement with llama.cpp's own llama-perplexity needs that program: benchmarks/quality/compare_upstream.py.
 """
 
 from __future__ import annotations

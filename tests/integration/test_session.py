@@ -26,7 +26,7 @@ from tqgguf.demo import model as demo
 pytestmark = pytest.mark.model
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "session_kill.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "endurance" / "session_kill.py"
 
 
 def load(cache: Any = "pqo3", path: Path = demo.MODEL_PATH, **options: Any) -> Any:

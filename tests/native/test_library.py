@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import here
 import pytest
 
 import tqgguf
@@ -29,6 +30,15 @@ def test_portable_is_listed_last_and_always_runs(native: Any) -> None:
     assert set(kernels) <= {"portable", "avx2", "avx512", "neon"}
     assert native.lib.tq_kernel_supported(len(kernels)) < 0
     assert native.lib.tq_kernel_supported(-1) < 0
+
+
+def test_every_kernel_of_this_processor_is_tested(native: Any) -> None:
+    """What the system says of the processor and what the library says of itself are two witnesses."""
+    expected = here.kernels_by_flags()
+    if expected is None:
+        pytest.skip("the system does not say what this processor can do")
+    assert set(here.kernels()) == expected
+    assert [name for name, usable in native.kernels().items() if usable] == here.kernels()
 
 
 def test_auto_takes_the_first_that_runs(native: Any) -> None:

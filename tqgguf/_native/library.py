@@ -24,7 +24,9 @@ SUFFIX: Final = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
 def library_path(name: str = "tqgguf") -> Path:
-    """Path of one of our shared libraries; it need not exist."""
+    """Path of one of our shared libraries, which need not exist; TQGGUF_LIB names another libtqgguf."""
+    if name == "tqgguf" and os.environ.get("TQGGUF_LIB"):
+        return Path(os.environ["TQGGUF_LIB"])
     prefix = "" if sys.platform == "win32" else "lib"
     return LIB_DIR / f"{prefix}{name}{SUFFIX}"
 
