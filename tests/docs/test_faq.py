@@ -1,4 +1,4 @@
-"""What docs/faq.md says works: LoRA, prompt look-up decoding, embeddings, models without a cache."""
+"""Tests claims of docs/faq.md: LoRA, prompt look-up decoding, embeddings, models without a cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def apart(a: Any, b: Any) -> float:
 
 
 def write_lora(path: Path) -> Path:
-    """An adapter of rank 8 for Q and K of the demo model, of random numbers."""
+    """Writes an adapter of rank 8 for Q and K of the demo model, with random weights."""
     import gguf
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The pictures are what their scripts draw today, need nothing from a network, and the page quotes what they show."""
+"""The pictures equal what their scripts draw, need no network, and the page quotes their figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load(name: str, needs: str) -> Any:
 
 
 def drawn_lines(svg: str) -> list[str]:
-    """The lines of a drawn terminal, title first; without what differs from run to run: speeds, and heights of bars."""
+    """The lines of a drawn terminal, title first. Speeds and bar heights are masked: they differ from run to run."""
     lines: dict[str, str] = {}
     for y, text in re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*>([^<]*)</text>', svg):
         lines[y] = lines.get(y, "") + html.unescape(text).replace("\xa0", " ")

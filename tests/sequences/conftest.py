@@ -1,4 +1,4 @@
-"""Contexts of tiny models whose sequences are removed, copied, shifted, saved and restored, and the cells they hold."""
+"""Contexts of tiny models, operations on their sequences (remove, copy, shift, save, restore), and their cells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens taken back by `Llama`: prompts that share a beginning with the last one, and drafts that turn out wrong."""
+"""Tokens that `Llama` removes from the cache: after the shared prefix of a new prompt, and rejected drafts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States: of one sequence and of all, of models of several kinds, into other contexts and out of fragmented caches."""
+"""Saved states of one sequence and of all, for several kinds of models, other contexts and fragmented caches."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The pages of the documentation, cut into what a reader would run and what he would see.
+"""Splits the pages of the documentation into commands, programs and the output that a reader would see.
 
-An indented block holds commands, one a line; a fence of `python` holds a program, and a fence of `text` right behind it
-what it prints; `console` is not used. Any other fence is text to read.
+An indented block holds commands, one a line. A fence of `python` holds a program. A fence of `text` directly after it
+holds the program's output. Any other fence of `text` or `json` is text to read; other kinds of fences are errors.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from markdown_it import MarkdownIt
 
 REPOSITORY = Path(__file__).parents[2]
 KINDS = ("python", "text", "json")
-"""What a fence may hold."""
+"""Allowed kinds of fences."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Something to run.
+    """A command or a program of a page.
 
     Attributes:
-        line: of the page, counted from 1.
+        line: line on the page, counted from 1.
         command: a command line, or "" for a program.
         program: Python, or "".
         prints: what the page says it prints, or None.
@@ -36,12 +36,12 @@ class Step:
 
     @property
     def name(self) -> str:
-        """What to call it."""
+        """Its name in messages."""
         return self.command or f"program of line {self.line}"
 
 
 def pages() -> list[Path]:
-    """README and every page by hand; docs/api.md holds signatures, and has a test of its own."""
+    """README and every page of docs/ except docs/api.md, which is generated and has its own test."""
     return [
         REPOSITORY / "README.md",
         *(path for path in sorted((REPOSITORY / "docs").glob("*.md")) if path.name != "api.md"),
@@ -49,7 +49,7 @@ def pages() -> list[Path]:
 
 
 def steps(path: Path) -> Iterator[Step]:
-    """What a page has to run, in its order."""
+    """The commands and programs of a page, in order."""
     waiting: Step | None = None
     for token in MarkdownIt("commonmark").enable("table").parse(path.read_text(encoding="utf-8")):
         line = token.map[0] + 1 if token.map else 0
@@ -75,7 +75,7 @@ def steps(path: Path) -> Iterator[Step]:
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Fences of text that are not what a program prints: line and contents."""
+    """Fences of text that are not the output of a program, as (line, contents)."""
     before = ""
     for token in MarkdownIt("commonmark").enable("table").parse(path.read_text(encoding="utf-8")):
         if token.type == "fence":
