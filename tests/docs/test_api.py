@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 
 import tqgguf
@@ -20,9 +21,7 @@ SCRIPT = REPOSITORY / "docs" / "generate" / "api.py"
 
 @pytest.fixture
 def generator() -> Any:
-    import api
-
-    return api
+    return program.load("docs/generate/api.py")
 
 
 def test_the_page_is_what_the_docstrings_say() -> None:

@@ -59,7 +59,7 @@ def tail_batch(n: int, most: int) -> int:
 
     A batch is written before it is read, so in one longer than the tail most tokens no longer find their neighbours
     there: read 512 at once, a tail of 128 takes a tenth of the demo model's divergence away, read 128 at once more than
-    half (benchmarks/tail_quality.py). Batches below 128 cost speed, for the weights are read once for each.
+    half (benchmarks/quality/tail_quality.py). Batches below 128 cost speed, for the weights are read once for each.
     """
     return min(most, max(n, 128)) if n else most
 
