@@ -100,7 +100,8 @@ def test_a_long_prompt_shows_a_bar_and_can_be_stopped(terminal: Callable[..., An
 def test_loading_shows_a_bar(terminal: Callable[..., Any]) -> None:
     screen = terminal(
         "-c",
-        "from tqgguf.cli import main, progress\n"
+        "from tqgguf.cli import main\n"
+        "from tqgguf.cli.render import progress\n"
         "progress.PATIENCE = -1\n"  # the demo model is loaded sooner than a bar would come
         f"main(['run', {MODEL!r}, '-p', 'What is the capital of France?', '--temp', '0', '--threads', '1'])",
     )
@@ -176,7 +177,7 @@ def test_a_model_without_a_template(random_model: Callable[..., Path], python: C
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "has no chat template" in done.stderr and "--chat-format" in done.stderr and "run --raw" in done.stderr
     done = python("-m", "tqgguf", "chat", path, "--chat-format", "mine")
-    assert done.returncode == 1 and "valid ones are " in done.stderr and "chatml" in done.stderr
+    assert done.returncode == 1 and "valid formats: " in done.stderr and "chatml" in done.stderr
     done = python("-m", "tqgguf", "chat", path, "--chat-format", "chatml", "-n", "3", "--threads", "1", stdin="hi\n")
     assert done.returncode == 0, done.stderr
 
@@ -244,7 +245,7 @@ def test_an_answer_that_is_cut_off_says_so(chat: Callable[..., Any], tqgguf: Cal
 
 def test_a_message_in_quotes_is_no_command(chat: Callable[..., Any]) -> None:
     done = chat('"""/exit What is the capital of Peru?"""\n/system x\n/system\n/load nowhere\n', "--session", "talk")
-    assert "." in done.stdout and "system message set" in done.stderr and "system message taken away" in done.stderr
+    assert "." in done.stdout and "system message set" in done.stderr and "system message removed" in done.stderr
     assert "tqgguf: error: nowhere: No such file or directory" in done.stderr
 
 

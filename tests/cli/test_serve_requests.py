@@ -104,7 +104,7 @@ def test_a_wrong_request_is_the_fault_of_the_client(server: Any, body: Any, said
         ("/extras/detokenize", {"tokens": [-1]}, 400, "-1 is no token"),
         ("/v1/nothing", {}, 404, "POST /v1/nothing: Not Found"),
         ("/cache", {}, 405, "POST /cache: Method Not Allowed"),
-        (CHAT, {"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "the context has room for 2048"),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "exceed context window of 2048"),
         (CHAT, {"messages": [{"role": "user", "content": "word " * 300000}]}, 413, "more than 1,179,648 bytes"),
     ],
 )
@@ -271,7 +271,7 @@ def test_a_server_for_everybody_says_so(serve: Callable[..., Any]) -> None:
     server.url = server.url.replace("0.0.0.0", "127.0.0.1")
     assert send(server, CHAT, {}, host="any.example")[0] == 400  # called by any name
     server.end()
-    assert "note: whoever reaches this machine can use it: --api-key" in server.said
+    assert "note: everyone who can reach this machine can use the server: --api-key" in server.said
 
 
 @pytest.mark.parametrize("key", ["", "two words", "schlüssel"])

@@ -81,7 +81,7 @@ def test_what_is_refused(worker: Callable[..., Any], tmp_path: Path, capsys: pyt
         (("--port", port), f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port"),
         (("--host", "nowhere.invalid"), "--host nowhere.invalid has no IPv4 address"),
         (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1:50052: Cannot assign requested address"),
-        (("--keep-weights", str(file)), f"--keep-weights {file} is no folder and cannot be made one"),
+        (("--keep-weights", str(file)), f"--keep-weights {file} is not a folder and cannot be created"),
     ):
         assert main(["worker", *args]) == 1
         said = capsys.readouterr().err

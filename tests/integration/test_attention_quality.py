@@ -136,7 +136,11 @@ def test_types_and_layers_by_default(random_model: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"layers": [0, 4]}, tqgguf.ArgumentError, "layer 4 has no KV cache of its own; those that have are 0-3"),
+        (
+            {"layers": [0, 4]},
+            tqgguf.ArgumentError,
+            "layer 4 has no KV cache of its own; layers with one are 0, 1, 2, 3",
+        ),
         ({"layers": [-1]}, tqgguf.ArgumentError, "layer -1"),
         ({"n_ctx": 2000}, tqgguf.ArgumentError, r"the text has \d+ tokens, fewer than the 2000"),
         ({"text": ""}, tqgguf.ArgumentError, "the text has 1 tokens, fewer than the 512"),

@@ -231,5 +231,5 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     data[-2:] = b"\x00\x7e"  # V of the last layer
     (tmp_path / "s").write_bytes(data)
     contents = inspect_session(tmp_path / "s", demo.MODEL_PATH)
-    assert "layer 3: 1 of the sampled values of V are not finite, they are taken for 0" in contents.notes
+    assert "layer 3: 1 of the sampled values of V are not finite and count as 0" in contents.notes
     assert all(np.isfinite(head.norm + head.nmse_3) for tensor in contents.tensors for head in tensor.heads)

@@ -171,7 +171,7 @@ def test_a_text_too_short_says_how_long_it_is() -> None:
         ({"n_chunks": True}, "n_chunks is True, must be an integer"),
         ({"n_batch": "8"}, "n_batch is '8', must be an integer"),
         ({"text": 5}, "text is of type int, must be a str"),
-        ({"n_ctx": 2**21}, "own text is of 1,048,576 tokens at most"),
+        ({"n_ctx": 2**21}, "own text has at most 1,048,576 tokens"),
     ],
 )
 def test_arguments_of_the_wrong_kind(options: dict[str, Any], said: str) -> None:

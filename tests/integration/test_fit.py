@@ -13,8 +13,9 @@ import tqgguf
 from tqgguf import CACHE_TYPES
 from tqgguf.cache.policy import resolve
 from tqgguf.cache.tail import kept
+from tqgguf.config import PREFERRED_TYPES
 from tqgguf.demo import model as demo
-from tqgguf.diagnostics.fit import FIRST_LOOK, FITTED_TYPES, _longest, fit
+from tqgguf.diagnostics.fit import FIRST_LOOK, _longest, fit
 from tqgguf.diagnostics.plan import ContextPlan, Setup, planned_model
 from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, OutOfMemoryError, TqggufError
 from tqgguf.model.load_log import captured_log, llama_cpp
@@ -129,7 +130,7 @@ def test_the_longest_context_loads_and_the_next_would_not_fit(architecture: Mode
 def test_the_first_in_order_that_is_long_enough_is_recommended() -> None:
     plenty = fit(demo.MODEL_PATH, 2**30)
     assert plenty.recommended == plenty.rows[0] and plenty.rows[0].cache == "f16"
-    assert [row.cache for row in plenty.rows] == list(FITTED_TYPES)
+    assert [row.cache for row in plenty.rows] == list(PREFERRED_TYPES)
     assert all(row.n_ctx == plenty.n_ctx == 2048 for row in plenty.rows)
     # Without flash attention f16 needs large compute buffers; where pqt4 just fits, f16 gets less than half.
     enough = next(row.memory for row in plenty.rows if row.cache == "pqt4")
