@@ -122,7 +122,7 @@ cuda-compile: $(VENV)/ready ## native/cuda for every supported architecture and 
 conformance-upstream: build/installed ## upstream's programs on the patched libllama, with our types; every architecture, as docs say
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_TOOLS=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
 	$(CMAKE) --build $(BUILD) $(UPSTREAM_PROGRAMS:%=--target test-%)
-	$(BIN)/python tests/patches/upstream_programs.py $(BUILD)/bin tqgguf/models/demo.gguf
+	$(BIN)/python tests/patches/upstream_programs.py $(BUILD)/bin tqgguf/demo/demo.gguf
 	$(BIN)/python tests/patches/architectures.py $(BUILD)/bin/test-llama-archs
 
 conformance-programs: build/installed

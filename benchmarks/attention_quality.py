@@ -42,7 +42,8 @@ import machine
 import numpy as np
 import numpy.typing as npt
 
-from tqgguf import CACHE_TYPES, demo, reference
+from tqgguf import CACHE_TYPES, reference
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.attention import HeadError, attention_error, head_facts
 from tqgguf.diagnostics.capture import capture_attention
 

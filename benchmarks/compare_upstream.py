@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tqgguf
-from tqgguf import demo
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.compare import read_text
 
 TYPES = ("f16", "q8_0", "q4_0", "pqo3")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tqgguf.model import llama_cpp
+from tqgguf.model.llama import llama_cpp
 
 
 def read(context: Any, tokens: np.ndarray, n_batch: int, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 import machine
 
 import tqgguf
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 RESULTS = Path(__file__).parent / "results" / "demo_quality.json"
 TYPES = ("f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")

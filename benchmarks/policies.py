@@ -18,7 +18,8 @@ from typing import Any
 import machine
 
 import tqgguf
-from tqgguf import Tuning, TypeQuality, demo
+from tqgguf import Tuning, TypeQuality
+from tqgguf.demo import model as demo
 
 RESULTS = Path(__file__).parent / "results" / "policies.json"
 CHOICES = (("pqt3", "pqt4", "q8_0"), ("pqo3", "pqo4", "q8_0"))

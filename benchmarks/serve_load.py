@@ -17,7 +17,7 @@ from pathlib import Path
 import machine
 from server_process import ServerProcess, chat
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 COUNTRIES = ("France", "Peru", "Spain", "Japan", "Kenya", "Italy", "Norway", "Chile", "Egypt", "Greece")
 RESULTS = Path(__file__).parent / "results" / "serve_load.json"

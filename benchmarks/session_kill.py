@@ -23,7 +23,7 @@ from typing import Any
 import machine
 
 import tqgguf
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 RESULTS = Path(__file__).parent / "results" / "session_kill.json"
 TOKENS = (300, 900)

@@ -33,7 +33,7 @@ import machine
 import numpy as np
 from server_process import ServerProcess, chat
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 N_CTX = 512
@@ -97,8 +97,8 @@ def serve(cache: str, leak: int) -> None:
     """Runs the server until it is terminated; it keeps `leak` bytes of every story and session."""
     import tqgguf
     from tqgguf.errors import StoppedError
-    from tqgguf.server import create_app, listen
-    from tqgguf.server import serve as run
+    from tqgguf.serve.app import create_app, listen
+    from tqgguf.serve.app import serve as run
 
     model = tqgguf.Llama(demo.MODEL_PATH, cache=cache, n_ctx=N_CTX, n_threads=1, n_threads_batch=1, verbose=False)
     app = create_app(model, name="demo")

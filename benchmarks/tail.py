@@ -25,8 +25,8 @@ import random_model
 from decoding import read
 
 import tqgguf
-from tqgguf.model import llama_cpp
-from tqgguf.tail import tail_batch
+from tqgguf.cache.tail import tail_batch
+from tqgguf.model.llama import llama_cpp
 
 RESULTS = Path(__file__).parent / "results" / "tail.json"
 SHAPE = random_model.Shape()

@@ -18,9 +18,10 @@ from typing import Any
 
 import machine
 
-from tqgguf import demo, read_model_info
+from tqgguf import read_model_info
+from tqgguf.cache.policy import resolve
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.compare import NamedCache, Reader, load, own_text, read_chunks, text_chunks
-from tqgguf.policy import resolve
 
 RESULTS = Path(__file__).parent / "results" / "tail_quality.json"
 N_CTX = 2048

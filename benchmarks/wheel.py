@@ -65,7 +65,7 @@ def measure(models: list[str], n_threads: int) -> dict[str, Any]:
 
     import tqgguf
     from tqgguf import _native
-    from tqgguf.model import llama_cpp
+    from tqgguf.model.llama import llama_cpp
 
     clock = time.process_time if n_threads == 1 else time.perf_counter
 
@@ -98,7 +98,7 @@ def main() -> None:
     import machine
     import random_model
 
-    demo = Path(__file__).parent.parent / "tqgguf" / "models" / "demo.gguf"
+    demo = Path(__file__).parent.parent / "tqgguf" / "demo" / "demo.gguf"
     with tempfile.TemporaryDirectory() as directory:
         models = [demo, *(Path(directory) / f"{weights}.gguf" for weights in args.weights)]
         for path in models[1:]:

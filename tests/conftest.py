@@ -127,7 +127,7 @@ class Worker:
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
     """Starts workers; those that are still there when the tests of a file are done are killed."""
-    pytest.importorskip("tqgguf.workers")
+    pytest.importorskip("tqgguf.model.workers")
     folder, started = tmp_path_factory.mktemp("workers"), []
 
     def start(*args: str, **options: Any) -> Worker:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo, read_session
-from tqgguf.cli.format import sparkline
+from tqgguf import read_session
+from tqgguf.cli.render.format import sparkline
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 
@@ -304,7 +305,7 @@ def test_ctrl_c_ends_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
     import argparse
 
     from tqgguf.cli import options
-    from tqgguf.cli.progress import Bar
+    from tqgguf.cli.render.progress import Bar
 
     parser = argparse.ArgumentParser()
     options.add_model_options(parser)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 
@@ -186,7 +186,7 @@ def test_a_client_that_goes_away_in_its_body(server: Any) -> None:
 
 IMPATIENT = """
 import sys
-from tqgguf import server
+from tqgguf.serve import app as server
 from tqgguf.cli import main
 server.PATIENCE = 1
 sys.exit(main(sys.argv[1:]))

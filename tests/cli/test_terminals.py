@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 
@@ -125,7 +125,7 @@ except KeyboardInterrupt:
 CALLBACK = """
 import ctypes, os, signal, sys
 from tqgguf.cli.interrupt import prompt_interrupt
-from tqgguf.control import called_by_c
+from tqgguf.model.control import called_by_c
 @called_by_c
 def compare(a, b):
     signal.raise_signal(signal.SIGINT)  # as if it came on entering the function

@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo, read_session
+from tqgguf import read_session
 from tqgguf._native import library_path
 from tqgguf.cli import main
+from tqgguf.demo import model as demo
 
 if not library_path("ggml-rpc").exists():
     pytest.skip("this build has no RPC", allow_module_level=True)

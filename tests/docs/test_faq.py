@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import demo
+from tqgguf.demo import model as demo
 from tqgguf.errors import CacheTypeError
 
 pytestmark = pytest.mark.model

@@ -11,7 +11,8 @@ from typing import Any, Final
 import pytest
 
 import tqgguf
-from tqgguf import CACHE_TYPES, demo
+from tqgguf import CACHE_TYPES
+from tqgguf.demo import model as demo
 
 REPOSITORY: Final = Path(__file__).parents[2]
 README: Final = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import CACHE_TYPES, CachePolicy, Comparison, demo
+from tqgguf import CACHE_TYPES, CachePolicy, Comparison
 from tqgguf.config import MEASURED_TYPES
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.compare import log_softmax
 from tqgguf.errors import ArgumentError, CacheTypeError, TextError, UnsupportedError
 
@@ -206,7 +207,7 @@ def test_a_type_the_model_cannot_have(random_model: Model) -> None:
 
 
 def test_a_further_context_is_verified_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tqgguf import model as module
+    from tqgguf.model import llama as module
 
     def other_type(weights: Any, params: Any) -> Any:
         params.type_k = CACHE_TYPES["q8_0"].number

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tqgguf
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import CachePolicy, demo, gguf_info
+from tqgguf import CachePolicy
+from tqgguf.cache.policy import model_hash
+from tqgguf.demo import model as demo
 from tqgguf.errors import ArgumentError, CacheTypeError, PolicyError
-from tqgguf.gguf_file import read_header
-from tqgguf.policy import model_hash
+from tqgguf.gguf import info as gguf_info
+from tqgguf.gguf.header import read_header
 
 pytestmark = pytest.mark.model
 

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import demo
 from tqgguf._native import library_path
+from tqgguf.demo import model as demo
 from tqgguf.errors import ArgumentError, CacheClosedError, WorkerError
 
 if not library_path("ggml-rpc").exists():
     pytest.skip("this build has no RPC", allow_module_level=True)
 
-from tqgguf import workers as module
 from tqgguf._native import rpc
+from tqgguf.model import workers as module
 
 pytestmark = pytest.mark.model
 
@@ -471,7 +471,8 @@ def test_either_side_looks_whether_the_other_is_there(names: list[str]) -> None:
 
 CUT = """
 import socket, sys, threading, tqgguf
-from tqgguf import demo, workers
+from tqgguf.demo import model as demo
+from tqgguf.model import workers
 workers.Workers.greet = lambda self: None
 target = ("127.0.0.1", int(sys.argv[1]))
 

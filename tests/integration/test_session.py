@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import CachePolicy, SessionError, demo, inspect_session, read_session
+from tqgguf import CachePolicy, SessionError, inspect_session, read_session
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 

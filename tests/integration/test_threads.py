@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import tqgguf
-from tqgguf import demo
 from tqgguf._native import threads
+from tqgguf.demo import model as demo
 
 TASKS = Path("/proc/self/task")
 pytestmark = [pytest.mark.model, pytest.mark.skipif(not TASKS.exists(), reason="needs /proc")]
@@ -85,7 +85,7 @@ def test_they_sleep_when_there_is_nothing_to_do() -> None:
 FORK = """
 import os, signal, sys
 import tqgguf
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 def load():
     return tqgguf.Llama(demo.MODEL_PATH, n_ctx=512, n_threads=2, n_threads_batch=3, verbose=False)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import CachePolicy, Tuning, demo
+from tqgguf import CachePolicy, Tuning
+from tqgguf.cache.policy import model_hash
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.tune import log_line
 from tqgguf.errors import ArgumentError, CacheTypeError, TextError, UnsupportedError
-from tqgguf.policy import model_hash
 
 pytestmark = pytest.mark.model
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "tqgguf"
-MODEL = PACKAGE / "models" / "demo.gguf"
+MODEL = PACKAGE / "demo" / "demo.gguf"
 STOCK = os.environ.get("TQGGUF_STOCK_LIB")
 TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_0": 6, "q5_1": 7, "q4_0": 2, "q4_1": 3, "iq4_nl": 20}
 

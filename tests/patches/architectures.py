@@ -24,9 +24,9 @@ import numpy as np
 
 import tqgguf
 from tqgguf._native import library_path
-from tqgguf.gguf_info import read_model_info
-from tqgguf.model import llama_cpp as api
-from tqgguf.tail import READ_IN_PART
+from tqgguf.cache.tail import READ_IN_PART
+from tqgguf.gguf.info import read_model_info
+from tqgguf.model.llama import llama_cpp as api
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architectures.md"
@@ -240,7 +240,7 @@ def main() -> int:
     rows = rows_of(options.program.resolve(), options.only)
     in_part = {row["architecture"] for row in rows if cells(row)[-1] in ("in part", "no")}
     if not options.only and in_part != READ_IN_PART:
-        print(f"the tail is read in part by {sorted(in_part)}, tqgguf/tail.py says {sorted(READ_IN_PART)}")
+        print(f"the tail is read in part by {sorted(in_part)}, tqgguf/cache/tail.py says {sorted(READ_IN_PART)}")
         return 1
     page = PAGE.read_text()
     before, rest = page.split(BEGIN)

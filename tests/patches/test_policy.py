@@ -24,7 +24,7 @@ PROGRAM = """
 import ctypes, json, sys
 import numpy as np
 import tqgguf, llama_cpp as api
-from tqgguf.policy import CachePolicy, applied
+from tqgguf.cache.policy import CachePolicy, applied
 
 model_path, types_k, types_v, means, forget, flash = json.loads(sys.argv[1])
 log = []

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pytest
 
 import tqgguf
+from tqgguf.cache.tail import kept
 from tqgguf.config import CACHE_TYPES
-from tqgguf.demo import MODEL_PATH
-from tqgguf.model import llama_cpp as api
-from tqgguf.tail import kept
+from tqgguf.demo.model import MODEL_PATH
+from tqgguf.model.llama import llama_cpp as api
 
 N_CTX = 512
 TOKENS = np.random.default_rng(0).integers(5, 400, N_CTX).astype(np.int32)

@@ -11,8 +11,8 @@ import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 import tqgguf
-from tqgguf.demo import GREEDY_PROMPTS, MODEL_PATH
-from tqgguf.gguf_info import KVLayer
+from tqgguf.demo.model import GREEDY_PROMPTS, MODEL_PATH
+from tqgguf.gguf.info import KVLayer
 
 TOKENS = np.random.default_rng(0).integers(5, 250, 1200).tolist()
 
