@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from patience import SOON
 
+from tqgguf import ArgumentError, CacheTypeError, OutOfMemoryError, StoppedError
 from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
@@ -269,3 +270,40 @@ sys.exit(main(sys.argv[1:]))
 def test_a_signal_before_it_takes_requests_is_not_lost(python: Callable[..., Any]) -> None:
     done = python("-c", EARLY, "serve", MODEL, "--threads", "1", "--port", "0", timeout=30)
     assert done.returncode == 0 and "listening" in done.stderr
+
+
+def test_a_forced_end_is_no_success(python: Callable[..., Any]) -> None:
+    program = """
+import os, signal, socket, time, types
+from tqgguf.serve.app import listen, serve
+
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+bound = listen("127.0.0.1", 0)
+client = socket.create_connection(bound.getsockname())
+client.sendall(b"GET / HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+serve(app, types.SimpleNamespace(stop=lambda: None), bound)
+"""
+    start = time.monotonic()
+    assert python("-c", program).returncode == 1
+    assert time.monotonic() - start < 50
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ArgumentError("no token"), 400),
+        (ValueError("Requested tokens (9) exceed context window of 8"), 400),
+        (CacheTypeError("not used"), 500),
+        (OutOfMemoryError("no memory"), 500),
+        (ZeroDivisionError("a mistake of ours"), 500),
+        (StoppedError("stopped"), 503),
+    ],
+)
+def test_the_status_says_whose_fault_an_error_is(error: Exception, status: int) -> None:
+    request = pytest.importorskip("tqgguf.serve.request")
+    given, body = request.error_answer(error)
+    assert given == status and body["type"] == ("invalid_request_error" if status == 400 else "server_error")

@@ -140,7 +140,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, sampling: bool = True)
         "--rpc",
         type=workers,
         metavar="HOST:PORT,...",
-        help="workers (`tqgguf worker`) that hold the model and its cache; use a trusted network: nothing is encrypted",
+        help="workers (`tqgguf worker`) that hold the model and its cache, on networks you trust: nothing is encrypted",
     )
     if sampling:
         parser.add_argument("--seed", type=seed, metavar="N", help="seed of the sampler (default: random)")

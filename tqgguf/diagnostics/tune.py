@@ -195,8 +195,7 @@ def tune(
         n_batch: tokens per call of llama.cpp.
         n_threads: threads; None means the number of processors.
         n_parallel: caches read at once, beside the reference. Fewer save memory; the reference is read more often.
-        progress: called after every batch with the name of the step, tokens read and tokens in all in this step; a
-            token counts once for each cache.
+        progress: called after every batch with the name of the step, tokens read and tokens in all, over all caches.
 
     Raises:
         ArgumentError: both or neither of budget and max_kld, or one that no policy reaches; fewer than two types, an
