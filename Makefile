@@ -116,7 +116,7 @@ cuda-bench: build/installed cuda ## tests and speed of the CUDA kernels on the G
 
 cuda-compile: $(VENV)/ready ## native/cuda for every supported architecture and the patched ggml-cuda.cu, where nvcc is present
 	@if command -v nvcc >/dev/null; then $(BIN)/python patches/tool.py apply >/dev/null && \
-		$(BIN)/python native/cuda/resources.py --compile build/cuda-compile --upstream build/upstream/llama.cpp; \
+		$(BIN)/python native/cuda/tools/resources.py --compile build/cuda-compile --upstream build/upstream/llama.cpp; \
 	else echo "skipped cuda: there is no nvcc (CUDA toolkit 12 or newer)"; fi
 
 conformance-upstream: build/installed ## upstream's programs on the patched libllama, with our types; every architecture, as docs say

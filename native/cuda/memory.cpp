@@ -1,132 +1,16 @@
-/* memory.cu: device memory that several owners share, its export as DLPack tensors, and the order of streams. */
-#include "simt.cuh"
+/* memory.cpp: device memory that several owners share, and its export as DLPack tensors. */
+#include "memory.h"
 
-#include <atomic>
 #include <new>
 
-struct tq_cuda_memory {
-    void * data;
-    void * stream; /* whose work it is allocated and freed among */
-    int device;
-    bool pooled; /* by cudaMallocAsync */
-    std::atomic<int> owners;
-    std::atomic<bool> elsewhere; /* work on other streams may be using it */
-};
-
-/* ---- Devices and streams ---- */
-
-#if defined(__CUDACC__)
-
-extern "C" int tq_cuda_device_swap(int i) {
-    int before = 0;
-    const int status = tqi_cuda_check(cudaGetDevice(&before), "asking for the current CUDA device");
-    if (status != TQ_OK || before == i || i < 0) {
-        return status != TQ_OK ? status : before;
-    }
-    const int set = tqi_cuda_check(cudaSetDevice(i), "selecting the CUDA device");
-    return set != TQ_OK ? set : before;
-}
-
-extern "C" int tq_cuda_device_of(const void * data) {
-    cudaPointerAttributes attributes;
-    const int status = tqi_cuda_check(cudaPointerGetAttributes(&attributes, data), "asking where memory lies");
-    if (status != TQ_OK) {
-        return status;
-    }
-    if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "%p given; it is no device memory", data);
-    }
-    return attributes.device;
-}
-
-extern "C" int tq_cuda_stream_wait(void * waiting, void * other) {
-    cudaEvent_t event;
-    if (waiting == other) {
-        return TQ_OK;
-    }
-    int status = tqi_cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "ordering CUDA streams");
-    if (status != TQ_OK) {
-        return status;
-    }
-    status = tqi_cuda_check(cudaEventRecord(event, (cudaStream_t) other), "ordering CUDA streams");
-    if (status == TQ_OK) {
-        status = tqi_cuda_check(cudaStreamWaitEvent((cudaStream_t) waiting, event, 0), "ordering CUDA streams");
-    }
-    (void) cudaEventDestroy(event); /* which happens once it has come */
-    return status;
-}
-
-static int allocate(size_t bytes, tq_cuda_memory * m) {
-    int pools = 0;
-    m->pooled = cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, m->device) == cudaSuccess && pools;
-    const cudaError_t error =
-        m->pooled ? cudaMallocAsync(&m->data, bytes, (cudaStream_t) m->stream) : cudaMalloc(&m->data, bytes);
-    if (error == cudaErrorMemoryAllocation) {
-        size_t available = 0, total = 0;
-        (void) cudaGetLastError();
-        (void) cudaMemGetInfo(&available, &total);
-        return tqi_cuda_fail(TQ_E_MEMORY, "CUDA device %d has no memory for %zu bytes; %zu of %zu are free", m->device,
-                             bytes, available, total);
-    }
-    return tqi_cuda_check(error, "allocating device memory");
-}
-
-/* cudaFree waits for the device, cudaFreeAsync is itself work on the stream: neither takes memory from kernels still to run on
- * that stream. Other streams are not waited for by the latter, and may be gone by now, so the device is. */
-static void release(tq_cuda_memory * m) {
-    const int before = tq_cuda_device_swap(m->device);
-    if (!m->pooled) {
-        (void) cudaFree(m->data);
-    } else if (m->elsewhere) {
-        (void) cudaDeviceSynchronize();
-        (void) cudaFree(m->data);
-    } else {
-        (void) cudaFreeAsync(m->data, (cudaStream_t) m->stream);
-    }
-    (void) cudaGetLastError();
-    if (before >= 0) {
-        (void) tq_cuda_device_swap(before);
-    }
-}
-
-#else
-
-extern "C" int tq_cuda_device_swap(int i) {
-    return i <= 0 ? 0 : tqi_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there is 1", i);
-}
-
-extern "C" int tq_cuda_device_of(const void * data) {
-    return data != NULL ? 0 : tqi_cuda_fail(TQ_E_ARGUMENT, "%p given; it is no device memory", data);
-}
-
-extern "C" int tq_cuda_stream_wait(void *, void *) {
-    return TQ_OK;
-}
-
-static int allocate(size_t bytes, tq_cuda_memory * m) {
-    return tq_cuda_alloc(bytes, &m->data);
-}
-
-static void release(tq_cuda_memory * m) {
-    (void) tq_cuda_free(m->data);
-}
-
-#endif
-
-/* ---- Memory ---- */
+/* ---- Owners ---- */
 
 extern "C" int tq_cuda_memory_new(int device, size_t bytes, void * stream, tq_cuda_memory ** memory, void ** data) {
-    tq_cuda_memory * m = new (std::nothrow) tq_cuda_memory;
+    tq_cuda_memory * m = new (std::nothrow) tq_cuda_memory(device, stream);
     if (m == NULL) {
-        return tqi_cuda_fail(TQ_E_MEMORY, "no host memory for a record of device memory");
+        return tq_cuda_fail(TQ_E_MEMORY, "no host memory for a record of device memory");
     }
-    m->data = NULL;
-    m->stream = stream;
-    m->device = device;
-    m->pooled = false;
-    m->owners = 1;
-    m->elsewhere = false;
-    const int status = allocate(bytes > 0 ? bytes : 1, m);
+    const int status = tqi_cuda_memory_allocate(bytes > 0 ? bytes : 1, m);
     if (status != TQ_OK) {
         delete m;
         return status;
@@ -138,7 +22,7 @@ extern "C" int tq_cuda_memory_new(int device, size_t bytes, void * stream, tq_cu
 
 extern "C" void tq_cuda_memory_free(tq_cuda_memory * memory) {
     if (memory != NULL && --memory->owners == 0) {
-        release(memory);
+        tqi_cuda_memory_release(memory);
         delete memory;
     }
 }
@@ -150,7 +34,7 @@ extern "C" void tq_cuda_memory_elsewhere(tq_cuda_memory * memory) {
 /* ---- DLPack ---- */
 
 /* A managed tensor of either layout, and what it points to. */
-template <typename Managed> struct tq_export {
+template <typename Managed> struct tqi_export {
     Managed managed;
     tq_cuda_memory * memory;
     int64_t shape[TQ_CUDA_MAX_DIMS], strides[TQ_CUDA_MAX_DIMS];
@@ -158,16 +42,16 @@ template <typename Managed> struct tq_export {
 
 /* May be called by any thread, without Python's lock, after the cache and the library's Python objects are gone. */
 template <typename Managed> static void delete_export(Managed * managed) {
-    tq_export<Managed> * e = (tq_export<Managed> *) managed->context;
+    tqi_export<Managed> * e = (tqi_export<Managed> *) managed->context;
     tq_cuda_memory_free(e->memory);
     delete e;
 }
 
 template <typename Managed>
 static Managed * new_export(tq_cuda_memory * memory, int type, int n_dims, const int64_t * shape) {
-    tq_export<Managed> * e = new (std::nothrow) tq_export<Managed>;
+    tqi_export<Managed> * e = new (std::nothrow) tqi_export<Managed>;
     if (e == NULL) {
-        (void) tqi_cuda_fail(TQ_E_MEMORY, "no host memory for a DLPack tensor");
+        (void) tq_cuda_fail(TQ_E_MEMORY, "no host memory for a DLPack tensor");
         return NULL;
     }
     memset(e, 0, sizeof *e);
@@ -197,7 +81,7 @@ static Managed * new_export(tq_cuda_memory * memory, int type, int n_dims, const
 extern "C" void * tq_cuda_memory_export(tq_cuda_memory * memory, int type, int n_dims, const int64_t * shape,
                                         int versioned) {
     if (n_dims < 0 || n_dims > TQ_CUDA_MAX_DIMS) {
-        (void) tqi_cuda_fail(TQ_E_ARGUMENT, "%d dimensions given; allowed are 0 to %d", n_dims, TQ_CUDA_MAX_DIMS);
+        (void) tq_cuda_fail(TQ_E_ARGUMENT, "%d dimensions given; allowed are 0 to %d", n_dims, TQ_CUDA_MAX_DIMS);
         return NULL;
     }
     if (!versioned) {
