@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 VOCAB_SIZE = 1280
 CONTROL_TOKENS = ["<end>", "<system>", "<user>", "<assistant>"]

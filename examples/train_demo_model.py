@@ -1,4 +1,4 @@
-"""Train the demo model `tqgguf/models/demo.gguf` from nothing, on one CPU core, in about twenty minutes.
+"""Train the demo model `tqgguf/demo/demo.gguf` from nothing, on one CPU core, in about twenty minutes.
 
     pip install torch numpy gguf sentencepiece
     PYTHONPATH=. python examples/train_demo_model.py --out demo.gguf
@@ -26,7 +26,7 @@ import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader kn
 from demo_model_export import Shape, train_tokenizer, write_gguf
 from torch import Tensor, nn
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 # --- the model: llama, with the arithmetic and the tensor names of llama.cpp ------------------------------------------
 

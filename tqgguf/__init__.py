@@ -15,11 +15,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import reference
-    from .cache import PqoCache
-    from .cache_info import CacheInfo, LayerCacheInfo
-    from .codec import dequantize, quantize
+    from .cache.info import CacheInfo, LayerCacheInfo
+    from .cache.policy import CachePolicy, read_policy
     from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
-    from .device import DeviceArray
     from .diagnostics.cache_contents import CacheContents, inspect_cache, inspect_session
     from .diagnostics.compare import Comparison, Divergence, TypeQuality, compare
     from .diagnostics.fit import Fit, fit
@@ -42,27 +40,29 @@ if TYPE_CHECKING:
         UnsupportedError,
         WorkerError,
     )
-    from .gguf_info import ModelInfo, read_model_info
-    from .model import Llama
-    from .policy import CachePolicy, read_policy
-    from .session import Session, read_session
+    from .gguf.info import ModelInfo, read_model_info
+    from .model.llama import Llama
+    from .pqo.cache import PqoCache
+    from .pqo.codec import dequantize, quantize
+    from .pqo.device_array import DeviceArray
+    from .session.file import Session, read_session
 
 _HOME = {
-    "Llama": "model",
-    "CacheInfo": "cache_info",
-    "LayerCacheInfo": "cache_info",
-    "PqoCache": "cache",
-    "DeviceArray": "device",
+    "Llama": "model.llama",
+    "CacheInfo": "cache.info",
+    "LayerCacheInfo": "cache.info",
+    "PqoCache": "pqo.cache",
+    "DeviceArray": "pqo.device_array",
     "CACHE_TYPES": "config",
     "CacheConfig": "config",
     "CacheType": "config",
     "parse_cache": "config",
-    "quantize": "codec",
-    "dequantize": "codec",
-    "ModelInfo": "gguf_info",
-    "CachePolicy": "policy",
-    "read_policy": "policy",
-    "read_model_info": "gguf_info",
+    "quantize": "pqo.codec",
+    "dequantize": "pqo.codec",
+    "ModelInfo": "gguf.info",
+    "CachePolicy": "cache.policy",
+    "read_policy": "cache.policy",
+    "read_model_info": "gguf.info",
     "Comparison": "diagnostics.compare",
     "Divergence": "diagnostics.compare",
     "TypeQuality": "diagnostics.compare",
@@ -85,11 +85,11 @@ _HOME = {
     "ModelNotFoundError": "errors",
     "OutOfMemoryError": "errors",
     "PolicyError": "errors",
-    "Session": "session",
+    "Session": "session.file",
     "SessionError": "errors",
     "StateFileError": "errors",
     "StoppedError": "errors",
-    "read_session": "session",
+    "read_session": "session.file",
     "TextError": "errors",
     "TqggufError": "errors",
     "UnsupportedError": "errors",

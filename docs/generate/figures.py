@@ -18,7 +18,8 @@ from pictures import REPOSITORY, draw_asked
 
 sys.path.insert(0, str(REPOSITORY))
 
-from tqgguf import CACHE_TYPES, demo, reference
+from tqgguf import CACHE_TYPES, reference
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.capture import capture_attention
 
 F32 = npt.NDArray[np.float32]

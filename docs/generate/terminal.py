@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from pictures import REPOSITORY, draw_asked
 
-MODEL: Final = REPOSITORY / "tqgguf" / "models" / "demo.gguf"
+MODEL: Final = REPOSITORY / "tqgguf" / "demo" / "demo.gguf"
 
 
 @dataclass(frozen=True)

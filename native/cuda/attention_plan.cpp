@@ -209,8 +209,8 @@ static void take_arguments(const tq_attn & args, tqi_attention * a) {
     a->group = (int) (q.n_head / k.n_head);
     a->n_vec = (int) (a->group * args.n_q);
     a->streams_per_kv = (int) (q.n_stream / k.n_stream);
-    a->heads_inverse = tqi_inverse_of(a->n_head_kv);
-    a->group_inverse = tqi_inverse_of(a->group);
+    a->heads_inverse = tqi_reciprocal_of(a->n_head_kv);
+    a->group_inverse = tqi_reciprocal_of(a->group);
     a->n_tiles = a->n_vec <= 8 ? 1 : 2;
 }
 
@@ -354,7 +354,7 @@ static int plan_tails(const tq_attn_operand & k, const tq_attn_operand & v, tqi_
     }
     a->n_recent = (int) tail.n_recent;
     a->n_first = (int) tail.n_first;
-    a->recent_inverse = tqi_inverse_of(a->n_recent);
+    a->recent_inverse = tqi_reciprocal_of(a->n_recent);
     a->n_parts = (int) n;
     return TQ_OK;
 }

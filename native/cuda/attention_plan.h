@@ -66,7 +66,7 @@ struct tqi_attention {
 };
 
 /* 2^32 / n, rounded down; n = 1: one less. */
-TQI_HD uint32_t tqi_inverse_of(int n) {
+TQI_HD uint32_t tqi_reciprocal_of(int n) {
     return n == 1 ? 0xffffffffu : (uint32_t) ((1ull << 32) / (uint64_t) n);
 }
 

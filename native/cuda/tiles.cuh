@@ -6,7 +6,7 @@
 #include "simt.cuh"
 
 /* x / n for x >= 0, in some 5 instructions instead of 25: the product falls short by one at most. inverse:
- * tqi_inverse_of(n). */
+ * tqi_reciprocal_of(n). */
 TQI_D int tqi_divide(int x, int n, uint32_t inverse) {
     const uint32_t q = tqi_multiply_high((uint32_t) x, inverse);
     return (int) (q + ((uint32_t) x - q * (uint32_t) n >= (uint32_t) n ? 1u : 0u));

@@ -36,18 +36,18 @@ bool tq_ggml_cuda_used(const struct ggml_tensor * node) {
     const struct ggml_tensor * const * src = (const struct ggml_tensor * const *) node->src;
     switch (node->op) {
         case GGML_OP_SET_ROWS:
-            return tq_ggml_is_ours(node->type);
+            return tq_ggml_is_pqo(node->type);
         case GGML_OP_GET_ROWS:
-            return tq_ggml_is_ours(src[0]->type);
+            return tq_ggml_is_pqo(src[0]->type);
         case GGML_OP_FLASH_ATTN_EXT:
-            return tq_ggml_is_ours(src[1]->type) || tq_ggml_is_ours(src[2]->type);
+            return tq_ggml_is_pqo(src[1]->type) || tq_ggml_is_pqo(src[2]->type);
         case GGML_OP_DUP:
         case GGML_OP_CPY:
         case GGML_OP_CONT:
             if (src[0]->type == node->type && ggml_is_contiguous(src[0]) && ggml_is_contiguous(node)) {
                 return false; /* bytes as they are: upstream's copy does */
             }
-            return tq_ggml_is_ours(src[0]->type) || tq_ggml_is_ours(node->type);
+            return tq_ggml_is_pqo(src[0]->type) || tq_ggml_is_pqo(node->type);
         default:
             return false;
     }
@@ -119,15 +119,15 @@ static bool rows_supported(const struct ggml_tensor * node, enum ggml_type value
 
 static bool copy_supported(const struct ggml_tensor * node) {
     const enum ggml_type from = node->src[0]->type;
-    if (from == node->type || (!tq_ggml_is_ours(from) && !is_float(from)) ||
-        (!tq_ggml_is_ours(node->type) && !is_float(node->type))) {
+    if (from == node->type || (!tq_ggml_is_pqo(from) && !is_float(from)) ||
+        (!tq_ggml_is_pqo(node->type) && !is_float(node->type))) {
         return REFUSE("copying %s to %s%s is not done on CUDA; ours to and from f32, f16, bf16 and each other is",
                       ggml_type_name(from), ggml_type_name(node->type),
                       from == node->type ? " with other strides" : "");
     }
     for (int i = 0; i < 2; i++) {
         const struct ggml_tensor * t = i == 0 ? node->src[0] : node;
-        if (tq_ggml_is_ours(t->type) && t->nb[0] != ggml_type_size(t->type)) {
+        if (tq_ggml_is_pqo(t->type) && t->nb[0] != ggml_type_size(t->type)) {
             return REFUSE("copying %s whose blocks do not lie side by side is not done on CUDA",
                           ggml_type_name(t->type));
         }
@@ -146,7 +146,7 @@ static bool attention_supported(const struct ggml_tensor * node) {
         if (cache->buffer && ggml_backend_buffer_is_host(cache->buffer)) {
             return REFUSE("a KV cache in the CPU's memory is read there, not copied to the device for every token");
         }
-        if ((!tq_ggml_is_ours(t->type) && t->type != GGML_TYPE_F16) || t->nb[0] != ggml_type_size(t->type)) {
+        if ((!tq_ggml_is_pqo(t->type) && t->type != GGML_TYPE_F16) || t->nb[0] != ggml_type_size(t->type)) {
             return REFUSE(
                 "K of %s with V of %s is not done on CUDA; beside a type of ours the other is one of ours or f16",
                 ggml_type_name(k->type), ggml_type_name(v->type));
@@ -226,7 +226,7 @@ static void make_dense(const struct ggml_tensor * node, void * work, struct dens
     for (int i = 1; i < 4; i++) {
         d->one = d->one && k->nb[i] == v->nb[i] && k->ne[i] == v->ne[i];
     }
-    if (tq_ggml_is_ours(k->type)) {
+    if (tq_ggml_is_pqo(k->type)) {
         d->k = dense_like(k, work);
         d->work_bytes = GGML_PAD((size_t) d->k.ne[3] * d->k.nb[3], 128);
     }
@@ -238,7 +238,7 @@ static void make_dense(const struct ggml_tensor * node, void * work, struct dens
         d->v.data = d->k.data;
         d->v.view_src = &d->k;
         d->v.view_offs = 0;
-    } else if (tq_ggml_is_ours(v->type)) {
+    } else if (tq_ggml_is_pqo(v->type)) {
         d->v = dense_like(v, (char *) work + d->work_bytes);
         d->work_bytes += GGML_PAD((size_t) d->v.ne[3] * d->v.nb[3], 128);
     }
@@ -279,10 +279,10 @@ static void attend(const struct ggml_tensor * node, const struct tq_ggml_cuda_de
         check(tq_cuda_attn(&a, work, stream), node);
         return;
     }
-    if (tq_ggml_is_ours(node->src[1]->type)) {
+    if (tq_ggml_is_pqo(node->src[1]->type)) {
         decode(node, node->src[1], &a.k, &d.k, stream);
     }
-    if (tq_ggml_is_ours(node->src[2]->type) && !d.one) {
+    if (tq_ggml_is_pqo(node->src[2]->type) && !d.one) {
         decode(node, node->src[2], &a.v, &d.v, stream);
     }
     dense->compute(dense->context, &d.node);
@@ -330,8 +330,8 @@ void tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_d
             break;
         default:
             GGML_ASSERT(is_copy(node));
-            check(tq_ggml_is_ours(node->type) ? tq_cuda_encode(&src, NULL, &dst, stream)
-                                              : tq_cuda_decode(&src, NULL, 0, &dst, stream),
+            check(tq_ggml_is_pqo(node->type) ? tq_cuda_encode(&src, NULL, &dst, stream)
+                                             : tq_cuda_decode(&src, NULL, 0, &dst, stream),
                   node);
             break;
     }

@@ -99,9 +99,10 @@ int tq_kernel_count(void);
 const char * tq_kernel_name(int i);
 /* 1 if this machine can run kernel i, 0 if not, negative if i is out of range. */
 int tq_kernel_supported(int i);
-/* Selects a kernel by name for the whole process ("auto" or NULL: the best supported). Unknown or unsupported names are
- * errors that list the valid ones. Not to be called while other threads compute. The environment variable
- * TQGGUF_KERNEL is read once, at first use, and must name a usable kernel, too. */
+/* Selects a kernel by name for the whole process ("auto" or NULL: the best supported). A name that does not exist is
+ * TQ_E_ARGUMENT, one that this machine cannot run is TQ_E_UNSUPPORTED; the message lists the usable ones. Not to be
+ * called while other threads compute. The environment variable TQGGUF_KERNEL is read once, at first use, and must name
+ * a usable kernel, too. */
 int tq_kernel_force(const char * name);
 const char * tq_kernel_active(void);
 

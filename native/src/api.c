@@ -122,7 +122,7 @@ int tq_encode(int type, int mode, const float * x, int64_t n, void * blocks) {
     if (codec == NULL) {
         return TQ_E_ARGUMENT;
     }
-    tqi_active()->encode(codec, x, n / TQ_BLOCK, blocks);
+    tqi_steps_of(tqi_active(), codec)->encode(codec, x, n / TQ_BLOCK, blocks);
     return TQ_OK;
 }
 
@@ -131,7 +131,7 @@ int tq_decode(int type, int mode, const void * blocks, int64_t n, float * x) {
     if (codec == NULL) {
         return TQ_E_ARGUMENT;
     }
-    tqi_active()->decode(codec, blocks, n / TQ_BLOCK, x);
+    tqi_decode(tqi_active(), codec, blocks, n / TQ_BLOCK, x);
     return TQ_OK;
 }
 
@@ -170,7 +170,8 @@ float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n
         float s;
         memcpy(q, x + b * TQ_BLOCK, (size_t) n_part * TQ_BLOCK * sizeof(float));
         kernel->transform(codec->signs, q, n_part);
-        kernel->scores(codec, (const uint8_t *) blocks + b * codec->block_bytes, 0, 1, q, 1, n_part, &s, 1);
+        tqi_steps_of(kernel, codec)
+            ->scores(codec, (const uint8_t *) blocks + b * codec->block_bytes, 0, 1, q, 1, n_part, &s, 1);
         sum += s;
     }
     return sum;

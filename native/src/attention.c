@@ -309,7 +309,7 @@ static void decode_rows(const tqi_kernels * kernel, const tq_attn_operand * x, c
         float * to = tile + (size_t) t * (size_t) x->head_dim;
         if (codec != NULL) {
             tqi_prefetch(row + TILE * x->stride_token, (size_t) (x->head_dim / TQ_BLOCK * codec->block_bytes));
-            kernel->unpack(codec, row, x->head_dim / TQ_BLOCK, to);
+            tqi_steps_of(kernel, codec)->unpack(codec, row, x->head_dim / TQ_BLOCK, to);
         } else if (x->decoder != NULL) {
             x->decoder(row, to, x->head_dim);
         } else if (x->type == TQ_TYPE_F32) {
@@ -420,7 +420,7 @@ static void write_output(const tqi_kernels * kernel, const tq_attn * a, const pl
         o[j] *= factor;
     }
     if (p->v_codec != NULL) {
-        kernel->inverse_transform(p->v_codec->signs, o, a->v.head_dim / TQ_BLOCK);
+        tqi_inverse_transform_blocks(kernel, p->v_codec, o, a->v.head_dim / TQ_BLOCK);
     }
     uint8_t * out = (uint8_t *) a->out + (size_t) row * a->out_stride_row + (size_t) head * a->out_stride_head +
                     (size_t) t->q_stream * a->out_stride_stream;
@@ -446,8 +446,9 @@ static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan
     const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim;
     for (const run * r = k->r; r < k->r + k->n; ++r) {
         if (r->rows == NULL) {
-            kernel->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0 + r->first), a->k.stride_token,
-                           r->n, x->q, t->n_vec, dk / TQ_BLOCK, s + r->first, TILE);
+            tqi_steps_of(kernel, p->k_codec)
+                ->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0 + r->first), a->k.stride_token,
+                         r->n, x->q, t->n_vec, dk / TQ_BLOCK, s + r->first, TILE);
         } else {
             kernel->scores_f16(r->rows + (size_t) t->kv_head * a->k.tail.stride_head, a->k.tail.stride_row, r->n, x->q,
                                t->n_vec, dk, s + r->first, TILE);
@@ -469,8 +470,9 @@ static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan
     }
     for (const run * r = v->r; r < v->r + v->n; ++r) {
         if (r->rows == NULL) {
-            kernel->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0 + r->first),
-                               a->v.stride_token, r->n, s + r->first, TILE, t->n_vec, dv / TQ_BLOCK, x->o);
+            tqi_steps_of(kernel, p->v_codec)
+                ->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0 + r->first), a->v.stride_token,
+                             r->n, s + r->first, TILE, t->n_vec, dv / TQ_BLOCK, x->o);
         } else {
             kernel->accumulate_f16(r->rows + (size_t) t->kv_head * a->v.tail.stride_head, a->v.tail.stride_row, r->n,
                                    s + r->first, TILE, t->n_vec, dv, x->o);

@@ -124,11 +124,11 @@ static int append(tq_cache * cache, int index, const float * k, const float * v,
     if (status != TQ_OK) {
         return status;
     }
-    const tqi_kernels * kernel = tqi_active();
+    const tqi_steps * steps = tqi_steps_of(tqi_active(), cache->codec);
     const size_t offset = (size_t) layer->n_tokens * cache->token_bytes;
     const int64_t n_blocks = n_tokens * cache->token_dim / TQ_BLOCK;
-    kernel->encode(cache->codec, k, n_blocks, layer->k + offset);
-    kernel->encode(cache->codec, v, n_blocks, layer->v + offset);
+    steps->encode(cache->codec, k, n_blocks, layer->k + offset);
+    steps->encode(cache->codec, v, n_blocks, layer->v + offset);
     layer->n_tokens += n_tokens;
     return TQ_OK;
 }
@@ -251,10 +251,10 @@ int tq_cache_dequantize(tq_cache * cache, int layer, float * k_out, float * v_ou
     const tqi_layer * l = &cache->layers[layer];
     const int64_t n_blocks = l->n_tokens * cache->token_dim / TQ_BLOCK;
     if (k_out != NULL) {
-        kernel->decode(cache->codec, l->k, n_blocks, k_out);
+        tqi_decode(kernel, cache->codec, l->k, n_blocks, k_out);
     }
     if (v_out != NULL) {
-        kernel->decode(cache->codec, l->v, n_blocks, v_out);
+        tqi_decode(kernel, cache->codec, l->v, n_blocks, v_out);
     }
     return TQ_OK;
 }

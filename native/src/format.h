@@ -47,10 +47,13 @@ typedef struct {
     uint8_t top[4]; /* bit 2 of e[i] at bit i of a 32-bit word */
 } tqi_block_pqt4;
 
-#define TQI_PQO3_BYTES 14
-#define TQI_PQO4_BYTES 18
-#define TQI_PQT3_BYTES 14
-#define TQI_PQT4_BYTES 18
+/* Bytes of a block of a type with so many bits per value. */
+#define TQI_BLOCK_BYTES(bits) ((size_t) (TQ_BLOCK / 8 * (bits)) + sizeof(uint16_t))
+
+#define TQI_PQO3_BYTES TQI_BLOCK_BYTES(3)
+#define TQI_PQO4_BYTES TQI_BLOCK_BYTES(4)
+#define TQI_PQT3_BYTES TQI_BLOCK_BYTES(3)
+#define TQI_PQT4_BYTES TQI_BLOCK_BYTES(4)
 
 static_assert(sizeof(tqi_block_pqo3) == TQI_PQO3_BYTES, "block_pqo3 must have no padding");
 static_assert(sizeof(tqi_block_pqo4) == TQI_PQO4_BYTES, "block_pqo4 must have no padding");

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import SOON
 
-from tqgguf import demo, read_session
-from tqgguf.cli.format import sparkline
+from tqgguf import read_session
+from tqgguf.cli.render.format import sparkline
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 
@@ -66,7 +68,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Any
     start = time.monotonic()
     screen.type("\x03")
     screen.expect(r"\[stopped\].*> ")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < SOON
     screen.type("/cache\n")
     screen.expect("1 answers.*> ")
     screen.type("\x03")
@@ -90,7 +92,7 @@ def test_a_long_prompt_shows_a_bar_and_can_be_stopped(terminal: Callable[..., An
     start = time.monotonic()
     screen.type("\x03")
     screen.expect(r"\[stopped\]")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < SOON
     screen.type("/exit\n")
     assert screen.end() == 0
 
@@ -296,7 +298,7 @@ def test_ctrl_c_ends_run(endless: tuple[str, ...], tmp_path: Path, raw: bool) ->
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < SOON
     assert process.returncode == 130 and errors.decode() == "\ntqgguf: interrupted\n"
 
 
@@ -304,7 +306,7 @@ def test_ctrl_c_ends_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
     import argparse
 
     from tqgguf.cli import options
-    from tqgguf.cli.progress import Bar
+    from tqgguf.cli.render.progress import Bar
 
     parser = argparse.ArgumentParser()
     options.add_model_options(parser)

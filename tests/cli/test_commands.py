@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tqgguf import CACHE_TYPES, __version__, demo
+from tqgguf import CACHE_TYPES, __version__
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tqgguf import CACHE_TYPES, demo
-from tqgguf.cli import compare_attention
+from tqgguf import CACHE_TYPES
+from tqgguf.cli.commands import compare_attention
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tqgguf import CachePolicy, demo
+from tqgguf import CachePolicy
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 
@@ -63,7 +64,7 @@ def test_plot(compare: Command, tmp_path: Path) -> None:
 def test_plot_labels_and_positions(tmp_path: Path) -> None:
     matplotlib_text = pytest.importorskip("matplotlib.text")
     from tqgguf import Comparison, Divergence, TypeQuality
-    from tqgguf.cli.plot import figure_of
+    from tqgguf.cli.render.plot import figure_of
 
     kinds = {"f16": (2048, 0.0), "q4_0": (576, 0.09), "pqo4": (576, 0.06), "pqo3": (448, 0.2)}
     rows = tuple(
@@ -81,7 +82,7 @@ def test_plot_labels_and_positions(tmp_path: Path) -> None:
 def test_plot_labels_do_not_cover_each_other() -> None:
     text = pytest.importorskip("matplotlib.text")
     from tqgguf import Comparison, Divergence, TypeQuality
-    from tqgguf.cli.plot import figure_of
+    from tqgguf.cli.render.plot import figure_of
 
     kinds = {"f16": (2048, 0.0), "q4_0": (576, 0.0661), "pqt4+128": (576, 0.064), "pqo4": (576, 0.066)}
     kinds |= {"iq4_nl": (590, 0.065), "policy": (450, 0.185), "policy (2)": (460, 0.19), "pqo3": (448, 0.19)}

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo
 from tqgguf._native import library_path
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.installation import _FLAGS
 
 pytestmark = pytest.mark.model

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import SOON
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 
@@ -32,7 +33,7 @@ def server(serve: Callable[..., Any]) -> Iterator[Any]:
     server = serve(MODEL, "--threads", "1")
     yield server
     seconds, said = server.end()
-    assert (server.process.returncode, said) == (0, "") and seconds < 1
+    assert (server.process.returncode, said) == (0, "") and seconds < SOON
 
 
 @pytest.fixture
@@ -143,11 +144,11 @@ def test_a_client_that_goes_away_frees_its_place(busy: Any) -> None:
     reply = busy.client().completions.create(model="x", prompt="hello", max_tokens=3, temperature=0)
     assert reply.usage.completion_tokens == 3
     seconds, said = busy.end(signal.SIGINT)
-    assert said == "" and seconds < 1 and busy.process.returncode == 0
+    assert said == "" and seconds < SOON and busy.process.returncode == 0
 
 
 @pytest.mark.parametrize(("stream", "prompt"), [(False, "hello"), (True, "hello"), (False, "so " * 15000)])
-def test_it_ends_within_a_second_whatever_it_computes(busy: Any, stream: bool, prompt: str) -> None:
+def test_it_ends_at_once_whatever_it_computes(busy: Any, stream: bool, prompt: str) -> None:
     outcome: list[Any] = []
 
     def talk() -> None:
@@ -164,7 +165,7 @@ def test_it_ends_within_a_second_whatever_it_computes(busy: Any, stream: bool, p
         time.sleep(0.05)
     time.sleep(0.5)
     seconds, said = busy.end(signal.SIGINT)
-    assert said == "" and seconds < 1 and busy.process.returncode == 0
+    assert said == "" and seconds < SOON and busy.process.returncode == 0
     for thread in threads:
         thread.join(10)
     assert len(outcome) == 2
@@ -234,14 +235,14 @@ def benchmark(folder: Path, name: str, *args: str) -> tuple[int, dict[str, Any],
 
 
 def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
-    status, result, said = benchmark(tmp_path, "serve_load.py", "--requests", "24")
+    status, result, said = benchmark(tmp_path, "endurance/serve_load.py", "--requests", "24")
     assert status == 0, said
     assert (result["answered"], result["wrong"]) == (24, 0)
 
 
 def test_a_soak_sees_a_leak_and_nothing_else(tmp_path: Path) -> None:
     status, result, said = benchmark(
-        tmp_path, "soak.py", "--minutes", "0.12", "--clients", "3", "--leak", "5000000", "--max-slope", "100"
+        tmp_path, "endurance/soak.py", "--minutes", "0.12", "--clients", "3", "--leak", "5000000", "--max-slope", "100"
     )
     assert status == 1 and len(result["failures"]) == 1, said
     assert result["failures"][0].startswith("memory grows by ") and result["slope_mib_per_1000_requests"] > 100

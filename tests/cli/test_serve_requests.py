@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from patience import SOON
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 
@@ -29,7 +30,7 @@ def server(serve: Callable[..., Any]) -> Iterator[Any]:
     server = serve(MODEL, "--threads", "1", "--origin", "https://chat.example")
     yield server
     seconds, said = server.end()
-    assert server.process.returncode == 0 and seconds < 1 and "Traceback" not in said, said
+    assert server.process.returncode == 0 and seconds < SOON and "Traceback" not in said, said
 
 
 def send(server: Any, path: str, data: Any, **headers: str) -> tuple[int, Any, Any]:
@@ -186,7 +187,7 @@ def test_a_client_that_goes_away_in_its_body(server: Any) -> None:
 
 IMPATIENT = """
 import sys
-from tqgguf import server
+from tqgguf.serve import app as server
 from tqgguf.cli import main
 server.PATIENCE = 1
 sys.exit(main(sys.argv[1:]))
@@ -228,7 +229,7 @@ def test_it_ends_in_a_grammar_without_end(serve: Callable[..., Any]) -> None:
         time.sleep(0.05)
     time.sleep(0.5)
     seconds, said = server.end()
-    assert said == "" and seconds < 3 and server.process.returncode == 0
+    assert said == "" and seconds < SOON and server.process.returncode == 0
     asking.join(10)
 
 
@@ -258,10 +259,10 @@ def test_the_models_are_listed_while_an_answer_is_computed(serve: Callable[..., 
         while server.figures()["tokens_read"] < 1 and time.monotonic() < end:
             time.sleep(0.05)
         start = time.monotonic()
-        assert '"object":"model"' in server.get("/v1/models")[1] and time.monotonic() - start < 2
+        assert '"object":"model"' in server.get("/v1/models")[1] and time.monotonic() - start < SOON
         assert server.figures()["requests_in_progress"] == 1
     finally:
-        assert server.end()[0] < 1
+        assert server.end()[0] < SOON
         asking.join(10)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import SOON
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 
@@ -125,7 +126,7 @@ except KeyboardInterrupt:
 CALLBACK = """
 import ctypes, os, signal, sys
 from tqgguf.cli.interrupt import prompt_interrupt
-from tqgguf.control import called_by_c
+from tqgguf.model.control import called_by_c
 @called_by_c
 def compare(a, b):
     signal.raise_signal(signal.SIGINT)  # as if it came on entering the function
@@ -157,7 +158,7 @@ def test_ctrl_c_ends_native_code_and_lets_python_clean_up(code: str, said: str) 
             process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=20)
         assert process.returncode == 130 and said in out and "Exception ignored" not in out
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < SOON
 
 
 IN_A_CALLBACK = """
@@ -197,7 +198,7 @@ def test_ctrl_c_in_a_command(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
         assert process.returncode == 130 and "tqgguf: interrupted" in err and "Traceback" not in err
-        assert time.monotonic() - begin < 2  # one second, and what a busy machine adds
+        assert time.monotonic() - begin < SOON
 
 
 def test_an_ignored_ctrl_c_stays_ignored(python: Callable[..., Any]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tqgguf import CachePolicy, demo, read_policy
-from tqgguf.policy import model_hash
+from tqgguf import CachePolicy, read_policy
+from tqgguf.cache.policy import model_hash
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 
 import tqgguf
@@ -20,9 +21,7 @@ SCRIPT = REPOSITORY / "docs" / "generate" / "api.py"
 
 @pytest.fixture
 def generator() -> Any:
-    import api
-
-    return api
+    return program.load("docs/generate/api.py")
 
 
 def test_the_page_is_what_the_docstrings_say() -> None:
@@ -40,13 +39,13 @@ def test_every_public_name_is_in_it() -> None:
 
 def test_what_nothing_is_said_about_is_an_error(generator: Any) -> None:
     for name, change, missing in (
-        ("quantize", lambda thing: setattr(thing, "docstring", None), "tqgguf.codec.quantize"),
+        ("quantize", lambda thing: setattr(thing, "docstring", None), "tqgguf.pqo.codec.quantize"),
         (
             "CacheInfo",
             lambda thing: setattr(thing.members["ratio"], "docstring", None),
-            "tqgguf.cache_info.CacheInfo.ratio",
+            "tqgguf.cache.info.CacheInfo.ratio",
         ),
-        ("CacheInfo", lambda thing: rewrite(thing, "cells_used", "x"), "tqgguf.cache_info.CacheInfo.cells_used"),
+        ("CacheInfo", lambda thing: rewrite(thing, "cells_used", "x"), "tqgguf.cache.info.CacheInfo.cells_used"),
         ("compare", lambda thing: rewrite(thing, "n_batch", "x"), "tqgguf.diagnostics.compare.compare(n_batch)"),
     ):
         page = generator.Page()

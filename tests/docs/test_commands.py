@@ -21,7 +21,8 @@ from typing import Any, Final
 import pages
 import pytest
 
-from tqgguf import CachePolicy, demo
+from tqgguf import CachePolicy
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 
@@ -145,8 +146,8 @@ class Reader:
         (folder / "model.gguf").symlink_to(demo.MODEL_PATH)
         (folder / "text.txt").write_text(text, encoding="utf-8")
         (folder / "examples").symlink_to(REPOSITORY / "examples")
-        (folder / "tqgguf" / "models").mkdir(parents=True)
-        (folder / "tqgguf" / "models" / "demo.gguf").symlink_to(demo.MODEL_PATH)
+        (folder / "tqgguf" / "demo").mkdir(parents=True)
+        (folder / "tqgguf" / "demo" / "demo.gguf").symlink_to(demo.MODEL_PATH)
         CachePolicy(("pqo4",) * 4, ("pqo3",) * 4).write(folder / "policy.gguf")
 
     def read(self, step: Any) -> None:

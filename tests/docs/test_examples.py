@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import pytest
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import demo
+from tqgguf.demo import model as demo
 from tqgguf.errors import CacheTypeError
 
 pytestmark = pytest.mark.model
@@ -77,6 +77,7 @@ def test_prompt_look_up_decoding() -> None:
             message = [{"role": "user", "content": PROMPT.prompt}]
             answers.append(model.create_chat_completion(message, temperature=0)["choices"][0]["message"]["content"])
             read.append(model.n_tokens_read)
+    # The first choice leads by 0.1 of the logits' norm; batches of another size move them by 2e-4.
     assert answers[0] == answers[1] and PROMPT.answer in answers[0]
     assert max(calls) == 4 and read[1] > read[0]  # tokens were drafted, and some of them rejected
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import CACHE_TYPES, CachePolicy, demo, reference
+from tqgguf import CACHE_TYPES, CachePolicy, reference
 from tqgguf._native import abi_version_expected
-from tqgguf.policy import POLICY_VERSION, model_hash
-from tqgguf.session import SESSION_VERSION
+from tqgguf.cache.policy import POLICY_VERSION, model_hash
+from tqgguf.demo import model as demo
+from tqgguf.session.file import SESSION_VERSION
 
 PAGE: Final = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 DECODER: Final = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]

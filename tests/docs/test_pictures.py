@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import importlib
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 
 pytestmark = pytest.mark.model
@@ -20,7 +20,7 @@ MOST_BYTES = 60_000
 
 def load(name: str, needs: str) -> Any:
     pytest.importorskip(needs, reason=f"{needs} is not installed: pip install -r requirements-dev.txt")
-    return importlib.import_module(name)
+    return program.load(f"docs/generate/{name}.py")
 
 
 def drawn_lines(svg: str) -> list[str]:

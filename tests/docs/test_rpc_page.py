@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo
 from tqgguf._native import library_path
+from tqgguf.demo import model as demo
 
 if not library_path("ggml-rpc").exists():
     pytest.skip("this build has no RPC", allow_module_level=True)

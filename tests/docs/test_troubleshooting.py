@@ -15,7 +15,8 @@ import pages
 import pytest
 
 import tqgguf
-from tqgguf import CachePolicy, demo
+from tqgguf import CachePolicy
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from tqgguf.cache.policy import read_policy
 from tqgguf.config import CACHE_TYPES
 from tqgguf.errors import ModelFileError, PolicyError, SessionError, StateFileError, UnsupportedError
-from tqgguf.gguf_file import read_header
-from tqgguf.gguf_info import KVLayer, ModelInfo, read_model_info
-from tqgguf.policy import read_policy
-from tqgguf.session import Session, read_session
-from tqgguf.state import read_state
+from tqgguf.gguf.header import read_header
+from tqgguf.gguf.info import KVLayer, ModelInfo, read_model_info
+from tqgguf.session.file import Session, read_session
+from tqgguf.session.state import read_state
 
 
 def shape(*layers: KVLayer, mla: bool = False, notes: tuple[str, ...] = ()) -> ModelInfo:

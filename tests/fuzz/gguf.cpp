@@ -24,7 +24,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (gguf == nullptr) {
         return 0;
     }
-    // A shape with a zero among sizes whose product is beyond 64 bits ends the process here; tqgguf.gguf_file refuses it before.
+    // A shape with a zero among sizes whose product is beyond 64 bits ends the process here; tqgguf.gguf.header refuses it before.
     bool empty = false;
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
         empty |= gguf_get_tensor_size(gguf, i) == 0;

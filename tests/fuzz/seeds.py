@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tqgguf.policy import CachePolicy
+from tqgguf.cache.policy import CachePolicy
 
 
 def text(value: str) -> bytes:

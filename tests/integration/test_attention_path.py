@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import tqgguf
-from tqgguf import demo
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.attention_path import MAX_FUSED, attention_path
 from tqgguf.errors import ArgumentError
-from tqgguf.load_log import captured_log
+from tqgguf.model.load_log import captured_log
 
 pytestmark = pytest.mark.model
 

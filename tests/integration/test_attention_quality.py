@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import CACHE_TYPES, demo, reference
+from tqgguf import CACHE_TYPES, reference
 from tqgguf._native.ggml import read_tensor, round_trip, tensor_at
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics import capture
 from tqgguf.diagnostics.attention import attention_error, attention_quality
 from tqgguf.diagnostics.capture import AttentionInputs, capture_attention

@@ -53,9 +53,9 @@ def test_loading_a_model_maps_one_libtqgguf(python: Python) -> None:
     code = (
         "import tqgguf, numpy\n"
         "tqgguf.quantize(numpy.ones(32, 'f4'), 'pqo3')\n"
-        "tqgguf.Llama(tqgguf.demo.MODEL_PATH, verbose=False)\n"
+        "tqgguf.Llama(tqgguf.demo.model.MODEL_PATH, verbose=False)\n"
         "print(len(tqgguf._native.loaded_libraries()['tqgguf']))"
-    ).replace("import tqgguf,", "import tqgguf.demo,")
+    ).replace("import tqgguf,", "import tqgguf.demo.model,")
     done = python("-c", code)
     assert done.stdout.strip() == "1", done.stderr
 

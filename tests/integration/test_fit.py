@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 import tqgguf
-from tqgguf import CACHE_TYPES, demo
+from tqgguf import CACHE_TYPES
+from tqgguf.cache.policy import resolve
+from tqgguf.cache.tail import kept
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.fit import FIRST_LOOK, FITTED_TYPES, _longest, fit
 from tqgguf.diagnostics.plan import ContextPlan, Setup, planned_model
 from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, OutOfMemoryError, TqggufError
-from tqgguf.load_log import captured_log, llama_cpp
-from tqgguf.policy import resolve
-from tqgguf.tail import kept
+from tqgguf.model.load_log import captured_log, llama_cpp
 
 pytestmark = pytest.mark.model
 

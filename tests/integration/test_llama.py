@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 import tqgguf
-from tqgguf import CACHE_TYPES, demo
+from tqgguf import CACHE_TYPES
+from tqgguf.cache.policy import resolve
+from tqgguf.demo import model as demo
 from tqgguf.errors import (
     ArgumentError,
     CacheClosedError,
@@ -24,7 +26,6 @@ from tqgguf.errors import (
     StateFileError,
     TqggufError,
 )
-from tqgguf.policy import resolve
 
 pytestmark = pytest.mark.model
 
@@ -233,7 +234,7 @@ def test_what_llama_cpp_says_is_passed_on(tmp_path: Path, random_model: Model) -
 
 
 def test_a_type_that_was_not_honoured_raises(random_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tqgguf import model as module
+    from tqgguf.model import llama as module
 
     def other_type(*args: Any, **kwargs: Any) -> Any:
         return stock_init(*args, **{**kwargs, "type_k": CACHE_TYPES["f16"].number})
@@ -245,7 +246,7 @@ def test_a_type_that_was_not_honoured_raises(random_model: Model, monkeypatch: p
 
 
 def test_bytes_that_do_not_fit_raise() -> None:
-    from tqgguf import model as module
+    from tqgguf.model import llama as module
 
     info = tqgguf.read_model_info(demo.MODEL_PATH)
     policy = resolve("pqo3", info.n_layer)
@@ -259,7 +260,8 @@ def test_bytes_that_do_not_fit_raise() -> None:
 
 
 def test_more_than_the_machine_has_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tqgguf import memory, model
+    from tqgguf import memory
+    from tqgguf.model import llama as model
 
     assert 2**28 < memory.machine_memory() < 2**50
     cells = resolve("pqo3", 4).bytes(tqgguf.read_model_info(demo.MODEL_PATH), 512, 0)
@@ -491,7 +493,7 @@ def test_a_chat_template_that_is_none(tmp_path: Path) -> None:
 ABORT = """
 import ctypes, sys, threading
 import tqgguf
-from tqgguf import demo
+from tqgguf.demo import model as demo
 from tqgguf._native import library_path
 ggml = ctypes.CDLL(str(library_path("ggml-base")))
 def load(**options):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
 

@@ -1,4 +1,4 @@
-"""benchmarks/cuda.py from end to end: on the emulated kernels, and where there is no GPU."""
+"""benchmarks/speed/cuda.py from end to end: on the emulated kernels, and where there is no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = str(Path(__file__).parents[2] / "benchmarks" / "cuda.py")
+SCRIPT = str(Path(__file__).parents[2] / "benchmarks" / "speed" / "cuda.py")
 
 
 def test_a_rehearsal_measures_everything_and_claims_nothing(

@@ -22,9 +22,9 @@ import tqgguf
 from tqgguf import CacheConfig, PqoCache, reference
 from tqgguf._native import cuda as native_cuda
 from tqgguf._native.capsule import Managed
-from tqgguf.cuda_cache import CudaPqoCache
-from tqgguf.device import BFLOAT16, DTYPES, DeviceArray
 from tqgguf.errors import ArgumentError, CacheClosedError, LibraryError, OutOfMemoryError, UnsupportedError
+from tqgguf.pqo.device_array import BFLOAT16, DTYPES, DeviceArray
+from tqgguf.pqo.store_cuda import CudaPqoCache
 
 CONFIG = CacheConfig(bits=3, head_dim=64, n_head_kv=2, n_layer=2)
 TOLERANCE = 2e-3

@@ -1,16 +1,16 @@
-"""A part of the architectures that `make conformance-upstream` runs all of, on the models of tests/architectures.py."""
+"""A part of the architectures that `make conformance-upstream` runs all of, on small models of their kinds."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import program
 import pytest
 
 import tqgguf
-from tqgguf.tail import READ_IN_PART, warn_unread
+from tqgguf.cache.tail import READ_IN_PART, warn_unread
 
 WITH_CACHE = (
     *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "glm4", "falcon", "gpt2", "gpt-oss"),
@@ -20,11 +20,7 @@ WITH_CACHE = (
 
 @pytest.fixture(scope="module")
 def architectures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("upstream_archs", Path(__file__).with_name("architectures.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program.load("tests/patches/upstream_architectures.py")
 
 
 @pytest.mark.parametrize("name", WITH_CACHE)
@@ -70,8 +66,8 @@ def test_a_tail_that_is_not_read_everywhere_gives_a_warning(recwarn: pytest.Warn
 
 
 def test_t5_is_refused_a_quantized_v(tmp_path: Path, architecture: Callable[[str], Path]) -> None:
-    info = tqgguf.gguf_info.read_model_info(architecture("llama"))
-    t5 = tqgguf.gguf_info.ModelInfo(**{**vars(info), "architecture": "t5"})
+    info = tqgguf.gguf.info.read_model_info(architecture("llama"))
+    t5 = tqgguf.gguf.info.ModelInfo(**{**vars(info), "architecture": "t5"})
     f16, pqo3 = (tqgguf.CACHE_TYPES[name] for name in ("f16", "pqo3"))
     assert t5.obstacle(pqo3, f16) is None
     assert "no place for the bias of T5" in str(t5.obstacle(f16, pqo3))

@@ -18,7 +18,7 @@ import pytest
 
 from tqgguf._native import library_path
 from tqgguf.config import CACHE_TYPES
-from tqgguf.demo import MODEL_PATH
+from tqgguf.demo.model import MODEL_PATH
 
 pytestmark = pytest.mark.skipif(not library_path("ggml-base").exists(), reason="the native libraries are not built")
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pytest
 
 import tqgguf
+from tqgguf.cache.tail import kept
 from tqgguf.config import CACHE_TYPES
-from tqgguf.demo import MODEL_PATH
-from tqgguf.model import llama_cpp as api
-from tqgguf.tail import kept
+from tqgguf.demo.model import MODEL_PATH
+from tqgguf.model.llama import llama_cpp as api
 
 N_CTX = 512
 TOKENS = np.random.default_rng(0).integers(5, 400, N_CTX).astype(np.int32)
@@ -74,7 +74,7 @@ def test_a_tail_of_all_tokens_is_an_f16_cache(model: Any, cache: str) -> None:
 def test_how_a_prompt_is_cut_changes_nothing_where_all_is_in_the_tail(model: Any) -> None:
     results = [read(model.add_context("pqo3", tail=N_CTX), 0, 200, batch=n) for n in (1, 7, 64, 200)]
     for result in results[1:]:
-        assert moved(result, results[0]) < 1e-3
+        assert moved(result, results[0]) < 3e-3  # 2e-4 to 3.2e-4: rounding to f16, as above
 
 
 def test_tokens_written_again_are_read_as_they_are_now(model: Any) -> None:

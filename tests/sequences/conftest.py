@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pytest
 
 import tqgguf
-from tqgguf.model import llama_cpp as api
-from tqgguf.policy import applied, resolve
-from tqgguf.tail import kept
+from tqgguf.cache.policy import applied, resolve
+from tqgguf.cache.tail import kept
+from tqgguf.model.llama import llama_cpp as api
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]

@@ -15,7 +15,7 @@ import pytest
 
 from tqgguf import dequantize, quantize
 from tqgguf._native import library_path
-from tqgguf.policy import CachePolicy
+from tqgguf.cache.policy import CachePolicy
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]

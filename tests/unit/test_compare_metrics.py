@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import tqgguf
-from tqgguf import demo
+from tqgguf.cache.policy import CachePolicy, resolve
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.compare import (
     MIN_CONTEXT,
     NamedCache,
@@ -24,7 +25,6 @@ from tqgguf.diagnostics.compare import (
     read_text,
 )
 from tqgguf.errors import ArgumentError, TextError, TqggufError
-from tqgguf.policy import CachePolicy, resolve
 
 LOGITS = hnp.arrays(
     np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(-80, 80, width=32)

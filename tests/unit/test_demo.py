@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 
 
 def test_words_are_distinct() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo, gguf_info
 from tqgguf.config import CACHE_TYPES
+from tqgguf.demo import model as demo
 from tqgguf.errors import ArgumentError, ModelFileError
-from tqgguf.gguf_file import LONGEST_ARRAY, read_header
+from tqgguf.gguf import info as gguf_info
+from tqgguf.gguf.header import LONGEST_ARRAY, read_header
 
 F16, PQO3, Q8 = (CACHE_TYPES[name] for name in ("f16", "pqo3", "q8_0"))
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from tqgguf import read_session
+from tqgguf.cache.policy import CachePolicy, read_policy
 from tqgguf.diagnostics.attention_path import _notes
 from tqgguf.diagnostics.fit import _layer_weights
 from tqgguf.errors import ModelFileError, PolicyError, SessionError
-from tqgguf.gguf_file import LARGEST_HEADER, MOST_ENTRIES, read_header
-from tqgguf.gguf_info import read_model_info
-from tqgguf.policy import CachePolicy, read_policy
+from tqgguf.gguf.header import LARGEST_HEADER, MOST_ENTRIES, read_header
+from tqgguf.gguf.info import read_model_info
 
 REGRESSIONS = Path(__file__).parents[1] / "fuzz" / "regressions"
 
@@ -28,7 +28,7 @@ REGRESSIONS = Path(__file__).parents[1] / "fuzz" / "regressions"
 def quickly() -> Iterator[None]:
     begin = time.process_time()
     yield
-    assert time.process_time() - begin < 5.0
+    assert time.process_time() - begin < 20.0  # 2 s at most here; who trusts a count of 2^60 is not done in hours
 
 
 def text(value: str) -> bytes:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import tqgguf
-import tqgguf.gguf_file
-from tqgguf import demo
+import tqgguf.gguf.header
+from tqgguf.cache.policy import CachePolicy, model_hash, policy_from_ranges, read_policy, resolve
+from tqgguf.demo import model as demo
 from tqgguf.errors import ArgumentError, ModelNotFoundError, PolicyError, TqggufError
-from tqgguf.gguf_info import centring_obstacle
-from tqgguf.model import refuse_impossible
-from tqgguf.policy import CachePolicy, model_hash, policy_from_ranges, read_policy, resolve
+from tqgguf.gguf.info import centring_obstacle
+from tqgguf.model.llama import refuse_impossible
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_hash_tells_models_apart(tmp_path: Path) -> None:
     data = bytearray(demo.MODEL_PATH.read_bytes())
     other.write_bytes(data)
     assert model_hash(other) == model_hash(demo.MODEL_PATH)
-    header = tqgguf.gguf_file.read_header(other).header_bytes
+    header = tqgguf.gguf.header.read_header(other).header_bytes
     data[header + 1000] ^= 1
     other.write_bytes(data)
     assert model_hash(other) != model_hash(demo.MODEL_PATH)
@@ -192,7 +192,7 @@ def test_centring_is_refused_where_it_would_change_the_result(
         writer.add_tensor(tensor, np.zeros(4, np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    header = tqgguf.gguf_file.read_header(tmp_path / "model.gguf")
+    header = tqgguf.gguf.header.read_header(tmp_path / "model.gguf")
     assert reason in str(centring_obstacle(header))
     assert tqgguf.read_model_info(demo.MODEL_PATH).centring_obstacle is None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tqgguf import demo
+from tqgguf.demo import model as demo
 from tqgguf.diagnostics.recall import DEPTHS, Asker, needle_prompt
 
 

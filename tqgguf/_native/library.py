@@ -24,7 +24,9 @@ SUFFIX: Final = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
 def library_path(name: str = "tqgguf") -> Path:
-    """Path of one of our shared libraries; it need not exist."""
+    """Path of one of our shared libraries, which need not exist; TQGGUF_LIB names another libtqgguf."""
+    if name == "tqgguf" and os.environ.get("TQGGUF_LIB"):
+        return Path(os.environ["TQGGUF_LIB"])
     prefix = "" if sys.platform == "win32" else "lib"
     return LIB_DIR / f"{prefix}{name}{SUFFIX}"
 
@@ -104,7 +106,7 @@ class Library:
             try:
                 self.force_kernel(forced)
             except TqggufError as error:
-                raise UnsupportedError(f"environment variable TQGGUF_KERNEL: {error}") from None
+                raise type(error)(f"environment variable TQGGUF_KERNEL: {error}") from None
 
     def check(self, status: int) -> int:
         """Returns a status that is not negative; raises what a negative one means, with the library's message."""
@@ -132,8 +134,8 @@ class Library:
         """Selects a kernel for the whole process; `auto` is the best one this machine can run.
 
         Raises:
-            ArgumentError: unknown name.
-            UnsupportedError: this machine cannot run it.
+            ArgumentError: no kernel of this library has the name.
+            UnsupportedError: this machine cannot run the kernel.
         """
         self.check(self.lib.tq_kernel_force(name.encode()))
 
@@ -149,7 +151,8 @@ def library() -> Library:
 
     Raises:
         LibraryError: it is missing, cannot be loaded, or is of another version.
-        UnsupportedError: the environment variable TQGGUF_KERNEL names a kernel that cannot be used.
+        ArgumentError: the environment variable TQGGUF_KERNEL names a kernel that does not exist.
+        UnsupportedError: it names one that this machine cannot run.
     """
     return Library(library_path())
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import TqggufError
-from .format import in_words, printable
+from .render.format import in_words, printable
 
 __all__ = ["main"]
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tqgguf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     # Here and not above, for they take a tenth of a second to import, in which Ctrl-C should do what it does later.
-    from . import chat, compare, demo, doctor, fit, inspect, run, serve, tune, worker
+    from .commands import chat, compare, demo, doctor, fit, inspect, run, serve, tune, worker
 
     for command in (run, chat, serve, worker, fit, inspect, compare, tune, demo, doctor):
         command.add_parser(commands)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
-from ..control import CALLED_BY_C
+from ..model.control import CALLED_BY_C
 
 if TYPE_CHECKING:
-    from ..model import Llama
+    from ..model.llama import Llama
 
 _logger = logging.getLogger("llama-cpp-python")
 

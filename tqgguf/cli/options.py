@@ -7,14 +7,14 @@ import re
 import threading
 from typing import TYPE_CHECKING, Final
 
+from ..cache.tail import DEFAULT_TAIL, MAX_TAIL
 from ..config import cache_type
 from ..errors import ArgumentError, TqggufError
-from ..tail import DEFAULT_TAIL, MAX_TAIL
 from .interrupt import on_interrupt
-from .progress import Bar
+from .render.progress import Bar
 
 if TYPE_CHECKING:
-    from ..model import Llama
+    from ..model.llama import Llama
 
 DEFAULT_CONTEXT: Final = 4096
 """Context if `--ctx` is not given, or what the model was trained for if that is less."""
@@ -165,7 +165,7 @@ def add_threads_option(parser: argparse.ArgumentParser) -> None:
 
 def workers(text: str) -> list[str]:
     """argparse type: workers, "host:port" each, with commas between them."""
-    from ..workers import parse_workers
+    from ..model.workers import parse_workers
 
     try:
         return list(parse_workers(text.split(",")))
@@ -208,7 +208,7 @@ def check_chat_format(name: str | None) -> None:
 
 def check_template(path: str, chat_format: str | None) -> None:
     """Raises TqggufError if neither the model's file nor the user says how a conversation is written."""
-    from ..gguf_file import read_header
+    from ..gguf.header import read_header
 
     check_chat_format(chat_format)
     if chat_format is None and "tokenizer.chat_template" not in read_header(path).metadata:
@@ -220,7 +220,7 @@ def check_template(path: str, chat_format: str | None) -> None:
 
 def context_of(asked: int | None, path: str) -> int:
     """The context asked for with `--ctx`, or else what the model at `path` gets."""
-    from ..gguf_info import read_model_info
+    from ..gguf.info import read_model_info
 
     return asked or min(DEFAULT_CONTEXT, read_model_info(path).n_ctx_train)
 
@@ -237,7 +237,7 @@ def load_model(
         n_ctx: the context; None for what `--ctx` asks for.
         chat_format: as for `llama_cpp.Llama`.
     """
-    from ..model import Llama
+    from ..model.llama import Llama
 
     n_ctx = n_ctx or context_of(args.ctx, path)
     asked = threading.Event()

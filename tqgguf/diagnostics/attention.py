@@ -17,7 +17,7 @@ from .. import reference
 from .._native.ggml import round_trip
 from ..config import CACHE_TYPES, CacheType, cache_type
 from ..errors import ArgumentError, CacheTypeError
-from ..gguf_info import ModelInfo, read_model_info
+from ..gguf.info import ModelInfo, read_model_info
 from .capture import AttentionInputs, capture_attention
 
 __all__ = [

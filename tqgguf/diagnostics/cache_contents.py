@@ -18,13 +18,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .. import reference, session
+from .. import reference
 from .._native.ggml import decode_rows, round_trip
 from ..config import CACHE_TYPES, CacheType
 from ..errors import ArgumentError
-from ..gguf_info import ModelInfo, read_model_info
-from ..model import Llama, llama_cpp
-from ..state import CacheState, StoredRows, parse_state, read_state
+from ..gguf.info import ModelInfo, read_model_info
+from ..model.llama import Llama, llama_cpp
+from ..session import file as session
+from ..session.state import CacheState, StoredRows, parse_state, read_state
 from .attention import hadamard, head_facts, rotation_sizes
 
 __all__ = ["CacheContents", "HeadContents", "TensorContents", "inspect_cache", "inspect_session"]

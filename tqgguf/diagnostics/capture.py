@@ -22,10 +22,10 @@ import numpy.typing as npt
 
 from .._native.ggml import Tensor, op_name, read_tensor, tensor_at
 from ..config import cache_type
-from ..control import called_by_c
 from ..errors import ArgumentError, TqggufError, UnsupportedError
-from ..gguf_info import ModelInfo, read_model_info
-from ..model import Llama, llama_cpp
+from ..gguf.info import ModelInfo, read_model_info
+from ..model.control import called_by_c
+from ..model.llama import Llama, llama_cpp
 
 __all__ = ["AttentionInputs", "capture_attention", "mean_keys"]
 

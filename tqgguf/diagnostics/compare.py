@@ -21,15 +21,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from .. import demo
 from .._native import import_llama_cpp
+from ..cache.policy import CachePolicy, PolicySpec, resolve
+from ..cache.tail import DEFAULT_TAIL, check_tail, tail_batch
 from ..config import MEASURED_TYPES
 from ..count import check_count
+from ..demo import model as demo
 from ..errors import ArgumentError, TextError, TqggufError
-from ..gguf_info import ModelInfo, read_model_info
-from ..model import Llama, refuse_impossible
-from ..policy import CachePolicy, PolicySpec, resolve
-from ..tail import DEFAULT_TAIL, check_tail, tail_batch
+from ..gguf.info import ModelInfo, read_model_info
+from ..model.llama import Llama, refuse_impossible
 
 __all__ = [
     "DEFAULT_CHUNKS",

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from .._native import library_path
+from ..cache.policy import CachePolicy, PolicySpec, resolve
+from ..cache.tail import DEFAULT_TAIL, check_tail
 from ..errors import ArgumentError, TqggufError
-from ..gguf_file import read_header
-from ..gguf_info import CELL_PADDING, ModelInfo
-from ..policy import CachePolicy, PolicySpec, resolve
-from ..tail import DEFAULT_TAIL, check_tail
+from ..gguf.header import read_header
+from ..gguf.info import CELL_PADDING, ModelInfo
 from .plan import ContextPlan, PlannedModel, Setup, planned_model
 
 __all__ = ["FITTED_TYPES", "Fit", "FitRow", "fit"]

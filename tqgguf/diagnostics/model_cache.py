@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ..cache.policy import resolve
+from ..cache.tail import DEFAULT_TAIL, check_tail
 from ..config import cache_type
 from ..errors import ArgumentError
-from ..gguf_info import ModelInfo, read_model_info
-from ..policy import resolve
-from ..tail import DEFAULT_TAIL, check_tail
+from ..gguf.info import ModelInfo, read_model_info
 
 __all__ = ["COMPARED_TYPES", "CacheRow", "ModelCache", "model_cache"]
 

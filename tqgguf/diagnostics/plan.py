@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ..cache.policy import CachePolicy, applied
+from ..cache.tail import kept
 from ..errors import CacheTypeError, OutOfMemoryError
-from ..gguf_info import ModelInfo, read_model_info
-from ..load_log import LoadLog, base_types, captured_log, load_error, load_lock, needs_flash, verify_buffers
+from ..gguf.info import ModelInfo, read_model_info
 from ..memory import machine_memory
-from ..model import llama_cpp, refuse_impossible
-from ..policy import CachePolicy, applied
-from ..tail import kept
+from ..model.llama import llama_cpp, refuse_impossible
+from ..model.load_log import LoadLog, base_types, captured_log, load_error, load_lock, needs_flash, verify_buffers
 
 __all__ = ["ContextPlan", "PlannedModel", "Setup", "planned_model"]
 

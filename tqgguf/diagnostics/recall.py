@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .. import demo
+from ..cache.policy import PolicySpec
+from ..cache.tail import DEFAULT_TAIL
 from ..config import MEASURED_TYPES
 from ..count import check_count
+from ..demo import model as demo
 from ..errors import ArgumentError, TqggufError, UnsupportedError
-from ..gguf_info import read_model_info
-from ..model import Llama, refuse_impossible
-from ..policy import PolicySpec
-from ..tail import DEFAULT_TAIL
+from ..gguf.info import read_model_info
+from ..model.llama import Llama, refuse_impossible
 from .compare import compared_caches, context_length, load
 
 __all__ = ["DEPTHS", "Recall", "RecallScore", "needle_prompt", "recall"]

@@ -14,7 +14,7 @@ import numpy as np
 from .._native import import_llama_cpp
 
 if TYPE_CHECKING:
-    from ..model import Llama
+    from ..model.llama import Llama
 
 __all__ = ["k_scales"]
 

@@ -18,13 +18,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from ..cache.policy import CachePolicy, model_hash, resolve
+from ..cache.tail import DEFAULT_TAIL, check_tail
 from ..config import CacheType, cache_type
 from ..count import check_count
 from ..errors import ArgumentError, TextError, UnsupportedError
-from ..gguf_info import ModelInfo, read_model_info
-from ..model import Llama, refuse_impossible
-from ..policy import CachePolicy, model_hash, resolve
-from ..tail import DEFAULT_TAIL, check_tail
+from ..gguf.info import ModelInfo, read_model_info
+from ..model.llama import Llama, refuse_impossible
 from .allocation import Option, allocate, allocations
 from .capture import mean_keys
 from .compare import (

@@ -116,9 +116,14 @@ static float search_path(const tqi_codec * codec, const float * y, uint32_t * t)
     return sum / tqi_sum32(vv);
 }
 
-void tqi_trellis_search_portable(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks) {
-    for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
+void tqi_trellis_encode_portable(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, x += TQ_BLOCK, blocks += codec->block_bytes) {
         uint32_t t = 0;
+        float y[TQ_BLOCK];
+        for (int i = 0; i < TQ_BLOCK; ++i) {
+            y[i] = tqi_sanitize(x[i]);
+        }
+        tqi_transform(codec->signs, y);
         const uint16_t d = tqi_f32_to_f16(tqi_sanitize(search_path(codec, y, &t)));
         const float inverse = 1.0f / tqi_f16_to_f32(d);
         int32_t e[TQ_BLOCK];

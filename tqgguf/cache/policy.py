@@ -1,0 +1,377 @@
+"""Cache policies: which type each layer stores K and V in, and which mean its keys are stored less of.
+
+A policy is written by hand, as ranges of layers::
+
+    {"default": "pqo3", "layers": {"0-1": "q8_0", "-2:": ("pqo4", "pqo3")}}
+
+or measured by `tqgguf tune` and kept in a policy file: a GGUF file without weights that any GGUF tool can list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
+from ..errors import ArgumentError, ModelFileError, ModelNotFoundError, PolicyError
+from ..gguf.header import read_header
+from ..gguf.info import ModelInfo, read_model_info
+from ..whole_file import replacing
+from .tail import tail_bytes
+
+__all__ = ["POLICY_VERSION", "CachePolicy", "PolicySpec", "model_hash", "policy_from_ranges", "read_policy", "resolve"]
+
+POLICY_VERSION: Final = 1
+"""Of the file format; another one is refused."""
+
+_ARCHITECTURE: Final = "tqgguf-policy"
+_F32: Final = 0
+_HASHED_BYTES: Final = 1 << 20
+_LARGEST_MEAN: Final = 65504.0
+"""The largest f16: no key that can be stored is larger."""
+
+
+@dataclass(frozen=True, eq=False)
+class CachePolicy:
+    """A type for K and V of every layer of a model.
+
+    Attributes:
+        types_k: names of the types of K, by layer; layers without a cache have one too, which is not used.
+        types_v: the same for V.
+        k_means: by layer, what is subtracted from every key before it is stored: (n_head_kv, head_dim_k) float32,
+            after RoPE. Softmax does not notice, for all scores of a query move alike. Empty: keys are not centred.
+        model_hash: of the model it was measured on (`model_hash`), or "" if it was not measured.
+        tail: newest tokens that were kept in f16 when it was measured; None if it was not. Nothing is set by it.
+        ranges: layers that were named together, by the words that named them; see `policy_from_ranges`.
+    """
+
+    types_k: tuple[str, ...]
+    types_v: tuple[str, ...]
+    k_means: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    model_hash: str = ""
+    tail: int | None = None
+    ranges: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.types_k) != len(self.types_v):
+            raise PolicyError(
+                f"a policy has types for K of {len(self.types_k)} layers and for V of {len(self.types_v)}"
+            )
+        for name in (*self.types_k, *self.types_v):
+            if name not in CACHE_TYPES:
+                raise PolicyError(f"a policy names the cache type {name!r}; valid types are {', '.join(CACHE_TYPES)}")
+        for layer, mean in self.k_means.items():
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layer:
+                raise PolicyError(f"a policy has a mean key for layer {layer!r}; it has layers 0 to {self.n_layer - 1}")
+            if not isinstance(mean, np.ndarray) or mean.dtype.kind != "f" or mean.ndim != 2:
+                raise PolicyError(
+                    f"layer {layer}: a mean key must be an array (n_head_kv, head_dim_k) of floats, not {mean!r:.80}"
+                )
+            if not (np.abs(mean) <= _LARGEST_MEAN).all():
+                raise PolicyError(f"layer {layer}: a mean key must be finite and at most {_LARGEST_MEAN:g}")
+
+    @property
+    def uniform(self) -> tuple[CacheType, CacheType] | None:
+        """The types of K and V if all layers have the same and no keys are centred: what llama.cpp can do by itself."""
+        same = len(set(self.types_k)) == len(set(self.types_v)) == 1 and not self.k_means
+        return self.types(0) if same else None
+
+    @property
+    def words(self) -> str:
+        """ "pqo3", or "pqo4/pqo3" if K and V differ; "" if layers do or keys are centred."""
+        if self.uniform is None:
+            return ""
+        k, v = self.uniform
+        return k.name if k == v else f"{k.name}/{v.name}"
+
+    @property
+    def n_layer(self) -> int:
+        """Layers it has types for."""
+        return len(self.types_k)
+
+    def types(self, layer: int) -> tuple[CacheType, CacheType]:
+        """Types of K and V of a layer."""
+        return CACHE_TYPES[self.types_k[layer]], CACHE_TYPES[self.types_v[layer]]
+
+    def bytes_per_token(self, info: ModelInfo) -> int:
+        """Bytes that one token takes in all layers together of the model that info describes."""
+        return sum(layer.bytes_per_token(*self.types(layer.index)) for layer in info.layers)
+
+    @property
+    def ours(self) -> bool:
+        """Whether a layer has a type of tqgguf, so that there can be a tail."""
+        return any(CACHE_TYPES[name].ours for name in (*self.types_k, *self.types_v))
+
+    def bytes(
+        self,
+        info: ModelInfo,
+        n_ctx: int,
+        tail: int,
+        n_ubatch: int = 512,
+        *,
+        n_seq: int = 1,
+        unified: bool = False,
+        swa_full: bool = True,
+    ) -> int:
+        """Bytes llama.cpp allocates for the KV cache of a context, its tail included.
+
+        Args:
+            info: the model.
+            n_ctx: tokens of all sequences together.
+            tail: newest tokens kept in f16.
+            n_ubatch: tokens computed at once; they add to the cells of layers that keep their sliding window alone.
+            n_seq: sequences that share the context.
+            unified: whether all share one cache, instead of a part of the context for each.
+            swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
+        """
+        total = 0
+        n_stream = 1 if unified else n_seq
+        for layer in info.layers:
+            k, v = self.types(layer.index)
+            cells = layer.cells(n_ctx, n_ubatch, n_seq, unified, swa_full)
+            total += n_stream * (cells * layer.bytes_per_token(k, v) + tail_bytes(layer, k, v, tail, cells))
+        return total
+
+    def bits(self, info: ModelInfo) -> float:
+        """Bits per value of K and V, over all layers of the model that info describes, tails not counted."""
+        return 8 * self.bytes_per_token(info) / info.values_per_token if info.layers else 0.0
+
+    def obstacle(self, info: ModelInfo) -> str | None:
+        """Why this policy cannot be used with the model that info describes, or None if it can."""
+        if self.n_layer != info.n_layer:
+            return f"it is for {self.n_layer} layers, the model has {info.n_layer}"
+        cached = {layer.index for layer in info.layers}
+        for text, layers in self.ranges.items():
+            if cached.isdisjoint(layers):
+                which = f"layer {layers[0]} has" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]} have"
+                return f"range {text!r} names layers without a KV cache: {which} none"
+        for layer in info.layers:
+            k, v = self.types(layer.index)
+            if info.mla and k != v:
+                return f"layer {layer.index}: K and V share one latent in this model (MLA), their types cannot differ"
+            if reason := layer.obstacle(k, v):
+                return reason
+            mean = self.k_means.get(layer.index)
+            if mean is not None and mean.shape != (layer.n_head_kv, layer.head_dim_k):
+                return (
+                    f"layer {layer.index}: the mean key has shape {mean.shape}, "
+                    f"the model's keys have ({layer.n_head_kv}, {layer.head_dim_k})"
+                )
+        return info.centring_obstacle if self.k_means else None
+
+    def write(self, path: str | Path) -> None:
+        """Writes a policy file, whole or not at all: a failure leaves a file that was there as it is.
+
+        Args:
+            path: the file; its name must end in .gguf to be taken as a policy file where a cache type is expected.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        import gguf
+
+        with (
+            replacing(path, what="policy") as part,
+            contextlib.closing(gguf.GGUFWriter(str(part), _ARCHITECTURE)) as writer,
+        ):
+            writer.add_uint32(f"{_ARCHITECTURE}.version", POLICY_VERSION)
+            writer.add_string(f"{_ARCHITECTURE}.model_hash", self.model_hash)
+            if self.tail is not None:
+                writer.add_uint32(f"{_ARCHITECTURE}.tail", self.tail)
+            writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
+            writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
+            for layer, mean in sorted(self.k_means.items()):
+                writer.add_tensor(f"blk.{layer}.k_mean", np.ascontiguousarray(mean, dtype=np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+
+
+# ---- Ranges of layers ----
+
+
+def policy_from_ranges(spec: Mapping[str, Any], n_layer: int) -> CachePolicy:
+    """A policy from `{"default": TYPES, "layers": {RANGE: TYPES, ...}}`.
+
+    TYPES is a type name, or a pair for K and V apart. RANGE is a layer ("3", "-1" the last), first and last ("0-1"), or
+    a Python slice ("-2:", ":4", "2:6"). Layers in it may be without a KV cache, as in hybrid models, but not all.
+
+    Raises:
+        PolicyError: an unknown key, a range that is no range or names a layer the model does not have, or two ranges
+            that name the same layer.
+        ArgumentError: an unknown type; the message lists the valid ones.
+    """
+    unknown = sorted(set(map(str, spec)) - {"default", "layers"})
+    if unknown or "default" not in spec:
+        what = f"has the unknown key {unknown[0]!r}" if unknown else "has no default"
+        raise PolicyError(f'a cache policy {what}; it is {{"default": TYPE, "layers": {{"0-1": TYPE, ...}}}}')
+    ranges = spec.get("layers") or {}
+    if not isinstance(ranges, Mapping):
+        raise PolicyError(f"layers of a cache policy must be a mapping from ranges to types, not {ranges!r}")
+    types = [parse_cache(spec["default"])] * n_layer
+    owner: dict[int, str] = {}
+    for text, kinds in ranges.items():
+        pair = parse_cache(kinds)
+        for layer in _layers(str(text), n_layer):
+            if layer in owner:
+                raise PolicyError(f"ranges {owner[layer]!r} and {text!r} of a cache policy both name layer {layer}")
+            owner[layer] = str(text)
+            types[layer] = pair
+    named = {str(text): tuple(_layers(str(text), n_layer)) for text in ranges}
+    return CachePolicy(tuple(k.name for k, _ in types), tuple(v.name for _, v in types), ranges=named)
+
+
+def _layers(text: str, n_layer: int) -> range:
+    if m := re.fullmatch(r"([0-9]+)-([0-9]+)", text):
+        first, last = int(m[1]), int(m[2])
+    elif re.fullmatch(r"-?[0-9]+", text):
+        first = last = int(text) + (n_layer if text.startswith("-") else 0)
+    elif m := re.fullmatch(r"(-?[0-9]+)?:(-?[0-9]+)?", text):
+        bounds = [int(bound) + (n_layer if bound.startswith("-") else 0) if bound else None for bound in m.groups()]
+        first, last = bounds[0] or 0, (n_layer if bounds[1] is None else bounds[1]) - 1
+    else:
+        raise PolicyError(f"{text!r} is no range of layers; allowed are '3', '-1', '0-1', '-2:', ':4', '2:6'")
+    if not 0 <= first <= last < n_layer:
+        raise PolicyError(f"range {text!r} names no layers of this model; it has layers 0 to {n_layer - 1}")
+    return range(first, last + 1)
+
+
+# ---- Files ----
+
+
+def model_hash(model: str | Path | ModelInfo) -> str:
+    """What ties a policy to a model: SHA-256 of a GGUF file's header, its size, and the first MiB of its weights.
+
+    Args:
+        model: a GGUF file, or what was read from it, which spares reading its header again.
+
+    Raises:
+        ModelFileError: see `read_model_info`.
+    """
+    info = model if isinstance(model, ModelInfo) else read_model_info(model)
+    with info.path.open("rb") as file:
+        digest = hashlib.sha256(file.read(info.header_bytes + _HASHED_BYTES))
+    digest.update(info.file_bytes.to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def read_policy(path: str | Path) -> CachePolicy:
+    """Reads a policy file.
+
+    Args:
+        path: a file that `CachePolicy.write` or `tqgguf tune` wrote.
+
+    Raises:
+        ModelNotFoundError: no such file, or no regular one.
+        PolicyError: not a policy file, of another version, damaged, or with an unknown type.
+    """
+    file = Path(path)
+    try:
+        header = read_header(file)
+        found = {key: header.metadata.get(f"{_ARCHITECTURE}.{key}") for key in ("version", "types_k", "types_v")}
+        if header.metadata.get("general.architecture") != _ARCHITECTURE:
+            raise PolicyError(f"{file} is a GGUF file but no cache policy")
+        if found["version"] != POLICY_VERSION:
+            raise PolicyError(
+                f"{file} has policy version {found['version']!r}, this tqgguf reads {POLICY_VERSION}: tune again"
+            )
+        types_k, types_v = found["types_k"], found["types_v"]
+        if not (isinstance(types_k, list) and isinstance(types_v, list)):
+            raise PolicyError(f"{file} has no types")
+        means = {}
+        for tensor in header.tensors:
+            match = re.fullmatch(r"blk\.([0-9]{1,4})\.k_mean", tensor.name)
+            layer = int(match[1]) if match else -1
+            if (tensor.type, len(tensor.shape)) != (_F32, 2) or not 0 <= layer < len(types_k) or layer in means:
+                raise PolicyError(
+                    f"{file} holds the tensor {tensor.name!r:.80}: no policy for {len(types_k)} layers has that"
+                )
+            values = np.fromfile(file, "<f4", tensor.bytes // 4, offset=tensor.begin)
+            means[layer] = values.astype(np.float32).reshape(tensor.shape)
+        hash_ = header.metadata.get(f"{_ARCHITECTURE}.model_hash")
+        tail = header.metadata.get(f"{_ARCHITECTURE}.tail")
+        return CachePolicy(
+            tuple(types_k),
+            tuple(types_v),
+            means,
+            hash_ if isinstance(hash_, str) else "",
+            tail if isinstance(tail, int) else None,
+        )
+    except ModelNotFoundError:
+        what = "is no regular file" if file.exists() else "does not exist"
+        raise ModelNotFoundError(f"cache policy {file} {what}") from None
+    except ModelFileError as error:
+        raise PolicyError(f"cannot read the cache policy: {error}") from None
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        if isinstance(error, PolicyError):
+            raise
+        raise PolicyError(f"{file} is a damaged cache policy: {error}") from None
+
+
+# ---- Into libggml ----
+
+
+class _LayerPolicy(ctypes.Structure):
+    _fields_ = (
+        ("type_k", ctypes.c_int32),
+        ("type_v", ctypes.c_int32),
+        ("k_mean", ctypes.POINTER(ctypes.c_float)),
+        ("n_mean", ctypes.c_int64),
+    )
+
+
+@contextlib.contextmanager
+def applied(policy: CachePolicy) -> Iterator[None]:
+    """While it lasts, contexts that this thread makes follow the policy (native/ggml/tq_ggml_policy.h)."""
+    if policy.uniform:
+        yield
+        return
+    from .._native import library_path
+
+    set_policy = ctypes.CDLL(str(library_path("ggml-base"))).tq_ggml_policy_set
+    set_policy.argtypes, set_policy.restype = [ctypes.c_void_p, ctypes.c_int32], None
+    layers = (_LayerPolicy * policy.n_layer)()
+    kept: list[npt.NDArray[np.float32]] = []
+    for i, layer in enumerate(layers):
+        k, v = policy.types(i)
+        layer.type_k, layer.type_v = k.number, v.number
+        if i in policy.k_means:
+            kept.append(np.ascontiguousarray(policy.k_means[i], dtype=np.float32))
+            layer.k_mean = kept[-1].ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            layer.n_mean = kept[-1].size
+    set_policy(ctypes.addressof(layers), policy.n_layer)
+    try:
+        yield
+    finally:
+        set_policy(None, 0)
+
+
+PolicySpec = CacheSpec | Mapping[str, Any] | CachePolicy | Path
+"""What `cache=` of `Llama` accepts: a type, a pair, ranges of layers, a policy, or the path of a policy file."""
+
+
+def resolve(cache: PolicySpec, n_layer: int) -> CachePolicy:
+    """The policy that any form of `cache=` stands for, in a model of n_layer layers.
+
+    Raises:
+        ArgumentError, PolicyError, ModelNotFoundError: as `parse_cache`, `policy_from_ranges` and `read_policy`.
+    """
+    if isinstance(cache, CachePolicy):
+        return cache
+    if isinstance(cache, Path) or (isinstance(cache, str) and cache.endswith(".gguf")):
+        return read_policy(cache)
+    if isinstance(cache, Mapping):
+        return policy_from_ranges(cache, n_layer)
+    if isinstance(cache, (str, Sequence)):
+        k, v = parse_cache(cache)
+        return CachePolicy((k.name,) * n_layer, (v.name,) * n_layer)
+    raise ArgumentError(f"cache must be a type, a pair of types, a policy or a policy file, not {cache!r}")

@@ -1,0 +1,87 @@
+"""The precise tail: the newest tokens, and the first few, kept in f16 beside the blocks of a compressed cache.
+
+Each K or V of our types has a ring of f16 rows (native/ggml/tq_ggml_tail.h): a token that is written also takes a row,
+and attention reads that row as long as no later token has taken it. Tokens that come from a saved state, and keys that
+a context shift has turned, have blocks only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import warnings
+from collections.abc import Iterator
+from typing import Any, Final
+
+from ..config import CACHE_TYPES, CacheType
+from ..errors import ArgumentError
+from ..gguf.info import KVLayer
+
+__all__ = ["DEFAULT_TAIL", "MAX_TAIL"]
+
+DEFAULT_TAIL: Final = 128
+"""Newest tokens kept in f16 unless told otherwise."""
+
+MAX_TAIL: Final = 2**20
+
+READ_IN_PART: Final = frozenset({"deepseek4", "minimax-m3"})
+"""Architectures whose sparse layers gather their keys before they attend, and so read blocks where a row is kept."""
+
+_FIRST: Final = 4
+"""As TQ_GGML_TAIL_FIRST."""
+
+
+def check_tail(n: Any) -> int:
+    """The number of newest tokens to keep in f16.
+
+    Raises:
+        ArgumentError: not an integer from 0 to MAX_TAIL.
+    """
+    if isinstance(n, bool) or not hasattr(n, "__index__") or not 0 <= n <= MAX_TAIL:
+        raise ArgumentError(
+            f"tail is {n!r}, must be an integer between 0 and {MAX_TAIL}: the newest tokens kept in f16"
+        )
+    return int(n.__index__())
+
+
+def warn_unread(n: int, architecture: str) -> None:
+    """Warns if a tail of n tokens is kept for a model that reads it in a part of its layers only."""
+    if n and architecture in READ_IN_PART:
+        warnings.warn(
+            f"layers with sparse attention do not read the precise tail, and {architecture} has them: "
+            f"tail=0 saves its memory",
+            stacklevel=4,
+        )
+
+
+def tail_batch(n: int, most: int) -> int:
+    """Tokens to compute at once, at most `most`, where n are kept.
+
+    A batch is written before it is read, so in one longer than the tail most tokens no longer find their neighbours
+    there: read 512 at once, a tail of 128 takes a tenth of the demo model's divergence away, read 128 at once more than
+    half (benchmarks/quality/tail_quality.py). Batches below 128 cost speed, for the weights are read once for each.
+    """
+    return min(most, max(n, 128)) if n else most
+
+
+@contextlib.contextmanager
+def kept(n: int) -> Iterator[None]:
+    """While it lasts, contexts that this thread makes keep n tokens in f16."""
+    from .._native import library_path
+
+    ggml = ctypes.CDLL(str(library_path("ggml-base")))
+    before = int(ggml.tq_ggml_tail_get())
+    ggml.tq_ggml_tail_set(n)
+    try:
+        yield
+    finally:
+        ggml.tq_ggml_tail_set(before)
+
+
+def tail_bytes(layer: KVLayer, k: CacheType, v: CacheType, n: int, cells: int) -> int:
+    """Bytes of one layer's tails in a stream of so many cells: f16 rows, and four bytes for each row's owner."""
+    if n == 0:
+        return 0
+    rows = min(n, cells) + min(_FIRST, cells)
+    widths = [layer.n_head_kv * width for kind, width in ((k, layer.head_dim_k), (v, layer.head_dim_v)) if kind.ours]
+    return sum(rows * (CACHE_TYPES["f16"].row_bytes(width) + 4) for width in widths if width)

@@ -1,0 +1,141 @@
+"""`tqgguf worker`: holds a part of other machines' models, and of their caches."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from ...config import CACHE_TYPES
+from ...errors import ArgumentError, TqggufError
+from ..options import port, threads
+from ..render.format import size
+
+DEFAULT_PORT: Final = 50052
+"""llama.cpp's own."""
+
+PATIENCE: Final = 5.0
+"""Seconds that llama.cpp has to begin to listen."""
+
+_NEWS: Final = {b"Accepted client connection": "a client has come", b"Client connection closed": "the client has gone"}
+"""What llama.cpp prints when, and what is said of it."""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    from ...model.workers import TRUST
+
+    parser = commands.add_parser(
+        "worker",
+        help="hold a part of another machine's model",
+        description="Lends this machine's GPUs, or else its CPU, and their memory to a model on another machine: "
+        "layers and their KV cache, compressed as they are there. One client at a time. " + TRUST,
+        epilog="example: tqgguf worker --host 10.0.0.2; then on the other machine: "
+        "tqgguf run model.gguf --rpc 10.0.0.2:50052 -p 'What is a KV cache?'",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    parser.add_argument(
+        "--port", type=port, default=DEFAULT_PORT, metavar="N", help=f"port; 0: any free one (default: {DEFAULT_PORT})"
+    )
+    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: half of the processors)")
+    parser.add_argument(
+        "--keep-weights",
+        metavar="DIR",
+        help="keep weights of more than 10 MiB in this folder, so that they are not sent again (default: not kept)",
+    )
+    parser.set_defaults(call=call, own_interrupt=True)
+
+
+def call(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from ..._native import rpc
+    from ...model.workers import TRUST, free_port
+
+    host, folder = _address(args.host), _folder(args.keep_weights)
+    number = free_port(host, args.port)
+    n_threads = args.threads or max(1, (os.cpu_count() or 2) // 2)
+    major, minor, patch, version = rpc.protocol()
+    for name, description, n_bytes in rpc.serving():
+        cores = f", threads: {n_threads}" if name == "CPU" else ""
+        _say(f"{name}: {description}, {size(n_bytes)}{cores}")
+    ours = ", ".join(name for name, kind in CACHE_TYPES.items() if kind.ours)
+    _say(f"cache types {ours} and llama.cpp's own; protocol {major}.{minor}.{patch}, tqgguf's part {version}")
+    if host.startswith("127."):
+        _say(TRUST)
+    else:
+        _say(f"\nWARNING: {args.host} is an address that other machines can reach.\n{TRUST}\n")
+
+    ended = threading.Event()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: ended.set())
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    failed = threading.Event()
+
+    def serve() -> None:
+        rpc.serve(f"{host}:{number}", n_threads, folder)
+        failed.set()
+        ended.set()
+
+    for work in (serve, lambda: _relay(reader)):
+        threading.Thread(target=work, daemon=True).start()
+    if _listening(host, number, ended):
+        _say(f"listening on {args.host}:{number}, for one client at a time (Ctrl-C ends)")
+        ended.wait()
+    if failed.is_set() or not ended.is_set():
+        raise TqggufError(f"llama.cpp does not listen on {host}:{number}; its own message is above")
+    sys.stderr.flush()
+    os._exit(0)  # the thread that serves is in the midst of llama.cpp, which cannot be asked to stop
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _relay(reader: int) -> None:
+    """Says what llama.cpp prints of clients that come and go; the rest has been said."""
+    with os.fdopen(reader, "rb") as lines:
+        while lines.readline().strip() not in (b"Client connection closed", b""):
+            pass  # of llama.cpp's start, and of our own `_listening`
+        for line in lines:
+            if news := _NEWS.get(line.strip()):
+                _say(news)
+
+
+def _listening(host: str, number: int, ended: threading.Event) -> bool:
+    """Whether it takes connections; waits until it does or has ended."""
+    end = time.monotonic() + PATIENCE
+    while not ended.is_set() and time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection((host, number), timeout=PATIENCE):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _address(host: str) -> str:
+    """The IPv4 address of this machine that llama.cpp shall listen on; it takes no names."""
+    try:
+        return str(socket.getaddrinfo(host, None, family=socket.AF_INET)[0][4][0])
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArgumentError(f"--host {host} has no IPv4 address ({reason}), and llama.cpp takes no other") from None
+
+
+def _folder(path: str | None) -> str | None:
+    if path is None:
+        return None
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"--keep-weights {path} is no folder and cannot be made one: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ArgumentError(f"--keep-weights {path}: no permission to write there")
+    return str(folder.resolve())

@@ -1,0 +1,101 @@
+"""Figures as text, and dataclasses as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import TqggufError
+
+if TYPE_CHECKING:
+    from ...cache.info import CacheInfo
+
+
+def size(n_bytes: int) -> str:
+    """Bytes for a reader: "917,504 B", "12.3 MiB"."""
+    value = float(n_bytes)
+    if value < 2**20:
+        return f"{n_bytes:,} B"
+    for unit in ("MiB", "GiB"):
+        value /= 1024 if unit == "GiB" else 2**20
+        if value < 1024:
+            break
+    return f"{value:,.1f} {unit}"
+
+
+def printable(text: str) -> str:
+    """A text without the characters that a terminal obeys: a model's name or its answers are not to move the cursor."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says; of one of the system's, the file and the reason, without its number."""
+    if isinstance(error, OSError) and not isinstance(error, TqggufError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def to_json(data: Any) -> str:
+    """A dataclass, or a dict holding some, as indented JSON."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.asdict(value)
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"{value.__class__.__name__} has no JSON form")
+
+    return json.dumps(data, indent=2, default=plain)
+
+
+def print_table(table: Any, *, fold: bool = False) -> None:
+    """Prints a table; into a file or a pipe without the blanks with which rich fills its lines.
+
+    Args:
+        table: of rich.
+        fold: whether it is as wide as the terminal, and text is folded. Otherwise it has its full width, also where the
+            terminal is narrower: a figure cut short would be a wrong one.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not fold:
+        console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
+
+
+def cache_line(info: CacheInfo) -> str:
+    """One line about a KV cache: types, bytes, and bytes against f16 in 64ths (14/64 is 3.5 of 16 bits)."""
+    types = info.type_k if info.type_k == info.type_v else f"{info.type_k} (K) and {info.type_v} (V)"
+    if not info.f16_bytes:
+        return f"KV cache {types}: size not known for this architecture"
+    blocks = info.bytes - info.tail_bytes
+    parts = 64 * blocks / info.f16_bytes
+    line = (
+        f"KV cache {types}: {blocks:,} bytes for {info.n_ctx:,} tokens, f16 would take {info.f16_bytes:,} bytes: "
+        f"{parts:.4g}/64, {parts / 4:.4g} of 16 bits per value"
+    )
+    if info.tail:
+        line += f"; {info.tail_bytes:,} bytes more keep the newest {info.tail} in f16: {info.ratio:.1%} of f16 in all"
+    return line
+
+
+def sparkline(values: Sequence[float], encoding: str = "utf-8") -> str:
+    """Values from 0 up as a row of bars, the largest full; of ASCII signs where bars cannot be written."""
+    bars = "▁▂▃▄▅▆▇█"
+    try:
+        bars.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        bars = "_.-=+*#@"
+    top = max(values, default=0.0)
+    return "".join(bars[min(len(bars) - 1, int(len(bars) * value / top))] if top > 0 else bars[0] for value in values)

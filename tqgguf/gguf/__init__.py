@@ -1,0 +1,1 @@
+"""Reading GGUF files: the header, and what it says of a model's KV cache."""

@@ -1,0 +1,1 @@
+"""llama.cpp models whose cache is compressed."""

@@ -1,0 +1,1 @@
+"""Saved conversations: the file, and the state of llama.cpp in it."""
