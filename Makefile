@@ -32,8 +32,12 @@ help: ## this list
 demo: build/installed ## build (CUDA=1: with llama.cpp's CUDA backend), then talk to a small model whose cache is pqo3
 	$(BIN)/tqgguf demo
 
-check: build/installed lint conformance-kernels ## an answer in a minute: lint, the quick tests, every kernel's bytes
-	$(BIN)/python -m pytest tests/unit tests/native -m "not model and not slow and not emulated" --durations=5
+check: build/installed build/conformance-configured ## an answer in a minute: lint, quick tests, every kernel's bytes
+	+$(MAKE) -j2 --output-sync=target --no-print-directory lint quick-tests conformance-kernels
+
+quick-tests: build/installed
+	$(BIN)/python -m pytest tests/unit tests/native --durations=5 \
+		-m "not model and not slow and not emulated and not long"
 
 test: build/installed lint ## build, then lint and the tests
 	$(BIN)/python -m pytest

@@ -20,7 +20,7 @@ compile)
         exit
     fi
     python patches/tool.py apply >/dev/null
-    python native/cuda/resources.py --compile build/cuda-compile --upstream build/upstream/llama.cpp
+    python native/cuda/tools/resources.py --compile build/cuda-compile --upstream build/upstream/llama.cpp
     ;;
 *)
     echo "usage: tools/cuda.sh build|compile" >&2

@@ -3,7 +3,7 @@
     make cuda-bench              what it needs, then: make cuda, the tests marked cuda, kernels, llama-bench
     python benchmarks/speed/cuda.py    the same without the first; saves results/cuda_GPU.json
     python benchmarks/speed/cuda.py --only kernels --quick
-    python benchmarks/speed/cuda.py --emulate build/cuda-emulated/libtqgguf_cuda-*.so --output -   a rehearsal
+    python benchmarks/speed/cuda.py --emulate build/cuda-emulated/libtqgguf_cuda.so --output -     a rehearsal
 
 Attention: one layer of 8 KV heads, one query row per sequence, as in decoding. Contenders run in turn, round by round;
 a figure is the median over rounds, a ratio the median of the ratios within rounds. K and V are taken from as many
@@ -53,6 +53,7 @@ MIXED = "pqo4/pqo3"
 N_HEAD_KV = 8
 EMULATED = "EMULATED KERNELS ON THE CPU: THESE TIMES MEAN NOTHING"
 console = Console(stderr=True, width=150)
+results = Console(width=150)
 
 
 # ---- What is measured ----
@@ -595,7 +596,8 @@ def find_ggml(folder: Path, emulated: bool) -> ggml_attention.Ggml | None:
     return None
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """The command line; steps is a set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="build,check,kernels,llama", help="steps: build,check,kernels,llama")
     parser.add_argument("--bin", type=Path, default=ROOT / "build" / "bin", help="where llama.cpp's CUDA build is")
@@ -604,77 +606,105 @@ def main() -> None:
     parser.add_argument("--emulate", type=Path, metavar="LIB", help="tests/native's emulated library: a rehearsal")
     parser.add_argument("--output", metavar="FILE", help="- prints only; default benchmarks/results/cuda_GPU.json")
     args = parser.parse_args()
-    steps, emulated = set(args.only.split(",")), args.emulate is not None
-    unknown = steps - {"build", "check", "kernels", "llama"}
+    args.steps, args.emulated = set(args.only.split(",")), args.emulate is not None
+    unknown = args.steps - {"build", "check", "kernels", "llama"}
     if unknown:
         parser.error(f"unknown step {', '.join(sorted(unknown))}; steps are build, check, kernels, llama")
-    if emulated and args.output is None:
-        parser.error("--emulate needs --output: what it prints is no result")
-    start = time.monotonic()
+    if args.emulated:
+        if args.output is None:
+            parser.error("--emulate needs --output: what it prints is no result")
+        args.steps = {"kernels"}
+    return args
+
+
+def make_clock(emulated: bool) -> Clock:
+    """The clock of the first GPU; ends the program where there is none."""
     try:
         clock = EmulatedClock() if emulated else Clock()
         if not emulated and clock.device_count() == 0:
             raise RuntimeError("the driver finds no device")
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"no NVIDIA GPU can be used here: {error}. Nothing was built, checked or timed.") from None
-    if emulated:
-        console.print(f"{EMULATED}; left out: build, check, llama")
-        steps = {"kernels"}
-        os.environ["TQGGUF_CUDA_LIB"] = str(args.emulate)
-    build_and_check(steps)
+    return clock
+
+
+def load(emulate: Path | None) -> CudaLibrary:
+    """The kernels to be timed; ends the program where they cannot run."""
+    if emulate is not None:
+        os.environ["TQGGUF_CUDA_LIB"] = str(emulate)
     try:
         native = CudaLibrary(cuda_library_path())
         native.queue(0)
     except TqggufError as error:
         raise SystemExit(f"nothing was timed: {error}") from None
-    if native.emulated != emulated:
+    if native.emulated != (emulate is not None):
         raise SystemExit(f"nothing was timed: {native.path} is {'' if native.emulated else 'not '}emulated")
-    document: dict[str, Any] = {
-        "warning": EMULATED if emulated else None,
-        "command": " ".join(["python", "benchmarks/speed/cuda.py", *(w for w in sys.argv[1:] if "/" not in w)]),
-        "machine": {} if emulated else machine.facts(),
-    }
+    return native
+
+
+def time_kernels(kernels: Kernels, settings: Plan, ggml: ggml_attention.Ggml | None) -> dict[str, Any]:
+    """The part of the document about the kernels; prints it, too."""
+    start = time.monotonic()
     attention: list[AttentionFigure] = []
-    llama: list[LlamaFigure] = []
-    out = Console(width=150)
-    document["gpu"] = gpu_facts(native, clock)
-    if "kernels" in steps:
-        settings, kernels = plan(args.quick, emulated), Kernels(native, clock)
-        copy = copy_bandwidth(kernels, settings)
-        document["copy_gb_per_s"] = round(copy / 1e9, 1)
-        rows = rows_figures(kernels, settings, copy)
-        ggml = find_ggml(args.bin, emulated)
-        for shape in settings.shapes:
-            console.print(f"{time.monotonic() - start:4.0f} s: {shape}")
-            try:
-                attention += attention_figures(kernels, ggml, shape, settings, copy)
-            except OutOfMemoryError as error:
-                console.print(f"left out: {shape}: {error}")
-        document |= {"rows": [asdict(f) for f in rows], "attention": [asdict(f) for f in attention]}
-        out.print(
-            f"copy within the device: {copy / 1e9:,.0f} GB/s, read and written",
-            rows_table(rows),
-            attention_table(attention),
-        )
-    if "llama" in steps:
-        binary = args.bin / "llama-bench"
-        if binary.exists() and (args.bin / "libggml-cuda.so").exists():
-            llama = llama_figures(binary, args.rounds)
-            document["llama"] = [asdict(f) for f in llama]
-            out.print(llama_table(llama))
-        else:
-            console.print(f"left out: llama-bench: no CUDA build of it (llama-bench, libggml-cuda.so) in {args.bin}")
-    if emulated:
-        out.print(EMULATED)
+    copy = copy_bandwidth(kernels, settings)
+    rows = rows_figures(kernels, settings, copy)
+    for shape in settings.shapes:
+        console.print(f"{time.monotonic() - start:4.0f} s: {shape}")
+        try:
+            attention += attention_figures(kernels, ggml, shape, settings, copy)
+        except OutOfMemoryError as error:
+            console.print(f"left out: {shape}: {error}")
+    results.print(
+        f"copy within the device: {copy / 1e9:,.0f} GB/s, read and written",
+        rows_table(rows),
+        attention_table(attention),
+    )
+    return {"copy_gb_per_s": round(copy / 1e9, 1), "rows": rows, "attention": attention}
+
+
+def time_llama(folder: Path, rounds: int) -> list[LlamaFigure]:
+    """llama-bench's figures, which are printed, too; none where there is no CUDA build of it."""
+    binary = folder / "llama-bench"
+    if not binary.exists() or not (folder / "libggml-cuda.so").exists():
+        console.print(f"left out: llama-bench: no CUDA build of it (llama-bench, libggml-cuda.so) in {folder}")
+        return []
+    figures = llama_figures(binary, rounds)
+    results.print(llama_table(figures))
+    return figures
+
+
+def main() -> None:
+    args = parse_arguments()
+    start = time.monotonic()
+    clock = make_clock(args.emulated)
+    if args.emulated:
+        console.print(f"{EMULATED}; left out: build, check, llama")
+    build_and_check(args.steps)
+    native = load(args.emulate)
+    document: dict[str, Any] = {
+        "warning": EMULATED if args.emulated else None,
+        "command": " ".join(["python", "benchmarks/speed/cuda.py", *(w for w in sys.argv[1:] if "/" not in w)]),
+        "machine": {} if args.emulated else machine.facts(),
+        "gpu": gpu_facts(native, clock),
+        "attention": [],
+        "llama": [],
+    }
+    if "kernels" in args.steps:
+        ggml = find_ggml(args.bin, args.emulated)
+        document |= time_kernels(Kernels(native, clock), plan(args.quick, args.emulated), ggml)
+    if "llama" in args.steps:
+        document["llama"] = time_llama(args.bin, args.rounds)
+    if args.emulated:
+        results.print(EMULATED)
     else:
-        document["aims"] = bars(attention, llama)
-        out.print(*document["aims"], sep="\n")
+        document["aims"] = bars(document["attention"], document["llama"])
+        results.print(*document["aims"], sep="\n")
         document["gpu_after"] = gpu_facts(native, clock)
     document["seconds"] = round(time.monotonic() - start)
     if args.output != "-":
         name = re.sub(r"\W+", "_", document["gpu"]["gpu"]).strip("_").lower()
         path = Path(args.output) if args.output else RESULTS / f"cuda_{name}.json"
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        path.write_text(json.dumps(document, indent=1, default=asdict) + "\n")
         console.print(f"saved to {path}")
 
 

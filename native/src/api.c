@@ -1,25 +1,10 @@
-/* api.c: version, errors, names and the block functions: argument checks in front of the kernels. */
+/* api.c: version, names and the block functions: argument checks in front of the kernels. */
+#include "error.h"
 #include "kernels.h"
 
 #include <math.h>
-#include <stdarg.h>
-#include <stdio.h>
 
 #define CHUNK_BLOCKS 16 /* that tq_dot and tq_tail_encode take at once */
-
-static _Thread_local char message[512];
-
-int tqi_fail(int status, const char * format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(message, sizeof message, format, args);
-    va_end(args);
-    return status;
-}
-
-const char * tq_last_error(void) {
-    return message;
-}
 
 int tq_abi_version(void) {
     return TQ_ABI_VERSION;

@@ -1,4 +1,5 @@
 /* dispatch.c: which kernel runs: listed, chosen by CPU features, forced by name. */
+#include "error.h"
 #include "kernels.h"
 
 #include <stdatomic.h>

@@ -18,12 +18,12 @@ typedef struct {
     /* y <- scale * codebook value: a decode that stays in the transformed domain */
     void (*unpack)(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
 
-    /* scores and accumulate prefetch the rows TQI_AHEAD further on. With keys in memory rather than in a cache this decides
-     * their speed. The prefetches come in one burst per row: spread over the loop they would keep too few cache misses
-     * under way.
+    /* scores and accumulate prefetch the rows TQI_AHEAD further on. With keys in memory rather than in a cache this
+     * decides their speed. The prefetches come in one burst per row: spread over the loop they would keep too few cache
+     * misses under way.
      *
-     * s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok <= TQI_AHEAD rows, stride bytes apart; q: (n_q, dim),
-     * transformed; s: (n_q, ld) */
+     * s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok <= TQI_AHEAD rows, stride bytes apart; q: (n_q,
+     * dim), transformed; s: (n_q, ld) */
     void (*scores)(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
                    int n_blocks, float * s, int ld);
     /* o[i] += sum_t p[i, t] v[t]; p: (n_q, ld), o: (n_q, dim), transformed */
@@ -39,7 +39,8 @@ typedef struct {
 
     /* y <- x: (n), f16 bits to f32 */
     void (*widen)(const uint16_t * x, int64_t n, float * y);
-    /* y <- x: (n), f32 to f16 bits, nearest even, magnitudes above the largest f16 to the largest; n: whole blocks, no NaN */
+    /* y <- x: (n), f32 to f16 bits, nearest even, magnitudes above the largest f16 to the largest; n: whole blocks, no
+     * NaN */
     void (*narrow)(const float * x, int64_t n, uint16_t * y);
     /* In place, over n_blocks blocks. */
     void (*transform)(tqi_sign_order order, float * y, int64_t n_blocks);
@@ -48,9 +49,9 @@ typedef struct {
                        int ld);
     void (*accumulate_f16)(const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q, int dim,
                            float * o);
-    /* Online softmax over a row of n scores: updates max and sum, s becomes exp(s - max); returns what earlier results must
-     * be multiplied by. A row that has seen no key yet (max -infinity) gives zeros. s has room for n rounded up to a multiple
-     * of TQI_LANES; what stands there is overwritten. */
+    /* Online softmax over a row of n scores: updates max and sum, s becomes exp(s - max); returns what earlier results
+     * must be multiplied by. A row that has seen no key yet (max -infinity) gives zeros. s has room for n rounded up to
+     * a multiple of TQI_LANES; what stands there is overwritten. */
     float (*softmax_row)(float * s, int n, float * max, float * sum);
 
     /* c[r, j] (+)= sum_k a[r * a_row + k * a_k] b[k, j]; b: (n_k, n_col), c: (n_row, n_col) */
@@ -114,8 +115,8 @@ static inline void tqi_decode(const tqi_kernels * kernel, const tqi_codec * code
             break;                                                                                                     \
     }
 
-/* Asks for a row's cache lines; any address is harmless. Always inline: GCC takes a function that only prefetches for one
- * without effect, and drops calls of it. */
+/* Asks for a row's cache lines; any address is harmless. Always inline: GCC takes a function that only prefetches for
+ * one without effect, and drops calls of it. */
 static inline __attribute__((always_inline)) void tqi_prefetch(const uint8_t * row, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) {
         __builtin_prefetch(row + at, 0, 2);
@@ -138,14 +139,5 @@ extern const tqi_steps tqi_trellis_neon;
 
 /* The kernel in force; never NULL. */
 const tqi_kernels * tqi_active(void);
-
-/* ---- api.c ---- */
-
-/* Sets the calling thread's message (printf style) and returns status. */
-int tqi_fail(int status, const char * format, ...)
-#if defined(__GNUC__)
-    __attribute__((format(printf, 2, 3)))
-#endif
-    ;
 
 #endif

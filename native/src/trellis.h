@@ -1,10 +1,11 @@
-/* trellis.h: trellis-coded quantisation (Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990), the types pqt3 and pqt4.
+/* trellis.h: trellis-coded quantisation (Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990), the types pqt3 and
+ * pqt4.
  *
  * The 2^(k+1) levels of a k-bit type are dealt out to four subsets, level j to subset j % 4. Which subset a value is
- * quantised in follows from a 32-bit word t that all 32 values share; which of the subset's levels, from k - 1 bits e of its
- * own. Value i's subset depends on bits i, i - 1, i - 2 and i - 3 of t, modulo 32: t is a path through a trellis of eight
- * states, and a closed one, since value 0 follows on value 31. Rotating the word is therefore the whole decoder, and every
- * word is a valid path.
+ * quantised in follows from a 32-bit word t that all 32 values share; which of the subset's levels, from k - 1 bits e
+ * of its own. Value i's subset depends on bits i, i - 1, i - 2 and i - 3 of t, modulo 32: t is a path through a trellis
+ * of eight states, and a closed one, since value 0 follows on value 31. Rotating the word is therefore the whole
+ * decoder, and every word is a valid path.
  *
  * A state is three bits of t, (t[i], t[i - 1], t[i - 2]) in falling significance. */
 #ifndef TQI_TRELLIS_H
@@ -33,8 +34,8 @@ static inline uint32_t tqi_subset_high(uint32_t t) {
     return t ^ tqi_rotate(t, 1) ^ tqi_rotate(t, 3);
 }
 
-/* The scales to try on a block whose values reach from min to max: multiples of the smallest one that clips nothing, positive
- * and negative in turn. Returns 0 if the block counts as zero; the scales are valid numbers even so. */
+/* The scales to try on a block whose values reach from min to max: multiples of the smallest one that clips nothing,
+ * positive and negative in turn. Returns 0 if the block counts as zero; the scales are valid numbers even so. */
 static inline int tqi_trellis_candidates(const tqi_codec * codec, float max, float min, float * scale) {
     const float high = 1.0f / codec->levels[codec->n_levels - 1];
     const float low = 1.0f / codec->levels[0];

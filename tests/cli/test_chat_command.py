@@ -284,7 +284,7 @@ def test_a_session_of_another_program(chat: Callable[..., Any], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("raw", [True, False])
-def test_ctrl_c_ends_run(endless: tuple[str, ...], tmp_path: Path, raw: bool) -> None:
+def test_ctrl_c_ends_run(endless: tuple[str, ...], tmp_path: Path, raw: bool, computing: Callable[..., None]) -> None:
     """While it answers, and while it reads a prompt that takes many seconds."""
     prompt = "hello" if raw else "so " * 15000
     args = ["run", *endless, "-p", prompt, "-n", "60000", *(["--raw"] if raw else [])]
@@ -295,7 +295,7 @@ def test_ctrl_c_ends_run(endless: tuple[str, ...], tmp_path: Path, raw: bool) ->
         if raw:
             process.stdout.read(20)
         else:
-            time.sleep(2)
+            computing(process, endless[0])
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)

@@ -17,6 +17,8 @@ from tqgguf._native.ggml import Tensor, op_name, read_tensor, round_trip
 from tqgguf._native.library import library_path
 from tqgguf.diagnostics.attention import HeadError, attention_error, head_facts
 
+pytestmark = pytest.mark.long
+
 STOCK = {name: getattr(gguf.GGMLQuantizationType, name.upper()) for name in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")}
 
 

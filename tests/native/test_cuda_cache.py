@@ -37,7 +37,7 @@ few = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_
 @pytest.fixture
 def device(cuda_build: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[native_cuda.Queue]:
     """The library under test as tqgguf's own."""
-    monkeypatch.setenv("TQGGUF_CUDA_LIB", cuda_build.lib._name)
+    monkeypatch.setenv("TQGGUF_CUDA_LIB", str(cuda_build.path))
     native_cuda.cuda_library.cache_clear()
     yield native_cuda.cuda_library().queue(0)
     native_cuda.cuda_library.cache_clear()

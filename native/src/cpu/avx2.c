@@ -30,7 +30,8 @@ INLINE vec levels_at(int bits, const decoder * c, words index) {
     return v_select(_mm256_castsi256_ps(_mm256_slli_epi32(index, 28)), high, low);
 }
 
-/* A codebook for encoding. The boundaries are those that each step of a binary search compares with, by the index so far. */
+/* A codebook for encoding. The boundaries are those that each step of a binary search compares with, by the index so
+ * far. */
 typedef struct {
     decoder levels;
     vec middle, second, third, last;

@@ -1,8 +1,8 @@
-/* avx512.c: the PQO types, and what does not depend on the type, in AVX-512 with BW, DQ, VL, VBMI and VNNI (Ice Lake, Zen 4
- * and later).
+/* avx512.c: the PQO types, and what does not depend on the type, in AVX-512 with BW, DQ, VL, VBMI and VNNI (Ice Lake,
+ * Zen 4 and later).
  *
- * Both formats decode alike: vpermb brings each lane its two bytes, a variable shift brings the index down, vpermps looks
- * it up in 16 levels (3 bits: the eight levels twice, so bit 3 need not be cleared). */
+ * Both formats decode alike: vpermb brings each lane its two bytes, a variable shift brings the index down, vpermps
+ * looks it up in 16 levels (3 bits: the eight levels twice, so bit 3 need not be cleared). */
 #include "vector_avx512.h"
 
 #include "features_x86.h"
@@ -76,8 +76,8 @@ INLINE void pack(int bits, __m512i index, uint8_t * out) {
 
 /* ---- Decode ---- */
 
-/* Where the index bytes begin in the 16 bytes that load_indices loads of a row's block b. A 3-bit block has 14 bytes and is
- * loaded from its beginning, but the last one to its end: nothing beyond the row is touched. */
+/* Where the index bytes begin in the 16 bytes that load_indices loads of a row's block b. A 3-bit block has 14 bytes
+ * and is loaded from its beginning, but the last one to its end: nothing beyond the row is touched. */
 INLINE int index_begin(int bits, int64_t b, int64_t n_blocks) {
     return bits == 4 ? 0 : b > 0 && b == n_blocks - 1 ? 4 : 2;
 }
@@ -90,7 +90,8 @@ INLINE __m128i load_indices(int bits, const uint8_t * row, int64_t b, int64_t n_
     return _mm_loadu_si128((const __m128i *) (const void *) (indices - index_begin(bits, b, n_blocks)));
 }
 
-/* For vpermb: of two blocks' 16 bytes, side by side, the two bytes that hold index c of each, in lane c; begin: index_begin. */
+/* For vpermb: of two blocks' 16 bytes, side by side, the two bytes that hold index c of each, in lane c; begin:
+ * index_begin. */
 #define BYTES_AT(bits, begin, c)                                                                                       \
     (uint8_t) ((begin) + (bits) * (c) / 8), (uint8_t) (((begin) + (bits) * (c) / 8 + 1) % 16),                         \
         (uint8_t) (16 + (begin) + (bits) * (c) / 8), (uint8_t) (16 + ((begin) + (bits) * (c) / 8 + 1) % 16)
@@ -128,14 +129,15 @@ INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * block
 
 /* ---- Attention ---- */
 
-/* The sums of fused attention are taken over 16-bit integers: vpdpwssd makes two products a lane, twice what an f32 FMA does.
- * Scales, and everything they multiply, stay f32.
+/* The sums of fused attention are taken over 16-bit integers: vpdpwssd makes two products a lane, twice what an f32 FMA
+ * does. Scales, and everything they multiply, stay f32.
  *
  *   scores      a lane is a token: the blocks of 16 tokens are transposed, so no sum over lanes is left at the end
- *   accumulate  a lane is a channel, its two products are two tokens; the weights p d are integers against their tile's largest
+ *   accumulate  a lane is a channel, its two products are two tokens; the weights p d are integers against the largest
+ *               of their tile
  *
- * The factors are as large as they can be without a sum over a block's channels, or over a tile's tokens, overflowing 32 bits.
- * Rounding changes a score by 1e-4 of |q| |k| (standard deviation), a thousandth of what 3 bits do to it. */
+ * The factors are as large as they can be without a sum over a block's channels, or over a tile's tokens, overflowing
+ * 32 bits. Rounding changes a score by 1e-4 of |q| |k| (standard deviation), a thousandth of what 3 bits do to it. */
 #define K_LEVEL_MAX 8191
 #define Q_MAX 8191
 #define V_LEVEL_MAX 4095
@@ -146,8 +148,8 @@ _Static_assert((int64_t) TQI_AHEAD * V_LEVEL_MAX * WEIGHT_MAX <= INT32_MAX, "the
 #define TINY 1e-30f   /* magnitudes below it count as zero, so that their reciprocals stay finite */
 #define MAX_BLOCKS 18 /* of a row at once: head_dim 576 */
 
-/* The codebook as integers for vpermw, which looks up by five bits: those above the index's own come from its neighbour and
- * must not matter, so the levels are repeated. step: what the integer 1 stands for. */
+/* The codebook as integers for vpermw, which looks up by five bits: those above the index's own come from its neighbour
+ * and must not matter, so the levels are repeated. step: what the integer 1 stands for. */
 typedef struct {
     __m512i levels;
     float step;
@@ -177,8 +179,8 @@ INLINE __m512 load_scales(const uint16_t * d) {
     return _mm512_maskz_mov_ps(_mm512_knot(_mm512_fpclass_ps_mask(x, 0x99)), x);
 }
 
-/* Rounds n vectors of values to integers of magnitude max at most; returns what the integer 1 stands for (NaN if a value is
- * not finite). */
+/* Rounds n vectors of values to integers of magnitude max at most; returns what the integer 1 stands for (NaN if a
+ * value is not finite). */
 INLINE float round_to_words(const __m512 * x, int n, int max, uint16_t * to) {
     __m512 top = _mm512_setzero_ps();
     __mmask16 bad = 0;

@@ -1,5 +1,5 @@
-/* block.h: one block of 32 values in vectors (vector.h), and its transform. Operation by operation what transform.h does:
- * the encoders give the same bytes. */
+/* block.h: one block of 32 values in vectors (vector.h), and its transform. Operation by operation what transform.h
+ * does: the encoders give the same bytes. */
 #ifndef TQI_BLOCK_H
 #define TQI_BLOCK_H
 

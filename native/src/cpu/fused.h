@@ -1,11 +1,12 @@
-/* fused.h: unpack, scores and accumulate in f32, over the vocabulary of vector.h: each block is decoded once for all query
- * vectors.
+/* fused.h: unpack, scores and accumulate in f32, over the vocabulary of vector.h: each block is decoded once for all
+ * query vectors.
  *
  * The including file defines
  *   decoder                      a codebook in registers; load_decoder(bits, codec)
  *   codes                        a block's codes; open_block(bits, &c, block)
  *   values(bits, &c, codes, g)   values LANES * g and on, in units of LEVEL_UNIT and without the block's scale
- *   DECODE_AHEAD                 whether accumulate decodes codes of all tokens first, because opening a block takes long */
+ *   DECODE_AHEAD                 whether accumulate decodes codes of all tokens first, because opening a block takes
+ * long */
 #include "block.h"
 
 /* A block's scale, as all decoders use it. */

@@ -1,5 +1,5 @@
-/* neon.c: the PQO types, and what does not depend on the type, in AArch64 Advanced SIMD. Codebooks are looked up as bytes
- * with tbl.
+/* neon.c: the PQO types, and what does not depend on the type, in AArch64 Advanced SIMD. Codebooks are looked up as
+ * bytes with tbl.
  *
  * encode and decode follow the portable order of operations exactly (no FMA there); the attention steps use FMA. */
 #include "vector_neon.h"

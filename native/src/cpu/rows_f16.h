@@ -1,5 +1,5 @@
-/* rows_f16.h: attention steps over the f16 rows of a tail, and conversion from and to f16, over the vocabulary of vector.h.
- * The rows are few beside the blocks of a cache, and converting them is most of what they cost. */
+/* rows_f16.h: attention steps over the f16 rows of a tail, and conversion from and to f16, over the vocabulary of
+ * vector.h. The rows are few beside the blocks of a cache, and converting them is most of what they cost. */
 INLINE void scores_f16_rows(int n_q, const uint8_t * k, size_t stride, int n_tok, const float * q, int dim, float * s,
                             int ld) {
     for (int t = 0; t < n_tok; ++t) {

@@ -1,5 +1,5 @@
-/* scale_search.h: the encoder of the PQO types in all modes, over the vocabulary of vector.h. It computes what portable.c
- * computes, operation by operation: the same bytes.
+/* scale_search.h: the encoder of the PQO types in all modes, over the vocabulary of vector.h. It computes what
+ * portable.c computes, operation by operation: the same bytes.
  *
  * The including file defines
  *   table                    a codebook in registers; load_table(bits, codec)

@@ -1,8 +1,8 @@
 /* softmax.h: exp and the two online softmaxes of tqi_kernels, over the vocabulary of vector.h. */
 #include <math.h>
 
-/* exp for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 Taylor polynomial for e^r; 0 below -87.3. Relative error under
- * 2e-7 (ln 2 in two parts after Cody and Waite). */
+/* exp for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 Taylor polynomial for e^r; 0 below -87.3. Relative error
+ * under 2e-7 (ln 2 in two parts after Cody and Waite). */
 INLINE vec v_exp(vec x) {
     const truth normal = v_not_less(x, v_set1(-87.3f));
     const vec n = v_round(v_mul(x, v_set1(1.44269504f)));
@@ -47,7 +47,8 @@ static void softmax_columns(float * s, int n_row, int n_col, float * max, float 
         for (int t = 0; t < n_row; ++t) {
             top = v_max(v_load(s + t * n_col + j), top);
         }
-        /* A column that has seen no key yet: subtract 0 instead of -infinity, so that its exponentials are 0, not NaN. */
+        /* A column that has seen no key yet: subtract 0 instead of -infinity, so that its exponentials are 0, not
+         * NaN. */
         const vec base = v_select(v_equal(top, v_set1(-INFINITY)), v_set1(0.0f), top);
         const vec f = v_exp(v_sub(old, base));
         vec total = v_mul(f, v_load(sum + j));

@@ -1,5 +1,5 @@
-/* steps.h: the steps of tqi_steps from the including file's unpack_rows, scores_rows and accumulate_rows, which are made for
- * each number of bits and of query vectors. */
+/* steps.h: the steps of tqi_steps from the including file's unpack_rows, scores_rows and accumulate_rows, which are
+ * made for each number of bits and of query vectors. */
 
 static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
     TQI_BY_BITS(unpack_rows, codec->bits, codec, blocks, n_blocks, y)

@@ -3,7 +3,8 @@
 
 #include "trellis_search.h"
 
-/* The levels' units for pshufb, which looks up by four bits: entry e % 4 + 4 * subset; pqt4 has two tables, by bit 2 of e. */
+/* The levels' units for pshufb, which looks up by four bits: entry e % 4 + 4 * subset; pqt4 has two tables, by bit 2 of
+ * e. */
 typedef struct {
     __m256i units[2];
 } decoder;

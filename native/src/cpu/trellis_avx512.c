@@ -1,5 +1,5 @@
-/* trellis_avx512.c: the trellis types in AVX-512. Two blocks are searched at once. Attention multiplies f32: it takes 2.1
- * times what avx512.c takes for PQO with its sums of 16-bit integers. */
+/* trellis_avx512.c: the trellis types in AVX-512. Two blocks are searched at once. Attention multiplies f32: it takes
+ * 2.1 times what avx512.c takes for PQO with its sums of 16-bit integers. */
 #include "vector_avx512.h"
 
 #include "trellis_search.h"

@@ -32,13 +32,13 @@ static void step(const float * distance, float * cost, int * origin) {
     memcpy(cost, next, sizeof next);
 }
 
-/* The closed path of the least distance, near enough, and that distance. distances[i]: what it costs to put value i into each
- * subset.
+/* The closed path of the least distance, near enough, and that distance. distances[i]: what it costs to put value i
+ * into each subset.
  *
- * Viterbi's algorithm finds the best path out of a given state, so a closed path takes eight runs, one for each state. Instead
- * a first run, from value 16 around to value 15 and free at both ends, tells in which state the best path is between values
- * 31 and 0; a second run from value 0 closes the path there. That costs 0.8 % in NMSE against all eight runs, for a quarter of
- * the work. */
+ * Viterbi's algorithm finds the best path out of a given state, so a closed path takes eight runs, one for each state.
+ * Instead a first run, from value 16 around to value 15 and free at both ends, tells in which state the best path is
+ * between values 31 and 0; a second run from value 0 closes the path there. That costs 0.8 % in NMSE against all eight
+ * runs, for a quarter of the work. */
 static uint32_t closed_path(const float (*distances)[TQI_SUBSETS], float * distance) {
     float cost[TQI_STATES] = { 0 };
     int origin[TQ_BLOCK][TQI_STATES], cut[TQI_STATES];

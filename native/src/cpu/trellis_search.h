@@ -1,8 +1,8 @@
-/* trellis_search.h: the encoder of the trellis types, over the vocabulary of vector.h. It computes what trellis_portable.c
- * computes, operation by operation: the same bytes.
+/* trellis_search.h: the encoder of the trellis types, over the vocabulary of vector.h. It computes what
+ * trellis_portable.c computes, operation by operation: the same bytes.
  *
- * In the search a lane is a candidate scale, so that nothing moves between lanes: the costs of the eight states are eight
- * vectors. A block takes TQI_CANDIDATES lanes; with 16 lanes two blocks are searched at once. */
+ * In the search a lane is a candidate scale, so that nothing moves between lanes: the costs of the eight states are
+ * eight vectors. A block takes TQI_CANDIDATES lanes; with 16 lanes two blocks are searched at once. */
 #include "block.h"
 #include "transform.h"
 #include "trellis.h"
@@ -45,8 +45,8 @@ INLINE void measure(int n, const subset_tables * c, const float * y, vec inverse
     }
 }
 
-/* One value further: cost[s] becomes that of the best path into state s. Two states lead there, 2 * (s % 4) and the one after
- * it; one[s], if wanted: where it is the latter. */
+/* One value further: cost[s] becomes that of the best path into state s. Two states lead there, 2 * (s % 4) and the one
+ * after it; one[s], if wanted: where it is the latter. */
 INLINE void step(const vec * distance, vec * cost, truth * one) {
     vec next[TQI_STATES];
     UNROLL

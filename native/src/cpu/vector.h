@@ -1,5 +1,6 @@
-/* vector.h: what all instruction sets share of the vocabulary that vector_avx2.h, vector_avx512.h and vector_neon.h define.
- * The steps in block.h, scale_search.h, trellis_search.h, fused.h, softmax.h, gemm.h and rows_f16.h are written over it.
+/* vector.h: what all instruction sets share of the vocabulary that vector_avx2.h, vector_avx512.h and vector_neon.h
+ * define. The steps in block.h, scale_search.h, trellis_search.h, fused.h, softmax.h, gemm.h and rows_f16.h are written
+ * over it.
  *
  *   LANES                      how many values a vector has
  *   SUMS                       how many vectors of sums a loop can keep in registers
@@ -31,7 +32,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Where a loop's counter must be a constant, so that arrays of vectors become registers, and GCC does not see that it pays. */
+/* Where a loop's counter must be a constant, so that arrays of vectors become registers, and GCC does not see that it
+ * pays. */
 #define UNROLL _Pragma("GCC unroll 16")
 
 #endif

@@ -1,5 +1,5 @@
-/* vector_neon.h: the vocabulary of vector.h in AArch64 Advanced SIMD. A vector is a pair of registers: with eight lanes, as
- * in AVX2, a lane of the trellis search is a candidate and a group of eight indices fills a vector. */
+/* vector_neon.h: the vocabulary of vector.h in AArch64 Advanced SIMD. A vector is a pair of registers: with eight
+ * lanes, as in AVX2, a lane of the trellis search is a candidate and a group of eight indices fills a vector. */
 #ifndef TQI_VECTOR_NEON_H
 #define TQI_VECTOR_NEON_H
 

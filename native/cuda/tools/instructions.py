@@ -4,7 +4,7 @@ Of the kernels for heads of 64 and 128 (attention_warp.cuh): once round the loop
 softmax and all, by the way that a tile takes whose keys all count; and before and after the loop, by the shortest way
 that writes partial results, loops on it once round. Needs nvcc and cuobjdump; nothing is run.
 
-Usage: python native/cuda/instructions.py [--arch sm_90] [--list KERNEL]
+Usage: python native/cuda/tools/instructions.py [--arch sm_90] [--list KERNEL]
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+import nvcc
+
 UNITS = {
     "shared": "LDS STS",
     "global": "LDG STG LDGSTS LDL STL",
@@ -31,7 +32,7 @@ UNITS = {
 
 WIDE_COPY = "LDGSTS.E.BYPASS.128"
 
-PATTERN = r"tq_attend_warp_kernelI\d+tq_(\w{4})(?:\d+tq_(\w{4})|S\d*_)Li(\d)ELi(\d)E"
+PATTERN = r"tqi_attend_warp_kernelI\d+tqi_(\w{4})(?:\d+tqi_(\w{4})|S\d*_)Li(\d)ELi(\d)E"
 """K's type, V's if it is another, tiles of eight vectors, and blocks of a head, in a kernel's mangled name."""
 
 
@@ -57,10 +58,8 @@ class Instruction:
 def disassemble(arch: str) -> dict[str, list[Instruction]]:
     """The instructions of each kernel."""
     with tempfile.TemporaryDirectory() as folder:
-        out, number = Path(folder) / "attention.o", arch.removeprefix("sm_")
-        command = ["nvcc", "-std=c++17", "-O3", "-gencode", f"arch=compute_{number},code={arch}"]
-        command += [f"-I{HERE.parent / 'include'}", "-c", str(HERE / "attention.cu"), "-o", str(out)]
-        subprocess.run(command, check=True)
+        out = Path(folder) / "attention.o"
+        subprocess.run(nvcc.command("attention.cu", arch, out), check=True)
         said = subprocess.run(["cuobjdump", "-sass", str(out)], check=True, capture_output=True, text=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     for line in said.splitlines():

@@ -3,7 +3,7 @@
 Fails on a warning, and on a kernel that spills more than a few registers. Nothing is run: it needs nvcc, no GPU.
 With the patched upstream it also compiles what calls the kernels: ggml-cuda.cu and the adapter, for one architecture.
 
-Usage: python native/cuda/resources.py --compile DIR [--arch sm_90 ...] [--upstream LLAMA_CPP]
+Usage: python native/cuda/tools/resources.py --compile DIR [--arch sm_90 ...] [--upstream LLAMA_CPP]
 """
 
 from __future__ import annotations
@@ -16,16 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+import nvcc
+
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
-SOURCES = {
-    "rows.cu": ["-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"],
-    "attention.cu": [],
-    "attention_plan.cu": [],
-    "convert.cu": [],
-    "memory.cu": [],
-    "runtime.cu": [],
-}
 MOST_SPILLED = 64
 """Bytes of spill stores that a kernel may have."""
 
@@ -43,11 +36,11 @@ class Kernel:
 
 def readable(mangled: str) -> str:
     """The kernel's name, and its template arguments as words."""
-    name = re.sub(r"^_Z\w*?\d+(tq_\w+?_kernel).*", r"\1", mangled)
+    name = re.sub(r"^_Z\w*?\d+(tqi_\w+?_kernel).*", r"\1", mangled)
     numbers = re.findall(r"Li(\d+)E", mangled)
-    if name == "tq_attend_kernel":
+    if name == "tqi_attend_kernel":
         return f"{name}, {8 * int(numbers[0])} vectors"
-    if found := re.search(r"tq_attend_warp_kernelI\d+tq_(\w{4})(?:\d+tq_(\w{4})|S\d*_)Li", mangled):
+    if found := re.search(r"tqi_attend_warp_kernelI\d+tqi_(\w{4})(?:\d+tqi_(\w{4})|S\d*_)Li", mangled):
         types = f"{found[1]}/{found[2]}" if found[2] else found[1]
         return f"{name} {types} DK {32 * int(numbers[1])}, {8 * int(numbers[0])} vectors"
     return " ".join([name, *(f"{number} bits" for number in numbers)])
@@ -55,10 +48,8 @@ def readable(mangled: str) -> str:
 
 def compile_file(source: str, arch: str, folder: Path) -> tuple[list[Kernel], str]:
     """The kernels of one file, and whatever else the compiler said."""
-    number = arch.removeprefix("sm_")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", *SOURCES[source]]
-    command += ["-gencode", f"arch=compute_{number},code={arch}", f"-I{HERE.parent / 'include'}"]
-    command += ["-c", str(HERE / source), "-o", str(folder / f"{Path(source).stem}-{arch}.o")]
+    command = nvcc.command(source, arch, folder / f"{Path(source).stem}-{arch}.o")
+    command += ["-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     kernels: list[Kernel] = []
     rest: list[str] = []
@@ -71,7 +62,7 @@ def compile_file(source: str, arch: str, folder: Path) -> tuple[list[Kernel], st
         elif found := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             kernels.append(Kernel(arch, name, int(found[1]), spilled, int(shared[1]) if shared else 0))
-        elif line.strip() and not re.search(r"^ptxas info|Function properties|^\S*\.cu$", line):
+        elif line.strip() and not re.search(r"^ptxas info|Function properties|^\S*\.(cu|cpp)$", line):
             rest.append(line)
     if done.returncode != 0 and not rest:
         rest.append(f"nvcc failed on {source} for {arch}")
@@ -86,11 +77,11 @@ def compile_callers(upstream: Path, folder: Path) -> str | None:
     )
     if probe.returncode != 0:
         return None
-    include = [f"-I{ggml / name}" for name in ("include", "src")] + [f"-I{HERE.parent / 'ggml'}"]
+    include = [f"-I{ggml / name}" for name in ("include", "src")] + [f"-I{nvcc.CUDA.parent / 'ggml'}"]
     device = ["nvcc", "-std=c++17", "-use_fast_math", "-extended-lambda", "-gencode", "arch=compute_90,code=sm_90"]
     device += ["-DGGML_CUDA_USE_GRAPHS", *include, "-c", str(ggml / "src/ggml-cuda/ggml-cuda.cu")]
     host = ["cc", "-std=c11", "-O1", "-Wall", "-Wextra", "-Wno-unused-function", *include]
-    host += [f"-I{HERE}", f"-I{HERE.parent / 'include'}", "-c", str(HERE.parent / "ggml/tq_ggml_cuda.c")]
+    host += [f"-I{nvcc.CUDA}", f"-I{nvcc.CUDA.parent / 'include'}", "-c", str(nvcc.CUDA.parent / "ggml/tq_ggml_cuda.c")]
     said = ""
     for command in (device, host):
         done = subprocess.run([*command, "-o", str(folder / "caller.o")], capture_output=True, text=True, check=False)
@@ -124,7 +115,9 @@ def main() -> int:
     failed = False
     start = time.monotonic()
     for arch in args.arch:
-        for source in SOURCES:
+        for source in nvcc.SOURCES:
+            if source.endswith(".cpp") and arch != args.arch[0]:
+                continue  # the host's code is the same for all
             found, rest = compile_file(source, arch, args.compile)
             kernels += found
             if rest:
