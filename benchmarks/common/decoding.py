@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tqgguf.model.llama import llama_cpp
+from tqgguf._native import import_llama_cpp
+
+llama_cpp: Any = import_llama_cpp()
 
 
 def read(context: Any, tokens: np.ndarray, n_batch: int, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -27,8 +27,10 @@ import random_model
 from decoding import read
 
 import tqgguf
+from tqgguf._native import import_llama_cpp
 from tqgguf.cache.tail import tail_batch
-from tqgguf.model.llama import llama_cpp
+
+llama_cpp: Any = import_llama_cpp()
 
 RESULTS = Path(__file__).parents[1] / "results" / "tail.json"
 SHAPE = random_model.Shape()

@@ -67,8 +67,8 @@ def measure(models: list[str], n_threads: int) -> dict[str, Any]:
 
     import tqgguf
     from tqgguf import _native
-    from tqgguf.model.llama import llama_cpp
 
+    llama_cpp: Any = _native.import_llama_cpp()
     clock = time.process_time if n_threads == 1 else time.perf_counter
 
     found: dict[str, Any] = {}

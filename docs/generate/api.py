@@ -113,11 +113,19 @@ class Page:
             lines.append(self.call(thing, name.split(".")[-1]))
         lines.append(self.prose(thing))
         if thing.is_class:
-            for member in thing.members.values():
+            for member in self.members(thing).values():
                 if member.is_function and self.is_public(member):
                     title = f"#### {thing.name}.{member.name}\n"
                     lines += [title, self.call(member, member.name), self.prose(member)]
         return "\n".join(lines)
+
+    def members(self, thing: Any) -> dict[str, Any]:
+        """What a class has, and then what it has from classes of this package that have no public name."""
+        found = dict(thing.members)
+        for base in map(self.ours, thing.bases):
+            if base is not None and base.is_class and base.path not in self.shown:
+                found |= {name: member for name, member in self.members(base).items() if name not in found}
+        return found
 
     def alias(self, thing: Any) -> str:
         """A type alias in one line; with its module if another alias has the same name."""
@@ -228,7 +236,7 @@ class Page:
     def fields(self, thing: Any, explained: set[str]) -> str:
         """The properties as a list; notes dataclass fields that the docstring does not explain as missing."""
         lines = []
-        for member in thing.members.values():
+        for member in self.members(thing).values():
             if not member.is_attribute or not self.is_public(member) or member.name in explained:
                 continue
             if "property" in member.labels:

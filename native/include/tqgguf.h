@@ -216,8 +216,10 @@ int64_t tq_cache_seq_len(const tq_cache * cache, int layer);
 int tq_cache_truncate(tq_cache * cache, int layer, int64_t n_tokens);
 /* Empties every layer and gives its memory back. */
 int tq_cache_reset(tq_cache * cache);
-/* Bytes allocated for blocks, headroom included (storage grows by a quarter plus 128 tokens). */
+/* Bytes allocated for blocks, headroom included. */
 size_t tq_cache_memory_usage(const tq_cache * cache);
+/* The tokens for which a layer that must grow to n_tokens makes room: a quarter and 128 more. */
+int64_t tq_cache_capacity(int64_t n_tokens);
 
 /* cffi: end */
 

@@ -77,12 +77,16 @@ static int check_layer(const tq_cache * cache, int layer) {
     return TQ_OK;
 }
 
-/* Makes room for n_tokens tokens in all, with a quarter and 128 tokens of headroom. On failure nothing has changed. */
+int64_t tq_cache_capacity(int64_t n_tokens) {
+    return n_tokens + n_tokens / 4 + 128;
+}
+
+/* Makes room for n_tokens tokens in all. On failure nothing has changed. */
 static int reserve(const tq_cache * cache, tqi_layer * layer, int64_t n_tokens) {
     if (n_tokens <= layer->capacity) {
         return TQ_OK;
     }
-    const int64_t capacity = n_tokens + n_tokens / 4 + 128;
+    const int64_t capacity = tq_cache_capacity(n_tokens);
     const size_t bytes = (size_t) capacity * cache->token_bytes;
     uint8_t * k = malloc(bytes);
     uint8_t * v = malloc(bytes);

@@ -220,5 +220,5 @@ def test_the_message_of_a_device_is_in_the_source() -> None:
 
 def test_the_message_of_an_end_is_in_the_source() -> None:
     """tests/integration/test_llama.py provokes the message, with a simulated abort."""
-    source = (REPOSITORY / "tqgguf" / "model" / "load_log.py").read_text(encoding="utf-8")
+    source = (REPOSITORY / "tqgguf" / "_native" / "settings.py").read_text(encoding="utf-8")
     assert on_page("tqgguf: error: llama.cpp ended this process").rstrip("…") in source

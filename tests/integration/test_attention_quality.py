@@ -12,7 +12,7 @@ import pytest
 
 import tqgguf
 from tqgguf import CACHE_TYPES, reference
-from tqgguf._native.ggml import read_tensor, round_trip, tensor_at
+from tqgguf._native.ggml import read_tensor, round_trip, tensor_at, tensor_name
 from tqgguf.demo import model as demo
 from tqgguf.diagnostics import capture
 from tqgguf.diagnostics.attention import attention_error, attention_quality
@@ -75,7 +75,7 @@ class Outputs:
 
     def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
         node = tensor_at(address)
-        name = node.name.decode()
+        name = tensor_name(node).decode()
         if name.startswith("kqv_out-") and not ask:
             self.found[name] = read_tensor(node)[0, 0]
         return name.startswith("kqv_out-")

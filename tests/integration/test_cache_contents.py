@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 import tqgguf
+from tqgguf._native import import_llama_cpp
 from tqgguf.demo import model as demo
 from tqgguf.diagnostics.cache_contents import inspect_cache, inspect_session
 from tqgguf.errors import ArgumentError, CacheClosedError, SessionError, StateFileError, UnsupportedError
 from tqgguf.gguf.info import read_model_info
-from tqgguf.model.llama import llama_cpp
 from tqgguf.session.state import parse_state, read_state
+
+llama_cpp: Any = import_llama_cpp()
 
 pytestmark = pytest.mark.model
 

@@ -11,14 +11,15 @@ import pytest
 
 import tqgguf
 from tqgguf import CACHE_TYPES
+from tqgguf._native import import_llama_cpp
+from tqgguf._native.settings import tail_set
 from tqgguf.cache.policy import resolve
-from tqgguf.cache.tail import kept
 from tqgguf.config import PREFERRED_TYPES
 from tqgguf.demo import model as demo
 from tqgguf.diagnostics.fit import FIRST_LOOK, _longest, fit
 from tqgguf.diagnostics.plan import ContextPlan, Setup, planned_model
 from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, OutOfMemoryError, TqggufError
-from tqgguf.model.load_log import captured_log, llama_cpp
+from tqgguf.model.context import captured_log
 
 pytestmark = pytest.mark.model
 
@@ -31,6 +32,8 @@ NAMES = (
     *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "glm4"),
     *("falcon", "gpt2", "gpt-oss", "deepseek2", "mamba", "jamba", "falcon-h1"),
 )
+
+llama_cpp: Any = import_llama_cpp()
 
 
 class Allocated:
@@ -68,7 +71,7 @@ def allocate(path: Path, cache: str, n_ctx: int, setup: Setup) -> Allocated:
     params.type_k = params.type_v = kind.number
     params.flash_attn_type = int(kind.quantized)
     params.n_threads = params.n_threads_batch = 1
-    with captured_log(quiet=True) as log, kept(setup.tail):
+    with captured_log(quiet=True) as log, tail_set(setup.tail):
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         context = llama_cpp.llama_init_from_model(model, params)
         assert context, log[-3:]

@@ -149,7 +149,7 @@ def test_a_mixture_that_does_not_pay_is_not_made(monkeypatch: pytest.MonkeyPatch
         ({"budget": 4, "n_chunks": 1}, ArgumentError, "n_chunks is 1, must be at least 2"),
         ({"budget": 4, "n_parallel": 0}, ArgumentError, "n_parallel is 0, must be at least 1"),
         ({"budget": 4, "n_ctx": 64}, ArgumentError, "a context of 64 tokens is too short"),
-        ({"budget": 4, "n_ctx": 2**21}, ArgumentError, "own text is of 1,048,576 tokens at most, not of 2 chunks"),
+        ({"budget": 4, "n_ctx": 2**21}, ArgumentError, "own text has at most 1,048,576 tokens, not 2 chunks"),
         ({"budget": 4, "n_ctx": "256"}, ArgumentError, "n_ctx is '256', must be an integer of at least 1"),
         ({"budget": 4, "n_batch": 1.5}, ArgumentError, "n_batch is 1.5, must be an integer"),
         ({"budget": "4"}, ArgumentError, "budget is '4', must be a positive number"),

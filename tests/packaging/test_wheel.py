@@ -44,7 +44,8 @@ def test_every_library_is_there_and_nothing_else(unpacked: Path) -> None:
     assert "sse42" in variants(unpacked) and len(variants(unpacked)) > 2
     folders = {name.split("/")[0] for name in files}
     assert folders == {"tqgguf", "llama_cpp.py", next(name for name in folders if name.endswith(".dist-info"))}
-    for name in ("tqgguf/lib/LICENSE.llama.cpp", "tqgguf/_bindings/LICENSE.md", "tqgguf/demo/demo.gguf"):
+    required = ("tqgguf/lib/LICENSE.llama.cpp", "tqgguf/_bindings/LICENSE.md", "tqgguf/demo/demo.gguf")
+    for name in (*required, "tqgguf/py.typed", "tqgguf/__init__.pyi", "tqgguf/include/tq_ggml_cache.h"):
         assert name in files
     assert any(re.fullmatch(r"tqgguf-[\d.]+\.dist-info/licenses/LICENSE", name) for name in files)
     assert not any(name.endswith((".c", ".h.in", ".pyc", ".a")) or "/tests/" in name for name in files)

@@ -24,7 +24,8 @@ PROGRAM = """
 import ctypes, json, sys
 import numpy as np
 import tqgguf, llama_cpp as api
-from tqgguf.cache.policy import CachePolicy, applied
+from tqgguf._native.settings import policy_applied
+from tqgguf.cache.policy import CachePolicy
 
 model_path, types_k, types_v, means, forget, flash = json.loads(sys.argv[1])
 log = []
@@ -39,7 +40,7 @@ params.n_threads = params.n_threads_batch = 2
 params.flash_attn_type = int(flash)
 policy = CachePolicy(tuple(types_k), tuple(types_v), {int(i): np.array(m, np.float32) for i, m in means.items()})
 params.type_k, params.type_v = (kind.number for kind in policy.types(0))
-with applied(policy):
+with policy_applied(policy):
     context = api.llama_init_from_model(model, params)
 assert context, "".join(log)
 def decode(tokens):

@@ -10,10 +10,12 @@ import numpy.typing as npt
 import pytest
 
 import tqgguf
-from tqgguf.cache.tail import kept
+from tqgguf._native import import_llama_cpp
+from tqgguf._native.settings import tail_set
 from tqgguf.config import CACHE_TYPES
 from tqgguf.demo.model import MODEL_PATH
-from tqgguf.model.llama import llama_cpp as api
+
+api: Any = import_llama_cpp()
 
 N_CTX = 512
 TOKENS = np.random.default_rng(0).integers(5, 400, N_CTX).astype(np.int32)
@@ -133,7 +135,7 @@ def test_a_copied_stream_owns_no_rows(model: Any) -> None:
         params.n_seq_max, params.kv_unified = 2, False
         params.type_k = params.type_v = CACHE_TYPES["pqo3"].number
         params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        with kept(64):
+        with tail_set(64):
             contexts.append(api.llama_init_from_model(model.model, params))
         assert contexts[-1]
     copied, restored = contexts
@@ -184,7 +186,7 @@ def test_what_moves_takes_no_rows_of_others(model: Any) -> None:
     params.type_k = params.type_v = CACHE_TYPES["pqo3"].number
     params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
     for change in ("shift", "restore"):
-        with kept(N_CTX):
+        with tail_set(N_CTX):
             context = api.llama_init_from_model(model.model, params)
         assert context
         read(context, 0, 100)

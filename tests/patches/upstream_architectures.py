@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 import tqgguf
-from tqgguf._native import library_path
+from tqgguf._native import import_llama_cpp, library_path
 from tqgguf.cache.tail import READ_IN_PART
 from tqgguf.gguf.info import read_model_info
-from tqgguf.model.llama import llama_cpp as api
+
+api: Any = import_llama_cpp()
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architectures.md"

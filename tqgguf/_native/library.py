@@ -31,15 +31,16 @@ def library_path(name: str = "tqgguf") -> Path:
     return LIB_DIR / f"{prefix}{name}{SUFFIX}"
 
 
-def _header_path() -> Path:
-    installed = PACKAGE_DIR / "include" / "tqgguf.h"
-    return installed if installed.is_file() else PACKAGE_DIR.parent / "native" / "include" / "tqgguf.h"
+def header_path(name: str = "tqgguf.h") -> Path:
+    """Where a header is: installed in the package, or in a checkout that is not built."""
+    installed = PACKAGE_DIR / "include" / name
+    return installed if installed.is_file() else next(PACKAGE_DIR.parent.glob(f"native/*/{name}"), installed)
 
 
 @functools.cache
 def read_header(path: Path | None = None) -> str:
     """The text of a header, tqgguf.h by default."""
-    path = path or _header_path()
+    path = path or header_path()
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -50,7 +51,7 @@ def abi_version_expected() -> int:
     """TQ_ABI_VERSION of the header this package was written against."""
     match = re.search(r"#define\s+TQ_ABI_VERSION\s+(\d+)", read_header())
     if match is None:
-        raise LibraryError(f"{_header_path()} does not define TQ_ABI_VERSION")
+        raise LibraryError(f"{header_path()} does not define TQ_ABI_VERSION")
     return int(match.group(1))
 
 

@@ -14,13 +14,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final
 
-from ..cache.policy import CachePolicy, PolicySpec, resolve
+from ..cache.policy import CachePolicy, PolicySpec, needs_flash, resolve
 from ..cache.tail import DEFAULT_TAIL
 from ..config import CacheType
 from ..errors import TqggufError
 from ..gguf.header import read_header
 from ..gguf.info import ModelInfo, read_model_info
-from ..model.load_log import needs_flash
 from .plan import Setup, planned_model
 
 __all__ = ["MAX_FUSED", "AttentionPath", "LayerPath", "attention_path"]

@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import reference
+from .._native import import_llama_cpp
 from .._native.ggml import decode_rows, round_trip
 from ..config import CACHE_TYPES, CacheType
 from ..errors import ArgumentError
 from ..gguf.info import ModelInfo, read_model_info
-from ..model.llama import Llama, llama_cpp
+from ..model.llama import Llama
 from ..session import file as session
 from ..session.state import CacheState, StoredRows, parse_state, read_state
 from .attention import hadamard, head_facts, rotation_sizes
@@ -147,6 +148,7 @@ def inspect_cache(model: Llama, *, sample: int = DEFAULT_SAMPLE) -> CacheContent
         UnsupportedError: the model has no KV cache, or one that is not modelled.
     """
     info = model.cache_info()
+    llama_cpp = import_llama_cpp()
     size = llama_cpp.llama_state_get_size(model.ctx)
     data = (ctypes.c_uint8 * size)()
     written = llama_cpp.llama_state_get_data(model.ctx, data, size)
@@ -179,7 +181,7 @@ def inspect_session(path: str | Path, model: str | Path, *, sample: int = DEFAUL
     if not of_tqgguf:
         notes = ["a saved state does not tell whether keys are less a mean"]
         return _contents(info, str(path), read_state(path, info), sample, notes)
-    saved, data = session.read_state(path, info)
+    saved, data = session.read_body(path, info)
     notes = [_CENTRED] if saved.k_means else []
     return _contents(info, str(path), parse_state(data, info, str(path), sequence=True), sample, notes)
 

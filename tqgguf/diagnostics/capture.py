@@ -11,8 +11,7 @@ exactly as they were computed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
@@ -20,14 +19,18 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .._native.ggml import Tensor, op_name, read_tensor, tensor_at
-from ..config import cache_type
+from .._native import import_llama_cpp
+from .._native.ggml import Tensor, op_name, read_tensor, tensor_at, tensor_name
+from ..cache.policy import resolve
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..gguf.info import ModelInfo, read_model_info
+from ..model.context import make_context
 from ..model.control import called_by_c
-from ..model.llama import Llama, llama_cpp
+from ..model.llama import Llama
 
 __all__ = ["AttentionInputs", "capture_attention", "mean_keys"]
+
+llama_cpp: Any = import_llama_cpp()
 
 T = TypeVar("T")
 F32 = npt.NDArray[np.float32]
@@ -183,16 +186,16 @@ def _inputs(info: ModelInfo, n: int, layer: int, node: Tensor) -> AttentionInput
     """Copies the sources of a computed flash attention node, of the first n tokens."""
     if _cache_layer(node.src[2], b"v") != layer:
         raise UnsupportedError(f"{info.path.name}: layer {layer} does not take V from its own cache")
-    q, k, v = (read_tensor(_stored(source))[0].transpose(1, 0, 2)[:n] for source in node.src[:3])
+    q, k, v = (read_tensor(_stored(source))[0].transpose(1, 0, 2)[:n] for source in node.src[0:3])
     mask = read_tensor(tensor_at(node.src[3]))[0, 0, :n, :n]
     if not np.isfinite(np.diagonal(mask)).all():
         raise TqggufError(f"{info.path.name}: layer {layer}: tokens are not in the order of their cache cells")
     sinks = read_tensor(tensor_at(node.src[4])).ravel() if node.src[4] else None
-    scale, max_bias, softcap = node.op_params[:3]
+    scale, max_bias, softcap = node.op_params[0:3]
     return AttentionInputs(layer, q, k, v, scale, mask, sinks, softcap, max_bias)
 
 
-def _stored(address: int) -> Tensor:
+def _stored(address: Any) -> Tensor:
     """The tensor behind a conversion: llama.cpp casts an f32 cache to f16 for flash attention."""
     tensor = tensor_at(address)
     while op_name(tensor) == "CPY":
@@ -200,10 +203,10 @@ def _stored(address: int) -> Tensor:
     return tensor
 
 
-def _cache_layer(address: int, side: bytes) -> int | None:
+def _cache_layer(address: Any, side: bytes) -> int | None:
     """The layer of the KV cache tensor that K or V is a view of; None if it is not such a view."""
     tensor = _stored(address)
-    match = _CACHE_NAME.fullmatch(tensor_at(tensor.view_src).name) if tensor.view_src else None
+    match = _CACHE_NAME.fullmatch(tensor_name(tensor.view_src)) if tensor.view_src else None
     return int(match[2]) if match and match[1] == side else None
 
 
@@ -212,30 +215,17 @@ def _decode(model: Llama, tokens: Sequence[int], hook: _Hook[T], cache: str) -> 
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = len(tokens)
     params.n_threads = params.n_threads_batch = model.context_params.n_threads_batch
-    params.type_k = params.type_v = cache_type(cache).number
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.cb_eval = callback = llama_cpp.ggml_backend_sched_eval_callback(hook)
-    with _context(model, params) as context:
+    info = model.model_info
+    with make_context(model.model, info, resolve(cache, info.n_layer), params) as (context, _):
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)
         status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
     del callback
     if hook.error:
         raise hook.error
     if status:
-        raise TqggufError(
-            f"llama.cpp could not run {len(tokens)} tokens through {model.model_info.path.name}: status {status}"
-        )
-
-
-@contextmanager
-def _context(model: Llama, params: Any) -> Iterator[Any]:
-    context = llama_cpp.llama_init_from_model(model.model, params)
-    if not context:
-        raise TqggufError(f"llama.cpp could not make a context of {params.n_ctx} tokens for {model.model_path}")
-    try:
-        yield context
-    finally:
-        llama_cpp.llama_free(context)
+        raise TqggufError(f"llama.cpp could not run {len(tokens)} tokens through {info.path.name}: status {status}")
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .._native import import_llama_cpp
-from ..cache.policy import CachePolicy, PolicySpec, resolve
+from .._util import check_count
+from ..cache.policy import CachePolicy, PolicySpec, refuse_impossible, resolve
 from ..cache.tail import DEFAULT_TAIL, check_tail, tail_batch
 from ..config import MEASURED_TYPES
-from ..count import check_count
 from ..demo import model as demo
 from ..errors import ArgumentError, TextError, TqggufError
 from ..gguf.info import ModelInfo, read_model_info
-from ..model.llama import Llama, refuse_impossible
+from ..model.llama import Llama
 
 __all__ = [
     "DEFAULT_CHUNKS",

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from .._util import check_count
 from ..cache.policy import PolicySpec
 from ..cache.tail import DEFAULT_TAIL
 from ..config import MEASURED_TYPES
-from ..count import check_count
 from ..demo import model as demo
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..model.llama import Llama

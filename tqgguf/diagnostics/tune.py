@@ -18,14 +18,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..cache.policy import CachePolicy, model_hash, resolve
+from .._util import check_count
+from ..cache.policy import CachePolicy, model_hash, refuse_impossible, resolve
 from ..cache.tail import DEFAULT_TAIL, check_tail
 from ..config import CacheType, cache_type
-from ..count import check_count
 from ..errors import ArgumentError, TextError, UnsupportedError
 from ..gguf.info import ModelInfo, read_model_info
 from ..model.control import Progress
-from ..model.llama import Llama, refuse_impossible
+from ..model.llama import Llama
 from .allocation import Option, allocate, allocations
 from .capture import mean_keys
 from .compare import (
@@ -221,9 +221,8 @@ def tune(
     refuse_short(text, n_ctx)
     f16 = NamedCache("f16", resolve("f16", info.n_layer))
     with contextlib.closing(load(path, f16, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
-        tuning, held_out = _halves(text_chunks(model, text, n_ctx, n_chunks, own))
-        bench = _Bench(model, f16, tuning, held_out, tail, n_parallel, progress)
-        return _Tuner(bench, kinds, centre).run(budget, max_kld)
+        halves = _halves(text_chunks(model, text, n_ctx, n_chunks, own))
+        return _Tuner(_Bench(model, f16, *halves, tail, n_parallel, progress), kinds, centre).run(budget, max_kld)
 
 
 def _refuse_untunable(info: ModelInfo, kinds: Sequence[CacheType], centre: bool | None) -> None:

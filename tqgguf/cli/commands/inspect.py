@@ -72,8 +72,8 @@ def call(args: argparse.Namespace) -> int:
 
 
 def _call_contents(args: argparse.Namespace) -> int:
+    from ..._util import write_whole
     from ...diagnostics import cache_contents
-    from ...whole_file import write_whole
     from ..render.inspect import print_contents
     from ..render.report import check_report, page
 

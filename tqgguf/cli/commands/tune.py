@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..._util import check_folder
 from ...errors import ArgumentError, PolicyError
-from ...whole_file import check_folder
 from ..options import add_tail_option, add_text_options, cache_name, positive
 from ..render.format import to_json
 from ..render.progress import Bar

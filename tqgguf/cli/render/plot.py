@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..._util import check_folder
 from ...config import CACHE_TYPES
 from ...errors import ArgumentError, UnsupportedError
-from ...whole_file import check_folder
 
 if TYPE_CHECKING:
     from ...diagnostics.compare import Comparison, TypeQuality

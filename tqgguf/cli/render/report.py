@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import jinja2
 
+from ..._util import check_folder
 from ...config import CACHE_TYPES
 from ...diagnostics.cache_contents import CacheContents, HeadContents, TensorContents
 from ...errors import ArgumentError
-from ...whole_file import check_folder
 from .format import size
 from .inspect import LAYER_FIGURES, layer_figures, mean
 

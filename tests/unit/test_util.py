@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tqgguf import whole_file
+from tqgguf import _util
 from tqgguf.errors import ArgumentError
 
 
@@ -22,7 +22,7 @@ def test_threads_that_write_one_file_at_once(tmp_path: Path) -> None:
     def write(text: bytes) -> None:
         try:
             for _ in range(20):
-                whole_file.write_whole(path, (text[:1000], text[1000:]), what="session", private=True)
+                _util.write_whole(path, (text[:1000], text[1000:]), what="session", private=True)
         except BaseException as error:
             failures.append(error)
 
@@ -39,12 +39,12 @@ def test_threads_that_write_one_file_at_once(tmp_path: Path) -> None:
 
 def test_a_link_in_the_place_of_the_unfinished_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not followed, should somebody guess the name."""
-    monkeypatch.setattr(whole_file.secrets, "token_hex", lambda n: "0" * 2 * n)
+    monkeypatch.setattr(_util.secrets, "token_hex", lambda n: "0" * 2 * n)
     other = tmp_path / "other"
     other.write_text("old")
     (tmp_path / f".a.session.{'0' * 16}.part").symlink_to(other)
     with pytest.raises(OSError, match="File exists"):
-        whole_file.write_whole(tmp_path / "a.session", (b"new",), what="session")
+        _util.write_whole(tmp_path / "a.session", (b"new",), what="session")
     assert other.read_text() == "old" and not (tmp_path / "a.session").exists()
 
 
@@ -54,7 +54,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
         with pytest.raises(ArgumentError, match="it is no regular file"):
-            whole_file.check_folder(tmp_path / name, "cannot write")
+            _util.check_folder(tmp_path / name, "cannot write")
         with pytest.raises(ArgumentError, match="it is no regular file"):
-            whole_file.write_whole(tmp_path / name, (b"new",), what="page")
+            _util.write_whole(tmp_path / name, (b"new",), what="page")
     assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 2

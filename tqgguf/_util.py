@@ -1,18 +1,54 @@
-"""Files written whole or not at all: whatever happens, even the end of the process, the old or the new one is there."""
+"""What several folders need: counts that callers give, the machine's memory, files written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError
 
-__all__ = ["check_folder", "replacing", "write_whole"]
+__all__ = ["check_count", "check_folder", "machine_memory", "replacing", "warn", "write_whole"]
+
+
+def check_count(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
+    """The value as an integer; a NumPy integer will do.
+
+    Raises:
+        ArgumentError: it is none, or not from least to most.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ArgumentError(f"{name} is {value!r}, must be an integer of at least {least}")
+    if value < least:
+        raise ArgumentError(f"{name} is {value}, must be at least {least}")
+    if value > most:
+        raise ArgumentError(f"{name} is {value}, must be at most {most}")
+    return int(value.__index__())
+
+
+def machine_memory() -> int | None:
+    """Bytes of main memory and swap space of the machine; None where the system does not say, as Linux does."""
+    try:
+        text = Path("/proc/meminfo").read_text("ascii")
+    except OSError:
+        return None
+    found = dict(re.findall(r"^(MemTotal|SwapTotal): +(\d+) kB$", text, re.MULTILINE))
+    return 1024 * sum(map(int, found.values())) if "MemTotal" in found else None
+
+
+def warn(message: str) -> None:
+    """Warns of something in the code outside this package that called it."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and str(frame.f_globals.get("__name__")).startswith(f"{__package__}."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level - 1)
 
 
 def check_folder(path: Path, said: str) -> None:
