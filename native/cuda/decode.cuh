@@ -1,4 +1,4 @@
-/* decode.cuh: blocks back to values by teams of eight threads, to the bit what kernels_portable.c gives (without
+/* decode.cuh: blocks back to values by teams of eight threads, to the bit what portable.c gives (without
  * contraction, see encode.cuh). */
 #ifndef TQI_DECODE_CUH
 #define TQI_DECODE_CUH

@@ -1,4 +1,4 @@
-/* encode.cuh: the encoders of the PQO types by teams of eight threads, step for step kernels_portable.c's: the same
+/* encode.cuh: the encoders of the PQO types by teams of eight threads, step for step portable.c's: the same
  * bytes.
  *
  * Every sum has the order of tqi_sum32, and nothing may be contracted into FMA: the files that include this are

@@ -38,9 +38,9 @@ typedef enum tq_status {
     TQ_E_UNSUPPORTED = -3 /* right in itself, but not on this machine or in this build */
 } tq_status;
 
-/* Storage types. The numbers are ggml's for the types ggml has, and the ones the patch series registers in ggml for
- * ours; saved sessions contain them, so they never change. The trellis types take the bytes of the PQO types and make a
- * quarter less squared error; encoding takes several times as long. */
+/* Storage types. The numbers are ggml's for the types ggml has, and for those of tqgguf the ones that the patch series
+ * registers in ggml. Saved sessions contain them, so they never change. The trellis types take the bytes of the PQO types
+ * and make a quarter less squared error; encoding takes several times as long. */
 typedef enum tq_type {
     TQ_TYPE_F32 = 0,
     TQ_TYPE_F16 = 1,

@@ -36,7 +36,7 @@ typedef struct {
     size_t vectors;            /* floats of one task's q, o, max, sum */
     size_t scratch;            /* floats per thread */
     size_t partial;            /* floats per task; 0 if keys are not cut */
-    const tqi_codec * k_codec; /* NULL: not a type of ours */
+    const tqi_codec * k_codec; /* NULL: not a type of tqgguf */
     const tqi_codec * v_codec;
 } tqi_plan;
 
@@ -315,7 +315,7 @@ static void finish_scores(const tq_attn * args, float * s, int n, int stride, fl
     }
 }
 
-/* Decodes n rows to f32, in the transformed domain for types of ours: tile: (n, head_dim). */
+/* Decodes n rows to f32, in the transformed domain for types of tqgguf: tile: (n, head_dim). */
 static void decode_rows(const tqi_kernels * kernel, const tq_attn_operand * x, const tqi_codec * codec,
                         const uint8_t * rows, int n, float * tile) {
     for (int t = 0; t < n; ++t) {

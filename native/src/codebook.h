@@ -38,7 +38,7 @@ typedef struct {
 
 extern const float tqi_signs[TQ_BLOCK];
 
-/* The codec of a pair, or NULL if the type is none of ours or does not have the mode. Thread-safe. */
+/* The codec of a type and a mode; NULL if the type is not of tqgguf or does not have that mode. Thread-safe. */
 const tqi_codec * tqi_codec_get(int type, int mode);
 
 #endif

@@ -294,7 +294,7 @@ def test_any_sequence_of_calls(kernel: str, native: Any) -> None:
 
 
 def test_any_sequence_of_calls_on_a_device(cuda_build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TQGGUF_CUDA_LIB", cuda_build.lib._name)
+    monkeypatch.setenv("TQGGUF_CUDA_LIB", str(cuda_build.path))
     native_cuda.cuda_library.cache_clear()
     run(type("CudaMachine", (CacheMachine,), {"device": "cuda", "tolerance": 2e-3}), N_SEQUENCES["cuda"])
     native_cuda.cuda_library.cache_clear()

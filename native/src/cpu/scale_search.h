@@ -55,10 +55,10 @@ INLINE float search_scale(int bits, const tqi_codec * codec, const table * c, bl
 
 /* The largest magnitude. */
 INLINE float largest(block y) {
-    vec top = v_set1(0.0f);
+    vec top = v_abs(y.v[0]);
     UNROLL
-    for (int i = 0; i < N_VEC; ++i) {
-        top = v_max(top, v_max(y.v[i], v_sub(v_set1(0.0f), y.v[i])));
+    for (int i = 1; i < N_VEC; ++i) {
+        top = v_max(top, v_abs(y.v[i]));
     }
     return v_highest(top);
 }

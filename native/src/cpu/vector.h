@@ -10,6 +10,7 @@
  *   v_load_f16, v_store_f16    the same for f16 in memory; storing rounds to the nearest, ties to even
  *   v_add, _sub, _mul, _div    lane by lane, rounded as in scalar code
  *   v_min(a, b), v_max(a, b)   b where a lane is NaN on x86, NaN on AArch64
+ *   v_abs(a)                   the magnitude
  *   v_fma(a, b, c)             a * b + c, rounded once
  *   v_round(a)                 to the nearest integer
  *   v_scale(keep, a, n)        a * 2^n where keep is true, else 0; n holds integers

@@ -25,6 +25,7 @@ typedef __m256 truth;
 #define v_div(a, b) _mm256_div_ps(a, b)
 #define v_min(a, b) _mm256_min_ps(a, b)
 #define v_max(a, b) _mm256_max_ps(a, b)
+#define v_abs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
 #define v_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define v_round(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define v_lookup(table, index) _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index)

@@ -25,6 +25,7 @@ typedef __mmask16 truth;
 #define v_div(a, b) _mm512_div_ps(a, b)
 #define v_min(a, b) _mm512_min_ps(a, b)
 #define v_max(a, b) _mm512_max_ps(a, b)
+#define v_abs(a) _mm512_abs_ps(a)
 #define v_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define v_round(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define v_scale(keep, a, n) _mm512_maskz_scalef_ps(keep, a, n)

@@ -69,6 +69,10 @@ INLINE vec v_max(vec a, vec b) {
     return (vec) { { vmaxq_f32(a.v[0], b.v[0]), vmaxq_f32(a.v[1], b.v[1]) } };
 }
 
+INLINE vec v_abs(vec a) {
+    return (vec) { { vabsq_f32(a.v[0]), vabsq_f32(a.v[1]) } };
+}
+
 INLINE vec v_fma(vec a, vec b, vec c) {
     return (vec) { { vfmaq_f32(c.v[0], a.v[0], b.v[0]), vfmaq_f32(c.v[1], a.v[1], b.v[1]) } };
 }
