@@ -10,15 +10,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from patch import Contents, ToolError
+from patch import Files, ToolError
 
 DOWNLOADS = Path(os.environ.get("TQGGUF_DOWNLOADS") or Path(__file__).resolve().parent.parent / "build" / "download")
 # Never compiled: most of the size of the release, unpacked by nobody.
-SKIPPED = re.compile(r"(^|/)\.git|^(docs|media|benches)/|^models/.*\.gguf$")
+SKIPPED = re.compile(r"llama\.cpp/((.*/)?\.git|(docs|media|benches)/|models/.*\.gguf$)|.*/__pycache__/")
 
 
 def say(message: str) -> None:
@@ -32,97 +31,69 @@ class Pin:
     sha256: str
     subdir: str
     ggml: str
-    max_lines: int
 
     @property
     def sdist(self) -> str:
         return f"{self.package.replace('-', '_')}-{self.version}.tar.gz"
 
 
-def read_pin(path: Path) -> Pin:
+def read_pin(directory: Path) -> Pin:
     # Python 3.10 has no tomllib; the file is flat on purpose.
+    path = directory / "upstream.toml"
     values = dict(re.findall(r'^(\w+)\s*=\s*"?([^"\n]*?)"?\s*$', path.read_text(encoding="utf-8"), re.MULTILINE))
     try:
-        max_lines = int(values.pop("max_lines"))
-        return Pin(max_lines=max_lines, **values)
-    except (KeyError, TypeError, ValueError) as error:
+        return Pin(**values)
+    except TypeError as error:
         raise ToolError(f"{path} is not a valid pin: {error}") from error
 
 
-class Upstream:
-    """An upstream release: an sdist, an unpacked sdist or a bare llama.cpp tree."""
+def read_upstream(path: Path, subdir: str) -> Files:
+    """What a release puts into the work tree: llama.cpp/..., and llama_cpp/... and LICENSE.md of the bindings.
 
-    def __init__(self, path: Path, subdir: str) -> None:
-        self.path = path
-        if path.is_dir():
-            inner = path / subdir
-            self.root: Path | None = inner if inner.is_dir() else path
-            if not (self.root / "ggml" / "include" / "ggml.h").is_file():
-                raise ToolError(f"{path} holds neither {subdir} nor a llama.cpp tree")
-            self.python = path / "llama_cpp" if inner.is_dir() else None
-            self.archive: dict[str, bytes] = {}
-        elif path.is_file():
-            self.root = None
-            self.archive = unpack(path, subdir)
-        else:
-            raise ToolError(f"{path} does not exist")
+    Args:
+        path: an sdist, an unpacked sdist or a bare llama.cpp tree.
+        subdir: where an sdist has llama.cpp.
+    """
 
-    def tree(self) -> Iterator[tuple[str, bytes]]:
-        """(path in the work tree, contents): llama.cpp/..., llama_cpp/... and LICENSE.md of the bindings."""
-        if self.root is None:
-            yield from sorted(self.archive.items())
-            return
-        for prefix, root in (("llama.cpp", self.root), ("llama_cpp", self.python)):
-            for path in sorted(root.rglob("*")) if root else ():
-                name = path.relative_to(root).as_posix() if root else ""
-                skipped = SKIPPED.search(name) if prefix == "llama.cpp" else "__pycache__" in name
-                if path.is_file() and not skipped:
-                    yield f"{prefix}/{name}", path.read_bytes()
-        if self.python and (self.python.parent / "LICENSE.md").is_file():
-            yield "LICENSE.md", (self.python.parent / "LICENSE.md").read_bytes()
+    def place(name: str) -> str:
+        """Where a file of the sdist goes; an empty string: nowhere."""
+        to = f"llama.cpp/{name[len(subdir) + 1 :]}" if name.startswith(f"{subdir}/") else name
+        wanted = to.startswith(("llama.cpp/", "llama_cpp/")) and ".." not in to.split("/") and not SKIPPED.match(to)
+        return to if wanted or to == "LICENSE.md" else ""
 
-    def read(self, paths: Iterable[str]) -> Contents:
-        files: Contents = {}
-        for path in paths:
-            if self.root is None:
-                data = self.archive.get(f"llama.cpp/{path}")
-            else:
-                data = (self.root / path).read_bytes() if (self.root / path).is_file() else None
-            files[path] = None if data is None else data.decode("utf-8", "surrogateescape")
-        return files
-
-    def ggml(self) -> str:
-        """ggml's version, as its build rules say it."""
-        text = self.read(["ggml/CMakeLists.txt"])["ggml/CMakeLists.txt"] or ""
-        numbers = [re.search(rf"set\(GGML_VERSION_{part} +(\d+)\)", text) for part in ("MAJOR", "MINOR", "PATCH")]
-        return ".".join(match[1] for match in numbers if match) or "unknown"
-
-
-def unpack(sdist: Path, subdir: str) -> dict[str, bytes]:
-    files: dict[str, bytes] = {}
-    try:
-        with tarfile.open(sdist) as archive:
-            for member in archive:
-                name = member.name.partition("/")[2]
-                if name.startswith(subdir + "/"):
-                    inner = name[len(subdir) + 1 :]
-                    name = "" if SKIPPED.search(inner) else f"llama.cpp/{inner}"
-                elif not name.startswith("llama_cpp/") and name != "LICENSE.md":
-                    name = ""
-                if name and member.isfile() and ".." not in name.split("/"):
-                    stream = archive.extractfile(member)
-                    files[name] = stream.read() if stream else b""
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ToolError(f"{sdist} cannot be unpacked: {error}") from error
+    files: Files = {}
+    if path.is_dir():
+        outer = "" if (path / subdir).is_dir() else f"{subdir}/"
+        for file in path.rglob("*"):
+            to = place(outer + file.relative_to(path).as_posix())
+            if to and file.is_file():
+                files[to] = file.read_bytes()
+    elif path.is_file():
+        try:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    to = place(member.name.partition("/")[2])
+                    stream = archive.extractfile(member) if to and member.isfile() else None
+                    if stream:
+                        files[to] = stream.read()
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise ToolError(f"{path} cannot be unpacked: {error}") from error
+    else:
+        raise ToolError(f"{path} does not exist")
+    if "llama.cpp/ggml/include/ggml.h" not in files:
+        raise ToolError(f"{path} holds neither {subdir} nor a llama.cpp tree")
     return files
 
 
+def ggml_version(files: Files) -> str:
+    """ggml's version, as its build rules say it."""
+    text = files.get("llama.cpp/ggml/CMakeLists.txt", b"").decode()
+    numbers = [re.search(rf"set\(GGML_VERSION_{part} +(\d+)\)", text) for part in ("MAJOR", "MINOR", "PATCH")]
+    return ".".join(match[1] for match in numbers if match) or "unknown"
+
+
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def verify(sdist: Path, pin: Pin) -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fetch the pinned upstream source, apply the patch series to it, check the series and re-export it.
 
-Needs only Python's standard library (no git, no patch): whoever can build the project can run this. The series edits
-files that exist upstream; new code belongs in native/. Applying is exact: context lines must match, but may have moved.
+fetch and apply, which a build calls, need Python's standard library alone. The other commands are for developers, and
+call git.
 
 Exit status: 0 done, 1 failure with one readable cause, 2 usage error.
 """
@@ -14,29 +14,22 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from patch import (
-    Outcome,
-    Patch,
-    ToolError,
-    apply_patch,
-    apply_series,
-    diff_hunks,
-    encode,
-    export_patch,
-    parse_patch,
-    read_text,
-    touched,
-)
-from release import DOWNLOADS, Pin, Upstream, fetch, obtain, read_pin, read_releases, say, sha256
+from patch import TREES, Files, Patch, ToolError, apply_patch, read_patch
+from release import DOWNLOADS, fetch, ggml_version, obtain, read_pin, read_releases, read_upstream, say, sha256
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "build" / "upstream"
 FORMAT = "1"  # of the work tree: part of the stamp's key
-HEADER_FIELDS = ("What:", "Why not in native/:", "Relies on:", "Tested by:")
+HOOK_FIELDS = ("What:", "Why not in native/:", "Relies on:", "Tested by:")
+FIX_FIELDS = ("What happens:", "To see it:", "Cause:", "Mend:", "Tested by:")
+COLUMNS = 120
 STAMP = ".tqgguf-stamp.json"
 
 
@@ -44,8 +37,27 @@ STAMP = ".tqgguf-stamp.json"
 
 
 def read_series(directory: Path) -> list[Patch]:
-    names = [line.strip() for line in (directory / "series").read_text(encoding="utf-8").splitlines()]
-    return [parse_patch(directory / name) for name in names if name and not name.startswith("#")]
+    """The patches of all series there are, in the order in which they are applied."""
+    return [
+        read_patch(directory, f"{folder}/{line}")
+        for folder in TREES
+        if (directory / folder / "series").is_file()
+        for line in (directory / folder / "series").read_text(encoding="utf-8").split("\n")
+        if line and not line.startswith("#")
+    ]
+
+
+def touched(series: Iterable[Patch]) -> list[str]:
+    return sorted({path for patch in series for path in patch.files})
+
+
+def stages_of(series: list[Patch], pristine: Files) -> list[Files]:
+    """The touched files before the first patch and after each."""
+    stages = [{path: pristine[path] for path in touched(series) if path in pristine}]
+    for patch in series:
+        stages.append(dict(stages[-1]))
+        apply_patch(patch, stages[-1])
+    return stages
 
 
 # ---- The work tree ----
@@ -53,10 +65,10 @@ def read_series(directory: Path) -> list[Patch]:
 
 def series_key(directory: Path, series: list[Patch]) -> str:
     """Changes with the pin and with every hunk, not with the patches' headers."""
-    pin = read_pin(directory / "upstream.toml")
+    pin = read_pin(directory)
     digest = hashlib.sha256(f"{FORMAT} {pin.sha256} {pin.subdir}".encode())
     for patch in series:
-        digest.update(encode(read_text(directory / patch.name)[len(patch.header) :]))
+        digest.update(patch.body)
     return digest.hexdigest()
 
 
@@ -79,41 +91,35 @@ def hand_edits(work: Path, stamp: dict[str, object]) -> list[str]:
     return [name for name, digest in files.items() if (work / name).is_file() and sha256(work / name) != digest]
 
 
-def require_applied(series: list[Patch], outcomes: list[Outcome]) -> None:
-    for outcome in outcomes:
-        if outcome.failures:
-            more = sum(len(o.failures) for o in outcomes) - 1
-            raise ToolError(outcome.failures[0] + (f" (and {more} more failures)" if more else ""))
+def refuse_edits(work: Path, stamp: dict[str, object]) -> None:
+    edited = hand_edits(work, stamp)
+    if edited:
+        names = ", ".join(edited[:3])
+        raise ToolError(f"{work} holds edits that are not in the series ({names}): run export first, or apply --force")
 
 
 def apply(directory: Path, work: Path, force: bool = False, stock: list[str] | None = None) -> bool:
     """Brings the work tree to upstream plus series; only files whose contents change are written. True if any was.
 
-    With stock, of the series only the patches whose names begin with one of its strings.
+    Args:
+        stock: of the series only the patches whose names begin with one of these; None: all.
     """
-    pin, series = read_pin(directory / "upstream.toml"), read_series(directory)
+    pin, series = read_pin(directory), read_series(directory)
     if stock is not None:
         series = [patch for patch in series if patch.name.startswith(tuple(stock))]
     key, stamp = series_key(directory, series), read_stamp(work)
     source = os.environ.get("TQGGUF_UPSTREAM", "")
     if stamp.get("key") == key and stamp.get("source") == source and not force and (work / "llama.cpp").is_dir():
         return False
-    edited = [] if force else hand_edits(work, stamp)
-    if edited:
-        names = ", ".join(edited[:3])
-        raise ToolError(f"{work} holds edits that are not in the series ({names}): run export first, or apply --force")
-    upstream = Upstream(fetch(pin, DOWNLOADS), pin.subdir)
-    stages, outcomes = apply_series(series, upstream.read(touched(series)))
-    require_applied(series, outcomes)
-    for patch, outcome in zip(series, outcomes, strict=True):
-        say(f"{patch.name}: {outcome.word}")
-    patched = {f"llama.cpp/{path}": encode(text) for path, text in stages[-1].items() if text is not None}
+    if not force:
+        refuse_edits(work, stamp)
+    files = read_upstream(fetch(pin, DOWNLOADS), pin.subdir)
+    for patch in series:
+        offset = apply_patch(patch, files)
+        say(f"{patch.name}: {f'offset {offset}' if offset else 'clean'}")
     (work / STAMP).unlink(missing_ok=True)
-    files: dict[str, str] = {}
     written = 0
-    for name, data in upstream.tree():
-        data = patched.get(name, data)
-        files[name] = hashlib.sha256(data).hexdigest()
+    for name, data in files.items():
         path = work / name
         if not path.is_file() or path.read_bytes() != data:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,62 +129,109 @@ def apply(directory: Path, work: Path, force: bool = False, stock: list[str] | N
     for name in old_files if isinstance(old_files, dict) else ():
         if name not in files:
             (work / name).unlink(missing_ok=True)
-    write_stamp(work, key, source, files)
+    write_stamp(work, key, source, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
     say(f"{written} files written to {work}")
     return written > 0
 
 
+# ---- git, for developers ----
+
+
+def git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs git in a folder that is no repository, without the user's settings: all users get the same output."""
+    ceiling = {"GIT_CEILING_DIRECTORIES": str(folder.parent), "GIT_CONFIG_GLOBAL": os.devnull}
+    env = {**os.environ, **ceiling, "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C"}
+    try:
+        return subprocess.run(["git", *arguments], cwd=folder, env=env, capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise ToolError("this command calls git, which is not installed") from error
+
+
+def write_files(folder: Path, files: Files) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def diff(patch: Patch, before: Files, after: Files) -> bytes:
+    """The text of a patch that makes after of before."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for side, files, others in (("a", before, after), ("b", after, before)):
+            changed = {path: data for path, data in files.items() if others.get(path) != data}
+            write_files(Path(scratch) / side, {path.partition("/")[2]: data for path, data in changed.items()})
+            (Path(scratch) / side).mkdir(exist_ok=True)
+        text = git(Path(scratch), "diff", "--no-index", "--no-prefix", "--patience", "a", "b").stdout
+    lines = text.splitlines(keepends=True)
+    return patch.header.encode() + b"".join(x for x in lines if not x.startswith((b"diff --git ", b"index ")))
+
+
+def merged(path: str, base: bytes, ours: bytes, theirs: bytes) -> bytes | None:
+    """Ours with the changes from base to theirs; None if both changed the same lines."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_files(Path(scratch), {"base": base, "ours": ours, "theirs": theirs})
+        done = git(Path(scratch), "merge-file", "-p", "ours", "base", "theirs")
+    return done.stdout if done.returncode == 0 else None
+
+
 def export(directory: Path, work: Path, into: str | None) -> list[str]:
     """Moves edits of the work tree into the series; returns the names of the patches that changed."""
-    pin, series = read_pin(directory / "upstream.toml"), read_series(directory)
-    stamp = read_stamp(work)
+    pin, series, stamp = read_pin(directory), read_series(directory), read_stamp(work)
     if stamp.get("key") != series_key(directory, series):
         raise ToolError(f"{work} is not this series applied: run apply first")
-    target = next((i for i, patch in enumerate(series) if into and patch.name.startswith(into)), None)
-    if into and target is None:
-        raise ToolError(f"no patch begins with {into}; there are {', '.join(p.name for p in series)}")
-    edited = [n.removeprefix("llama.cpp/") for n in hand_edits(work, stamp) if n.startswith("llama.cpp/")]
-    upstream = Upstream(fetch(pin, DOWNLOADS), pin.subdir)
-    stages, outcomes = apply_series(series, upstream.read({*touched(series), *edited}))
-    require_applied(series, outcomes)
+    named = [i for i, patch in enumerate(series) if into and patch.name.startswith(into)]
+    if into and len(named) != 1:
+        raise ToolError(f"{len(named)} patches begin with {into}; there are {', '.join(p.name for p in series)}")
+    edited = hand_edits(work, stamp)
+    pristine = read_upstream(fetch(pin, DOWNLOADS), pin.subdir)
+    stages = stages_of(series, pristine)
     for path in edited:
-        owners = [i for i, patch in enumerate(series) if path in patch.files]
-        if target is None and not owners:
+        owners = named or [i for i, patch in enumerate(series) if path in patch.files][-1:]
+        if not owners or series[owners[0]].tree != path.partition("/")[0]:
             raise ToolError(f"{path} is edited but in no patch: say which one it belongs to with --into")
-        owner = owners[-1] if target is None else target
-        edit = diff_hunks(path, stages[-1][path] or "", read_text(work / "llama.cpp" / path))
-        for k in range(owner + 1, len(stages)):
-            changed, outcome = apply_patch(Patch(series[owner].name, "", {path: edit}), {path: stages[k][path]})
-            if outcome.failures:
-                raise ToolError(
-                    f"{path}: this edit needs what a patch after {series[owner].name} adds: choose that one"
-                )
-            stages[k][path] = changed[path]
-    changed_names = []
+        last, new = stages[-1].get(path, pristine.get(path, b"")), (work / path).read_bytes()
+        for k, stage in enumerate(stages):
+            stage.setdefault(path, last)
+            if k > owners[0]:
+                text = merged(path, last, stage[path], new)
+                if text is None:
+                    raise ToolError(
+                        f"{path}: this edit needs what a patch after {series[owners[0]].name} adds: choose that one"
+                    )
+                stage[path] = text
+    changed = []
     for k, patch in enumerate(series):
-        text = encode(export_patch(patch, stages[k], stages[k + 1]))
+        text = diff(patch, stages[k], stages[k + 1])
         if (directory / patch.name).read_bytes() != text:
             (directory / patch.name).write_bytes(text)
-            changed_names.append(patch.name)
+            changed.append(patch.name)
     write_table(directory)
     files = stamp["files"]
     assert isinstance(files, dict)
-    files.update({f"llama.cpp/{path}": sha256(work / "llama.cpp" / path) for path in edited})
+    files.update({path: sha256(work / path) for path in edited})
     write_stamp(work, series_key(directory, read_series(directory)), str(stamp.get("source", "")), files)
-    return changed_names
+    return changed
 
 
 # ---- Checks ----
 
 
-def table(series: list[Patch], pin: Pin) -> str:
-    rows = ["| patch | files | added | removed |", "|---|---|---|---|"]
-    sums = [0, 0]
-    for patch in series:
-        added, removed = patch.lines_changed()
-        sums = [sums[0] + added, sums[1] + removed]
-        rows.append(f"| `{patch.name}` | {len(patch.files)} | {added} | {removed} |")
-    rows.append(f"| together, at most {pin.max_lines} | {len(touched(series))} | {sums[0]} | {sums[1]} |")
+def budget(directory: Path, folder: str) -> tuple[int, int]:
+    """The files and hunks that a series may have at most, as its first line says."""
+    match = re.match(r"# At most (\d+) files and (\d+) hunks\b", (directory / folder / "series").read_text("utf-8"))
+    if not match:
+        raise ToolError(f"{folder}/series does not begin with: # At most N files and N hunks")
+    return int(match[1]), int(match[2])
+
+
+def table(directory: Path, series: list[Patch]) -> str:
+    """What each patch takes, and each series together."""
+    rows = ["| patch | files | hunks | lines added | removed |", "|---|---|---|---|---|"]
+    for folder, tree in TREES.items():
+        mine = [patch for patch in series if patch.tree == tree]
+        for title, part in [*((f"`{p.name}`", [p]) for p in mine), (f"{folder}, together", mine)] if mine else ():
+            hunks = [hunk for patch in part for hunk in patch.hunks()]
+            lines = [sum(len(hunk.marked(mark)) for hunk in hunks) for mark in (b"+", b"-")]
+            rows.append(f"| {title} | {len(touched(part))} | {len(hunks)} | {lines[0]} | {lines[1]} |")
     return "\n".join(rows) + "\n"
 
 
@@ -192,36 +245,54 @@ def with_region(text: str, name: str, content: str) -> str:
 
 def readme_with_table(directory: Path) -> str:
     text = (directory / "README.md").read_text(encoding="utf-8")
-    return with_region(text, "table", table(read_series(directory), read_pin(directory / "upstream.toml")))
+    return with_region(text, "table", table(directory, read_series(directory)))
 
 
 def write_table(directory: Path) -> None:
     (directory / "README.md").write_text(readme_with_table(directory), encoding="utf-8")
 
 
-def check(directory: Path) -> list[str]:
-    """Everything that is wrong with the series, in words."""
-    pin, series = read_pin(directory / "upstream.toml"), read_series(directory)
-    source = fetch(pin, DOWNLOADS)
-    upstream = Upstream(source, pin.subdir)
-    stages, outcomes = apply_series(series, upstream.read(touched(series)))
-    wrong: list[str] = []
-    for k, (patch, outcome) in enumerate(zip(series, outcomes, strict=True)):
-        wrong += outcome.failures
-        if outcome.offsets:
-            wrong.append(f"{patch.name}: applies only with an offset ({outcome.word}): re-export it")
-        elif not outcome.failures:
-            exported = encode(export_patch(patch, stages[k], stages[k + 1]))
-            if exported != (directory / patch.name).read_bytes():
-                wrong.append(f"{patch.name}: re-export is not byte-equal")
-        wrong += [f"{patch.name}: its header lacks {name!r}" for name in HEADER_FIELDS if name not in patch.header]
-    stray = {path.name for path in directory.glob("*.patch")} - {patch.name for patch in series}
-    wrong += [f"{name}: not listed in series" for name in sorted(stray)]
-    lines = sum(sum(patch.lines_changed()) for patch in series)
-    if lines > pin.max_lines:
-        wrong.append(f"the series changes {lines} lines, its budget is {pin.max_lines}")
+def wrong_in(directory: Path, series: list[Patch]) -> list[str]:
+    """What is wrong with a series apart from whether it applies."""
+    wrong = []
+    for patch in series:
+        fields = FIX_FIELDS if "/fixes/" in patch.name else HOOK_FIELDS
+        wrong += [f"{patch.name}: its header lacks {name!r}" for name in fields if name not in patch.header]
+        for path, hunks in patch.files.items():
+            for hunk in hunks:  # where upstream has a long line, its successor may be long, too
+                n_long = [sum(len(line) > COLUMNS for line in hunk.marked(mark)) for mark in (b"-", b"+")]
+                if n_long[1] > n_long[0]:
+                    wrong.append(f"{patch.name}: {path}: {hunk.name} adds a line of more than {COLUMNS} columns")
+    for folder, tree in TREES.items():
+        mine = [patch for patch in series if patch.tree == tree]
+        if mine:
+            n_files, n_hunks = len(touched(mine)), sum(len(patch.hunks()) for patch in mine)
+            most = budget(directory, folder)
+            if n_files > most[0] or n_hunks > most[1]:
+                wrong.append(
+                    f"{folder}: its {n_files} files and {n_hunks} hunks exceed its budget of {most[0]} and {most[1]}"
+                )
+    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*.patch"))
+    stray = {*files} - {patch.name for patch in series}
+    wrong += [f"{name}: not listed in a series" for name in sorted(stray)]
     if (directory / "README.md").read_text(encoding="utf-8") != readme_with_table(directory):
         wrong.append("README.md: the table is out of date: run export")
+    return wrong
+
+
+def check(directory: Path) -> list[str]:
+    """Everything that is wrong with the series, in words."""
+    pin, series = read_pin(directory), read_series(directory)
+    source = fetch(pin, DOWNLOADS)
+    files, wrong = read_upstream(source, pin.subdir), []
+    for patch in series:
+        before = {path: files[path] for path in patch.files if path in files}
+        offset = apply_patch(patch, files)
+        if offset:
+            wrong.append(f"{patch.name}: applies only with an offset of {offset} lines: re-export it")
+        elif diff(patch, before, {path: files[path] for path in before}) != (directory / patch.name).read_bytes():
+            wrong.append(f"{patch.name}: re-export is not byte-equal")
+    wrong += wrong_in(directory, series)
     if not wrong:
         with tempfile.TemporaryDirectory() as scratch:
             os.environ["TQGGUF_UPSTREAM"] = str(source)
@@ -234,54 +305,102 @@ def check(directory: Path) -> list[str]:
 # ---- Other releases ----
 
 
-def report(directory: Path, names: list[str]) -> tuple[dict[str, list[Outcome]], list[str]]:
-    """What becomes of each patch on other releases, and every hunk that does not apply exactly, in words.
+@dataclass
+class Outcome:
+    """What became of one patch on another release."""
 
-    A name is a path of a tree or an sdist, or a version, which is downloaded; without names, all recorded versions.
+    n_hunks: int
+    offset: int = 0
+    remarks: list[str] = field(default_factory=list)
+    n_loose: int = 0  # hunks that fit with less context
+    n_failed: int = 0
+    rejects: bytes = b""  # those hunks
+
+    @property
+    def word(self) -> str:
+        if self.n_failed:
+            return f"FAIL {self.n_failed} of {self.n_hunks}"
+        if self.n_loose:
+            return f"context {self.n_loose} of {self.n_hunks}"
+        return f"offset {self.offset}" if self.offset else "clean"
+
+
+def apply_by_git(patch: Patch, files: Files) -> Outcome:
+    """Changes files by every hunk that fits anywhere with at least one line of context on either side."""
+    outcome = Outcome(len(patch.hunks()))
+    with tempfile.TemporaryDirectory() as scratch:
+        write_files(Path(scratch), {path: files[path] for path in patch.files if path in files})
+        for part in re.split(rb"^(?=--- a/)", patch.body, flags=re.MULTILINE)[1:]:
+            path = f"{patch.tree}/{part.splitlines()[0][6:].decode()}"
+            (Path(scratch) / "patch").write_bytes(part)
+            done = git(Path(scratch), "apply", "-C1", "--reject", f"--directory={patch.tree}", "patch")
+            said = done.stderr.decode("utf-8", "replace")
+            outcome.offset = max([outcome.offset, *(int(n) for n in re.findall(r"\(offset -?(\d+) lines?\)", said))])
+            outcome.n_loose += said.count("Context reduced to")
+            n_failed = said.count("Rejected hunk #") if path in files else len(patch.files[path])
+            outcome.n_failed += n_failed
+            outcome.remarks += [
+                f"{patch.name}: {path}: {line}"
+                for line in said.split("\n")
+                if re.match(r"Context reduced|Rejected|error: .*No such file", line)
+            ]
+            reject = Path(scratch) / f"{path}.rej"
+            if n_failed:
+                outcome.rejects += reject.read_bytes() if reject.is_file() else part
+            if path in files:
+                files[path] = (Path(scratch) / path).read_bytes()
+    return outcome
+
+
+def report(directory: Path, names: list[str]) -> tuple[dict[str, list[Outcome]], list[str]]:
+    """What becomes of each patch on other releases, and what git says of every hunk that does not fit exactly.
+
+    Args:
+        names: paths of trees or sdists, or versions, which are downloaded; none: all recorded versions.
     """
-    pin, series = read_pin(directory / "upstream.toml"), read_series(directory)
+    pin, series = read_pin(directory), read_series(directory)
     found: dict[str, list[Outcome]] = {}
     for name in names or [*read_releases(directory)]:
         path = Path(name)
-        upstream = Upstream(path if path.exists() else obtain(directory, pin, name), pin.subdir)
-        _, outcomes = apply_series(series, upstream.read(touched(series)), loosen=True)
-        found[f"{path.name if path.exists() else name}, ggml {upstream.ggml()}"] = outcomes
-    return found, [f"{name}: {text}" for name, outcomes in found.items() for o in outcomes for text in o.remarks()]
+        files = read_upstream(path if path.exists() else obtain(directory, pin, name), pin.subdir)
+        outcomes = [apply_by_git(patch, files) for patch in series]
+        found[f"{path.name if path.exists() else name}, ggml {ggml_version(files)}"] = outcomes
+    return found, [f"{name}: {text}" for name, outcomes in found.items() for o in outcomes for text in o.remarks]
 
 
 def report_table(series: list[Patch], found: dict[str, list[Outcome]]) -> str:
-    """Markdown: a row for each patch, a column for each release."""
+    """Markdown: a row for each patch, a column for each release, and what must be made anew in each."""
     rows = [f"| patch | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
     for k, patch in enumerate(series):
         rows.append(f"| `{patch.name}` | {' | '.join(outcomes[k].word for outcomes in found.values())} |")
+    sums = [(sum(o.n_failed for o in outcomes), sum(o.n_hunks for o in outcomes)) for outcomes in found.values()]
+    rows.append(f"| hunks to be made anew | {' | '.join(f'{failed} of {n}' for failed, n in sums)} |")
     return "\n".join(rows) + "\n"
 
 
 def move(directory: Path, work: Path, version: str, rejects: Path) -> list[Path]:
     """Rewrites pin and series for another release; returns files with the hunks that must be made anew by hand.
 
-    A hunk that fits with less context is taken where that is the only place. git holds what was.
+    A hunk that fits with less context is taken. git holds what was.
     """
-    pin, series = read_pin(directory / "upstream.toml"), read_series(directory)
-    edited = hand_edits(work, read_stamp(work))
-    if edited:
-        raise ToolError(f"{work} holds edits that are not in the series ({', '.join(edited[:3])}): run export first")
-    upstream = Upstream(path := obtain(directory, pin, version), pin.subdir)
-    stages, outcomes = apply_series(series, upstream.read(touched(series)), loosen=True)
-    left: list[Path] = []
-    for old in rejects.glob("*.patch") if rejects.is_dir() else ():
+    pin, series = read_pin(directory), read_series(directory)
+    refuse_edits(work, read_stamp(work))
+    path = obtain(directory, pin, version)
+    files = read_upstream(path, pin.subdir)
+    for old in rejects.rglob("*.patch") if rejects.is_dir() else ():
         old.unlink()
-    for k, (patch, outcome) in enumerate(zip(series, outcomes, strict=True)):
-        say(f"{patch.name}: {outcome.word}")
-        for remark in outcome.remarks():
-            say(f"  {remark}")
-        (directory / patch.name).write_bytes(encode(export_patch(patch, stages[k], stages[k + 1])))
-        if outcome.rejects:
-            rejects.mkdir(parents=True, exist_ok=True)
+    left: list[Path] = []
+    for patch in series:
+        before = dict(files)
+        outcome = apply_by_git(patch, files)
+        for text in (f"{patch.name}: {outcome.word}", *(f"  {remark}" for remark in outcome.remarks)):
+            say(text)
+        (directory / patch.name).write_bytes(diff(patch, before, files))
+        if outcome.n_failed:
             left.append(rejects / patch.name)
-            left[-1].write_bytes(encode("".join(hunk.text(file) for file, hunk in outcome.rejects)))
+            write_files(rejects, {patch.name: outcome.rejects})
     text = (directory / "upstream.toml").read_text(encoding="utf-8")
-    for name, value in (("version", version), ("sha256", sha256(path)), ("ggml", upstream.ggml())):
+    for name, value in (("version", version), ("sha256", sha256(path)), ("ggml", ggml_version(files))):
         text = re.sub(rf"^{name}\s*=.*$", f'{name} = "{value}"', text, flags=re.MULTILINE)
     (directory / "upstream.toml").write_text(text, encoding="utf-8")
     write_table(directory)
@@ -295,18 +414,18 @@ def move(directory: Path, work: Path, version: str, rejects: Path) -> list[Path]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tool.py", description="the pinned upstream and the patch series")
-    parser.add_argument("--patches", type=Path, default=HERE, help="directory of upstream.toml, series and the patches")
+    parser.add_argument("--patches", type=Path, default=HERE, help="directory of upstream.toml and the series")
     parser.add_argument("--work", type=Path, default=WORK, help="work tree (default: build/upstream)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("fetch", help="obtain and verify the pinned sdist, print its path")
     command = commands.add_parser("apply", help="bring the work tree to upstream plus series")
     command.add_argument("--force", action="store_true", help="overwrite edits made in the work tree")
     command.add_argument(
-        "--stock", nargs="*", metavar="NNNN", help="without the series, or these patches of it only, to compare with"
+        "--stock", nargs="*", metavar="NAME", help="without the series, or these patches of it only, to compare with"
     )
-    commands.add_parser("check", help="clean apply, idempotence, byte-equal re-export, headers, line budget, table")
+    commands.add_parser("check", help="clean apply, idempotence, byte-equal re-export, headers, budget, table")
     command = commands.add_parser("export", help="move edits made in the work tree into the series")
-    command.add_argument("--into", metavar="NNNN", help="the patch that takes them (default: the file's last)")
+    command.add_argument("--into", metavar="NAME", help="the patch that takes them (default: the file's last)")
     command = commands.add_parser("report", help="how the series fares on other releases")
     command.add_argument("upstream", nargs="*", help="versions, sdists, trees (default: all of releases.toml)")
     command.add_argument("--write", action="store_true", help="put the table of the recorded versions into README.md")
@@ -316,7 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = args.work.resolve()
     try:
         if args.command == "fetch":
-            print(fetch(read_pin(args.patches / "upstream.toml"), DOWNLOADS))
+            print(fetch(read_pin(args.patches), DOWNLOADS))
         elif args.command == "apply":
             if not apply(args.patches, work, args.force, args.stock):
                 say("the work tree is up to date")
@@ -341,13 +460,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(text, *remarks, sep="\n")
             return 0 if args.write or not remarks else 1
         elif args.command == "move":
-            left = move(args.patches, work, args.version, work.parent / "rejects")
-            for path in left:
-                say(f"to be made anew in {work / 'llama.cpp'}, then export --into {path.name[:4]}: {path}")
-    except ToolError as error:
-        say(f"error: {error}")
-        return 1
-    except OSError as error:
+            for path in move(args.patches, work, args.version, work.parent / "rejects"):
+                name = path.relative_to(work.parent / "rejects").as_posix()
+                say(f"to be made anew in {work}, then export --into {name}: {path}")
+    except (ToolError, OSError) as error:
         say(f"error: {error}")
         return 1
     return 0

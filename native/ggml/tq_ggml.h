@@ -1,9 +1,8 @@
 /* tq_ggml.h: what llama.cpp calls. The patches in patches/ include this header and call these functions and macros;
  * everything behind them is libtqgguf (native/include/tqgguf.h).
  *
- * tq_ggml_types.c becomes part of libggml-base and tq_ggml_cpu.c of libggml-cpu; functions of one are not visible to the
- * other. libllama, llama-bench and the tests use the inline functions only.
- */
+ * tq_ggml_types.c becomes a part of libggml-base, and tq_ggml_cpu.c of libggml-cpu, which calls libggml-base. libllama
+ * and the command-line tools include the headers beside this one, whose functions are in libggml-base, too. */
 #ifndef TQ_GGML_H
 #define TQ_GGML_H
 
@@ -26,20 +25,8 @@ struct ggml_compute_params;
 #define TQ_GGML_PQT4_BYTES 18
 
 /* The types of tqgguf are neighbours. */
-static inline bool tq_ggml_is_ours(enum ggml_type type) {
+static inline bool tq_ggml_is_pqo(enum ggml_type type) {
     return type >= GGML_TYPE_PQO3 && type <= GGML_TYPE_PQT4;
-}
-
-/* Whether llama.cpp may rotate K and V of this type by a Hadamard matrix before they are stored. Stock quantized types gain
- * from it. Our types rotate each block themselves, and a second Hadamard matrix would undo most of the first. */
-static inline bool tq_ggml_wants_rotation(enum ggml_type type) {
-    return ggml_is_quantized(type) && !tq_ggml_is_ours(type);
-}
-
-/* How many values of each head a context shift has to load, turn and store again. Upstream takes the n_rot values that RoPE
- * turns, which need not be whole blocks; RoPE itself leaves the values beyond n_rot alone. */
-static inline int64_t tq_ggml_shift_width(enum ggml_type type, int64_t n_rot) {
-    return tq_ggml_is_ours(type) ? GGML_PAD(n_rot, TQ_GGML_BLOCK) : n_rot;
 }
 
 /* ---- libggml-base: the rows of ggml's table of types, and two of its switches over types ---- */
@@ -62,28 +49,25 @@ void tq_ggml_from_float_pqo3(const float * x, void * blocks, int64_t n);
 void tq_ggml_from_float_pqo4(const float * x, void * blocks, int64_t n);
 void tq_ggml_from_float_pqt3(const float * x, void * blocks, int64_t n);
 void tq_ggml_from_float_pqt4(const float * x, void * blocks, int64_t n);
+/* Encodes and decodes n values. An error of libtqgguf, which ggml's own checks rule out, ends the process with its
+ * message. */
+void tq_ggml_encode(enum ggml_type type, const float * x, void * blocks, int64_t n);
+void tq_ggml_decode(enum ggml_type type, const void * blocks, float * x, int64_t n);
 /* Encodes n values and returns the number of bytes written. */
 size_t tq_ggml_quantize(enum ggml_type type, const float * x, void * blocks, int64_t n);
 /* False, with a line on stderr, if a block's scale is NaN or infinite: the encoder never writes that. */
 bool tq_ggml_validate(enum ggml_type type, const void * blocks, size_t n_blocks);
 
-/* Whether the bool at flag is set: a ggml_abort_callback that asks no interpreter. */
-bool tq_ggml_is_set(void * flag);
-
 /* ---- libggml-cpu: the rows of the CPU backend's table of types, and its operators ---- */
 
 #define TQ_GGML_TYPE_TRAITS_CPU(name)                                                                                  \
     {                                                                                                                  \
-        .from_float = tq_ggml_cpu_from_float_##name,                                                                   \
+        .from_float = tq_ggml_from_float_##name,                                                                       \
         .vec_dot = tq_ggml_cpu_vec_dot_##name,                                                                         \
         .vec_dot_type = GGML_TYPE_F32,                                                                                 \
         .nrows = 1,                                                                                                    \
     }
 
-void tq_ggml_cpu_from_float_pqo3(const float * x, void * blocks, int64_t n);
-void tq_ggml_cpu_from_float_pqo4(const float * x, void * blocks, int64_t n);
-void tq_ggml_cpu_from_float_pqt3(const float * x, void * blocks, int64_t n);
-void tq_ggml_cpu_from_float_pqt4(const float * x, void * blocks, int64_t n);
 /* s = <blocks, y>, y: f32 (n). The strides are unused: one row at a time (nrc = 1). */
 void tq_ggml_cpu_vec_dot_pqo3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by,
                               int nrc);
@@ -94,8 +78,8 @@ void tq_ggml_cpu_vec_dot_pqt3(int n, float * s, size_t bs, const void * blocks, 
 void tq_ggml_cpu_vec_dot_pqt4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by,
                               int nrc);
 
-/* Each operator is a pair: does it take this node, and compute it (called by every thread). Under use_ref upstream's own
- * loops run instead, over to_float, from_float and vec_dot above: test-backend-ops compares the two. */
+/* Each operator is a pair: does it take this node, and compute it (called by every thread). Under use_ref upstream's
+ * own loops run instead, over to_float, from_float and vec_dot above: test-backend-ops compares the two. */
 
 /* SET_ROWS from f32 or f16; split over threads by blocks, since a decode step stores a single row. */
 bool tq_ggml_set_rows_used(const struct ggml_tensor * dst);

@@ -1,6 +1,6 @@
-/* tq_ggml_abi.h: is the libtqgguf that a library of ggml meets at load the one it was compiled for? Included once in each
- * library that calls libtqgguf, whose constructor then asks before anything else can: by tq_ggml_types.c in libggml-base and
- * by tq_ggml_cpu.c in libggml-cpu. Python asks earlier (tqgguf/_native/library.py), and raises. */
+/* tq_ggml_abi.h: is the libtqgguf that a library of ggml meets at load the one it was compiled for? Included once in
+ * each library that calls libtqgguf, whose constructor then asks before anything else can: by tq_ggml_types.c in
+ * libggml-base and by tq_ggml_cpu.c in libggml-cpu. Python asks earlier (tqgguf/_native/library.py), and raises. */
 #ifndef TQ_GGML_ABI_H
 #define TQ_GGML_ABI_H
 

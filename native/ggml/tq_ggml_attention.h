@@ -1,5 +1,5 @@
-/* tq_ggml_attention.h: a FLASH_ATTN_EXT node as the arguments of libtqgguf's attention, on the CPU and on CUDA. C only; included
- * by tq_ggml_cpu.c and tq_ggml_cuda.c. */
+/* tq_ggml_attention.h: a FLASH_ATTN_EXT node as the arguments of libtqgguf's attention, on the CPU and on CUDA. C only;
+ * included by tq_ggml_cpu.c and tq_ggml_cuda.c. */
 #ifndef TQ_GGML_ATTENTION_H
 #define TQ_GGML_ATTENTION_H
 
@@ -8,13 +8,14 @@
 #include "ggml-impl.h"
 #include "tqgguf.h"
 
-/* The tail of a view of the cache, (head_dim, n_kv, n_head_kv, n_stream): the view may begin at a later stream or value of a row. */
+/* The tail of a view of the cache, (head_dim, n_kv, n_head_kv, n_stream): the view may begin at a later stream or value
+ * of a row. */
 static inline struct tq_attn_tail tq_ggml_tail_of(const struct ggml_tensor * t, const struct ggml_tensor * rows,
                                                   const struct ggml_tensor * owner) {
     const struct ggml_tensor * cache = t->view_src;
     const int64_t stream = (int64_t) (t->view_offs / cache->nb[2]);
     const int64_t block = (int64_t) (t->view_offs % cache->nb[2] / cache->nb[0]);
-    const int64_t first = MIN(TQ_GGML_TAIL_FIRST, cache->ne[1]);
+    const int64_t first = tq_ggml_tail_n_first(cache);
 
     GGML_ASSERT(t->view_offs % cache->nb[2] < cache->nb[1] && t->nb[1] == cache->nb[1] && t->nb[2] % cache->nb[0] == 0);
     GGML_ASSERT(t->ne[3] == 1 || t->nb[3] == cache->nb[2]);
@@ -43,7 +44,7 @@ static inline struct tq_attn_operand tq_ggml_operand(const struct ggml_tensor * 
         .stride_head = t->nb[2],
         .stride_stream = t->nb[3],
     };
-    if (!tq_ggml_is_ours(t->type) && t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) {
+    if (!tq_ggml_is_pqo(t->type) && t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) {
         o.decoder = ggml_get_type_traits(t->type)->to_float;
         GGML_ASSERT(o.decoder && "flash attention: a K or V type without to_float");
     }

@@ -16,24 +16,9 @@ static_assert(GGML_MAX_DIMS == 4, "the loops below know four dimensions");
 /* Blocks converted at once through a buffer on the stack. */
 #define TQ_RUN 16
 
-static void encode(enum ggml_type type, const float * x, void * blocks, int64_t n) {
-    if (tq_encode((int) type, TQ_MODE_SEARCH, x, n, blocks) != TQ_OK) {
-        GGML_ABORT("%s", tq_last_error());
-    }
-}
-
-static void decode(enum ggml_type type, const void * blocks, float * x, int64_t n) {
-    if (tq_decode((int) type, TQ_MODE_SEARCH, blocks, n, x) != TQ_OK) {
-        GGML_ABORT("%s", tq_last_error());
-    }
-}
-
 /* ---- Rows ---- */
 
-#define ROW_FUNCTIONS(name, type)                                                                                      \
-    void tq_ggml_cpu_from_float_##name(const float * x, void * blocks, int64_t n) {                                    \
-        encode(type, x, blocks, n);                                                                                    \
-    }                                                                                                                  \
+#define VEC_DOT(name, type)                                                                                            \
     void tq_ggml_cpu_vec_dot_##name(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y,       \
                                     size_t by, int nrc) {                                                              \
         GGML_ASSERT(nrc == 1 && n % TQ_GGML_BLOCK == 0);                                                               \
@@ -43,10 +28,10 @@ static void decode(enum ggml_type type, const void * blocks, float * x, int64_t 
         *s = tq_dot((int) type, TQ_MODE_SEARCH, blocks, (const float *) y, n);                                         \
     }
 
-ROW_FUNCTIONS(pqo3, GGML_TYPE_PQO3)
-ROW_FUNCTIONS(pqo4, GGML_TYPE_PQO4)
-ROW_FUNCTIONS(pqt3, GGML_TYPE_PQT3)
-ROW_FUNCTIONS(pqt4, GGML_TYPE_PQT4)
+VEC_DOT(pqo3, GGML_TYPE_PQO3)
+VEC_DOT(pqo4, GGML_TYPE_PQO4)
+VEC_DOT(pqt3, GGML_TYPE_PQT3)
+VEC_DOT(pqt4, GGML_TYPE_PQT4)
 
 /* ---- Tensors as a sequence of blocks ---- */
 
@@ -60,7 +45,8 @@ static void share(const struct ggml_compute_params * params, int64_t n, int64_t 
     *end = n * (params->ith + 1) / params->nth;
 }
 
-/* Address of the element with flat index i, in ggml's order of dimensions. For a type of ours i must be a block's first. */
+/* Address of the element with flat index i, in ggml's order of dimensions. For a type of ours i must be a block's
+ * first. */
 static char * element(const struct ggml_tensor * t, int64_t i) {
     const int64_t i0 = i % t->ne[0];
     const int64_t i1 = i / t->ne[0] % t->ne[1];
@@ -93,7 +79,7 @@ static void load(const struct ggml_tensor * t, int64_t i, int64_t n, float * x) 
                 ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) from, x + done, m);
                 break;
             default:
-                decode(t->type, from, x + done, m);
+                tq_ggml_decode(t->type, from, x + done, m);
                 break;
         }
         done += m;
@@ -115,7 +101,7 @@ static void store(const struct ggml_tensor * t, int64_t i, int64_t n, const floa
                 ggml_cpu_fp32_to_bf16(x + done, (ggml_bf16_t *) to, m);
                 break;
             default:
-                encode(t->type, x + done, to, m);
+                tq_ggml_encode(t->type, x + done, to, m);
                 break;
         }
         done += m;
@@ -125,7 +111,7 @@ static void store(const struct ggml_tensor * t, int64_t i, int64_t n, const floa
 /* ---- SET_ROWS ---- */
 
 bool tq_ggml_set_rows_used(const struct ggml_tensor * dst) {
-    return tq_ggml_is_ours(dst->type);
+    return tq_ggml_is_pqo(dst->type);
 }
 
 static int64_t row_number(const struct ggml_tensor * idx, int64_t i1, int64_t i2, int64_t i3) {
@@ -134,8 +120,8 @@ static int64_t row_number(const struct ggml_tensor * idx, int64_t i1, int64_t i2
     return idx->type == GGML_TYPE_I64 ? *(const int64_t *) at : *(const int32_t *) at;
 }
 
-/* Writes the same rows into the tail that dst has, and makes them its owners. A row of the tail belongs to one thread, which goes
- * through its tokens in their order: the last one stays. */
+/* Writes the same rows into the tail that dst has, and makes them its owners. A row of the tail belongs to one thread,
+ * which goes through its tokens in their order: the last one stays. */
 static void set_tail(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * src = dst->src[0];
     const struct ggml_tensor * idx = dst->src[1];
@@ -176,7 +162,8 @@ static void set_tail(const struct ggml_compute_params * params, struct ggml_tens
     }
 }
 
-/* src0: (n_values, n_rows, ne2, ne3) values, src1: (n_rows, ne2 / r2, ne3 / r3) row numbers in dst; src3, src4: see tq_ggml_tail.h */
+/* src0: (n_values, n_rows, ne2, ne3) values, src1: (n_rows, ne2 / r2, ne3 / r3) row numbers in dst; src3, src4: see
+ * tq_ggml_tail.h */
 void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * src = dst->src[0];
     const struct ggml_tensor * idx = dst->src[1];
@@ -209,11 +196,11 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
 
         int64_t run = MIN(end - b, n_blocks - i0);
         if (src->type == GGML_TYPE_F32) {
-            encode(dst->type, (const float *) from + i0 * TQ_GGML_BLOCK, to, run * TQ_GGML_BLOCK);
+            tq_ggml_encode(dst->type, (const float *) from + i0 * TQ_GGML_BLOCK, to, run * TQ_GGML_BLOCK);
         } else {
             run = MIN(run, TQ_RUN);
             ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) from + i0 * TQ_GGML_BLOCK, x, run * TQ_GGML_BLOCK);
-            encode(dst->type, x, to, run * TQ_GGML_BLOCK);
+            tq_ggml_encode(dst->type, x, to, run * TQ_GGML_BLOCK);
         }
         b += run;
     }
@@ -227,8 +214,8 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
 bool tq_ggml_dup_used(const struct ggml_tensor * dst) {
     const enum ggml_type from = dst->src[0]->type;
     const enum ggml_type to = dst->type;
-    return from != to && (tq_ggml_is_ours(from) || tq_ggml_is_ours(to)) && (tq_ggml_is_ours(from) || is_float(from)) &&
-           (tq_ggml_is_ours(to) || is_float(to));
+    return from != to && (tq_ggml_is_pqo(from) || tq_ggml_is_pqo(to)) && (tq_ggml_is_pqo(from) || is_float(from)) &&
+           (tq_ggml_is_pqo(to) || is_float(to));
 }
 
 void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
@@ -252,7 +239,7 @@ void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor *
 /* ---- FLASH_ATTN_EXT ---- */
 
 bool tq_ggml_flash_attn_ext_used(const struct ggml_tensor * dst) {
-    return tq_ggml_is_ours(dst->src[1]->type) || tq_ggml_is_ours(dst->src[2]->type);
+    return tq_ggml_is_pqo(dst->src[1]->type) || tq_ggml_is_pqo(dst->src[2]->type);
 }
 
 size_t tq_ggml_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_tasks) {

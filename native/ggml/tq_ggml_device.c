@@ -7,7 +7,7 @@ static _Thread_local char message[512];
 
 /* The device that a tensor of ours lies on; NULL if it is of another type, has no memory, or the CPU can reach it. */
 static ggml_backend_dev_t device_of(const struct ggml_tensor * t) {
-    if (!tq_ggml_is_ours(t->type) || !t->buffer || ggml_backend_buffer_is_host(t->buffer)) {
+    if (!tq_ggml_is_pqo(t->type) || !t->buffer || ggml_backend_buffer_is_host(t->buffer)) {
         return NULL;
     }
     return ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));

@@ -5,6 +5,7 @@
 
 static _Thread_local const struct tq_ggml_layer_policy * policy;
 static _Thread_local int32_t n_policy;
+static _Thread_local bool rotation_forbidden;
 
 void tq_ggml_policy_set(const struct tq_ggml_layer_policy * layers, int32_t n_layer) {
     policy = layers;
@@ -25,26 +26,35 @@ enum ggml_type tq_ggml_policy_type_v(enum ggml_type type, uint32_t il) {
     return layer ? (enum ggml_type) layer->type_v : type;
 }
 
-bool tq_ggml_policy_rotates_k(enum ggml_type type) {
-    bool gains = n_policy == 0 && tq_ggml_wants_rotation(type);
+void tq_ggml_policy_set_rotation(bool allowed) {
+    rotation_forbidden = !allowed;
+}
+
+/* Stock quantized types gain from the rotation. The types of tqgguf rotate each block themselves, and a second Hadamard
+ * matrix would undo most of the first. */
+static bool gains(enum ggml_type type) {
+    return ggml_is_quantized(type) && !tq_ggml_is_pqo(type);
+}
+
+/* type: of every layer, where there is no policy */
+static bool rotates(enum ggml_type type, bool is_k) {
+    bool any = n_policy == 0 && gains(type);
     for (int32_t il = 0; il < n_policy; il++) {
-        if (tq_ggml_is_ours((enum ggml_type) policy[il].type_k) || policy[il].k_mean) {
+        const enum ggml_type of_il = (enum ggml_type)(is_k ? policy[il].type_k : policy[il].type_v);
+        if (tq_ggml_is_pqo(of_il) || (is_k && policy[il].k_mean)) {
             return false;
         }
-        gains |= tq_ggml_wants_rotation((enum ggml_type) policy[il].type_k);
+        any |= gains(of_il);
     }
-    return gains;
+    return any && !rotation_forbidden;
+}
+
+bool tq_ggml_policy_rotates_k(enum ggml_type type) {
+    return rotates(type, true);
 }
 
 bool tq_ggml_policy_rotates_v(enum ggml_type type) {
-    bool gains = n_policy == 0 && tq_ggml_wants_rotation(type);
-    for (int32_t il = 0; il < n_policy; il++) {
-        if (tq_ggml_is_ours((enum ggml_type) policy[il].type_v)) {
-            return false;
-        }
-        gains |= tq_ggml_wants_rotation((enum ggml_type) policy[il].type_v);
-    }
-    return gains;
+    return rotates(type, false);
 }
 
 struct ggml_tensor * tq_ggml_policy_new_k_mean(struct ggml_context * ctx, uint32_t il, int64_t n) {

@@ -1,9 +1,9 @@
 /* tq_ggml_rpc.h: connections to workers (llama.cpp's RPC backend): which protocol they must speak, and which were lost.
  *
- * Upstream's client ends the process when a worker goes away. Patched, it notes the loss here, answers itself from then on, with
- * zeros, and its graphs fail. Whoever computes asks for the count of losses before it believes a result: the loss shows only
- * when the results are fetched. A connection that was lost stays lost; a model that is loaded after that gets a new one.
- * In libggml-rpc; any thread. */
+ * Upstream's client ends the process when a worker goes away. Patched, it notes the loss here, answers itself from then
+ * on, with zeros, and its graphs fail. Whoever computes asks for the count of losses before it believes a result: the
+ * loss shows only when the results are fetched. A connection that was lost stays lost; a model that is loaded after
+ * that gets a new one. In libggml-rpc; any thread. */
 #ifndef TQ_GGML_RPC_H
 #define TQ_GGML_RPC_H
 
@@ -14,19 +14,14 @@
 extern "C" {
 #endif
 
-/* What a worker must know of the graphs that use our types: the types, the tail's sources of SET_ROWS and FLASH_ATTN_EXT. To be
- * raised when that changes. A worker sends it in the fourth byte of its greeting, where upstream's workers send 0. */
+/* What a worker must know of the graphs that use our types: the types, the tail's sources of SET_ROWS and
+ * FLASH_ATTN_EXT. To be raised when that changes. A worker sends it in the fourth byte of its greeting, where
+ * upstream's workers send 0. */
 #define TQ_GGML_RPC_VERSION 1
 
 /* In the place of answers that a lost worker owes, where zero would be a division by it or an assertion. */
 #define TQ_GGML_RPC_NOWHERE 4096
 #define TQ_GGML_RPC_ALIGNMENT 128
-
-#ifdef __linux__
-#    define TQ_GGML_RPC_SEND_FLAGS MSG_NOSIGNAL /* a worker that is gone is an error, not a SIGPIPE */
-#else
-#    define TQ_GGML_RPC_SEND_FLAGS 0 /* macOS: tq_ggml_rpc_watch sets SO_NOSIGPIPE */
-#endif
 
 #if defined(_WIN32)
 #    define TQ_GGML_RPC_API __declspec(dllexport)
@@ -40,44 +35,26 @@ void tq_ggml_rpc_connected(const char * endpoint);
 void tq_ggml_rpc_lost(const char * endpoint);
 void tq_ggml_rpc_closed(const char * endpoint, bool lost);
 
-/* A peer whose machine went away without a word is noticed within TQ_GGML_RPC_SILENCE seconds, on either side: otherwise the
- * client would wait for hours, and the worker, which serves one client at a time, would be lost to all others. */
+/* A peer whose machine went away without a word is noticed within TQ_GGML_RPC_SILENCE seconds, on either side:
+ * otherwise the client would wait for hours, and the worker, which serves one client at a time, would be lost to all
+ * others. */
 #define TQ_GGML_RPC_SILENCE 25
 void tq_ggml_rpc_watch(intptr_t socket);
 
 /* ---- For Python ---- */
 
-/* The protocol this build speaks: upstream's major, minor and patch, and TQ_GGML_RPC_VERSION, one byte each, the first on top. */
+/* cffi: begin */
+
+/* The protocol this build speaks: upstream's major, minor and patch, and TQ_GGML_RPC_VERSION, one byte each, the first
+ * on top. */
 TQ_GGML_RPC_API uint32_t tq_ggml_rpc_protocol(void);
 /* Connections of this process to an endpoint ("host:port"): lost since its start, and alive now. */
 TQ_GGML_RPC_API int32_t tq_ggml_rpc_n_lost(const char * endpoint);
 TQ_GGML_RPC_API int32_t tq_ggml_rpc_n_alive(const char * endpoint);
 
+/* cffi: end */
+
 #ifdef __cplusplus
-}
-
-/* ---- For the worker ---- */
-
-#    include <algorithm>
-#    include <cstddef>
-#    include <new>
-#    include <vector>
-
-/* Receives a message of n_bytes, a number that the client only says: memory is taken as the bytes come. Upstream takes all of it
- * at once, and zeroes it, so that eight bytes of a client that means no more could have the system kill the worker. False if
- * the connection ends before; std::bad_alloc if there is no such size. */
-template <class Socket> bool tq_ggml_rpc_receive(Socket & socket, std::vector<uint8_t> & message, uint64_t n_bytes) {
-    if (n_bytes > message.max_size()) {
-        throw std::bad_alloc();
-    }
-    message.reserve(n_bytes);  // addresses; a page becomes memory when it is written to
-    for (size_t begin = 0; begin < n_bytes; begin = message.size()) {
-        message.resize(std::min<uint64_t>(n_bytes, begin + (1 << 20)));
-        if (!socket.recv_data(message.data() + begin, message.size() - begin)) {
-            return false;
-        }
-    }
-    return true;
 }
 #endif
 

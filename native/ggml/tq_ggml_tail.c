@@ -17,11 +17,11 @@ int32_t tq_ggml_tail_get(void) {
 }
 
 void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t) {
-    if (!t || !tq_ggml_is_ours(t->type) || recent == 0) {
+    if (!t || !tq_ggml_is_pqo(t->type) || recent == 0) {
         return;
     }
     const int64_t n_recent = recent < t->ne[1] ? recent : t->ne[1];
-    const int64_t n_row = n_recent + (TQ_GGML_TAIL_FIRST < t->ne[1] ? TQ_GGML_TAIL_FIRST : t->ne[1]);
+    const int64_t n_row = n_recent + tq_ggml_tail_n_first(t);
     t->src[0] = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, t->ne[0], n_row, t->ne[2]);
     t->src[1] = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_row, t->ne[2]);
     ggml_format_name(t->src[0], "%s_tail", ggml_get_name(t));
@@ -34,7 +34,7 @@ void tq_ggml_tail_disown(struct ggml_tensor * t, int64_t stream, const uint32_t 
     }
     struct ggml_tensor * tensor = t->src[1];
     const size_t start = (size_t) stream * tensor->nb[1];
-    const int64_t n_first = TQ_GGML_TAIL_FIRST < t->ne[1] ? TQ_GGML_TAIL_FIRST : t->ne[1];
+    const int64_t n_first = tq_ggml_tail_n_first(t);
     const int64_t n_recent = tensor->ne[0] - n_first;
     int32_t * owner = malloc(tensor->nb[1]);
     GGML_ASSERT(owner && "no memory for the owners of a tail");

@@ -1,9 +1,9 @@
 /* tq_ggml_tail.h: the precise tail of a KV cache: rows of f16 for the tokens written last, beside the blocks of ours.
  *
- * A tensor of the cache, K or V of a layer, gets two companions in the same buffer: rows (n_embd_gqa, n_row, n_stream) f16 and
- * owner (n_row, n_stream) i32, as tq_attn_tail in tqgguf.h describes them. The cache's tensor is a leaf, so its sources are free:
- * it points to them with src[0] and src[1], and every view of it knows them through view_src. SET_ROWS takes them as src[3] and
- * src[4], FLASH_ATTN_EXT as src[5] to src[8] (rows and owner of K, then of V).
+ * A tensor of the cache, K or V of a layer, gets two companions in the same buffer: rows (n_embd_gqa, n_row, n_stream)
+ * f16 and owner (n_row, n_stream) i32, as tq_attn_tail in tqgguf.h describes them. The cache's tensor is a leaf, so its
+ * sources are free: it points to them with src[0] and src[1], and every view of it knows them through view_src.
+ * SET_ROWS takes them as src[3] and src[4], FLASH_ATTN_EXT as src[5] to src[8] (rows and owner of K, then of V).
  *
  * A cell that is restored, copied or shifted owns nothing until it is written again: disown. In libggml-base. */
 #ifndef TQ_GGML_TAIL_H
@@ -11,26 +11,42 @@
 
 #include "tq_ggml.h"
 
+#include <assert.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-#define TQ_GGML_TAIL_FIRST                                                                                             \
-    4 /* cells at the beginning of a stream that keep a row each: where attention sinks are, as a rule */
+/* Cells at the beginning of a stream that keep a row each: where attention sinks are, as a rule. */
+#define TQ_GGML_TAIL_FIRST 4
+
+static_assert(GGML_MAX_SRC >= 9, "FLASH_ATTN_EXT takes the tails of K and V in src[5] to src[8]");
+
+/* cffi: begin */
 
 /* How many recent tokens the KV caches that this thread makes from now on keep in f16; 0: none, and no first ones. */
 void tq_ggml_tail_set(int32_t n_recent);
 int32_t tq_ggml_tail_get(void);
 
-/* Gives a cache tensor (n_embd_gqa, kv_size, n_stream) of ours its companions in ctx, if this thread wants a tail; t may be NULL. */
+/* cffi: end */
+
+/* Gives a cache tensor (n_embd_gqa, kv_size, n_stream) of ours its companions in ctx, if this thread wants a tail; t
+ * may be NULL. */
 void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t);
 
-/* These cells of a stream own no rows any more, or none of its cells does. t: a cache tensor or NULL; cells: (n_cells). */
+/* These cells of a stream own no rows any more, or none of its cells does. t: a cache tensor or NULL; cells: (n_cells).
+ * */
 void tq_ggml_tail_disown(struct ggml_tensor * t, int64_t stream, const uint32_t * cells, size_t n_cells);
 void tq_ggml_tail_disown_stream(struct ggml_tensor * t, int64_t stream);
 
 static inline struct ggml_tensor * tq_ggml_tail_rows(const struct ggml_tensor * t) {
-    return t && t->op == GGML_OP_NONE && tq_ggml_is_ours(t->type) ? t->src[0] : NULL;
+    return t && t->op == GGML_OP_NONE && tq_ggml_is_pqo(t->type) ? t->src[0] : NULL;
+}
+
+/* Rows of the tail that belong to the first cells of a stream of a cache tensor; the others are for the newest cells.
+ * */
+static inline int64_t tq_ggml_tail_n_first(const struct ggml_tensor * t) {
+    return TQ_GGML_TAIL_FIRST < t->ne[1] ? TQ_GGML_TAIL_FIRST : t->ne[1];
 }
 
 /* Bytes of a cache tensor's companions; t may be NULL. */
@@ -38,11 +54,18 @@ static inline size_t tq_ggml_tail_bytes(const struct ggml_tensor * t) {
     return tq_ggml_tail_rows(t) ? ggml_nbytes(t->src[0]) + ggml_nbytes(t->src[1]) : 0;
 }
 
+/* Sets one source of a node. Upstream must not use it: a release that does is noticed here, and not by wrong numbers.
+ * */
+static inline void tq_ggml_set_src(struct ggml_tensor * node, int i, struct ggml_tensor * src) {
+    GGML_ASSERT(!node->src[i] && "llama.cpp uses a source of this node that tqgguf takes for the tail");
+    node->src[i] = src;
+}
+
 /* Makes a node that writes into, or reads, a view of the cache take its tail along; both return the node. */
 static inline struct ggml_tensor * tq_ggml_tail_set_rows(struct ggml_tensor * node) {
     if (tq_ggml_tail_rows(node->view_src)) {
-        node->src[3] = node->view_src->src[0];
-        node->src[4] = node->view_src->src[1];
+        tq_ggml_set_src(node, 3, node->view_src->src[0]);
+        tq_ggml_set_src(node, 4, node->view_src->src[1]);
     }
     return node;
 }
@@ -51,8 +74,8 @@ static inline struct ggml_tensor * tq_ggml_tail_flash_attn(struct ggml_tensor * 
     for (int i = 0; i < 2; i++) {
         const struct ggml_tensor * cache = node->src[1 + i]->view_src;
         if (tq_ggml_tail_rows(cache)) {
-            node->src[5 + 2 * i] = cache->src[0];
-            node->src[6 + 2 * i] = cache->src[1];
+            tq_ggml_set_src(node, 5 + 2 * i, cache->src[0]);
+            tq_ggml_set_src(node, 6 + 2 * i, cache->src[1]);
         }
     }
     return node;

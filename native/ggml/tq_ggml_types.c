@@ -18,13 +18,13 @@ static_assert((int) GGML_TYPE_PQT3 == (int) TQ_TYPE_PQT3, "type number of pqt3 d
 static_assert((int) GGML_TYPE_PQT4 == (int) TQ_TYPE_PQT4, "type number of pqt4 differs");
 static_assert(TQ_GGML_BLOCK == TQ_BLOCK, "block length differs");
 
-static void encode(enum ggml_type type, const float * x, void * blocks, int64_t n) {
+void tq_ggml_encode(enum ggml_type type, const float * x, void * blocks, int64_t n) {
     if (tq_encode((int) type, TQ_MODE_SEARCH, x, n, blocks) != TQ_OK) {
         GGML_ABORT("%s", tq_last_error());
     }
 }
 
-static void decode(enum ggml_type type, const void * blocks, float * x, int64_t n) {
+void tq_ggml_decode(enum ggml_type type, const void * blocks, float * x, int64_t n) {
     if (tq_decode((int) type, TQ_MODE_SEARCH, blocks, n, x) != TQ_OK) {
         GGML_ABORT("%s", tq_last_error());
     }
@@ -32,10 +32,10 @@ static void decode(enum ggml_type type, const void * blocks, float * x, int64_t 
 
 #define ROW_FUNCTIONS(name, type)                                                                                      \
     void tq_ggml_to_float_##name(const void * blocks, float * x, int64_t n) {                                          \
-        decode(type, blocks, x, n);                                                                                    \
+        tq_ggml_decode(type, blocks, x, n);                                                                            \
     }                                                                                                                  \
     void tq_ggml_from_float_##name(const float * x, void * blocks, int64_t n) {                                        \
-        encode(type, x, blocks, n);                                                                                    \
+        tq_ggml_encode(type, x, blocks, n);                                                                            \
     }
 
 ROW_FUNCTIONS(pqo3, GGML_TYPE_PQO3)
@@ -44,7 +44,7 @@ ROW_FUNCTIONS(pqt3, GGML_TYPE_PQT3)
 ROW_FUNCTIONS(pqt4, GGML_TYPE_PQT4)
 
 size_t tq_ggml_quantize(enum ggml_type type, const float * x, void * blocks, int64_t n) {
-    encode(type, x, blocks, n);
+    tq_ggml_encode(type, x, blocks, n);
     return tq_row_bytes((int) type, n);
 }
 
@@ -61,8 +61,4 @@ bool tq_ggml_validate(enum ggml_type type, const void * blocks, size_t n_blocks)
         }
     }
     return true;
-}
-
-bool tq_ggml_is_set(void * flag) {
-    return *(const volatile bool *) flag;
 }

@@ -13,6 +13,11 @@ typedef enum {
     TQI_SIGNS_LAST   /* y = s . (H x): turboquant-rs's order */
 } tqi_sign_order;
 
+/* The order of the inverse transform. */
+static inline tqi_sign_order tqi_inverse_of(tqi_sign_order order) {
+    return order == TQI_SIGNS_FIRST ? TQI_SIGNS_LAST : TQI_SIGNS_FIRST;
+}
+
 typedef struct {
     int type;
     int mode;
@@ -33,7 +38,7 @@ typedef struct {
 
 extern const float tqi_signs[TQ_BLOCK];
 
-/* The codec of a pair, or NULL if the type is none of ours or does not have the mode. Thread-safe. */
+/* The codec of a type and a mode; NULL if the type is not of tqgguf or does not have that mode. Thread-safe. */
 const tqi_codec * tqi_codec_get(int type, int mode);
 
 #endif

@@ -1,6 +1,7 @@
-/* attention.c: attention over arbitrary blocks, shapes, strides, masks (NaN and infinities too), sinks and tails with arbitrary
- * owners, with several threads one after another. Nothing outside the arrays is touched; where nothing that goes in is NaN or
- * infinite the output is attention over the decoded values, in double, within what the scores' tolerance allows. */
+/* attention.c: attention over arbitrary blocks, shapes, strides, masks (NaN and infinities too), sinks and tails with
+ * arbitrary owners, with several threads one after another. Nothing outside the arrays is touched; where nothing that
+ * goes in is NaN or infinite the output is attention over the decoded values, in double, within what the scores'
+ * tolerance allows. */
 #include "fuzz.h"
 
 #define MAX_KV 330           /* keys are cut for several threads above 256 */
@@ -62,10 +63,10 @@ static side make_side(bytes * in, uint32_t * state, int64_t head_dim, int64_t n_
     memset(&s, 0, sizeof s);
     const int pick = take(in), wild = take_below(in, 2), gap = take_below(in, 3);
     const int n_type = head_dim % TQ_BLOCK == 0 ? 6 : 2;
-    const int type = types[pick % n_type + 6 - n_type], ours = type >= TQ_TYPE_PQO3;
+    const int type = types[pick % n_type + 6 - n_type], is_pqo = type >= TQ_TYPE_PQO3;
     const int mode = type == TQ_TYPE_PQO3 || type == TQ_TYPE_PQO4 ? pick / 6 % 3 : TQ_MODE_SEARCH;
     const double outer = outermost(type, mode);
-    const size_t row = tq_row_bytes(type, head_dim), step = row + (size_t) gap * (ours ? 1 : 4);
+    const size_t row = tq_row_bytes(type, head_dim), step = row + (size_t) gap * (is_pqo ? 1 : 4);
     s.x = (tq_attn_operand) { .type = type,
                               .mode = mode,
                               .head_dim = head_dim,
@@ -95,14 +96,14 @@ static side make_side(bytes * in, uint32_t * state, int64_t head_dim, int64_t n_
                 memcpy(at + i, &f, 4);
             }
         }
-        for (size_t b = 0; !wild && ours && b < row; b += tq_row_bytes(type, TQ_BLOCK)) {
+        for (size_t b = 0; !wild && is_pqo && b < row; b += tq_row_bytes(type, TQ_BLOCK)) {
             at[b + 1] = (uint8_t) (0x38u + (at[b + 1] & 0x83u));
         }
         s.reach[r] = 0.0;
-        for (size_t b = 0; ours && b < row; b += tq_row_bytes(type, TQ_BLOCK)) {
+        for (size_t b = 0; is_pqo && b < row; b += tq_row_bytes(type, TQ_BLOCK)) {
             s.reach[r] = hypot(s.reach[r], scale_of(at + b) * outer);
         }
-        if (ours) {
+        if (is_pqo) {
             tq_decode(type, mode, at, head_dim, x);
         }
         for (int64_t i = 0; i < head_dim; ++i) {
@@ -115,7 +116,7 @@ static side make_side(bytes * in, uint32_t * state, int64_t head_dim, int64_t n_
         }
     }
     const int n_recent = take(in);
-    if (!ours || n_recent == 0) {
+    if (!is_pqo || n_recent == 0) {
         return s;
     }
     /* a tail, whose owners may be any numbers */

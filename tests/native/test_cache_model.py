@@ -35,7 +35,7 @@ MOST_TOKENS: Final = 200
 """In a layer: beyond what storage has room for at first (128), and three tiles of attention (64)."""
 
 # float16 arrays come back as float16, and what is stored may be beyond it
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:overflow encountered in cast")]
 
 seeds = st.integers(0, 2**32 - 1)
 layers = st.integers(0, 2)
@@ -294,7 +294,7 @@ def test_any_sequence_of_calls(kernel: str, native: Any) -> None:
 
 
 def test_any_sequence_of_calls_on_a_device(cuda_build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TQGGUF_CUDA_LIB", cuda_build.lib._name)
+    monkeypatch.setenv("TQGGUF_CUDA_LIB", str(cuda_build.path))
     native_cuda.cuda_library.cache_clear()
     run(type("CudaMachine", (CacheMachine,), {"device": "cuda", "tolerance": 2e-3}), N_SEQUENCES["cuda"])
     native_cuda.cuda_library.cache_clear()

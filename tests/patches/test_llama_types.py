@@ -156,7 +156,7 @@ def test_without_flash_attention_k_goes_through_mul_mat(tmp_path: Path) -> None:
 
 
 def test_a_prompt_through_quantized_weights(tmp_path: Path) -> None:
-    # On processors with AMX these go a way of their own, which patch 7 mends; the prompt has 160 tokens.
+    # On processors with AMX these go a way of their own, which fixes/0001-amx mends; the prompt has 160 tokens.
     plain = run(write_model(tmp_path / "f32.gguf", 64, 32), "pqo4", "pqo4")[0]
     quantized = run(write_model(tmp_path / "q8_0.gguf", 64, 32, gguf.GGMLQuantizationType.Q8_0), "pqo4", "pqo4")[0]
     assert 0 < distance(quantized, plain) < 0.1

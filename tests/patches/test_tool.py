@@ -1,4 +1,4 @@
-"""patches/tool.py on a small upstream of its own: fetching, applying, exporting, checking, reporting; and the table in
+"""patches/tool.py on a small upstream of its own: fetching, applying, exporting, checking, reporting; and the tables in
 the real README."""
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ PATCHES = Path(__file__).parents[2] / "patches"
 LINES = [f"line {i}\n" for i in range(1, 41)]
 MARKS = "".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in ("table", "releases"))
 VERSION = {"MAJOR": 1, "MINOR": 2, "PATCH": 3}
+SERIES = "# At most {} files and {} hunks.\n"
 HEADER = "Subject.\n\nWhat: x\nWhy not in native/: x\nRelies on: x\nTested by: x\n\n"
 
 
@@ -31,22 +32,22 @@ class Project:
         self.work = root / "build" / "upstream"
         self.downloads = root / "build" / "download"
         self.downloads.mkdir(parents=True)
-        self.patches.mkdir()
+        (self.patches / "llama.cpp").mkdir(parents=True)
         self.tree = {"ggml/include/ggml.h": "".join(LINES), "src/other.c": "".join(LINES), "README.md": "hello\n"}
         self.tree["ggml/CMakeLists.txt"] = "".join(f"set(GGML_VERSION_{p} {i})\n" for p, i in VERSION.items())
         self.sdist = root / "thing-1.0.tar.gz"
         self.write_sdist(self.sdist, self.tree)
         self.write_pin(hashlib.sha256(self.sdist.read_bytes()).hexdigest())
         (self.patches / "README.md").write_text(MARKS)
-        (self.patches / "series").write_text("# two\n0001-first.patch\n0002-second.patch\n")
-        (self.patches / "0001-first.patch").write_text(HEADER)
-        (self.patches / "0002-second.patch").write_text(HEADER)
+        self.write_series("0001-first.patch", "0002-second.patch")
+        self.first.write_text(HEADER)
+        self.second.write_text(HEADER)
         self.apply()
         self.edit("ggml/include/ggml.h", "line 20\n", "line 20\nadded by first\n")
-        self.run("export", "--into", "0001")
+        self.run("export", "--into", "llama.cpp/0001")
         self.edit("ggml/include/ggml.h", "added by first\n", "added by first\nadded by second\n")
         self.edit("src/other.c", "line 3\n", "line three\n")
-        self.run("export", "--into", "0002")
+        self.run("export", "--into", "llama.cpp/0002")
 
     def write_sdist(self, path: Path, tree: dict[str, str], more: dict[str, str] | None = None) -> None:
         files = {f"thing-1.0/{name}": text for name, text in (more or {}).items()}
@@ -60,11 +61,22 @@ class Project:
                 info.size = len(text.encode())
                 archive.addfile(info, io.BytesIO(text.encode()))
 
-    def write_pin(self, sha256: str, max_lines: int = 10) -> None:
+    def write_pin(self, sha256: str) -> None:
         (self.patches / "upstream.toml").write_text(
             f'package = "thing"\nversion = "1.0"\nsha256 = "{sha256}"\nsubdir = "vendor/llama.cpp"\nggml = "1.2.3"\n'
-            f"max_lines = {max_lines}\n"
         )
+
+    def write_series(self, *names: str, folder: str = "llama.cpp", budget: tuple[int, int] = (2, 5)) -> None:
+        (self.patches / folder).mkdir(exist_ok=True)
+        (self.patches / folder / "series").write_text(SERIES.format(*budget) + "".join(f"{name}\n" for name in names))
+
+    @property
+    def first(self) -> Path:
+        return self.patches / "llama.cpp" / "0001-first.patch"
+
+    @property
+    def second(self) -> Path:
+        return self.patches / "llama.cpp" / "0002-second.patch"
 
     def run(
         self,
@@ -114,7 +126,7 @@ class Project:
         }
 
     def series(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in self.patches.glob("*.patch")}
+        return {path.name: path.read_bytes() for path in self.patches.rglob("*.patch")}
 
 
 @pytest.fixture
@@ -143,14 +155,14 @@ def test_stock_is_upstream_with_no_patch_or_the_named_ones(project: Project) -> 
     header = project.work / "llama.cpp/ggml/include/ggml.h"
     project.apply("--stock")
     assert header.read_text() == project.tree["ggml/include/ggml.h"]
-    project.apply("--stock", "0001")
+    project.apply("--stock", "llama.cpp/0001")
     assert "added by first\nline 21\n" in header.read_text()
     assert (project.work / "llama.cpp/src/other.c").read_text() == project.tree["src/other.c"]
 
 
 def test_changing_one_patch_rewrites_only_the_files_whose_contents_change(project: Project) -> None:
     before = project.snapshot()
-    patch = project.patches / "0002-second.patch"
+    patch = project.second
     patch.write_text(patch.read_text().replace("line three", "line 3, changed"))
     project.apply()
     changed = {name for name, value in project.snapshot().items() if before[name] != value}
@@ -159,7 +171,7 @@ def test_changing_one_patch_rewrites_only_the_files_whose_contents_change(projec
 
 def test_rewording_a_header_touches_no_file(project: Project) -> None:
     before = project.snapshot()
-    patch = project.patches / "0001-first.patch"
+    patch = project.first
     patch.write_text(patch.read_text().replace("Subject.", "Another subject."))
     project.apply()
     assert project.snapshot() == before
@@ -179,7 +191,7 @@ def test_an_edit_goes_to_the_last_patch_of_the_file_or_to_the_one_named(project:
     assert "0002" in project.run("export")
     assert project.series()["0001-first.patch"] == before["0001-first.patch"]
     project.edit("ggml/include/ggml.h", "line 10\n", "line ten\n")
-    assert "0001" in project.run("export", "--into", "0001")
+    assert "0001" in project.run("export", "--into", "llama.cpp/0001")
     assert b"+line ten" in project.series()["0001-first.patch"]
     assert b"line ten" not in project.series()["0002-second.patch"]
     tree = project.snapshot()["llama.cpp/ggml/include/ggml.h"][0]
@@ -196,7 +208,7 @@ def test_an_edit_of_a_file_in_no_patch_needs_a_patch_named(project: Project) -> 
 
 def test_apply_does_not_overwrite_edits_of_the_work_tree(project: Project) -> None:
     project.edit("src/other.c", "line 7\n", "line seven\n")
-    patch = project.patches / "0002-second.patch"
+    patch = project.second
     patch.write_text(patch.read_text().replace("line three", "LINE 3"))
     assert "edits that are not in the series (llama.cpp/src/other.c)" in project.apply(status=1)
     project.apply("--force")
@@ -221,64 +233,123 @@ def test_an_upstream_that_does_not_exist_is_one_sentence(project: Project) -> No
 
 
 def test_a_series_that_does_not_apply_names_patch_file_and_hunk(project: Project) -> None:
-    patch = project.patches / "0002-second.patch"
+    patch = project.second
     patch.write_text(patch.read_text().replace(" line 21", " line twenty-one"))
     before = project.snapshot()
     message = project.apply(status=1)
-    assert "error: 0002-second.patch: ggml/include/ggml.h: hunk 1 (@@ -19,6 +19,7 @@" in message
+    assert "error: llama.cpp/0002-second.patch: llama.cpp/ggml/include/ggml.h: hunk 1 (@@ -19,6 +19,7 @@" in message
     assert "does not apply" in message
     assert project.snapshot() == before
 
 
 def test_a_patch_cut_short_is_an_error(project: Project) -> None:
-    patch = project.patches / "0002-second.patch"
+    patch = project.second
     patch.write_text("".join(patch.read_text().splitlines(keepends=True)[:-2]))
-    assert "0002-second.patch: hunk 1" in project.apply(status=1)
+    assert "llama.cpp/0002-second.patch: hunk 1" in project.apply(status=1)
 
 
 def test_check_passes_and_finds_what_is_wrong(project: Project) -> None:
     assert "in order" in project.run("check")
-    project.write_pin(hashlib.sha256(project.sdist.read_bytes()).hexdigest(), max_lines=3)
-    assert "changes 4 lines, its budget is 3" in project.run("check", status=1)
-    project.write_pin(hashlib.sha256(project.sdist.read_bytes()).hexdigest())
-    patch = project.patches / "0001-first.patch"
+    project.write_series("0001-first.patch", "0002-second.patch", budget=(2, 2))
+    assert "llama.cpp: its 2 files and 3 hunks exceed its budget of 2 and 2" in project.run("check", status=1)
+    (project.patches / "llama.cpp" / "series").write_text("0001-first.patch\n0002-second.patch\n")
+    assert "series does not begin with: # At most N files and N hunks" in project.run("check", status=1)
+    project.write_series("0001-first.patch", "0002-second.patch")
+    patch = project.first
     text = patch.read_text()
     patch.write_text(text.replace("@@ -18,6 +18,7 @@", "@@ -19,6 +19,7 @@"))
-    assert "0001-first.patch: applies only with an offset" in project.run("check", status=1)
+    assert "0001-first.patch: applies only with an offset of 1 lines" in project.run("check", status=1)
     patch.write_text(
         text.replace("+added by first\n", "-line 21\n+added by first\n+line 21\n").replace(" line 21\n", "")
     )
     assert "re-export is not byte-equal" in project.run("check", status=1)
     patch.write_text(text.replace("Tested by: x\n", ""))
     assert "its header lacks 'Tested by:'" in project.run("check", status=1)
+    patch.write_text(text.replace("+added by first", "+" + 121 * "x"))
+    second = project.second.read_text()
+    project.second.write_text(second.replace(" added by first", " " + 121 * "x"))
+    assert "hunk 1 (@@ -18,6 +18,7 @@ line 17) adds a line of more than 120 columns" in project.run("check", status=1)
     patch.write_text(text)
-    (project.patches / "0003-stray.patch").write_text(HEADER)
-    assert "0003-stray.patch: not listed in series" in project.run("check", status=1)
+    project.second.write_text(second)
+    stray = project.patches / "llama.cpp" / "fixes" / "0003-stray.patch"
+    stray.parent.mkdir()
+    stray.write_text(HEADER)
+    assert "llama.cpp/fixes/0003-stray.patch: not listed in a series" in project.run("check", status=1)
+
+
+def test_a_fix_is_a_report_that_could_be_sent_upstream(project: Project) -> None:
+    fix = project.patches / "llama.cpp" / "fixes" / "0001-fix.patch"
+    fix.parent.mkdir()
+    project.write_series("fixes/0001-fix.patch", "0001-first.patch", "0002-second.patch", budget=(2, 4))
+    fix.write_text("Subject.\n\nWhat happens: x\nTo see it: x\nCause: x\nMend: x\nTested by: x\n\n")
+    project.apply()
+    project.edit("src/other.c", "line 30\n", "line thirty\n")
+    assert "llama.cpp/fixes/0001-fix.patch" in project.run("export", "--into", "llama.cpp/fixes/0001")
+    project.run("check")
+    fix.write_text(fix.read_text().replace("To see it: x\n", ""))
+    assert "llama.cpp/fixes/0001-fix.patch: its header lacks 'To see it:'" in project.run("check", status=1)
+
+
+def test_a_second_series_changes_the_bindings(project: Project) -> None:
+    project.write_series("0001-bindings.patch", folder="bindings", budget=(1, 1))
+    (project.patches / "bindings" / "0001-bindings.patch").write_text(HEADER)
+    project.apply()
+    module = project.work / "llama_cpp" / "__init__.py"
+    module.write_text("bindings = 'ours'\n")
+    assert "say which one it belongs to" in project.run("export", "--into", "llama.cpp/0001", status=1)
+    assert "changed: bindings/0001-bindings.patch" in project.run("export", "--into", "bindings/0001")
+    assert b"--- a/__init__.py\n+++ b/__init__.py\n" in project.series()["0001-bindings.patch"]
+    project.run("check")
+    shutil.rmtree(project.work)
+    project.apply()
+    assert module.read_text() == "bindings = 'ours'\n"
+    readme = (project.patches / "README.md").read_text()
+    assert "| llama.cpp, together | 2 | 3 |" in readme and "| bindings, together | 1 | 1 | 1 | 1 |" in readme
+
+
+def test_only_commands_for_developers_call_git(project: Project) -> None:
+    shutil.rmtree(project.work)
+    project.run("apply", env={"PATH": ""})
+    for command in ("check", "export", "report"):
+        said = project.run(command, *([str(project.sdist)] if command == "report" else []), env={"PATH": ""}, status=1)
+        assert "error: this command calls git, which is not installed" in said
+
+
+def test_a_hunk_that_moved_fits_if_there_is_one_place_for_it(project: Project) -> None:
+    tree = project.root / "moved"
+    for name, text in project.tree.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("new\nnew\n" + text if name == "src/other.c" else text)
+    assert "0002-second.patch: offset 2" in project.run("apply", upstream=tree)
+    assert "line three\nline 4\n" in (project.work / "llama.cpp/src/other.c").read_text()
+    (tree / "src/other.c").write_text("new\n" + project.tree["src/other.c"] * 2)
+    assert "hunk 1 (@@ -1,6 +1,6 @@) does not apply" in project.run("apply", "--force", upstream=tree, status=1)
 
 
 def test_report_tells_clean_offset_context_and_failure_apart(project: Project) -> None:
     moved = project.root / "moved.tar.gz"
     project.write_sdist(moved, {**project.tree, "ggml/include/ggml.h": "new\nnew\n" + "".join(LINES)})
     assert project.run("report", str(project.sdist)).count("clean") == 2
-    assert project.run("report", str(moved)).count("offset +2") == 2
+    assert project.run("report", str(moved)).count("offset 2") == 2
     for old, new, word, said in (
-        ("line 5\n", "line five\n", "context 1 of 2", "applies without 2 of its context lines"),
-        ("line 3\n", "line drei\n", "FAIL 1 of 2", "does not apply"),
+        ("line 5\n", "line five\n", "context 1 of 2", "Context reduced to (1/1)"),
+        ("line 3\n", "line drei\n", "FAIL 1 of 2", "Rejected hunk #1"),
     ):
         tree = project.root / word.split()[0] / "vendor" / "llama.cpp"
         for name, text in project.tree.items():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_text(text.replace(old, new) if name == "src/other.c" else text)
         text = project.run("report", str(moved), str(tree.parents[1]), status=1)
-        assert f"| `0002-second.patch` | offset +2 | {word} |" in text
-        assert "0002-second.patch: src/other.c: hunk 1" in text and said in text
+        assert f"| `llama.cpp/0002-second.patch` | offset 2 | {word} |" in text
+        assert f"llama.cpp/0002-second.patch: llama.cpp/src/other.c: {said}" in text
+    assert "| hunks to be made anew | 0 of 3 | 1 of 3 |" in text
 
 
-def test_a_hunk_that_fits_in_two_places_with_less_context_fits_nowhere(project: Project) -> None:
-    twice = "".join(LINES).replace("line 6\n", "line 6\nline 1\nline 2\nline 3\nline 4\nx\n").replace("line 5\n", "y\n")
-    path = project.root / "twice.tar.gz"
-    project.write_sdist(path, {**project.tree, "src/other.c": twice})
-    assert "FAIL 1 of 2" in project.run("report", str(path), status=1)
+def test_a_file_that_is_gone_upstream_fails_with_all_its_hunks(project: Project) -> None:
+    gone = project.root / "gone.tar.gz"
+    project.write_sdist(gone, {name: text for name, text in project.tree.items() if name != "src/other.c"})
+    said = project.run("report", str(gone), status=1)
+    assert "| `llama.cpp/0002-second.patch` | FAIL 1 of 2 |" in said and "No such file" in said
 
 
 def test_usage_errors_have_status_two(project: Project) -> None:
@@ -301,17 +372,17 @@ def test_the_pin_moves_and_moves_back(project: Project) -> None:
     assert "0001-first.patch: context 1 of 1" in said and "0002-second.patch: FAIL 1 of 2" in said
     assert f'version = "1.1"\nsha256 = "{digest}"' in (project.patches / "upstream.toml").read_text()
     assert f'"1.1" = "{digest}"' in (project.patches / "releases.toml").read_text()
-    rejected = (project.work.parent / "rejects" / "0002-second.patch").read_text()
-    assert "--- a/src/other.c\n" in rejected and "-line 3\n+line three\n" in rejected and "ggml.h" not in rejected
+    rejected = (project.work.parent / "rejects" / "llama.cpp" / "0002-second.patch").read_text()
+    assert "src/other.c" in rejected and "-line 3\n+line three\n" in rejected and "ggml.h" not in rejected
     assert "added by first\nadded by second\n" in (project.work / "llama.cpp/ggml/include/ggml.h").read_text()
     project.edit("src/other.c", "line drei\n", "line three\n")
-    project.run("export", "--into", "0002", upstream="")
+    project.run("export", "--into", "llama.cpp/0002", upstream="")
     assert project.series() != before
     project.run("check", upstream="")
     said = project.run("move", "1.0", upstream="")
     assert "FAIL 1 of 2" in said  # what was repaired for one release need not fit the other
     project.edit("src/other.c", "line 3\n", "line three\n")
-    project.run("export", "--into", "0002", upstream="")
+    project.run("export", "--into", "llama.cpp/0002", upstream="")
     assert project.series() == before and (project.patches / "upstream.toml").read_text() == pin
     project.run("check", upstream="")
 
@@ -334,8 +405,11 @@ def test_report_writes_the_table_of_the_recorded_releases(project: Project) -> N
     project.run("report", "--write", upstream="")
     readme = (project.patches / "README.md").read_text()
     assert "| patch | 0.9, ggml 1.2.3 | 1.0, ggml 1.2.3 |\n" in readme
-    assert "| `0001-first.patch` | clean | clean |\n| `0002-second.patch` | offset +1 | clean |\n" in readme
-    assert "| together, at most 10 |" in readme  # the other table is as it was
+    assert (
+        "| `llama.cpp/0001-first.patch` | clean | clean |\n| `llama.cpp/0002-second.patch` | offset 1 | clean |\n"
+        in readme
+    )
+    assert "| llama.cpp, together | 2 | 3 |" in readme  # the other table is as it was
 
 
 def test_code_of_a_download_runs_only_if_its_hash_is_the_pinned_one(project: Project) -> None:
@@ -368,7 +442,7 @@ def test_the_committed_table_of_releases_is_true() -> None:
     """For the releases whose sdists lie in build/download."""
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import json, tool, release; from pathlib import Path\n"
-        "p = Path(sys.argv[1]); pin = tool.read_pin(p / 'upstream.toml'); there = release.read_releases(p)\n"
+        "p = Path(sys.argv[1]); pin = tool.read_pin(p); there = release.read_releases(p)\n"
         "have = [v for v in there if (release.DOWNLOADS / release.replace(pin, version=v).sdist).is_file()]\n"
         "found, _ = tool.report(p, have) if have else ({}, [])\n"
         "print(json.dumps([pin.version, [*there], {k: [o.word for o in v] for k, v in found.items()}]))"
@@ -381,23 +455,19 @@ def test_the_committed_table_of_releases_is_true() -> None:
     assert [name.split(",")[0] for name in head[1:]] == versions, "run: python patches/tool.py report --write"
     assert pinned in versions and len(versions) >= 3
     column = head.index(next(name for name in head[1:] if name.startswith(f"{pinned},")))
-    assert {row[column] for row in rows} == {"clean"}
+    assert {row[column] for row in rows[:-1]} == {"clean"}
     for name, words in found.items():
-        assert [row[head.index(name)] for row in rows] == words, "run: python patches/tool.py report --write"
+        assert [row[head.index(name)] for row in rows[:-1]] == words, "run: python patches/tool.py report --write"
     if not found:
         pytest.skip("no sdist of a recorded release in build/download")
 
 
-def test_the_real_readme_table_and_line_budget_are_current(tmp_path: Path) -> None:
-    copy = tmp_path / "patches"
-    shutil.copytree(PATCHES, copy, ignore=shutil.ignore_patterns("__pycache__"))
+def test_the_real_series_is_in_order() -> None:
+    """Its headers, budgets, lines and table; `make check-patches` also applies and exports it."""
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import tool; from pathlib import Path; p = Path(sys.argv[1]);"
-        "series = tool.read_series(p); pin = tool.read_pin(p / 'upstream.toml');"
-        "assert (p / 'README.md').read_text() == tool.readme_with_table(p), 'run: python patches/tool.py export';"
-        "lines = sum(sum(patch.lines_changed()) for patch in series);"
-        "assert 0 < lines <= pin.max_lines, lines;"
-        "assert all(f in patch.header for patch in series for f in tool.HEADER_FIELDS)"
+        "series = tool.read_series(p); print(len(series)); wrong = tool.wrong_in(p, series); assert not wrong, wrong"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(copy)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program, str(PATCHES)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len([*PATCHES.rglob("*.patch")])
