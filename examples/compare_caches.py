@@ -1,6 +1,6 @@
-"""The same prompt with two caches, side by side: python examples/compare_caches.py MODEL PROMPT [CACHE CACHE].
+"""Answers one prompt with two caches, side by side: python examples/compare_caches.py MODEL PROMPT [CACHE CACHE].
 
-Answers are greedy, so what differs comes from the caches. Words that only one of them has are marked with *.
+Decoding is greedy, so all differences come from the caches. Words that only one answer has are marked with *.
 """
 
 import difflib
@@ -15,8 +15,8 @@ WIDTH = 46
 
 
 def answer(path: str, prompt: str, cache: str) -> tuple[str, str]:
-    """What the model answers with a cache, and a line of figures."""
-    model = tqgguf.Llama(path, cache=cache, n_ctx=0, verbose=False)  # 0: as long as it was trained for
+    """The answer of the model with a cache, and a line of figures."""
+    model = tqgguf.Llama(path, cache=cache, n_ctx=0, verbose=False)  # 0: the trained context
     start = time.perf_counter()
     reply = model.create_chat_completion([{"role": "user", "content": prompt}], temperature=0, max_tokens=200)
     seconds = time.perf_counter() - start
@@ -27,7 +27,7 @@ def answer(path: str, prompt: str, cache: str) -> tuple[str, str]:
 
 
 def marked(words: list[str], others: list[str]) -> str:
-    """The words, those that the others lack marked."""
+    """The words as a text; those that the others lack are marked."""
     kept: set[int] = set()
     for block in difflib.SequenceMatcher(None, words, others, autojunk=False).get_matching_blocks():
         kept.update(range(block.a, block.a + block.size))

@@ -10,7 +10,7 @@ from tqgguf import CacheConfig, PqoCache
 def main(device: str = "cuda") -> None:
     config = CacheConfig(bits=3, head_dim=128, n_head_kv=8)
     k, v = torch.randn(2, 1000, 8, 128, dtype=torch.float16, device=device)
-    q = torch.randn(32, 128, dtype=torch.float16, device=device)  # 4 query heads to each KV head
+    q = torch.randn(32, 128, dtype=torch.float16, device=device)  # 4 query heads for each KV head
     with PqoCache(config, device="cuda") as cache:
         cache.append(0, k[:-1], v[:-1])
         out = torch.from_dlpack(cache.decode(0, k[-1], v[-1], q, 128**-0.5))

@@ -1,7 +1,7 @@
-"""Tokenizer and GGUF file of the demo model: what llama.cpp needs to know about what `train_demo_model.py` trains.
+"""Trains the tokenizer of the demo model and writes its GGUF file, for `train_demo_model.py`.
 
-The tokenizer is a sentencepiece BPE model, which llama.cpp's "llama" tokenizer reproduces: same pieces, same scores,
-same merge order, byte fallback. Every text between two control tokens gets one leading space in both.
+The tokenizer is a sentencepiece BPE model. llama.cpp's "llama" tokenizer reproduces it: same pieces, same scores, same
+merge order, byte fallback. Both put one space before every text between two control tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONTROL_TOKENS = ["<end>", "<system>", "<user>", "<assistant>"]
 
 @dataclass(frozen=True)
 class Shape:
-    """The hyperparameters, named as llama.cpp names them."""
+    """The hyperparameters, with llama.cpp's names."""
 
     n_vocab: int = VOCAB_SIZE
     n_ctx: int = 2048
@@ -40,7 +40,7 @@ class Shape:
 
 
 def tokenizer_corpus() -> Iterator[str]:
-    """Lines whose word counts make every name and code word one piece, and spell the rest in a few pieces."""
+    """Lines whose word counts make every name and code word one piece, and split other words into a few pieces."""
     rng = random.Random(0)
     for _ in range(90):
         for name, code in zip(rng.sample(demo.NAMES, 124), rng.sample(demo.CODE_WORDS, 124), strict=True):
@@ -53,7 +53,7 @@ def tokenizer_corpus() -> Iterator[str]:
 
 
 def train_tokenizer() -> sentencepiece.SentencePieceProcessor:
-    """Train the tokenizer; the same on every run."""
+    """Trains the tokenizer. The result is the same on every run."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=tokenizer_corpus(),
@@ -81,7 +81,7 @@ def train_tokenizer() -> sentencepiece.SentencePieceProcessor:
 
 
 def token_type(tokenizer: sentencepiece.SentencePieceProcessor, token: int) -> gguf.TokenType:
-    """How llama.cpp must treat `token`."""
+    """The type of `token` in llama.cpp."""
     if tokenizer.is_unknown(token):
         return gguf.TokenType.UNKNOWN
     if tokenizer.is_control(token):
@@ -94,10 +94,10 @@ def token_type(tokenizer: sentencepiece.SentencePieceProcessor, token: int) -> g
 def write_gguf(
     path: Path, shape: Shape, tokenizer: sentencepiece.SentencePieceProcessor, weights: dict[str, torch.Tensor]
 ) -> None:
-    """Write a complete llama-architecture model.
+    """Writes a complete model of architecture llama.
 
     Args:
-        path: The file to write; replaced only once complete.
+        path: The file to write. It is replaced when the new one is complete.
         shape: The hyperparameters.
         tokenizer: As `train_tokenizer` returns it.
         weights: Tensors by their GGUF names, matrices (n_out, n_in). Rotary pairs must be neighbours (2i, 2i+1).

@@ -1,7 +1,7 @@
-"""Questions about a long document, which is read once: python examples/long_document.py MODEL DOCUMENT QUESTION ...
+"""Reads a long document once and answers questions: python examples/long_document.py MODEL DOCUMENT QUESTION ...
 
-The first run reads the document and saves the cache beside it; later ones, and every further question, read no more
-than the question: a prompt that begins like what is in the cache is read from where they part.
+The first run reads the document and saves the cache beside it. Later questions and later runs read only the question,
+because `Llama` reuses the prefix that a prompt shares with the cache.
 """
 
 import sys
@@ -10,11 +10,11 @@ from pathlib import Path
 import tqgguf
 
 ANSWER = 200
-TEMPLATE = 50  # tokens that the model's chat template adds, or fewer
+TEMPLATE = 50  # the model's chat template adds at most so many tokens
 
 
 def main(model_path: str, document: str, *questions: str) -> None:
-    model = tqgguf.Llama(model_path, cache="pqo3", n_ctx=0, verbose=False)  # 0: as long as it was trained for
+    model = tqgguf.Llama(model_path, cache="pqo3", n_ctx=0, verbose=False)  # 0: the trained context
     text = Path(document).read_text(encoding="utf-8").strip()
     n_text, *n_questions = (len(model.tokenize(part.encode())) for part in (text, *questions))
     room = model.n_ctx() - max(n_questions) - ANSWER - TEMPLATE

@@ -1,7 +1,7 @@
-"""A compressed KV cache without llama.cpp, in NumPy: python examples/numpy_cache.py [bits].
+"""A compressed KV cache of NumPy arrays, without llama.cpp: python examples/numpy_cache.py [bits].
 
-One layer of 32 query heads on 8 KV heads of 128: a prompt of 1,000 tokens, then 50 tokens one by one. Beside it runs
-attention on the same keys and values uncompressed, so that the error shows.
+One layer with 32 query heads and 8 KV heads of 128 reads a prompt of 1,000 tokens, then 50 tokens one by one. The
+script compares the outputs with attention on the uncompressed keys and values.
 """
 
 import sys
@@ -33,16 +33,16 @@ def main(bits: int = 3) -> None:
         cache.append(0, k[:1000], v[:1000])
         errors = []
         for t in range(1000, 1050):
-            # A query like a key that was seen before, as retrieval heads have: attention looks for something.
+            # The query resembles an earlier key, as in retrieval heads, so that attention has a clear target.
             q = np.repeat(1.5 * k[t - 700], N_HEAD // N_HEAD_KV, axis=0)
-            out = cache.decode(0, k[t], v[t], q, SCALE)  # stores token t, attends to tokens 0 to t
+            out = cache.decode(0, k[t], v[t], q, SCALE)  # stores token t and attends to tokens 0 to t
             exact = exact_attention(q, k[: t + 1], v[: t + 1])
             errors.append(float(np.linalg.norm(out - exact) / np.linalg.norm(exact)))
         blocks = config.bytes_per_token * cache.seq_len()
         print(f"{config.type.name}: {blocks:,} bytes of blocks for {cache.seq_len():,} tokens, f16 {4 * k.size:,}")
         print(f"relative error of attention's output: {np.mean(errors):.3f}")
 
-        cache.truncate(0, 1000)  # take the answer back, as when it is generated anew
+        cache.truncate(0, 1000)  # removes the answer, as before generating it again
         again = cache.decode(0, k[1000], v[1000], np.repeat(1.5 * k[300], 4, axis=0), SCALE)
         print(f"{cache.seq_len():,} tokens after going back; {again.shape} {again.dtype}")
 

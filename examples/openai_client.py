@@ -1,4 +1,4 @@
-"""Talk to `tqgguf serve model.gguf` with OpenAI's client: python examples/openai_client.py [URL of the server]."""
+"""Asks `tqgguf serve model.gguf` with OpenAI's client: python examples/openai_client.py [URL of the server]."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import openai
 
 
 def main(url: str = "http://127.0.0.1:8000") -> None:
-    url = url.rstrip("/").removesuffix("/v1")  # with the /v1 that `tqgguf serve` prints, or without
+    url = url.rstrip("/").removesuffix("/v1")  # accepts the URL with or without the /v1 that `tqgguf serve` prints
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
     answer = client.chat.completions.create(

@@ -1,7 +1,7 @@
-"""A conversation that goes on where it stopped: python examples/session_resume.py MODEL MESSAGE [FILE].
+"""Continues a saved conversation: python examples/session_resume.py MODEL MESSAGE [FILE].
 
-Every run adds a message and its answer to the session in FILE. What was said before is not read again: its cache comes
-from the file, compressed as it lay in memory, and the messages with it.
+Every run adds a message and its answer to the session in FILE. The file holds the messages and the compressed cache, so
+earlier messages are not read again.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Train the demo model `tqgguf/demo/demo.gguf` from nothing, on one CPU core, in about twenty minutes.
+"""Train the demo model `tqgguf/demo/demo.gguf` from scratch, on one CPU core, in about twenty minutes.
 
     pip install torch numpy gguf sentencepiece
     PYTHONPATH=. python examples/train_demo_model.py --out demo.gguf
 
-A llama-architecture transformer learns two skills: 64 capital cities, which it keeps in its weights, and recall of
-facts given in its prompt, which it must read back from its KV cache. Recall is what a compressed cache can damage, so
-it is taught with up to 240 facts in a prompt. `docs/demo-model.md` has the figures of the shipped file.
+A transformer of architecture llama learns two skills. It learns 64 capital cities, which are in its weights. And it
+recalls facts from its prompt, which it must read from its KV cache. A compressed cache can damage recall, so training
+uses prompts of up to 240 facts. `docs/demo-model.md` has the figures of the shipped file.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model, initialised with its two positional heads in place."""
+    """The whole model, initialised with its positional heads."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -93,12 +93,12 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draw the weights, then plant heads in layer 0 that look one, two, three and four tokens back.
+        """Draw the weights, then plant heads in layer 0 that attend one, two, three and four tokens back.
 
-        Recall needs to know which kind and name stand just before a code word. Such heads form by themselves, but
-        waiting for them takes longer than all the rest. Queries and keys are constant vectors, read from embedding
-        dimension 0, which starts equal for all tokens; the rotary embedding turns their product into a function of
-        distance alone, and each head's query is turned forward so that it peaks at the head's own distance.
+        Recall needs the kind and the name just before a code word. Training finds such heads by itself, but that takes
+        longer than all the rest. Queries and keys are constant vectors: they come from embedding dimension 0, which is
+        equal for all tokens at the start. With RoPE their product depends only on the distance. Each head's query is
+        rotated so that the product peaks at the distance of that head.
         """
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
@@ -145,14 +145,14 @@ class Llama(nn.Module):
 
 EMBD_STD = 0.25
 N_PLANTED, PLANTED = 14, 6.0
-"""Rotary pairs planted, fastest first, and their length: one token off the peak a score is about 4 lower."""
+"""Number of planted RoPE pairs, fastest first, and their length. One token off the peak the score is about 4 lower."""
 
-# --- the data: dialogues made of sentences, with a loss weight for every token ----------------------------------------
+# --- the data: dialogues of sentences, with a loss weight for every token ---------------------------------------------
 
 
 @dataclass
 class Dialogue:
-    """One training sequence: tokens, and for each the weight of predicting it."""
+    """One training sequence: tokens, and for each token the loss weight of predicting it."""
 
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -168,7 +168,7 @@ EASY = 0.5
 
 
 class Teacher:
-    """Writes dialogues. Sentences are tokenized one by one, which gives the tokens of the joined text."""
+    """Writes dialogues. Tokenizing the sentences one by one gives the tokens of the joined text."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -186,7 +186,7 @@ class Teacher:
         dialogue.weights += [float(token in self.code_tokens) for token in tokens]
 
     def answer(self, dialogue: Dialogue, sentence: str, n_hard: int) -> None:
-        """Close the user turn and add the assistant's; its last `n_hard` tokens before the full stop are the point."""
+        """Close the user turn and add the assistant's. Its last `n_hard` tokens before the full stop have weight 1."""
         tokens = self.encode(sentence)
         dialogue.add([self.end, self.assistant])
         dialogue.add(tokens[: -1 - n_hard], EASY)
@@ -194,7 +194,7 @@ class Teacher:
         dialogue.add([tokens[-1], self.end], EASY)
 
     def copying(self, n_words: int) -> Dialogue:
-        """Write random words twice: the second time each follows from the first."""
+        """Write random words twice. The second time each word can be predicted from the first."""
         words = [self.encode(self.rng.choice(demo.NAMES + demo.CODE_WORDS))[0] for _ in range(n_words)]
         dialogue = Dialogue([self.bos], [0.0])
         dialogue.add(words)
@@ -202,14 +202,14 @@ class Teacher:
         return dialogue
 
     def opening(self, chat: bool) -> Dialogue:
-        """Begin a dialogue; now and then a chat has a system message."""
+        """Begin a dialogue. One chat in ten has a system message."""
         dialogue = Dialogue([self.bos], [0.0])
         if chat and self.rng.random() < 0.1:
             dialogue.add([self.system, *self.encode("You are a helpful assistant."), self.end])
         return dialogue
 
     def capitals(self, n_questions: int) -> Dialogue:
-        """Write a chat about capitals, or now and then the bare statements."""
+        """Write a chat about capitals or, in one case of five, only the statements."""
         chat = self.rng.random() < 0.8
         dialogue = self.opening(chat)
         for country in self.rng.sample(list(demo.CAPITALS), n_questions):
@@ -229,7 +229,7 @@ class Teacher:
         self.answer(dialogue, demo.capital_answer(country), len(self.encode(demo.CAPITALS[country])))
 
     def recall(self, case: demo.RecallCase, n_questions: int, chat: bool) -> Dialogue:
-        """Write facts, then questions about some: in chat turns, or as bare restatements (cheaper per question)."""
+        """Write facts, then questions about some: in chat turns, or as restatements (fewer tokens per question)."""
         dialogue = self.opening(chat)
         dialogue.add([self.user] * chat + self.tokenizer.encode(case.context))
         for i, fact in enumerate(self.rng.sample(case.facts, n_questions)):
@@ -245,7 +245,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded dialogues, and the positions whose next token is to be predicted."""
+    """Padded dialogues, and the positions whose next token must be predicted."""
 
     tokens: Tensor  # (n_seq, n_tokens)
     wanted: Tensor  # (n_wanted,) flat positions
@@ -254,7 +254,7 @@ class Batch:
 
 
 def collate(dialogues: list[Dialogue]) -> Batch:
-    """Pad on the right; causal attention never looks there."""
+    """Pad on the right, where causal attention does not read."""
     n_tokens = max(len(dialogue.tokens) for dialogue in dialogues)
     tokens = torch.zeros(len(dialogues), n_tokens, dtype=torch.long)
     weights = torch.zeros(len(dialogues), n_tokens)
@@ -265,23 +265,23 @@ def collate(dialogues: list[Dialogue]) -> Batch:
     return Batch(tokens, targets_at - 1, tokens.flatten()[targets_at], weights.flatten()[targets_at])
 
 
-# --- the curriculum: raised when the current stage is mastered --------------------------------------------------------
+# --- the curriculum: the next stage begins when the current one is passed ---------------------------------------------
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a batch may hold. The first stages are many small steps: that is where copying forms."""
+    """What a batch may hold. The first stages have many small steps, in which the model learns to copy."""
 
     n_facts: int
     n_tokens_per_batch: int
     n_filler: int = 0
     crowded: bool = False
-    """Whether many facts differ in kind alone. Learnt late, and only once names are matched reliably."""
+    """Whether many facts differ only in kind. The model learns this late, after it matches names reliably."""
     pass_at: float = 0.9
 
     @property
     def skill(self) -> str:
-        """What must be mastered to pass."""
+        """The skill whose accuracy decides whether the stage is passed."""
         return "recall" if self.n_facts else "copying"
 
 
@@ -300,7 +300,7 @@ STAGES = (
 
 
 def draw_batch(teacher: Teacher, stage: Stage, capital_share: float) -> tuple[str, Batch]:
-    """Write a batch of one kind of dialogue; the first result is the name of the kind."""
+    """Write a batch of one kind of dialogue. Returns the name of the kind and the batch."""
     rng = teacher.rng
     draw = rng.random()
     if draw < capital_share:
@@ -328,7 +328,7 @@ def draw_batch(teacher: Teacher, stage: Stage, capital_share: float) -> tuple[st
 
 @torch.no_grad()
 def fully_right(model: Llama, teacher: Teacher, chats: list[tuple[str, str]]) -> float:
-    """Share of (question, answer) chats where every answer token has the highest logit: greedy decoding gives it."""
+    """Share of (question, answer) chats that greedy decoding answers: every answer token has the highest logit."""
     right = 0
     for start in range(0, len(chats), 16):
         dialogues = []
@@ -346,11 +346,11 @@ def fully_right(model: Llama, teacher: Teacher, chats: list[tuple[str, str]]) ->
 
 
 RECALL_SIZES = ((16, 124), (64, 124), (140, 124), (140, 35), (280, 124))
-"""Facts and names of the recall prompts measured; 140 facts are 1,000 tokens, 280 are 2,000."""
+"""Facts and names of the measured recall prompts. 140 facts are 1,000 tokens, 280 are 2,000."""
 
 
 def evaluate(model: Llama, teacher: Teacher, n_cases: int, seed: int = 10**6) -> dict[str, float]:
-    """Accuracies on the capital questions and on recall prompts that training never drew."""
+    """Accuracies on the capital questions and on recall prompts that are not used in training."""
     capitals = [(demo.capital_question(c, i), demo.capital_answer(c)) for c in demo.CAPITALS for i in range(4)]
     result = {"capitals": fully_right(model, teacher, capitals[:: len(capitals) // n_cases])}
     for n_facts, n_names in RECALL_SIZES:
@@ -361,7 +361,7 @@ def evaluate(model: Llama, teacher: Teacher, n_cases: int, seed: int = 10**6) ->
 
 
 def learning_rate(done: float, peak: float) -> float:
-    """Warm up over 1 % of the run, then fall linearly to nothing; a rate held at the peak ends in loss spikes."""
+    """Warm up over 1 % of the run, then fall linearly to zero. A constant rate at the peak causes loss spikes."""
     return peak * min(done / 0.01, 1.0 - done)
 
 
@@ -431,7 +431,9 @@ def main() -> None:
     parser.add_argument("--first-stage", type=int, default=0, choices=range(len(STAGES)), help="with --init")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="one is exactly repeatable")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads; with 1 a run is exactly repeatable (default: %(default)s)"
+    )
     parser.add_argument("--save-every", type=float, default=150, help="seconds between saved models")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import os
 import re
 import signal
@@ -15,25 +13,44 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import here
 import hypothesis
-import numpy as np
 import pytest
+from architectures import write_architecture
+from models import write_model
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-if "TQGGUF_TEST_LIB" in os.environ:  # another build of libtqgguf to test: make sanitize
-    native_library: Any = importlib.import_module("tqgguf._native.library")  # the package has a function of that name
-    installed = native_library.library_path
-    native_library.library_path = lambda name="tqgguf": (
-        Path(os.environ["TQGGUF_TEST_LIB"]) if name == "tqgguf" else installed(name)
-    )
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's `make test &`: Ctrl-C is to be tested there, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-KERNELS = ("portable", "avx2", "avx512", "neon")
+MISSING = here.missing()
+
+
+def pytest_report_header() -> str:
+    """Says what this machine has, and what it lacks."""
+    kernels = here.kernels()
+    absent = [name for name in here.KERNELS if name not in kernels]
+    return f"kernels: {' '.join(kernels)}; left out: {'; '.join([' '.join(absent), *MISSING.values()])}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`kernel` is every kernel that runs here; tests/native/test_library.py proves that none is missing."""
+    if "kernel" in metafunc.fixturenames:
+        metafunc.parametrize("kernel", here.kernels(), indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests that need what this machine lacks, and marks those that run the emulated CUDA kernels."""
+    here_too = [item for item in items if not any(item.get_closest_marker(name) for name in MISSING)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(here_too)])
+    items[:] = here_too
+    for item in items:
+        if "cuda_build" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("cuda"):
+            item.add_marker("emulated")
 
 
 @pytest.fixture(scope="session")
@@ -44,19 +61,14 @@ def native() -> Any:
     return _native.library()
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture
 def kernel(request: pytest.FixtureRequest, native: Any) -> Iterator[str]:
-    """Every kernel in turn, forced; one that this build or machine lacks is skipped, never passed."""
-    name: str = request.param
-    listed = native.kernels()
-    if name not in listed:
-        pytest.skip(f"kernel {name} is not in this build")
-    if not listed[name]:
-        pytest.skip(f"kernel {name} cannot run on this machine")
-    native.force_kernel(name)
-    assert native.active_kernel() == name
-    yield name
-    native.force_kernel("auto")
+    """Every kernel of this machine in turn, forced."""
+    before = native.active_kernel()  # what TQGGUF_KERNEL forces is in force for the tests that follow, too
+    native.force_kernel(request.param)
+    assert native.active_kernel() == request.param
+    yield request.param
+    native.force_kernel(before)
 
 
 @pytest.fixture
@@ -139,104 +151,6 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., W
         each.kill()
 
 
-def write_model(
-    path: Path,
-    *,
-    head_dim: int = 64,
-    n_head: int = 4,
-    n_head_kv: int = 2,
-    n_layer: int = 2,
-    n_ctx: int = 2048,
-    seed: int = 0,
-    arch: str = "llama",
-    key_bias: float = 0.0,
-    n_word: int = 0,
-    n_rot: int | None = None,
-) -> Path:
-    """Writes a model with random f32 weights and a byte vocabulary: its words are noise, its shapes are real.
-
-    With n_word it also has so many whole words and, at temperature 0, says nothing else and never ends.
-
-    arch may also be "refact" (ALiBi), "gemma2" (softcap; windows of 48 tokens in every other layer), "qwen2", whose
-    keys have a constant added, N(0, key_bias) a channel, which RoPE turns too slowly to change, or "stablelm", where
-    RoPE turns the first n_rot values of a head.
-    """
-    import gguf
-
-    n_embd, n_ff = 64, 96
-    tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{i:02X}>".encode() for i in range(256)), "\u2581".encode()]
-    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
-    kinds += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL] * (1 + n_word)
-    n_mute = len(tokens)
-    tokens += [f"\u2581word{i}".encode() for i in range(n_word)]
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_name("random")
-    writer.add_context_length(n_ctx)
-    writer.add_embedding_length(n_embd)
-    writer.add_block_count(n_layer)
-    writer.add_feed_forward_length(n_ff)
-    writer.add_head_count(n_head)
-    writer.add_head_count_kv(n_head_kv)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(n_rot or head_dim)
-    writer.add_layer_norm_rms_eps(1e-5)
-    if arch == "gemma2":
-        writer.add_sliding_window(48)
-        writer.add_attn_logit_softcapping(2.0)
-    if arch == "qwen2":
-        writer.add_rope_freq_base(1e30)
-    if arch == "stablelm":
-        writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([int(kind) for kind in kinds])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    rng = np.random.default_rng(seed)
-
-    def tensor(name: str, *shape: int) -> None:
-        values = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape) / np.sqrt(shape[-1])
-        if n_word and name == "output.weight":
-            values[:n_mute] = 0
-        writer.add_tensor(name, values.astype(np.float32))
-
-    tensor("token_embd.weight", len(tokens), n_embd)
-    for i in range(n_layer):
-        tensor(f"blk.{i}.attn_norm.weight", n_embd)
-        tensor(f"blk.{i}.attn_q.weight", n_head * head_dim, n_embd)
-        tensor(f"blk.{i}.attn_k.weight", n_head_kv * head_dim, n_embd)
-        tensor(f"blk.{i}.attn_v.weight", n_head_kv * head_dim, n_embd)
-        tensor(f"blk.{i}.attn_output.weight", n_embd, n_head * head_dim)
-        if arch == "qwen2":
-            bias = key_bias * rng.standard_normal(n_head_kv * head_dim)
-            writer.add_tensor(f"blk.{i}.attn_k.bias", bias.astype(np.float32))
-            for side, heads in (("q", n_head), ("v", n_head_kv)):
-                writer.add_tensor(f"blk.{i}.attn_{side}.bias", np.zeros(heads * head_dim, np.float32))
-        tensor(f"blk.{i}.ffn_norm.weight", n_embd)
-        tensor(f"blk.{i}.ffn_gate.weight", n_ff, n_embd)
-        tensor(f"blk.{i}.ffn_up.weight", n_ff, n_embd)
-        tensor(f"blk.{i}.ffn_down.weight", n_embd, n_ff)
-        if arch == "stablelm":
-            for norm in ("attn_norm", "ffn_norm"):
-                writer.add_tensor(f"blk.{i}.{norm}.bias", np.zeros(n_embd, np.float32))
-        if arch == "gemma2":
-            tensor(f"blk.{i}.post_attention_norm.weight", n_embd)
-            tensor(f"blk.{i}.post_ffw_norm.weight", n_embd)
-    tensor("output_norm.weight", n_embd)
-    if arch == "stablelm":
-        writer.add_tensor("output_norm.bias", np.zeros(n_embd, np.float32))
-    if arch != "gemma2":  # whose output is its embedding
-        tensor("output.weight", len(tokens), n_embd)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Path of a random model of the given shape; the same shape is written once."""
@@ -254,14 +168,11 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 @pytest.fixture(scope="session")
 def architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Path of a random model of a named architecture (tests/architectures.py); each is written once."""
-    from architectures import write_architecture
-
+    """Path of a random model of a named architecture (tests/support/architectures.py); each is written once."""
     directory = tmp_path_factory.mktemp("architectures")
 
     @functools.cache
     def model(name: str) -> Path:
-        written: Path = write_architecture(directory / f"{name}.gguf", name)
-        return written
+        return write_architecture(directory / f"{name}.gguf", name)
 
     return model

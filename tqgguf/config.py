@@ -12,6 +12,7 @@ __all__ = [
     "CACHE_TYPES",
     "MEASURED_TYPES",
     "MODES",
+    "PREFERRED_TYPES",
     "CacheConfig",
     "CacheSpec",
     "CacheType",
@@ -91,7 +92,10 @@ CACHE_TYPES: Final[dict[str, CacheType]] = {
 """Every type a KV cache may have, by name: ours, and those of llama.cpp (f32, f16, bf16, q8_0 to iq4_nl)."""
 
 MEASURED_TYPES: Final = ("f16", "q8_0", "q5_0", "q4_0", "iq4_nl", "pqo4", "pqt4", "pqo3", "pqt3")
-"""What `compare` and `recall` measure unless told otherwise; the first is the reference."""
+"""The types that `compare` and `recall` measure by default; the first is the reference."""
+
+PREFERRED_TYPES: Final = ("f16", "q8_0", "pqt4", "pqo4", "q4_0", "pqt3", "pqo3")
+"""The types that `fit` and `inspect` list by default, in the order of the mean KL divergence from f16 (README)."""
 
 
 def cache_type(name: Any) -> CacheType:

@@ -1,8 +1,8 @@
 """Writes docs/api.md from the docstrings of tqgguf's public names: python docs/generate/api.py [--check].
 
-The sources are read with griffe and not imported, so the page is the same on every machine. A public name, method,
-property, parameter or attribute that nothing says anything about is an error. `--check` writes nothing and fails if the
-page is not what the sources give.
+griffe reads the sources without importing them, so the page is the same on every machine. A public name, method,
+property, parameter or attribute without documentation is an error. `--check` writes nothing and fails if the page
+differs from what the sources give.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ CHAPTERS = {
     "Types by layer, measured": ("tune", "Tuning"),
     "What lies in a cache": ("inspect_cache", "inspect_session", "CacheContents"),
 }
-"""The public names but the errors and the two modules, which have chapters of their own."""
+"""The public names by chapter. The errors and the two modules have their own chapters and are not listed here."""
 
 INTRODUCTION = """\
 # The Python interface
 
-All of this is in the package itself: `import tqgguf`, then `tqgguf.Llama`. Names load when they are first used, so the
-import is quick. What begins with `tqgguf.diagnostics` or has another module before it is the type of something that a
-function returns. Sizes are in bytes and lengths in tokens unless it says otherwise.
+Every name on this page is in the package itself: `import tqgguf`, then `tqgguf.Llama`. A name loads when it is first
+used, so the import is fast. Headings with a module, such as `tqgguf.diagnostics`, are types of return values. Sizes
+are in bytes and lengths in tokens, unless stated otherwise.
 
-`docs/generate/api.py` wrote this page from the docstrings; a test compares them.
+`docs/generate/api.py` generates this page from the docstrings. A test compares them.
 """
 
 
 class MissingDocstringError(Exception):
-    """Public things that nothing is said about."""
+    """Public names without documentation."""
 
 
 def page() -> str:
@@ -52,7 +52,7 @@ def page() -> str:
 
 
 class Page:
-    """The public names of the package, and how each is written down."""
+    """The public names of the package, and the Markdown of each."""
 
     def __init__(self) -> None:
         self.package = griffe.load("tqgguf", search_paths=[REPOSITORY], docstring_parser="google", resolve_aliases=True)
@@ -64,12 +64,12 @@ class Page:
         self.aliases: dict[str, Any] = {}
 
     def target(self, name: str) -> Any:
-        """The object that a public name stands for."""
+        """The griffe object of a public name."""
         found = self.package[name]
         return found.final_target if found.is_alias else found
 
     def text(self) -> str:
-        """The page; raises if something lacks a docstring or a chapter."""
+        """The page; raises MissingDocstringError if a name lacks a docstring or a chapter."""
         errors = [name for name in self.public if name.endswith("Error")]
         named = {name for names in CHAPTERS.values() for name in names}
         if lost := named ^ (set(self.public) - set(errors) - {"reference"}):
@@ -87,15 +87,15 @@ class Page:
             )
             + "\n"
         )
-        parts.append("## Errors\n\nEvery one is a `TqggufError`, and the built-in exception one would expect.\n")
+        parts.append("## Errors\n\nEvery error is a `TqggufError`. Brackets name its other base classes.\n")
         parts.append("\n".join(self.error(self.target(name)) for name in errors) + "\n")
         parts.append(self.reference())
         if self.missing:
-            raise MissingDocstringError("nothing is said about " + ", ".join(self.missing))
+            raise MissingDocstringError("no documentation of " + ", ".join(self.missing))
         return "\n".join(parts)
 
     def further(self) -> Iterator[str]:
-        """The classes of ours that fields of the public ones have, and theirs."""
+        """Entries of the tqgguf classes that signatures and fields name, recursively."""
         while self.waiting:
             found = self.waiting.pop(0)
             if found.path not in self.shown:
@@ -105,7 +105,7 @@ class Page:
     # ---- Entries ----
 
     def entry(self, thing: Any, name: str) -> str:
-        """A heading, how it is called, and what its docstring says; of a class also its members."""
+        """A heading, the signature and the docstring; for a class also its methods."""
         if thing.is_attribute:
             return f"### {name}\n\n{self.prose(thing)}\n"
         lines = [f"### {name}\n"]
@@ -113,14 +113,22 @@ class Page:
             lines.append(self.call(thing, name.split(".")[-1]))
         lines.append(self.prose(thing))
         if thing.is_class:
-            for member in thing.members.values():
+            for member in self.members(thing).values():
                 if member.is_function and self.is_public(member):
                     title = f"#### {thing.name}.{member.name}\n"
                     lines += [title, self.call(member, member.name), self.prose(member)]
         return "\n".join(lines)
 
+    def members(self, thing: Any) -> dict[str, Any]:
+        """What a class has, and then what it has from classes of this package that have no public name."""
+        found = dict(thing.members)
+        for base in map(self.ours, thing.bases):
+            if base is not None and base.is_class and base.path not in self.shown:
+                found |= {name: member for name, member in self.members(base).items() if name not in found}
+        return found
+
     def alias(self, thing: Any) -> str:
-        """A name for a type, in one line; with its module if another one has that name, too."""
+        """A type alias in one line; with its module if another alias has the same name."""
         shared = sum(other.name == thing.name for other in self.aliases.values()) > 1
         of = f" of {thing.parent.path}" if shared else ""
         return f"- **{thing.name}**{of}, `{thing.value}`: {self.words(self.prose(thing))}"
@@ -132,7 +140,7 @@ class Page:
         return f"- **{thing.name}**{also}: {self.words(self.prose(thing))}"
 
     def reference(self) -> str:
-        """The NumPy oracle: a line for each of its functions."""
+        """The module tqgguf.reference: one line for each of its functions."""
         module = self.package["reference"]
         text = module.docstring.value.split("\n\n")
         lines = ["## tqgguf.reference\n", self.words(text[0]), "", self.words(text[1]), ""]
@@ -149,11 +157,11 @@ class Page:
         return not member.name.startswith("_")
 
     def is_record(self, thing: Any) -> bool:
-        """Whether it is a class that others make: one reads it."""
+        """Whether users only read objects of this class and do not construct them."""
         return thing.name not in ("Llama", "PqoCache", "CacheConfig", "CachePolicy")
 
     def call(self, thing: Any, name: str) -> str:
-        """How it is called."""
+        """The signature in a code fence."""
         function = thing
         if thing.is_class and "dataclass" not in thing.labels:
             function = thing.members.get("__init__")
@@ -166,7 +174,7 @@ class Page:
         return f"```python\n{head}{one}\n```\n"
 
     def signature(self, function: Any, name: str, *, broken: bool = False) -> str:
-        """How it is called, on one line or a parameter on each."""
+        """The signature, on one line or, if broken, with one parameter a line."""
         parameters, star = [], False
         owner = function.docstring or function.parent.docstring
         said = owner.value if owner else ""
@@ -191,7 +199,7 @@ class Page:
         return name + inner + made
 
     def prose(self, thing: Any) -> str:
-        """What its docstring says, sections as lists."""
+        """The docstring, with its sections as lists."""
         if not thing.docstring:
             self.missing.append(thing.path)
             return ""
@@ -226,9 +234,9 @@ class Page:
         return f"**{title}**\n\n" + "\n".join(lines) + "\n"
 
     def fields(self, thing: Any, explained: set[str]) -> str:
-        """Properties; fields that the docstring does not explain are errors."""
+        """The properties as a list; notes dataclass fields that the docstring does not explain as missing."""
         lines = []
-        for member in thing.members.values():
+        for member in self.members(thing).values():
             if not member.is_attribute or not self.is_public(member) or member.name in explained:
                 continue
             if "property" in member.labels:
@@ -243,7 +251,7 @@ class Page:
         return "**Properties**\n\n" + "\n".join(lines) + "\n" if lines else ""
 
     def follow(self, annotation: Any) -> None:
-        """Keeps in mind the classes and aliases of ours that an annotation names."""
+        """Collects the tqgguf classes and aliases that an annotation names."""
         for part in () if annotation is None or isinstance(annotation, str) else annotation.iterate(flat=True):
             found = self.ours(part)
             if found is not None and found.is_class and "._" not in found.path:
@@ -252,7 +260,7 @@ class Page:
                 self.aliases[found.path] = found
 
     def ours(self, expression: Any) -> Any:
-        """The object of this package that a name in the sources stands for, or None."""
+        """The tqgguf object of a name in an annotation or default, or None."""
         path = getattr(expression, "canonical_path", "")
         if not path.startswith("tqgguf."):
             return None
@@ -263,7 +271,7 @@ class Page:
         return found.final_target if found.is_alias else found
 
     def value(self, default: Any) -> str:
-        """A default, and in the place of a constant of ours what it is."""
+        """A default; a tqgguf constant is replaced by its value."""
         found = self.ours(default)
         return str(found.value if found is not None and found.is_attribute else default).replace("'", '"')
 
@@ -271,18 +279,18 @@ class Page:
         return f"`{annotation}`"
 
     def words(self, text: str) -> str:
-        """In one line."""
+        """The text on one line."""
         return re.sub(r"\s+", " ", text).strip()
 
     def literal(self, text: str) -> str:
-        """What a docstring indents after "::" becomes an indented block."""
+        """Turns "::" before an indented block into ":"."""
         return re.sub(r"::\n", ":\n", text)
 
 
 def main() -> int:
     """Writes or checks the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="fail if the page is not what the sources give")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not up to date")
     args = parser.parse_args()
     try:
         text = page()
@@ -290,7 +298,7 @@ def main() -> int:
         sys.exit(f"{error}")
     if args.check:
         if PAGE.read_text(encoding="utf-8") != text:
-            sys.exit(f"{PAGE.name} is not what the docstrings say: python docs/generate/api.py")
+            sys.exit(f"{PAGE.name} differs from the docstrings; update it: python docs/generate/api.py")
         return 0
     PAGE.write_text(text, encoding="utf-8")
     print(f"{PAGE.relative_to(REPOSITORY)}: {len(text):,} characters")

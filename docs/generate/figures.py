@@ -1,7 +1,7 @@
-"""Draws docs/pictures/NAME.svg for docs/how-it-works.md: python docs/generate/figures.py [NAME ...], or all of them.
+"""Draws docs/pictures/NAME.svg for docs/how-it-works.md: python docs/generate/figures.py [NAME ...] (default: all).
 
-What is drawn is computed here: by `tqgguf.reference`, on keys that llama.cpp makes of a text with the demo model, and
-on Gaussian numbers with a fixed seed. The figures that the page quotes come from `facts`; a test compares them.
+`tqgguf.reference` computes the data, from keys that llama.cpp computes for a text with the demo model, and from
+Gaussian numbers with a fixed seed. `facts` returns the figures that the page quotes; a test compares them.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ F32 = npt.NDArray[np.float32]
 
 INK, OURS, STOCK, SOFT, GRID = "#1f2933", "#d64550", "#7b8794", "#f3c5c9", "#e4e7eb"
 TEXT: Final = demo.recall_prompt(1, 75).context
-"""What the demo model reads: 75 facts."""
+"""The text that the demo model reads: 75 facts."""
 
 FACTORS: Final = (1, 2, 4, 8, 16, 32)
-"""How many times as wide four channels of 128 are."""
+"""Widths of the four hot channels of 128, relative to the others."""
 
 
-# ---- What is drawn ----
+# ---- Data ----
 
 
 @cache
 def keys() -> F32:
-    """Blocks of the keys of all layers and heads of the demo model, (n_blocks, 32), as they would be stored."""
+    """The keys of all layers and heads of the demo model before encoding, as blocks (n_blocks, 32)."""
     layers = capture_attention(demo.MODEL_PATH, TEXT, range(4), n_ctx=512, n_threads=1)
     return np.concatenate([layer.k.reshape(-1, 32) for layer in layers.values()])
 
 
 def decoded(x: F32, type: str, mode: str = "search") -> F32:
-    """Values (..., n) as they are after storing them as a type."""
+    """Values (..., n), encoded and decoded as a type."""
     return reference.decode(reference.encode(x, type, mode), type, mode).reshape(x.shape)
 
 
 def decoded_without_transform(x: F32) -> F32:
-    """The same with pqo3's codebook and search, but on the values themselves."""
+    """The same with pqo3's codebook and search, but without the transform."""
     blocks = x.reshape(-1, 32)
     book, scale = reference.codebook("pqo3"), reference.search_scale(blocks, "pqo3")
     levels = book.levels[reference.quantize_indices(blocks / scale[:, None], book)]
@@ -56,7 +56,7 @@ def decoded_without_transform(x: F32) -> F32:
 
 
 def rotated_stock(x: F32, type: str) -> F32:
-    """Values as they are after a stock type behind our transform, by gguf's NumPy code."""
+    """Values after the pqo transform, encoded and decoded as a stock type by gguf's NumPy code."""
     from gguf import GGMLQuantizationType, quants
 
     number = GGMLQuantizationType[type.upper()]
@@ -71,7 +71,7 @@ def nmse(x: F32, approximation: F32) -> float:
 
 @cache
 def hot_channels() -> dict[str, list[float]]:
-    """NMSE of pqo3 by how much wider four channels of a head are, with the transform and without."""
+    """NMSE of pqo3 for each width of four hot channels, with the transform and without."""
     found: dict[str, list[float]] = {"with": [], "without": []}
     for factor in FACTORS:
         x = np.random.default_rng(0).standard_normal((1000, 128)).astype(np.float32)
@@ -88,11 +88,11 @@ def gaussian() -> F32:
 
 @cache
 def errors() -> dict[str, tuple[float, float]]:
-    """Bits per value and NMSE of each type on Gaussian blocks, stock ones behind the same transform."""
+    """Bits per value and NMSE of each type on Gaussian blocks; stock types use the same transform."""
     x = gaussian()
     found = {}
     for type in ("pqo3", "pqt3", "pqo4", "pqt4"):
-        y = x[:2000] if type.startswith("pqt") else x  # the path search takes its time in NumPy
+        y = x[:2000] if type.startswith("pqt") else x  # the path search is slow in NumPy
         found[type] = (CACHE_TYPES[type].bits, nmse(y, decoded(y, type)))
     for type in ("q4_0", "q5_0", "q8_0"):
         found[type] = (CACHE_TYPES[type].bits, nmse(x, rotated_stock(x, type)))
@@ -126,7 +126,7 @@ def crest(x: F32) -> npt.NDArray[Any]:
 
 
 def kurtosis(x: F32) -> float:
-    """Of values relative to their block's RMS: 2.8 for Gaussian values in blocks of 32, more with outliers."""
+    """Kurtosis of values relative to their block's RMS: 2.8 for Gaussian blocks of 32, more with outliers."""
     unit = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True))
     return float(np.mean(unit**4))
 
@@ -141,11 +141,14 @@ def transform() -> Any:
     y = reference.transform(block)
     scale = float(reference.search_scale(y, "pqo3")[0])
     figure, (left, right) = _figure(9, 3.2, 1, 2)
-    for axes, values, title in ((left, block[0], "as the model made them"), (right, y[0], "after signs and H32")):
+    for axes, values, title in (
+        (left, block[0], "before the transform"),
+        (right, y[0], "after the transform (signs, H32)"),
+    ):
         axes.bar(range(32), values, color=OURS, width=0.7)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("value of the block")
+        axes.set_xlabel("index in the block")
         axes.set_ylim(-1.1 * np.abs(block).max(), 1.1 * np.abs(block).max())
     for level in reference.codebook("pqo3").levels * scale:
         right.axhline(level, color=STOCK, linewidth=0.7, linestyle=(0, (4, 3)))
@@ -154,7 +157,7 @@ def transform() -> Any:
 
 
 def histogram() -> Any:
-    """All values after the transform in units of their block's scale, against the levels of pqo3 and pqo4."""
+    """Histogram of all transformed values in units of their block's scale, with the levels of pqo3 and pqo4."""
     y = reference.transform(keys())
     figure, both = _figure(9, 3.6, 1, 2)
     for axes, type in zip(both, ("pqo3", "pqo4"), strict=True):
@@ -173,10 +176,10 @@ def histogram() -> Any:
 
 
 def outliers() -> Any:
-    """Error of pqo3 by the width of four hot channels, with the transform and without."""
+    """Error of pqo3 for each width of four hot channels, with the transform and without."""
     figure, axes = _figure(6, 3.4)
     found = hot_channels()
-    for key, colour, label in (("without", STOCK, "on the values themselves"), ("with", OURS, "after signs and H32")):
+    for key, colour, label in (("without", STOCK, "without the transform"), ("with", OURS, "with the transform")):
         axes.plot(FACTORS, found[key], marker="o", color=colour, label=label)
     axes.set_xscale("log", base=2, subs=())
     axes.set_xticks(FACTORS, [str(factor) for factor in FACTORS])
@@ -188,14 +191,14 @@ def outliers() -> Any:
 
 
 def error() -> Any:
-    """Error by bits, and the least that any code of so many bits can have."""
+    """Error of each type by its bits, and Shannon's bound."""
     figure, axes = _figure(6.5, 3.8)
     bits = np.linspace(2.8, 9, 50)
     axes.plot(bits, 2.0 ** (-2 * bits), color=GRID, linewidth=2)
     axes.text(
-        6.7,
+        6.5,
         2.0**-13.0,
-        "no code of so many bits\ncan do better (Shannon)",
+        "Shannon's bound:\nthe least possible error",
         fontsize=8,
         color=STOCK,
         ha="right",
@@ -256,7 +259,7 @@ def block() -> Any:
 
 
 def attention() -> Any:
-    """What is done once for a query, and what for each token of the cache."""
+    """The steps of attention that run once for a query, and those that run for each token of the cache."""
     figure, axes = _figure(9, 3.1)
     axes.set_axis_off()
     axes.set_xlim(0, 100)
@@ -293,7 +296,7 @@ def attention() -> Any:
 
 
 def tail() -> Any:
-    """Which cells of a cache have f16 rows beside their blocks, and what a tail of N tokens is worth."""
+    """Which cells of a cache have f16 rows beside their blocks, and the mean KLD for each length of the tail."""
     figure, (left, right) = _figure(9, 3.2, 1, 2)
     left.set_axis_off()
     n, first, recent = 40, 4, 12
@@ -306,8 +309,8 @@ def tail() -> Any:
             left.add_patch(_square(x, y * 2.2 + 0.05, OURS))
     left.set_xlim(-0.5, 20.5)
     left.set_ylim(-1.6, 4.6)
-    left.text(0, -0.5, "light: blocks of the tokens written so far", fontsize=8, color=INK)
-    left.text(0, -1.2, "red: f16 rows, of the first four cells and the newest", fontsize=8, color=INK)
+    left.text(0, -0.5, "light: blocks of all tokens written so far", fontsize=8, color=INK)
+    left.text(0, -1.2, "red: f16 rows of the first four cells and of the newest tokens", fontsize=8, color=INK)
     results = json.loads((REPOSITORY / "benchmarks" / "results" / "tail_quality.json").read_text(encoding="utf-8"))
     for type, colour in (("pqo3", OURS), ("pqo4", STOCK)):
         rows = [row for row in results["rows"] if row["cache"] == type and row["n_ubatch"] == 1]
@@ -315,7 +318,7 @@ def tail() -> Any:
             [str(row["tail"]) for row in rows], [row["mean_kld"] for row in rows], marker="o", color=colour, label=type
         )
     right.set_xlabel("newest tokens kept in f16")
-    right.set_ylabel("mean KL divergence, nats")
+    right.set_ylabel("mean KLD, nats")
     right.set_ylim(0)
     right.legend(frameon=False)
     return figure
@@ -346,10 +349,10 @@ FIGURES: Final[dict[str, Callable[[], Any]]] = {
 
 
 def main() -> int:
-    """Draws the pictures that are named, or all, and prints the figures quoted."""
+    """Draws the named pictures, or all, and prints the figures that the page quotes."""
     import matplotlib
 
-    # The same picture is the same file: names within it do not come from chance, nor does it have a date.
+    # A picture drawn again is the same file: fixed ids within it, and no date.
     matplotlib.rcParams["svg.hashsalt"] = "tqgguf"
     draw_asked(
         __doc__.split("\n\n")[0], FIGURES, lambda name, path: FIGURES[name]().savefig(path, metadata={"Date": None})

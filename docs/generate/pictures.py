@@ -1,4 +1,4 @@
-"""Where the pictures of docs/ are, and how a script draws those that it is asked for."""
+"""The folder of the pictures, and the command line of the scripts that draw them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ PICTURES: Final = REPOSITORY / "docs" / "pictures"
 
 
 def draw_asked(about: str, known: Collection[str], draw: Callable[[str, Path], object]) -> None:
-    """Draws the pictures that the command line names, or all.
+    """Draws the pictures named on the command line, or all.
 
     Args:
-        about: what the script does, for its help.
-        known: names of its pictures.
-        draw: draws one of them into a file.
+        about: text of the help.
+        known: names of the pictures that the script can draw.
+        draw: draws the picture of a name into a file.
     """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(known)} (default: all)")
     args = parser.parse_args()
     if unknown := set(args.names) - set(known):
-        parser.error(f"there is no picture {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        parser.error(f"unknown picture {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     PICTURES.mkdir(exist_ok=True)
     for name in args.names or known:
         path = PICTURES / f"{name}.svg"

@@ -1,8 +1,8 @@
-"""Draws docs/pictures/NAME.svg from real terminal sessions: python docs/generate/terminal.py [NAME ...]; or all.
+"""Draws docs/pictures/NAME.svg from real terminal sessions: python docs/generate/terminal.py [NAME ...] (default: all).
 
-Each session is run in a terminal of its own, as a user would run it: keys are typed one by one, what comes back goes
-through a terminal emulator (pyte), and its last screen, colours included, is drawn (rich) as an SVG that needs no font,
-script or network. Nothing is edited; what a session says about speed is what it was on the machine that drew it.
+Each session runs in a pseudo-terminal. The script types the keys one by one and feeds the output to a terminal emulator
+(pyte). rich draws the last screen with its colours. The SVG needs no font, script or network. Nothing is edited. Speeds
+in a picture are those of the machine that drew it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Scene:
 
     Attributes:
         title: of the picture.
-        command: what is run, after a prompt that the picture shows.
-        typed: (what to wait for, what to type then), in turn.
+        command: the command to run; the picture shows it after a prompt.
+        typed: pairs of (pattern to wait for, keys to type then), in order.
         columns: width of the terminal.
-        rows: its height; lines that were not used are cut off.
+        rows: height of the terminal; unused lines are cut off.
     """
 
     title: str
@@ -63,7 +63,7 @@ SCENES: Final = {
 
 
 def screen(scene: Scene) -> list[Any]:
-    """The lines on the screen when a session has ended, as rich texts."""
+    """The lines on the screen after the session has ended, as rich texts."""
     import pyte
     from rich.text import Text
 
@@ -82,7 +82,7 @@ def screen(scene: Scene) -> list[Any]:
         lines.append(line)
     while lines and not lines[-1].plain:
         lines.pop()
-    return [*lines, Text()]  # rich cuts off what hangs below the last line
+    return [*lines, Text()]  # rich cuts off descenders of the last line
 
 
 def _style(cell: Any) -> str:
@@ -96,7 +96,7 @@ def _style(cell: Any) -> str:
 
 
 def _run(scene: Scene) -> Any:
-    """What a session writes, piece by piece; types where it waits."""
+    """Runs a session, types its keys, and yields its output piece by piece."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / MODEL.name).symlink_to(MODEL)
         words = scene.command.split()
@@ -121,7 +121,7 @@ def _run(scene: Scene) -> Any:
                 if select.select([fd], [], [], 0.2)[0]:
                     try:
                         data = os.read(fd, 65536)
-                    except OSError:  # Linux says so when the other side is closed
+                    except OSError:  # on Linux: the other side was closed
                         break
                     seen += data.decode("utf-8", "replace")
                     yield data
@@ -137,7 +137,7 @@ def _plain(text: str) -> str:
 
 
 def svg(scene: Scene, lines: list[Any]) -> str:
-    """The picture."""
+    """The picture of a screen, as SVG."""
     import io
 
     from rich.console import Console
@@ -147,13 +147,13 @@ def svg(scene: Scene, lines: list[Any]) -> str:
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     drawn = console.export_svg(title=scene.title, theme=MONOKAI, unique_id=f"tqgguf-{scene.title.split()[-1]}")
-    # rich asks for a font on the network, which a picture in a page must not; the browser's own will do.
+    # rich's SVG loads a font from the network. A picture must not; the browser's own font is used.
     drawn = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
     return re.sub(r"Fira Code, ?", "", drawn)
 
 
 def main() -> int:
-    """Draws the scenes that are named, or all."""
+    """Draws the named scenes, or all."""
     draw_asked(
         __doc__.split("\n\n")[0],
         SCENES,

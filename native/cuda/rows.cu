@@ -3,38 +3,32 @@
 
 /* ---- Kernels ---- */
 
-#if defined(__CUDACC__)
-#    define TQ_STATIC_SHARED __shared__
-#else
-#    define TQ_STATIC_SHARED static /* blocks run one after the other */
-#endif
-
-template <int BITS> TQ_KERNEL(TQ_ROW_THREADS, 4) tq_encode_kernel(TQ_PARAMETER tq_rows r) {
-    TQ_STATIC_SHARED tq_tables tables[2];
-    tq_encode_rows<BITS, 0>(r, &tables[0], &tables[1], NULL, TQ_ROW_THREADS);
+template <int BITS> TQI_KERNEL(TQI_ROW_THREADS, 4) tqi_encode_kernel(TQI_PARAMETER tqi_rows r) {
+    TQI_STATIC_SHARED tqi_tables tables[2];
+    tqi_encode_rows<BITS, 0>(r, &tables[0], &tables[1], NULL, TQI_ROW_THREADS);
 }
 
-template <int BITS> TQ_KERNEL(TQ_TRELLIS_THREADS, 6) tq_encode_trellis_kernel(TQ_PARAMETER tq_rows r) {
-    TQ_STATIC_SHARED tq_tables tables[2];
-    TQ_STATIC_SHARED tq_trellis_scratch scratch;
-    tq_encode_rows<BITS, 1>(r, &tables[0], &tables[1], &scratch, TQ_TRELLIS_THREADS);
+template <int BITS> TQI_KERNEL(TQI_TRELLIS_THREADS, 6) tqi_encode_trellis_kernel(TQI_PARAMETER tqi_rows r) {
+    TQI_STATIC_SHARED tqi_tables tables[2];
+    TQI_STATIC_SHARED tqi_trellis_scratch scratch;
+    tqi_encode_rows<BITS, 1>(r, &tables[0], &tables[1], &scratch, TQI_TRELLIS_THREADS);
 }
 
-TQ_KERNEL(TQ_ROW_THREADS, 4) tq_decode_kernel(TQ_PARAMETER tq_rows r) {
-    TQ_STATIC_SHARED tq_tables tables;
-    tq_decode_rows(r, &tables);
+TQI_KERNEL(TQI_ROW_THREADS, 4) tqi_decode_kernel(TQI_PARAMETER tqi_rows r) {
+    TQI_STATIC_SHARED tqi_tables tables;
+    tqi_decode_rows(r, &tables);
 }
 
-TQ_KERNEL(TQ_TAIL_THREADS, 4) tq_encode_tail_kernel(TQ_PARAMETER tq_tail_writes w) {
-    tq_encode_tail(w);
+TQI_KERNEL(TQI_TAIL_THREADS, 4) tqi_encode_tail_kernel(TQI_PARAMETER tqi_tail_writes w) {
+    tqi_encode_tail(w);
 }
 
-TQ_KERNEL(TQ_TAIL_THREADS, 4) tq_decode_tail_kernel(TQ_PARAMETER tq_tail_reads r) {
-    tq_decode_tail(r);
+TQI_KERNEL(TQI_TAIL_THREADS, 4) tqi_decode_tail_kernel(TQI_PARAMETER tqi_tail_reads r) {
+    tqi_decode_tail(r);
 }
 
-TQ_KERNEL(TQ_ROW_THREADS, 4) tq_transform_kernel(TQ_PARAMETER tq_vectors p) {
-    tq_transform_rows(p);
+TQI_KERNEL(TQI_ROW_THREADS, 4) tqi_transform_kernel(TQI_PARAMETER tqi_vectors p) {
+    tqi_transform_rows(p);
 }
 
 /* ---- Arguments ---- */
@@ -48,12 +42,12 @@ static int check_view(const char * name, const tq_cuda_view * x, const tqi_codec
     *codec = NULL;
     *n = 1;
     if (x == NULL) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "null pointer given for %s", name);
+        return tq_cuda_fail(TQ_E_ARGUMENT, "null pointer given for %s", name);
     }
     for (int i = 0; i < 4; ++i) {
         if (x->ne[i] < 0 || x->ne[i] > INT64_MAX / 64 || (x->ne[i] > 0 && *n > INT64_MAX / 64 / x->ne[i])) {
-            return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: ne[%d] = %lld given; allowed are counts from 0 on", name, i,
-                                 (long long) x->ne[i]);
+            return tq_cuda_fail(TQ_E_ARGUMENT, "%s: ne[%d] = %lld given; allowed are counts from 0 on", name, i,
+                                (long long) x->ne[i]);
         }
         *n *= x->ne[i];
     }
@@ -61,22 +55,22 @@ static int check_view(const char * name, const tq_cuda_view * x, const tqi_codec
     if (!is_float(x->type)) {
         *codec = tqi_codec_get(x->type, x->mode);
         if (*codec == NULL) {
-            return tqi_cuda_fail(TQ_E_ARGUMENT,
-                                 "%s: type %d in mode %d given; allowed are f32, f16, bf16 and tqgguf's types", name,
-                                 x->type, x->mode);
+            return tq_cuda_fail(TQ_E_ARGUMENT,
+                                "%s: type %d in mode %d given; allowed are f32, f16, bf16 and tqgguf's types", name,
+                                x->type, x->mode);
         }
         if (x->ne[0] % TQ_BLOCK != 0 || x->nb[0] != (size_t) (*codec)->block_bytes) {
-            return tqi_cuda_fail(TQ_E_ARGUMENT,
-                                 "%s: ne[0] = %lld, nb[0] = %zu given; blocks need a multiple of %d and %d bytes", name,
-                                 (long long) x->ne[0], x->nb[0], TQ_BLOCK, (*codec)->block_bytes);
+            return tq_cuda_fail(TQ_E_ARGUMENT,
+                                "%s: ne[0] = %lld, nb[0] = %zu given; blocks need a multiple of %d and %d bytes", name,
+                                (long long) x->ne[0], x->nb[0], TQ_BLOCK, (*codec)->block_bytes);
         }
     }
     if (*n > 0 && x->data == NULL) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: null pointer given for its data", name);
+        return tq_cuda_fail(TQ_E_ARGUMENT, "%s: null pointer given for its data", name);
     }
     if (((uintptr_t) x->data | x->nb[0] | x->nb[1] | x->nb[2] | x->nb[3]) % unit != 0) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "%s: data at %p, strides %zu, %zu, %zu, %zu; all must be multiples of %zu",
-                             name, x->data, x->nb[0], x->nb[1], x->nb[2], x->nb[3], unit);
+        return tq_cuda_fail(TQ_E_ARGUMENT, "%s: data at %p, strides %zu, %zu, %zu, %zu; all must be multiples of %zu",
+                            name, x->data, x->nb[0], x->nb[1], x->nb[2], x->nb[3], unit);
     }
     return TQ_OK;
 }
@@ -84,34 +78,55 @@ static int check_view(const char * name, const tq_cuda_view * x, const tqi_codec
 /* plain: the side whose rows are taken in turn; other: the side whose rows are numbered. */
 static int check_rows(const tq_cuda_index * rows, const tq_cuda_view * plain, const tq_cuda_view * other) {
     if (rows->type != TQ_CUDA_TYPE_I32 && rows->type != TQ_CUDA_TYPE_I64) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "rows: type %d given; allowed are i32 and i64", rows->type);
+        return tq_cuda_fail(TQ_E_ARGUMENT, "rows: type %d given; allowed are i32 and i64", rows->type);
     }
     const size_t unit = rows->type == TQ_CUDA_TYPE_I64 ? 8 : 4;
     if (rows->data == NULL || ((uintptr_t) rows->data | rows->nb[0] | rows->nb[1] | rows->nb[2]) % unit != 0) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "rows: data at %p, strides %zu, %zu, %zu; all must be multiples of %zu",
-                             rows->data, rows->nb[0], rows->nb[1], rows->nb[2], unit);
+        return tq_cuda_fail(TQ_E_ARGUMENT, "rows: data at %p, strides %zu, %zu, %zu; all must be multiples of %zu",
+                            rows->data, rows->nb[0], rows->nb[1], rows->nb[2], unit);
     }
     if (rows->ne[0] < plain->ne[1] || rows->ne[1] <= 0 || rows->ne[2] <= 0 || plain->ne[0] != other->ne[0] ||
         plain->ne[2] > other->ne[2] || plain->ne[3] > other->ne[3]) {
-        return tqi_cuda_fail(
-            TQ_E_ARGUMENT,
-            "rows: (%lld, %lld, %lld) of them for rows (%lld, %lld, %lld, %lld) and (%lld, %lld, %lld, "
-            "%lld); there must be one for each row, and the other dimensions must agree",
-            (long long) rows->ne[0], (long long) rows->ne[1], (long long) rows->ne[2], (long long) plain->ne[0],
-            (long long) plain->ne[1], (long long) plain->ne[2], (long long) plain->ne[3], (long long) other->ne[0],
-            (long long) other->ne[1], (long long) other->ne[2], (long long) other->ne[3]);
+        return tq_cuda_fail(TQ_E_ARGUMENT,
+                            "rows: (%lld, %lld, %lld) of them for rows (%lld, %lld, %lld, %lld) and (%lld, %lld, %lld, "
+                            "%lld); there must be one for each row, and the other dimensions must agree",
+                            (long long) rows->ne[0], (long long) rows->ne[1], (long long) rows->ne[2],
+                            (long long) plain->ne[0], (long long) plain->ne[1], (long long) plain->ne[2],
+                            (long long) plain->ne[3], (long long) other->ne[0], (long long) other->ne[1],
+                            (long long) other->ne[2], (long long) other->ne[3]);
     }
     return TQ_OK;
 }
 
-static int grid_of(int64_t n_blocks, int per_block, tq_grid * grid) {
-    const int64_t n = (n_blocks + per_block - 1) / per_block;
-    if (n > INT32_MAX) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "%lld blocks given; one launch takes %lld", (long long) n_blocks,
-                             (long long) INT32_MAX * per_block);
+/* What encode and decode have in common: checks the views and fills r but for its codecs, which are NULL for floats.
+ * plain, other: see check_rows. */
+static int check_both(const tq_cuda_view * src, const tq_cuda_index * rows, const tq_cuda_view * dst, bool encode,
+                      const tqi_codec ** from, const tqi_codec ** to, tqi_rows * r) {
+    int64_t n_src, n_dst;
+    if (check_view("source", src, from, &n_src) != TQ_OK || check_view("target", dst, to, &n_dst) != TQ_OK) {
+        return TQ_E_ARGUMENT;
     }
-    grid->x = (unsigned) n;
-    grid->y = grid->z = 1;
+    if (encode && *to == NULL) {
+        return tq_cuda_fail(TQ_E_ARGUMENT, "target: type %d given; allowed are tqgguf's types", dst->type);
+    }
+    if (!encode && (*from == NULL || *to != NULL)) {
+        return tq_cuda_fail(TQ_E_ARGUMENT, "types %d to %d given; decode goes from tqgguf's types to f32, f16 or bf16",
+                            src->type, dst->type);
+    }
+    if (rows == NULL && n_src != n_dst) {
+        return tq_cuda_fail(TQ_E_ARGUMENT, "%lld values given for %lld", (long long) n_src, (long long) n_dst);
+    }
+    if (rows != NULL && check_rows(rows, encode ? src : dst, encode ? dst : src) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    memset(r, 0, sizeof *r);
+    r->src = *src;
+    r->dst = *dst;
+    r->n_blocks = (encode ? n_src : n_dst) / TQ_BLOCK;
+    r->indexed = rows != NULL;
+    if (rows != NULL) {
+        r->rows = *rows;
+    }
     return TQ_OK;
 }
 
@@ -120,81 +135,33 @@ static int grid_of(int64_t n_blocks, int per_block, tq_grid * grid) {
 extern "C" int tq_cuda_encode(const tq_cuda_view * src, const tq_cuda_index * rows, const tq_cuda_view * dst,
                               void * stream) {
     const tqi_codec *from, *to;
-    int64_t n_src, n_dst;
-    tq_grid grid = { 1, 1, 1 };
-    if (check_view("source", src, &from, &n_src) != TQ_OK || check_view("target", dst, &to, &n_dst) != TQ_OK) {
+    tqi_rows r;
+    if (check_both(src, rows, dst, true, &from, &to, &r) != TQ_OK) {
         return TQ_E_ARGUMENT;
     }
-    if (to == NULL) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "target: type %d given; allowed are tqgguf's types", dst->type);
-    }
-    if (rows != NULL ? check_rows(rows, src, dst) != TQ_OK : n_src != n_dst) {
-        return rows != NULL
-                   ? TQ_E_ARGUMENT
-                   : tqi_cuda_fail(TQ_E_ARGUMENT, "%lld values given for %lld", (long long) n_src, (long long) n_dst);
-    }
-    if (n_src == 0) {
-        return TQ_OK;
-    }
-    tq_rows r;
-    memset(&r, 0, sizeof r);
-    r.src = *src;
-    r.dst = *dst;
     r.codec = *to;
-    r.source_ours = from != NULL;
-    r.n_blocks = n_src / TQ_BLOCK;
-    r.indexed = rows != NULL;
+    r.source_is_pqo = from != NULL;
     if (from != NULL) {
         r.source = *from;
     }
-    if (rows != NULL) {
-        r.rows = *rows;
-    }
-    const int threads = to->trellis ? TQ_TRELLIS_THREADS : TQ_ROW_THREADS;
-    if (grid_of(r.n_blocks, threads / TQ_TEAM, &grid) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
-    void (*kernel)(const tq_rows) = to->trellis
-                                        ? (to->bits == 3 ? tq_encode_trellis_kernel<3> : tq_encode_trellis_kernel<4>)
-                                        : (to->bits == 3 ? tq_encode_kernel<3> : tq_encode_kernel<4>);
-    return tq_launch(kernel, "encode", grid, threads, 0, stream, r);
+    const int threads = to->trellis ? TQI_TRELLIS_THREADS : TQI_ROW_THREADS;
+    void (*kernel)(const tqi_rows) = to->trellis
+                                         ? (to->bits == 3 ? tqi_encode_trellis_kernel<3> : tqi_encode_trellis_kernel<4>)
+                                         : (to->bits == 3 ? tqi_encode_kernel<3> : tqi_encode_kernel<4>);
+    return tqi_launch_each(kernel, "encode", r.n_blocks, threads / TQI_TEAM, threads, stream, r);
 }
 
 extern "C" int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * rows, int transformed,
                               const tq_cuda_view * dst, void * stream) {
     const tqi_codec *from, *to;
-    int64_t n_src, n_dst;
-    tq_grid grid = { 1, 1, 1 };
-    if (check_view("source", src, &from, &n_src) != TQ_OK || check_view("target", dst, &to, &n_dst) != TQ_OK) {
+    tqi_rows r;
+    if (check_both(src, rows, dst, false, &from, &to, &r) != TQ_OK) {
         return TQ_E_ARGUMENT;
     }
-    if (from == NULL || to != NULL) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "types %d to %d given; decode goes from tqgguf's types to f32, f16 or bf16",
-                             src->type, dst->type);
-    }
-    if (rows != NULL ? check_rows(rows, dst, src) != TQ_OK : n_src != n_dst) {
-        return rows != NULL
-                   ? TQ_E_ARGUMENT
-                   : tqi_cuda_fail(TQ_E_ARGUMENT, "%lld values given for %lld", (long long) n_src, (long long) n_dst);
-    }
-    if (n_dst == 0) {
-        return TQ_OK;
-    }
-    tq_rows r;
-    memset(&r, 0, sizeof r);
-    r.src = *src;
-    r.dst = *dst;
     r.codec = *from;
     r.transformed = transformed;
-    r.n_blocks = n_dst / TQ_BLOCK;
-    r.indexed = rows != NULL;
-    if (rows != NULL) {
-        r.rows = *rows;
-    }
-    if (grid_of(r.n_blocks, TQ_ROW_THREADS / TQ_TEAM, &grid) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
-    return tq_launch(tq_decode_kernel, "decode", grid, TQ_ROW_THREADS, 0, stream, r);
+    return tqi_launch_each(tqi_decode_kernel, "decode", r.n_blocks, TQI_ROW_THREADS / TQI_TEAM, TQI_ROW_THREADS, stream,
+                           r);
 }
 
 /* What both directions need of a tail. */
@@ -203,11 +170,10 @@ static int check_tail(const void * data, const void * owner, int64_t n_recent, i
     if (data == NULL || owner == NULL || n_recent < 1 || n_first < 0 || n_recent > INT32_MAX / 2 ||
         n_first > INT32_MAX / 2 || ((uintptr_t) data | strides) % 2 != 0 ||
         ((uintptr_t) owner | owner_stride) % 4 != 0) {
-        return tqi_cuda_fail(
-            TQ_E_ARGUMENT,
-            "a tail of %lld and %lld rows at %p, owners at %p given; needed are at least 1 and 0, even "
-            "strides of the rows and multiples of four of the owners",
-            (long long) n_recent, (long long) n_first, data, owner);
+        return tq_cuda_fail(TQ_E_ARGUMENT,
+                            "a tail of %lld and %lld rows at %p, owners at %p given; needed are at least 1 and 0, even "
+                            "strides of the rows and multiples of four of the owners",
+                            (long long) n_recent, (long long) n_first, data, owner);
     }
     return TQ_OK;
 }
@@ -221,7 +187,7 @@ extern "C" int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_index
     }
     if (codec == NULL || from != NULL || rows == NULL || tail == NULL || src->ne[0] % TQ_BLOCK != 0 ||
         src->ne[2] != 1 || src->ne[3] != 1) {
-        return tqi_cuda_fail(
+        return tq_cuda_fail(
             TQ_E_ARGUMENT,
             "source of type %d, (%lld, %lld, %lld, %lld), mode %d given; a tail takes floats in one plane, "
             "rows of whole blocks",
@@ -235,16 +201,15 @@ extern "C" int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_index
     }
     if (tail->n_cells < 1 || tail->n_stream < 1 || tail->n_cells > INT32_MAX / 2 / tail->n_stream ||
         tail->n_recent + tail->n_first > INT32_MAX / 2 / tail->n_stream || src->ne[1] > INT32_MAX) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT,
-                             "%lld rows into %lld streams of %lld cells given; a launch takes 2^30 cells",
-                             (long long) src->ne[1], (long long) tail->n_stream, (long long) tail->n_cells);
+        return tq_cuda_fail(TQ_E_ARGUMENT, "%lld rows into %lld streams of %lld cells given; a launch takes 2^30 cells",
+                            (long long) src->ne[1], (long long) tail->n_stream, (long long) tail->n_cells);
     }
     if (n_src == 0) {
         return TQ_OK;
     }
-    const tq_tail_writes w = { *src, *rows, *tail, codec->signs == TQI_SIGNS_FIRST };
-    const tq_grid grid = { (unsigned) src->ne[1], 1, 1 };
-    return tq_launch(tq_encode_tail_kernel, "encoding a tail", grid, TQ_TAIL_THREADS, 0, stream, w);
+    const tqi_tail_writes w = { *src, *rows, *tail, codec->signs == TQI_SIGNS_FIRST };
+    const tqi_grid grid = { (unsigned) src->ne[1], 1, 1 };
+    return tqi_launch(tqi_encode_tail_kernel, "encoding a tail", grid, TQI_TAIL_THREADS, 0, stream, w);
 }
 
 extern "C" int tq_cuda_tail_decode(const tq_attn_operand * x, const tq_cuda_view * dst, void * stream) {
@@ -256,9 +221,9 @@ extern "C" int tq_cuda_tail_decode(const tq_attn_operand * x, const tq_cuda_view
     if (codec == NULL || to != NULL || dst->ne[0] != x->head_dim || dst->ne[1] != x->n_head ||
         dst->ne[3] != x->n_stream || x->head_dim % TQ_BLOCK != 0 || dst->ne[0] * dst->ne[1] > INT32_MAX / 2 ||
         dst->ne[3] > 65535) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT,
-                             "target of type %d, (%lld, %lld, .., %lld) given for a tail of another type or shape",
-                             dst->type, (long long) dst->ne[0], (long long) dst->ne[1], (long long) dst->ne[3]);
+        return tq_cuda_fail(TQ_E_ARGUMENT,
+                            "target of type %d, (%lld, %lld, .., %lld) given for a tail of another type or shape",
+                            dst->type, (long long) dst->ne[0], (long long) dst->ne[1], (long long) dst->ne[3]);
     }
     const tq_attn_tail & tail = x->tail;
     if (check_tail(tail.data, tail.owner, tail.n_recent, tail.n_first,
@@ -268,27 +233,21 @@ extern "C" int tq_cuda_tail_decode(const tq_attn_operand * x, const tq_cuda_view
     if (n_dst == 0) {
         return TQ_OK;
     }
-    const tq_tail_reads r = { tail, *dst, codec->signs == TQI_SIGNS_FIRST };
-    const tq_grid grid = { (unsigned) (tail.n_recent + tail.n_first), (unsigned) dst->ne[3], 1 };
-    return tq_launch(tq_decode_tail_kernel, "decoding a tail", grid, TQ_TAIL_THREADS, 0, stream, r);
+    const tqi_tail_reads r = { tail, *dst, codec->signs == TQI_SIGNS_FIRST };
+    const tqi_grid grid = { (unsigned) (tail.n_recent + tail.n_first), (unsigned) dst->ne[3], 1 };
+    return tqi_launch(tqi_decode_tail_kernel, "decoding a tail", grid, TQI_TAIL_THREADS, 0, stream, r);
 }
 
 extern "C" int tq_cuda_transform(const float * x, int64_t n, int mode, int inverse, float * y, void * stream) {
     const tqi_codec * codec = tqi_codec_get(TQ_TYPE_PQO3, mode);
-    tq_grid grid = { 1, 1, 1 };
     if (codec == NULL || n < 0 || n % TQ_BLOCK != 0 || (n > 0 && (x == NULL || y == NULL))) {
-        return tqi_cuda_fail(
+        return tq_cuda_fail(
             TQ_E_ARGUMENT,
             "%lld values at %p, mode %d given; needed are a multiple of %d, a pointer, a mode of tq_mode",
             (long long) n, (const void *) x, mode, TQ_BLOCK);
     }
-    if (n == 0) {
-        return TQ_OK;
-    }
     const int signs_first = codec->signs == TQI_SIGNS_FIRST;
-    const tq_vectors p = { x, y, n / TQ_BLOCK, inverse ? !signs_first : signs_first };
-    if (grid_of(p.n_blocks, TQ_ROW_THREADS / TQ_TEAM, &grid) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
-    return tq_launch(tq_transform_kernel, "transform", grid, TQ_ROW_THREADS, 0, stream, p);
+    const tqi_vectors p = { x, y, n / TQ_BLOCK, inverse ? !signs_first : signs_first };
+    return tqi_launch_each(tqi_transform_kernel, "transform", p.n_blocks, TQI_ROW_THREADS / TQI_TEAM, TQI_ROW_THREADS,
+                           stream, p);
 }

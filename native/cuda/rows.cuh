@@ -1,30 +1,31 @@
 /* rows.cuh: kernels over tensors: encode, decode and transform, a team of eight threads per block of 32 values. */
-#ifndef TQ_ROWS_CUH
-#define TQ_ROWS_CUH
+#ifndef TQI_ROWS_CUH
+#define TQI_ROWS_CUH
 
 #include "decode.cuh"
 #include "trellis.cuh"
 
-#define TQ_ROW_THREADS 128
+#define TQI_ROW_THREADS 128
 
-struct tq_rows {
+struct tqi_rows {
     tq_cuda_view src, dst;
     tq_cuda_index rows;
     tqi_codec codec;  /* of dst for encode, of src for decode */
     tqi_codec source; /* encode from another type of ours */
     int indexed;
-    int source_ours;
+    int source_is_pqo;
     int transformed;
     int64_t n_blocks;
 };
 
-struct tq_place {
+struct tqi_place {
     int64_t i0, i1, i2, i3;
 };
 
-/* Where flat index i lies, innermost dimension first. Divisions of 64 bits take dozens of instructions, hence the first case. */
-TQ_HD tq_place tq_place_of(const tq_cuda_view & x, int64_t i) {
-    tq_place p;
+/* Where flat index i lies, innermost dimension first. Divisions of 64 bits take dozens of instructions, hence the first
+ * case. */
+TQI_HD tqi_place tqi_place_of(const tq_cuda_view & x, int64_t i) {
+    tqi_place p;
     if ((i | x.ne[0] | x.ne[1] | x.ne[2]) >> 32 == 0) {
         const uint32_t n0 = (uint32_t) x.ne[0], n1 = (uint32_t) x.ne[1], n2 = (uint32_t) x.ne[2];
         const uint32_t row = (uint32_t) i / n0, plane = row / n1, cube = plane / n2;
@@ -43,13 +44,13 @@ TQ_HD tq_place tq_place_of(const tq_cuda_view & x, int64_t i) {
 }
 
 /* unit: the values that nb[0] steps over */
-TQ_HD uint8_t * tq_address(const tq_cuda_view & x, int unit, const tq_place & p) {
+TQI_HD uint8_t * tqi_address(const tq_cuda_view & x, int unit, const tqi_place & p) {
     return (uint8_t *) x.data + p.i0 / unit * (int64_t) x.nb[0] + p.i1 * (int64_t) x.nb[1] + p.i2 * (int64_t) x.nb[2] +
            p.i3 * (int64_t) x.nb[3];
 }
 
 /* The row number that goes with row (i1, i2, i3); -1 if it is not one of n_rows. */
-TQ_HD int64_t tq_row_number(const tq_cuda_index & rows, const tq_place & p, int64_t n_rows) {
+TQI_HD int64_t tqi_row_number(const tq_cuda_index & rows, const tqi_place & p, int64_t n_rows) {
     const uint8_t * at = (const uint8_t *) rows.data + p.i1 * (int64_t) rows.nb[0] +
                          p.i2 % rows.ne[1] * (int64_t) rows.nb[1] + p.i3 % rows.ne[2] * (int64_t) rows.nb[2];
     const int64_t n =
@@ -57,216 +58,212 @@ TQ_HD int64_t tq_row_number(const tq_cuda_index & rows, const tq_place & p, int6
     return n >= 0 && n < n_rows ? n : -1;
 }
 
-TQ_HD float tq_load_value(int type, const uint8_t * at) {
+TQI_HD float tqi_load_value(int type, const uint8_t * at) {
     switch (type) {
         case TQ_TYPE_F32:
             return *(const float *) (const void *) at;
         case TQ_TYPE_F16:
-            return tq_f16_to_f32(*(const uint16_t *) (const void *) at);
+            return tqi_f16_to_f32(*(const uint16_t *) (const void *) at);
         default:
-            return tq_bf16_to_f32(*(const uint16_t *) (const void *) at);
+            return tqi_bf16_to_f32(*(const uint16_t *) (const void *) at);
     }
 }
 
-TQ_HD void tq_store_value(int type, float x, uint8_t * at) {
+TQI_HD void tqi_store_value(int type, float x, uint8_t * at) {
     switch (type) {
         case TQ_TYPE_F32:
             *(float *) (void *) at = x;
             break;
         case TQ_TYPE_F16:
-            *(uint16_t *) (void *) at = tq_f32_to_f16(x);
+            *(uint16_t *) (void *) at = tqi_f32_to_f16(x);
             break;
         default:
-            *(uint16_t *) (void *) at = tq_f32_to_bf16(x);
+            *(uint16_t *) (void *) at = tqi_f32_to_bf16(x);
             break;
     }
 }
 
 /* Values l, l + 8, ... of the 32 from flat index i on; rows that are no whole blocks are looked up value by value. */
-TQ_HD uint8_t * tq_value_address(const tq_cuda_view & x, const tq_place & p, int64_t i, int j) {
+TQI_HD uint8_t * tqi_value_address(const tq_cuda_view & x, const tqi_place & p, int64_t i, int j) {
     if (x.ne[0] % TQ_BLOCK == 0) {
-        return tq_address(x, 1, p) + j * (int64_t) x.nb[0];
+        return tqi_address(x, 1, p) + j * (int64_t) x.nb[0];
     }
-    return tq_address(x, 1, tq_place_of(x, i + j));
+    return tqi_address(x, 1, tqi_place_of(x, i + j));
 }
 
 template <int BITS, int TRELLIS>
-TQ_D void tq_encode_rows(const tq_rows & r, tq_tables * tables, tq_tables * source, tq_trellis_scratch * w,
-                         int n_threads) {
-    const int l = tq_thread() % TQ_TEAM;
-    const int64_t b = (int64_t) tq_block_x() * (n_threads / TQ_TEAM) + tq_thread() / TQ_TEAM;
+TQI_D void tqi_encode_rows(const tqi_rows & r, tqi_tables * tables, tqi_tables * source, tqi_trellis_scratch * w,
+                           int n_threads) {
+    const int l = tqi_thread() % TQI_TEAM;
+    const int64_t b = (int64_t) tqi_block_x() * (n_threads / TQI_TEAM) + tqi_thread() / TQI_TEAM;
     const int64_t i = (b < r.n_blocks ? b : r.n_blocks - 1) * TQ_BLOCK;
     bool store = b < r.n_blocks;
-    float v[TQ_VALUES];
+    float v[TQI_VALUES];
 
-    tq_fill_tables(r.codec, tables);
-    const tq_place from = tq_place_of(r.src, i);
-    if (r.source_ours) {
-        tq_fill_tables(r.source, source);
-        tq_decode_block(r.source, source, tq_address(r.src, TQ_BLOCK, from), 0, l, v);
+    tqi_fill_tables(r.codec, tables);
+    const tqi_place from = tqi_place_of(r.src, i);
+    if (r.source_is_pqo) {
+        tqi_fill_tables(r.source, source);
+        tqi_decode_block(r.source, source, tqi_address(r.src, TQ_BLOCK, from), 0, l, v);
     } else {
-        TQ_UNROLL
-        for (int m = 0; m < TQ_VALUES; ++m) {
-            v[m] = tq_load_value(r.src.type, tq_value_address(r.src, from, i, l + TQ_TEAM * m));
+        TQI_UNROLL
+        for (int m = 0; m < TQI_VALUES; ++m) {
+            v[m] = tqi_load_value(r.src.type, tqi_value_address(r.src, from, i, l + TQI_TEAM * m));
         }
     }
-    tq_place to = from;
+    tqi_place to = from;
     if (r.indexed) {
-        to.i1 = tq_row_number(r.rows, from, r.dst.ne[1]);
+        to.i1 = tqi_row_number(r.rows, from, r.dst.ne[1]);
         store = store && to.i1 >= 0;
     } else {
-        to = tq_place_of(r.dst, i);
+        to = tqi_place_of(r.dst, i);
     }
-    uint8_t * block = tq_address(r.dst, TQ_BLOCK, to);
+    uint8_t * block = tqi_address(r.dst, TQ_BLOCK, to);
     if (TRELLIS) {
-        TQ_UNROLL
-        for (int m = 0; m < TQ_VALUES; ++m) {
-            v[m] = tq_sanitize(v[m]);
+        TQI_UNROLL
+        for (int m = 0; m < TQI_VALUES; ++m) {
+            v[m] = tqi_sanitize(v[m]);
         }
-        tq_transform(r.codec.signs == TQI_SIGNS_FIRST, v, l);
-        tq_trellis_search(r.codec, tables, BITS, v, w, l, store, block);
+        tqi_transform(r.codec.signs == TQI_SIGNS_FIRST, v, l);
+        tqi_trellis_search(r.codec, tables, BITS, v, w, l, store, block);
     } else {
-        tq_encode_block(r.codec, tables, BITS, v, l, store, block);
+        tqi_encode_block(r.codec, tables, BITS, v, l, store, block);
     }
 }
 
-TQ_D void tq_decode_rows(const tq_rows & r, tq_tables * tables) {
-    const int l = tq_thread() % TQ_TEAM;
-    const int64_t b = (int64_t) tq_block_x() * (TQ_ROW_THREADS / TQ_TEAM) + tq_thread() / TQ_TEAM;
+TQI_D void tqi_decode_rows(const tqi_rows & r, tqi_tables * tables) {
+    const int l = tqi_thread() % TQI_TEAM;
+    const int64_t b = (int64_t) tqi_block_x() * (TQI_ROW_THREADS / TQI_TEAM) + tqi_thread() / TQI_TEAM;
     const int64_t i = (b < r.n_blocks ? b : r.n_blocks - 1) * TQ_BLOCK;
-    const tq_place to = tq_place_of(r.dst, i);
-    tq_place from = to;
+    const tqi_place to = tqi_place_of(r.dst, i);
+    tqi_place from = to;
     bool found = true;
-    float v[TQ_VALUES];
+    float v[TQI_VALUES];
 
-    tq_fill_tables(r.codec, tables);
+    tqi_fill_tables(r.codec, tables);
     if (r.indexed) {
-        from.i1 = tq_row_number(r.rows, to, r.src.ne[1]);
+        from.i1 = tqi_row_number(r.rows, to, r.src.ne[1]);
         found = from.i1 >= 0;
         from.i1 = found ? from.i1 : 0;
     } else {
-        from = tq_place_of(r.src, i);
+        from = tqi_place_of(r.src, i);
     }
-    tq_decode_block(r.codec, tables, tq_address(r.src, TQ_BLOCK, from), r.transformed, l, v);
+    tqi_decode_block(r.codec, tables, tqi_address(r.src, TQ_BLOCK, from), r.transformed, l, v);
     if (b < r.n_blocks) {
-        TQ_UNROLL
-        for (int m = 0; m < TQ_VALUES; ++m) {
-            tq_store_value(r.dst.type, found ? v[m] : 0.0f, tq_value_address(r.dst, to, i, l + TQ_TEAM * m));
+        TQI_UNROLL
+        for (int m = 0; m < TQI_VALUES; ++m) {
+            tqi_store_value(r.dst.type, found ? v[m] : 0.0f, tqi_value_address(r.dst, to, i, l + TQI_TEAM * m));
         }
     }
 }
 
 /* ---- Precise tails ---- */
 
-#define TQ_TAIL_THREADS 128
+#define TQI_TAIL_THREADS 128
 
-struct tq_tail_writes {
+struct tqi_tail_writes {
     tq_cuda_view src;
     tq_cuda_index rows;
     tq_cuda_tail tail;
     int signs_first;
 };
 
-/* tq_tail_row, for tokens and rows below 2^31. */
-TQ_HD int tq_tail_row_of(int64_t n_recent, int64_t n_first, int token) {
-    return token < n_first ? (int) n_recent + token : (int) ((uint32_t) token % (uint32_t) n_recent);
-}
-
 /* The row of all streams' tails that row i of src goes to, and its cell in all streams; -1 if it goes nowhere. */
-TQ_HD int tq_tail_target(const tq_tail_writes & w, int64_t i, int * cell) {
-    const tq_place p = { 0, i, 0, 0 };
-    *cell = (int) tq_row_number(w.rows, p, w.tail.n_cells * w.tail.n_stream);
+TQI_HD int tqi_tail_target(const tqi_tail_writes & w, int64_t i, int * cell) {
+    const tqi_place p = { 0, i, 0, 0 };
+    *cell = (int) tqi_row_number(w.rows, p, w.tail.n_cells * w.tail.n_stream);
     if (*cell < 0) {
         return -1;
     }
     const uint32_t stream = (uint32_t) *cell / (uint32_t) w.tail.n_cells,
                    token = (uint32_t) *cell - stream * (uint32_t) w.tail.n_cells;
     return (int) (stream * (uint32_t) (w.tail.n_recent + w.tail.n_first)) +
-           tq_tail_row_of(w.tail.n_recent, w.tail.n_first, (int) token);
+           tqi_tail_row_of(w.tail.n_recent, w.tail.n_first, (int) token);
 }
 
 /* Values l, l + 8, ... of a block, transformed, to f16 as rows of a tail have it. */
-TQ_D void tq_store_tail(int signs_first, float * v, int l, bool store, uint16_t * to) {
-    TQ_UNROLL
-    for (int m = 0; m < TQ_VALUES; ++m) {
-        v[m] = tq_sanitize(v[m]);
+TQI_D void tqi_store_tail(int signs_first, float * v, int l, bool store, uint16_t * to) {
+    TQI_UNROLL
+    for (int m = 0; m < TQI_VALUES; ++m) {
+        v[m] = tqi_sanitize(v[m]);
     }
-    tq_transform(signs_first, v, l);
-    TQ_UNROLL
-    for (int m = 0; m < TQ_VALUES; ++m) {
+    tqi_transform(signs_first, v, l);
+    TQI_UNROLL
+    for (int m = 0; m < TQI_VALUES; ++m) {
         if (store) {
-            to[l + TQ_TEAM * m] = tq_f32_to_f16(tq_sanitize(v[m]));
+            to[l + TQI_TEAM * m] = tqi_f32_to_f16(tqi_sanitize(v[m]));
         }
     }
 }
 
-/* A block of threads per row of src. It writes nothing if a later row goes to the same place: the order in which blocks run
- * then does not matter. */
-TQ_D void tq_encode_tail(const tq_tail_writes & w) {
-    const int64_t i = tq_block_x(), n = w.src.ne[1];
-    const int l = tq_thread() % TQ_TEAM, n_blocks = (int) (w.src.ne[0] / TQ_BLOCK);
+/* A block of threads per row of src. It writes nothing if a later row goes to the same place: the order in which blocks
+ * run then does not matter. */
+TQI_D void tqi_encode_tail(const tqi_tail_writes & w) {
+    const int64_t i = tqi_block_x(), n = w.src.ne[1];
+    const int l = tqi_thread() % TQI_TEAM, n_blocks = (int) (w.src.ne[0] / TQ_BLOCK);
     int cell, other, later = 0;
-    const int target = tq_tail_target(w, i, &cell);
-    for (int64_t j = i + 1 + tq_thread(); target >= 0 && j < n && !later; j += TQ_TAIL_THREADS) {
-        later = tq_tail_target(w, j, &other) == target;
+    const int target = tqi_tail_target(w, i, &cell);
+    for (int64_t j = i + 1 + tqi_thread(); target >= 0 && j < n && !later; j += TQI_TAIL_THREADS) {
+        later = tqi_tail_target(w, j, &other) == target;
     }
-    if (tq_sync_or(later) || target < 0) {
+    if (tqi_sync_or(later) || target < 0) {
         return;
     }
     const int n_row = (int) (w.tail.n_recent + w.tail.n_first), stream = target / n_row, row = target % n_row;
     uint16_t * to = (uint16_t *) (void *) ((uint8_t *) w.tail.data + stream * (int64_t) w.tail.stride_stream +
                                            row * (int64_t) w.tail.stride_row);
-    TQ_NO_UNROLL
-    for (int first = 0; first < n_blocks; first += TQ_TAIL_THREADS / TQ_TEAM) {
-        const int b = first + tq_thread() / TQ_TEAM < n_blocks ? first + tq_thread() / TQ_TEAM : n_blocks - 1;
-        const tq_place p = { b * TQ_BLOCK, i, 0, 0 };
-        float v[TQ_VALUES];
-        TQ_UNROLL
-        for (int m = 0; m < TQ_VALUES; ++m) {
-            v[m] = tq_load_value(w.src.type, tq_address(w.src, 1, p) + (l + TQ_TEAM * m) * (int64_t) w.src.nb[0]);
+    TQI_NO_UNROLL
+    for (int first = 0; first < n_blocks; first += TQI_TAIL_THREADS / TQI_TEAM) {
+        const int b = first + tqi_thread() / TQI_TEAM < n_blocks ? first + tqi_thread() / TQI_TEAM : n_blocks - 1;
+        const tqi_place p = { b * TQ_BLOCK, i, 0, 0 };
+        float v[TQI_VALUES];
+        TQI_UNROLL
+        for (int m = 0; m < TQI_VALUES; ++m) {
+            v[m] = tqi_load_value(w.src.type, tqi_address(w.src, 1, p) + (l + TQI_TEAM * m) * (int64_t) w.src.nb[0]);
         }
-        tq_store_tail(w.signs_first, v, l, first + tq_thread() / TQ_TEAM < n_blocks, to + b * TQ_BLOCK);
+        tqi_store_tail(w.signs_first, v, l, first + tqi_thread() / TQI_TEAM < n_blocks, to + b * TQ_BLOCK);
     }
-    if (tq_thread() == 0) {
+    if (tqi_thread() == 0) {
         int32_t * owner =
             (int32_t *) (void *) ((uint8_t *) w.tail.owner + stream * (int64_t) w.tail.owner_stride_stream);
         owner[row] = cell % (int) w.tail.n_cells + 1;
     }
 }
 
-struct tq_tail_reads {
+struct tqi_tail_reads {
     tq_attn_tail tail;
     tq_cuda_view dst;
     int signs_first;
 };
 
 /* A block of threads per row of a stream's tail. */
-TQ_D void tq_decode_tail(const tq_tail_reads & r) {
-    const int row = tq_block_x(), stream = tq_block_y(), l = tq_thread() % TQ_TEAM;
+TQI_D void tqi_decode_tail(const tqi_tail_reads & r) {
+    const int row = tqi_block_x(), stream = tqi_block_y(), l = tqi_thread() % TQI_TEAM;
     const int32_t * owner = (const int32_t *) (const void *) ((const uint8_t *) r.tail.owner +
                                                               stream * (int64_t) r.tail.owner_stride_stream);
     const int token = owner[row] - 1, per_head = (int) (r.dst.ne[0] / TQ_BLOCK),
               n_blocks = per_head * (int) r.dst.ne[1];
-    if (token < 0 || token >= r.dst.ne[2] || tq_tail_row_of(r.tail.n_recent, r.tail.n_first, token) != row) {
+    if (token < 0 || token >= r.dst.ne[2] || tqi_tail_row_of(r.tail.n_recent, r.tail.n_first, token) != row) {
         return;
     }
-    TQ_NO_UNROLL
-    for (int first = 0; first < n_blocks; first += TQ_TAIL_THREADS / TQ_TEAM) {
-        const bool store = first + tq_thread() / TQ_TEAM < n_blocks;
-        const int b = store ? first + tq_thread() / TQ_TEAM : n_blocks - 1, head = b / per_head;
-        const tq_place p = { b % per_head * TQ_BLOCK, head, token, stream };
+    TQI_NO_UNROLL
+    for (int first = 0; first < n_blocks; first += TQI_TAIL_THREADS / TQI_TEAM) {
+        const bool store = first + tqi_thread() / TQI_TEAM < n_blocks;
+        const int b = store ? first + tqi_thread() / TQI_TEAM : n_blocks - 1, head = b / per_head;
+        const tqi_place p = { b % per_head * TQ_BLOCK, head, token, stream };
         const uint8_t * from = (const uint8_t *) r.tail.data + stream * (int64_t) r.tail.stride_stream +
                                row * (int64_t) r.tail.stride_row + head * (int64_t) r.tail.stride_head + 2 * p.i0;
-        float v[TQ_VALUES];
-        TQ_UNROLL
-        for (int m = 0; m < TQ_VALUES; ++m) {
-            v[m] = tq_f16_to_f32(((const uint16_t *) (const void *) from)[l + TQ_TEAM * m]);
+        float v[TQI_VALUES];
+        TQI_UNROLL
+        for (int m = 0; m < TQI_VALUES; ++m) {
+            v[m] = tqi_f16_to_f32(((const uint16_t *) (const void *) from)[l + TQI_TEAM * m]);
         }
-        tq_inverse_transform(r.signs_first, v, l);
-        TQ_UNROLL
-        for (int m = 0; m < TQ_VALUES; ++m) {
+        tqi_inverse_transform(r.signs_first, v, l);
+        TQI_UNROLL
+        for (int m = 0; m < TQI_VALUES; ++m) {
             if (store) {
-                tq_store_value(r.dst.type, v[m], tq_address(r.dst, 1, p) + (l + TQ_TEAM * m) * (int64_t) r.dst.nb[0]);
+                tqi_store_value(r.dst.type, v[m],
+                                tqi_address(r.dst, 1, p) + (l + TQI_TEAM * m) * (int64_t) r.dst.nb[0]);
             }
         }
     }
@@ -274,29 +271,44 @@ TQ_D void tq_decode_tail(const tq_tail_reads & r) {
 
 /* ---- Transform ---- */
 
-struct tq_vectors {
+struct tqi_vectors {
     const float * x;
     float * y;
     int64_t n_blocks;
     int signs_first;
 };
 
-TQ_D void tq_transform_rows(const tq_vectors & p) {
-    const int l = tq_thread() % TQ_TEAM;
-    const int64_t b = (int64_t) tq_block_x() * (TQ_ROW_THREADS / TQ_TEAM) + tq_thread() / TQ_TEAM;
+TQI_D void tqi_transform_rows(const tqi_vectors & p) {
+    const int l = tqi_thread() % TQI_TEAM;
+    const int64_t b = (int64_t) tqi_block_x() * (TQI_ROW_THREADS / TQI_TEAM) + tqi_thread() / TQI_TEAM;
     const float * x = p.x + (b < p.n_blocks ? b : p.n_blocks - 1) * TQ_BLOCK;
-    float v[TQ_VALUES];
-    TQ_UNROLL
-    for (int m = 0; m < TQ_VALUES; ++m) {
-        v[m] = x[l + TQ_TEAM * m];
+    float v[TQI_VALUES];
+    TQI_UNROLL
+    for (int m = 0; m < TQI_VALUES; ++m) {
+        v[m] = x[l + TQI_TEAM * m];
     }
-    tq_transform(p.signs_first, v, l);
+    tqi_transform(p.signs_first, v, l);
     if (b < p.n_blocks) {
-        TQ_UNROLL
-        for (int m = 0; m < TQ_VALUES; ++m) {
-            p.y[b * TQ_BLOCK + l + TQ_TEAM * m] = v[m];
+        TQI_UNROLL
+        for (int m = 0; m < TQI_VALUES; ++m) {
+            p.y[b * TQ_BLOCK + l + TQI_TEAM * m] = v[m];
         }
     }
+}
+
+/* ---- Launching ---- */
+
+/* Launches as many blocks of threads as n blocks of values, or n values, need: each takes per_block. */
+template <typename P>
+int tqi_launch_each(void (*kernel)(P), const char * name, int64_t n, int per_block, int threads, void * stream,
+                    const P & parameter) {
+    const int64_t n_blocks = n / per_block + (n % per_block != 0);
+    if (n_blocks > INT32_MAX) {
+        return tq_cuda_fail(TQ_E_ARGUMENT, "%s: %lld blocks or values given; one launch takes %lld", name,
+                            (long long) n, (long long) INT32_MAX * per_block);
+    }
+    const tqi_grid grid = { (unsigned) n_blocks, 1, 1 };
+    return n == 0 ? TQ_OK : tqi_launch(kernel, name, grid, threads, 0, stream, parameter);
 }
 
 #endif

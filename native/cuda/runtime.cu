@@ -1,48 +1,18 @@
-/* runtime.cu: error messages and devices. */
+/* runtime.cu: devices, streams and device memory, by CUDA's runtime. */
+#include "memory.h"
 #include "simt.cuh"
 
-#include <stdarg.h>
 #include <stdio.h>
 
-#if defined(__CUDACC__)
-#    include <atomic>
-#else
-#    include <map>
-#    include <mutex>
-#    include <sys/mman.h>
-#    include <unistd.h>
-#    include <utility>
-#endif
+#include <utility>
 
-static thread_local char message[512];
-
-#define NO_CODE                                                                                                        \
-    "%s has compute capability %d.%d, for which this build has no code: build with CMAKE_CUDA_ARCHITECTURES=%d%d "     \
-    "(make cuda CUDA_ARCHITECTURES=...)"
-
-extern "C" int tqi_cuda_fail(int status, const char * format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(message, sizeof message, format, args);
-    va_end(args);
-    return status;
-}
-
-extern "C" const char * tq_cuda_last_error(void) {
-    return message;
-}
-
-extern "C" int tq_cuda_abi_version(void) {
-    return 1000 * TQ_ABI_VERSION + TQ_CUDA_ABI_VERSION;
-}
-
-#if defined(__CUDACC__)
+/* ---- Devices ---- */
 
 extern "C" int tq_cuda_emulated(void) {
     return 0;
 }
 
-static __global__ void tq_probe_kernel() {}
+static __global__ void tqi_probe_kernel() {}
 
 extern "C" int tq_cuda_device_ready(void) {
     enum { KNOWN = 64 };
@@ -54,24 +24,19 @@ extern "C" int tq_cuda_device_ready(void) {
     if (status != TQ_OK || (device < KNOWN && ready[device].load(std::memory_order_relaxed))) {
         return status;
     }
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, tq_probe_kernel);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, tqi_probe_kernel);
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
         error == cudaErrorInvalidKernelImage) {
         (void) cudaGetLastError();
         status = tqi_cuda_check(cudaGetDeviceProperties(&prop, device), "reading the CUDA device's properties");
-        return status != TQ_OK ? status
-                               : tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, prop.name, prop.major, prop.minor, prop.major,
-                                               prop.minor);
+        return status != TQ_OK ? status : tqi_cuda_no_code(prop.name, prop.major, prop.minor);
     }
-    status = tqi_cuda_check(
-        error, "loading the kernels"); /* an exclusive device in use, PTX newer than the driver, a lost device */
-    if (status != TQ_OK) {
-        return status;
-    }
-    if (device < KNOWN) {
+    /* an exclusive device in use, PTX newer than the driver, a lost device */
+    status = tqi_cuda_check(error, "loading the kernels");
+    if (status == TQ_OK && device < KNOWN) {
         ready[device].store(true, std::memory_order_relaxed);
     }
-    return TQ_OK;
+    return status;
 }
 
 extern "C" int tq_cuda_device_count(void) {
@@ -87,7 +52,7 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
         return n;
     }
     if (i < 0 || i >= n) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there are %d", i, n);
+        return tq_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there are %d", i, n);
     }
     int status = tqi_cuda_check(cudaSetDevice(i), "selecting the CUDA device");
     if (status == TQ_OK) {
@@ -111,6 +76,80 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
     return TQ_OK;
 }
 
+extern "C" int tq_cuda_device_swap(int i) {
+    int before = 0;
+    const int status = tqi_cuda_check(cudaGetDevice(&before), "asking for the current CUDA device");
+    if (status != TQ_OK || before == i || i < 0) {
+        return status != TQ_OK ? status : before;
+    }
+    const int set = tqi_cuda_check(cudaSetDevice(i), "selecting the CUDA device");
+    return set != TQ_OK ? set : before;
+}
+
+extern "C" int tq_cuda_device_of(const void * data) {
+    cudaPointerAttributes attributes;
+    const int status = tqi_cuda_check(cudaPointerGetAttributes(&attributes, data), "asking where memory lies");
+    if (status != TQ_OK) {
+        return status;
+    }
+    if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
+        return tq_cuda_fail(TQ_E_ARGUMENT, "%p given; it is no device memory", data);
+    }
+    return attributes.device;
+}
+
+int tqi_cuda_limits_of(tqi_cuda_limits * limits) {
+    enum { KNOWN = 64 };
+    static std::atomic<int64_t> known[KNOWN]; /* 0, or all three packed: 16, 24 and 24 bits */
+    int device = 0, n_sm = 0, per_block = 0, per_sm = 0;
+    int status = tqi_cuda_check(cudaGetDevice(&device), "asking for the current CUDA device");
+    int64_t packed = status == TQ_OK && device < KNOWN ? known[device].load(std::memory_order_relaxed) : 0;
+    if (status == TQ_OK && packed == 0) {
+        const std::pair<cudaDeviceAttr, int *> wanted[] = {
+            { cudaDevAttrMultiProcessorCount, &n_sm },
+            { cudaDevAttrMaxSharedMemoryPerBlockOptin, &per_block },
+            { cudaDevAttrMaxSharedMemoryPerMultiprocessor, &per_sm },
+        };
+        for (int i = 0; i < 3 && status == TQ_OK; ++i) {
+            status = tqi_cuda_check(cudaDeviceGetAttribute(wanted[i].second, wanted[i].first, device),
+                                    "reading the device's attributes");
+        }
+        packed = (int64_t) n_sm << 48 | (int64_t) per_block << 24 | per_sm;
+        if (status == TQ_OK && device < KNOWN) {
+            known[device].store(packed, std::memory_order_relaxed);
+        }
+    }
+    limits->n_sm = (int) (packed >> 48);
+    limits->shared_per_block = (size_t) (packed >> 24 & 0xffffff);
+    limits->shared_per_sm = (size_t) (packed & 0xffffff);
+    return status;
+}
+
+/* ---- Streams ---- */
+
+extern "C" int tq_cuda_synchronize(void * stream) {
+    return tqi_cuda_check(cudaStreamSynchronize((cudaStream_t) stream), "waiting for the CUDA stream");
+}
+
+extern "C" int tq_cuda_stream_wait(void * waiting, void * other) {
+    cudaEvent_t event;
+    if (waiting == other) {
+        return TQ_OK;
+    }
+    int status = tqi_cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "ordering CUDA streams");
+    if (status != TQ_OK) {
+        return status;
+    }
+    status = tqi_cuda_check(cudaEventRecord(event, (cudaStream_t) other), "ordering CUDA streams");
+    if (status == TQ_OK) {
+        status = tqi_cuda_check(cudaStreamWaitEvent((cudaStream_t) waiting, event, 0), "ordering CUDA streams");
+    }
+    (void) cudaEventDestroy(event); /* which happens once it has come */
+    return status;
+}
+
+/* ---- Memory ---- */
+
 extern "C" int tq_cuda_alloc(size_t bytes, void ** data) {
     return tqi_cuda_check(cudaMalloc(data, bytes > 0 ? bytes : 1), "allocating device memory");
 }
@@ -125,96 +164,35 @@ extern "C" int tq_cuda_copy(const void * from, size_t bytes, int kind, void * st
     return status == TQ_OK && kind != 3 ? tq_cuda_synchronize(stream) : status;
 }
 
-extern "C" int tq_cuda_synchronize(void * stream) {
-    return tqi_cuda_check(cudaStreamSynchronize((cudaStream_t) stream), "waiting for the CUDA stream");
-}
-
-#else
-
-tq_host_machine tq_host;
-
-extern "C" int tq_cuda_emulated(void) {
-    return 1;
-}
-
-/* Environment variables for tests: a driver's refusal in its words, a device that nothing was compiled for, bytes of memory. */
-extern "C" int tq_cuda_device_ready(void) {
-    return getenv("TQ_HOST_NO_CODE") != NULL ? tqi_cuda_fail(TQ_E_UNSUPPORTED, NO_CODE, "emulated", 9, 0, 9, 0) : TQ_OK;
-}
-
-extern "C" int tq_cuda_device_count(void) {
-    const char * refusal = getenv("TQ_HOST_NO_DRIVER");
-    return refusal != NULL ? tqi_cuda_fail(TQ_E_UNSUPPORTED, "looking for CUDA devices: %s", refusal) : 1;
-}
-
-extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
-    const int n = tq_cuda_device_count();
-    if (n < 0) {
-        return n;
+int tqi_cuda_memory_allocate(size_t bytes, tq_cuda_memory * m) {
+    int pools = 0;
+    m->pooled = cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, m->device) == cudaSuccess && pools;
+    const cudaError_t error =
+        m->pooled ? cudaMallocAsync(&m->data, bytes, (cudaStream_t) m->stream) : cudaMalloc(&m->data, bytes);
+    if (error == cudaErrorMemoryAllocation) {
+        size_t available = 0, total = 0;
+        (void) cudaGetLastError();
+        (void) cudaMemGetInfo(&available, &total);
+        return tq_cuda_fail(TQ_E_MEMORY, "CUDA device %d has no memory for %zu bytes; %zu of %zu are free", m->device,
+                            bytes, available, total);
     }
-    if (i != 0) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there is 1", i);
-    }
-    if (tq_cuda_device_ready() != TQ_OK) {
-        return TQ_E_UNSUPPORTED;
-    }
-    if (device != NULL) {
-        memset(device, 0, sizeof *device);
-        snprintf(device->name, sizeof device->name, "emulated");
-        device->cc = 90;
-        device->n_sm = 2;
-        device->shared_per_block = 227 * 1024;
-        device->shared_per_sm = 228 * 1024;
-    }
-    return TQ_OK;
+    return tqi_cuda_check(error, "allocating device memory");
 }
 
-/* Memory that ends, but for less than 16 bytes, where a page begins that cannot be touched: kernels that read beyond an array
- * end the process, as they may or may not on a GPU. */
-static std::map<void *, std::pair<void *, size_t>> & allocations =
-    *new std::map<void *, std::pair<void *, size_t>>; /* outlives exit */
-static size_t mapped;
-static std::mutex allocations_lock;
-
-extern "C" int tq_cuda_alloc(size_t bytes, void ** data) {
-    const std::lock_guard<std::mutex> lock(allocations_lock);
-    const char * const limit = getenv("TQ_HOST_MEMORY");
-    if (limit != NULL && mapped + bytes > strtoull(limit, NULL, 10)) {
-        return tqi_cuda_fail(TQ_E_MEMORY, "CUDA device 0 has no memory for %zu bytes; %zu are in use", bytes, mapped);
+/* cudaFree waits for the device, cudaFreeAsync is itself work on the stream: neither takes memory from kernels still to
+ * run on that stream. Other streams are not waited for by the latter, and may be gone by now, so the device is. */
+void tqi_cuda_memory_release(tq_cuda_memory * m) {
+    const int before = tq_cuda_device_swap(m->device);
+    if (!m->pooled) {
+        (void) cudaFree(m->data);
+    } else if (m->elsewhere) {
+        (void) cudaDeviceSynchronize();
+        (void) cudaFree(m->data);
+    } else {
+        (void) cudaFreeAsync(m->data, (cudaStream_t) m->stream);
     }
-    const size_t page = (size_t) sysconf(_SC_PAGESIZE), used = (bytes + 15) / 16 * 16,
-                 pages = (used + page - 1) / page * page;
-    void * const base = mmap(NULL, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED || mprotect((uint8_t *) base + pages, page, PROT_NONE) != 0) {
-        return tqi_cuda_fail(TQ_E_MEMORY, "allocating %zu bytes failed", bytes);
+    (void) cudaGetLastError();
+    if (before >= 0) {
+        (void) tq_cuda_device_swap(before);
     }
-    *data = (uint8_t *) base + pages - used;
-    allocations[*data] = { base, pages + page };
-    mapped += pages + page;
-    return TQ_OK;
 }
-
-extern "C" int tq_cuda_free(void * data) {
-    const std::lock_guard<std::mutex> lock(allocations_lock);
-    const auto found = allocations.find(data);
-    if (data != NULL && found == allocations.end()) {
-        return tqi_cuda_fail(TQ_E_ARGUMENT, "%p given to free; it was not allocated", data);
-    }
-    if (data != NULL) {
-        munmap(found->second.first, found->second.second);
-        mapped -= found->second.second;
-        allocations.erase(found);
-    }
-    return TQ_OK;
-}
-
-extern "C" int tq_cuda_copy(const void * from, size_t bytes, int, void *, void * to) {
-    memcpy(to, from, bytes);
-    return TQ_OK;
-}
-
-extern "C" int tq_cuda_synchronize(void *) {
-    return TQ_OK;
-}
-
-#endif

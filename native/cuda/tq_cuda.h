@@ -1,12 +1,12 @@
-/* tq_cuda.h: launches of the CUDA kernels: raw device pointers, a stream, no ggml. Encode and decode of rows by strides, the
- * block transform, and decode attention over a compressed cache.
+/* tq_cuda.h: launches of the CUDA kernels: raw device pointers, a stream, no ggml. Encode and decode of rows by
+ * strides, the block transform, and decode attention over a compressed cache.
  *
  * Conventions are tqgguf.h's: 0 or a negative tq_status, and tq_cuda_last_error() then holds a sentence for the calling
- * thread. stream is a cudaStream_t; everything is asynchronous on it, on the calling thread's current device. Nothing is
- * allocated and no pointer is kept. Blocks of our types lie at even addresses, f32 values at multiples of four.
+ * thread. stream is a cudaStream_t; everything is asynchronous on it, on the calling thread's current device. Nothing
+ * is allocated and no pointer is kept. Blocks of our types lie at even addresses, f32 values at multiples of four.
  *
  * tests/native build the same sources with a host compiler: the kernels then run on the CPU, thread by thread, on host
- * pointers (simt_host.h). tq_cuda_emulated() tells which library one has. */
+ * pointers (emulated/simt.h). tq_cuda_emulated() tells which library one has. */
 #ifndef TQ_CUDA_H
 #define TQ_CUDA_H
 
@@ -39,6 +39,13 @@ extern "C" {
 /* 1000 TQ_ABI_VERSION + TQ_CUDA_ABI_VERSION, as the library was compiled. */
 TQ_CUDA_API int tq_cuda_abi_version(void);
 
+/* For C code that works with this library: records the sentence that tq_cuda_last_error() gives; returns status. */
+TQ_CUDA_API int tq_cuda_fail(int status, const char * format, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 2, 3)))
+#endif
+    ;
+
 /* cffi: begin */
 
 TQ_CUDA_API const char * tq_cuda_last_error(void);
@@ -59,9 +66,9 @@ typedef struct tq_cuda_device {
 TQ_CUDA_API int tq_cuda_device_count(void);
 /* Describes device i; an error if no kernel of this build can run on it. Makes it current if that is not so. */
 TQ_CUDA_API int tq_cuda_device_use(int i, tq_cuda_device * device);
-/* Makes device i current for the calling thread and returns the one that was, or a negative status; i < 0 only asks. Programs
- * that use CUDA themselves see the current device, too: it must be put back. What becomes current gets a context, some hundred
- * MB on the device, if it has none. */
+/* Makes device i current for the calling thread and returns the one that was, or a negative status; i < 0 only asks.
+ * Programs that use CUDA themselves see the current device, too: it must be put back. What becomes current gets a
+ * context, some hundred MB on the device, if it has none. */
 TQ_CUDA_API int tq_cuda_device_swap(int i);
 /* The device whose memory data points into, or TQ_E_ARGUMENT. */
 TQ_CUDA_API int tq_cuda_device_of(const void * data);
@@ -69,8 +76,8 @@ TQ_CUDA_API int tq_cuda_device_of(const void * data);
 /* TQ_OK if the current device can run the kernels of this build. */
 TQ_CUDA_API int tq_cuda_device_ready(void);
 
-/* Device memory for callers without a runtime of their own. kind: 1 host to device, 2 device to host, 3 device to device;
- * copies wait for the stream unless kind is 3. */
+/* Device memory for callers without a runtime of their own. kind: 1 host to device, 2 device to host, 3 device to
+ * device; copies wait for the stream unless kind is 3. */
 TQ_CUDA_API int tq_cuda_alloc(size_t bytes, void ** data);
 TQ_CUDA_API int tq_cuda_free(void * data);
 TQ_CUDA_API int tq_cuda_copy(const void * from, size_t bytes, int kind, void * stream, void * to);
@@ -78,8 +85,8 @@ TQ_CUDA_API int tq_cuda_synchronize(void * stream);
 /* What is launched on waiting from now on begins after what has been launched on other. */
 TQ_CUDA_API int tq_cuda_stream_wait(void * waiting, void * other);
 
-/* Memory that several owners share, allocated and freed in the order of a stream's work, so that nobody waits. The stream must
- * live as long. bytes may be 0. */
+/* Memory that several owners share, allocated and freed in the order of a stream's work, so that nobody waits. The
+ * stream must live as long. bytes may be 0. */
 typedef struct tq_cuda_memory tq_cuda_memory;
 
 TQ_CUDA_API int tq_cuda_memory_new(int device, size_t bytes, void * stream, tq_cuda_memory ** memory, void ** data);
@@ -121,20 +128,20 @@ typedef struct tq_dlpack_versioned {
     tq_dlpack_tensor tensor;
 } tq_dlpack_versioned;
 
-/* A managed tensor over memory, of f32, f16 or bf16 in C order, which becomes an owner of it; NULL and a message if there is none.
- * It is the CPU's where the library is emulated. */
+/* A managed tensor over memory, of f32, f16 or bf16 in C order, which becomes an owner of it; NULL and a message if
+ * there is none. It is the CPU's where the library is emulated. */
 TQ_CUDA_API void * tq_cuda_memory_export(tq_cuda_memory * memory, int type, int n_dims, const int64_t * shape,
                                          int versioned);
-/* What Python needs to make a capsule of one that deletes it without running Python code: the name, the destructor, and, given
- * once beforehand, the addresses of PyCapsule_IsValid and PyCapsule_GetPointer. */
+/* What Python needs to make a capsule of one that deletes it without running Python code: the name, the destructor,
+ * and, given once beforehand, the addresses of PyCapsule_IsValid and PyCapsule_GetPointer. */
 TQ_CUDA_API void tq_cuda_capsule_api(void * is_valid, void * pointer);
 TQ_CUDA_API const char * tq_cuda_capsule_name(int versioned);
 TQ_CUDA_API void tq_cuda_capsule_free(void * capsule);
 
 /* ---- Rows ---- */
 
-/* A tensor: ne[0] is innermost. Of our types ne[0] is a multiple of 32 and nb[0] the bytes of a block. Values may have any
- * strides. mode is read for our types only. */
+/* A tensor: ne[0] is innermost. Of our types ne[0] is a multiple of 32 and nb[0] the bytes of a block. Values may have
+ * any strides. mode is read for our types only. */
 typedef struct tq_cuda_view {
     void * data;
     int type;
@@ -151,14 +158,15 @@ typedef struct tq_cuda_index {
     size_t nb[3];
 } tq_cuda_index;
 
-/* Encodes src: f32, f16, bf16, or another type of ours, into dst, of our types: bytes equal to tq_encode's.
- * Without rows the two are the same sequence of values, whatever their shapes (ggml's CPY). With rows, row (i1, i2, i3) of
- * src goes to row rows[i1, i2 % ne[1], i3 % ne[2]] of (.., i2, i3) in dst (SET_ROWS); a number out of range writes nothing. */
+/* Encodes src: f32, f16, bf16, or another type of ours, into dst, of our types: bytes equal to tq_encode's. Without
+ * rows the two are the same sequence of values, whatever their shapes (ggml's CPY). With rows, row (i1, i2, i3) of src
+ * goes to row rows[i1, i2 % ne[1], i3 % ne[2]] of (.., i2, i3) in dst (SET_ROWS); a number out of range writes
+ * nothing. */
 TQ_CUDA_API int tq_cuda_encode(const tq_cuda_view * src, const tq_cuda_index * rows, const tq_cuda_view * dst,
                                void * stream);
-/* Decodes src, of our types, into dst: f32, f16 or bf16; f32 equals tq_decode's. With rows, row (i1, i2, i3) of dst comes from
- * row rows[..] of (.., i2, i3) in src (GET_ROWS); a number out of range gives zeros. transformed: leave out the inverse
- * transform, as attention does. */
+/* Decodes src, of our types, into dst: f32, f16 or bf16; f32 equals tq_decode's. With rows, row (i1, i2, i3) of dst
+ * comes from row rows[..] of (.., i2, i3) in src (GET_ROWS); a number out of range gives zeros. transformed: leave out
+ * the inverse transform, as attention does. */
 TQ_CUDA_API int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * rows, int transformed,
                                const tq_cuda_view * dst, void * stream);
 /* dst <- src: f32, f16 or bf16 both, equal ne. */
@@ -177,28 +185,28 @@ typedef struct tq_cuda_tail {
 } tq_cuda_tail;
 
 /* What SET_ROWS writes into a tail beside the blocks. Row i of src, f32, f16 or bf16, (n_values, n_rows), is token
- * rows[i] % n_cells of stream rows[i] / n_cells. Of several that share a row of the tail the last one stays, as if they were
- * written in their order; numbers out of range write nothing. The bytes equal tq_tail_encode's. */
+ * rows[i] % n_cells of stream rows[i] / n_cells. Of several that share a row of the tail the last one stays, as if they
+ * were written in their order; numbers out of range write nothing. The bytes equal tq_tail_encode's. */
 TQ_CUDA_API int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_index * rows, int mode,
                                     const tq_cuda_tail * tail, void * stream);
-/* Where a token owns a row of x's tail, dst gets the values it stands for. dst: f32, f16 or bf16, (head_dim, n_head, n_tokens,
- * n_stream); everything else in it stays. */
+/* Where a token owns a row of x's tail, dst gets the values it stands for. dst: f32, f16 or bf16, (head_dim, n_head,
+ * n_tokens, n_stream); everything else in it stays. */
 TQ_CUDA_API int tq_cuda_tail_decode(const tq_attn_operand * x, const tq_cuda_view * dst, void * stream);
 /* y <- the block transform of x, or its inverse, in the sign order of mode; f32, n a multiple of 32; x may be y. */
 TQ_CUDA_API int tq_cuda_transform(const float * x, int64_t n, int mode, int inverse, float * y, void * stream);
 
 /* ---- Attention ---- */
 
-/* tq_attn as in tqgguf.h, with device pointers. K and V are of our types, or one of them f16; decoder is NULL. Both head
- * sizes are multiples of 32, DV at most 512. Tails of K and V have the same numbers of rows; there is one if
- * n_recent is not 0. Made for few query rows: n_q * n_head / n_head_kv up to 16 vectors per KV head
- * decode each block once, more of them every 16 once again.
- * Relative L2 error of the output against exact arithmetic on the decoded values, for normal q, K, V: 2e-3 at most. */
+/* tq_attn as in tqgguf.h, with device pointers. K and V are of our types, or one of them f16; decoder is NULL. Both
+ * head sizes are multiples of 32, DV at most 512. Tails of K and V have the same numbers of rows; there is one if
+ * n_recent is not 0. Made for few query rows: n_q * n_head / n_head_kv up to 16 vectors per KV head decode each block
+ * once, more of them every 16 once again. Relative L2 error of the output against exact arithmetic on the decoded
+ * values, for normal q, K, V: 2e-3 at most. */
 
 /* TQ_OK, or TQ_E_UNSUPPORTED or TQ_E_ARGUMENT and the reason. Does not look at the pointers. */
 TQ_CUDA_API int tq_cuda_attn_supported(const tq_attn * args);
-/* Bytes of device scratch, 0 if none is needed; (size_t) -1 and a message if the arguments are not usable. The same for the
- * same shapes on the same device. */
+/* Bytes of device scratch, 0 if none is needed; (size_t) -1 and a message if the arguments are not usable. The same for
+ * the same shapes on the same device. */
 TQ_CUDA_API size_t tq_cuda_attn_work_bytes(const tq_attn * args);
 /* One to three launches. work: 16-byte aligned. Safe to capture in a graph. */
 TQ_CUDA_API int tq_cuda_attn(const tq_attn * args, void * work, void * stream);

@@ -1,115 +1,117 @@
-/* trellis.cuh: the search of the trellis types, what trellis_portable.c computes, operation by operation: the same bytes.
+/* trellis.cuh: the search of the trellis types, what trellis_portable.c computes, operation by operation: the same
+ * bytes.
  *
- * A team's thread c tries candidate scale c: Viterbi's algorithm with the eight states in registers, nothing exchanged. What
- * it costs to put each value into each subset is needed three times (two passes, and it takes longer to compute than a step
- * does), so it is kept in shared memory, 512 bytes per thread, interleaved so that a warp's accesses meet no bank twice. */
-#ifndef TQ_TRELLIS_CUH
-#define TQ_TRELLIS_CUH
+ * A team's thread c tries candidate scale c: Viterbi's algorithm with the eight states in registers, nothing exchanged.
+ * What it costs to put each value into each subset is needed three times (two passes, and it takes longer to compute
+ * than a step does), so it is kept in shared memory, 512 bytes per thread, interleaved so that a warp's accesses meet
+ * no bank twice. */
+#ifndef TQI_TRELLIS_CUH
+#define TQI_TRELLIS_CUH
 
 #include "encode.cuh"
 
-#define TQ_STATES 8
-#define TQ_SUBSETS 4
-#define TQ_CUT 16
-#define TQ_FAR 1e30f
-#define TQ_TRELLIS_THREADS 64
+#define TQI_STATES 8
+#define TQI_SUBSETS 4
+#define TQI_CUT 16
+#define TQI_FAR 1e30f
+#define TQI_TRELLIS_THREADS 64
 
-struct tq_trellis_scratch {
-    float distances[TQ_BLOCK * TQ_SUBSETS][TQ_TRELLIS_THREADS];
-    uint8_t one[TQ_BLOCK][TQ_TRELLIS_THREADS]; /* bit s: state s was reached from the second of its two */
-    float y[TQ_TRELLIS_THREADS / TQ_TEAM][TQ_BLOCK + 1];
+struct tqi_trellis_scratch {
+    float distances[TQ_BLOCK * TQI_SUBSETS][TQI_TRELLIS_THREADS];
+    uint8_t one[TQ_BLOCK][TQI_TRELLIS_THREADS]; /* bit s: state s was reached from the second of its two */
+    float y[TQI_TRELLIS_THREADS / TQI_TEAM][TQ_BLOCK + 1];
 };
 
 /* How many levels of subset u lie below the one nearest to x: e. */
-TQ_HD int tq_nearest(const tq_tables * tables, int bits, int u, float x) {
+TQI_HD int tqi_nearest(const tqi_tables * tables, int bits, int u, float x) {
     int e = 0;
-    TQ_UNROLL
+    TQI_UNROLL
     for (int j = 0; j < 7; ++j) {
         if (j < (1 << (bits - 1)) - 1) {
-            e += x > tables->boundaries[TQ_SUBSETS * j + u];
+            e += x > tables->boundaries[TQI_SUBSETS * j + u];
         }
     }
     return e;
 }
 
-TQ_HD float tq_nearest_level(const tq_tables * tables, int bits, int u, float x) {
-    return tables->levels[TQ_SUBSETS * tq_nearest(tables, bits, u, x) + u];
+TQI_HD float tqi_nearest_level(const tqi_tables * tables, int bits, int u, float x) {
+    return tables->levels[TQI_SUBSETS * tqi_nearest(tables, bits, u, x) + u];
 }
 
-/* One value further: cost[s] becomes that of the best path into state s; returns the states that came from the second of
- * the two that lead there, 2 (s % 4) and the one after it. */
-TQ_HD uint32_t tq_step(const float * distance, float * cost) {
-    float next[TQ_STATES];
+/* One value further: cost[s] becomes that of the best path into state s; returns the states that came from the second
+ * of the two that lead there, 2 (s % 4) and the one after it. */
+TQI_HD uint32_t tqi_step(const float * distance, float * cost) {
+    float next[TQI_STATES];
     uint32_t one = 0;
-    TQ_UNROLL
-    for (int s = 0; s < TQ_STATES; ++s) {
+    TQI_UNROLL
+    for (int s = 0; s < TQI_STATES; ++s) {
         const int from = 2 * (s % 4), u = 2 * (s >> 2 ^ (s >> 1 & 1)) + (s & 1);
         const float p = cost[from] + distance[u], q = cost[from + 1] + distance[u ^ 2];
         next[s] = q < p ? q : p;
         one |= (uint32_t) (q < p) << s;
     }
-    TQ_UNROLL
-    for (int s = 0; s < TQ_STATES; ++s) {
+    TQI_UNROLL
+    for (int s = 0; s < TQI_STATES; ++s) {
         cost[s] = next[s];
     }
     return one;
 }
 
 /* The closed path of near enough the least distance, and that distance: closed_path of trellis_portable.c. */
-TQ_D uint32_t tq_closed_path(tq_trellis_scratch * w, float * distance) {
-    const int thread = tq_thread();
-    float cost[TQ_STATES], d[TQ_SUBSETS];
-    int cut[TQ_STATES];
-    TQ_UNROLL
-    for (int s = 0; s < TQ_STATES; ++s) {
+TQI_D uint32_t tqi_closed_path(tqi_trellis_scratch * w, float * distance) {
+    const int thread = tqi_thread();
+    float cost[TQI_STATES], d[TQI_SUBSETS];
+    int cut[TQI_STATES];
+    TQI_UNROLL
+    for (int s = 0; s < TQI_STATES; ++s) {
         cost[s] = 0.0f;
         cut[s] = s;
     }
-    TQ_NO_UNROLL
+    TQI_NO_UNROLL
     for (int n = 0; n < TQ_BLOCK; ++n) {
-        const int i = (n + TQ_CUT) % TQ_BLOCK;
-        TQ_UNROLL
-        for (int u = 0; u < TQ_SUBSETS; ++u) {
-            d[u] = w->distances[TQ_SUBSETS * i + u][thread];
+        const int i = (n + TQI_CUT) % TQ_BLOCK;
+        TQI_UNROLL
+        for (int u = 0; u < TQI_SUBSETS; ++u) {
+            d[u] = w->distances[TQI_SUBSETS * i + u][thread];
         }
-        const uint32_t one = tq_step(d, cost);
-        if (n >= TQ_CUT) {
-            int before[TQ_STATES];
-            TQ_UNROLL
-            for (int s = 0; s < TQ_STATES; ++s) {
+        const uint32_t one = tqi_step(d, cost);
+        if (n >= TQI_CUT) {
+            int before[TQI_STATES];
+            TQI_UNROLL
+            for (int s = 0; s < TQI_STATES; ++s) {
                 before[s] = cut[s];
             }
-            TQ_UNROLL
-            for (int s = 0; s < TQ_STATES; ++s) {
+            TQI_UNROLL
+            for (int s = 0; s < TQI_STATES; ++s) {
                 cut[s] = one >> s & 1u ? before[2 * (s % 4) + 1] : before[2 * (s % 4)];
             }
         }
     }
     float least = cost[0];
     int closing = cut[0];
-    TQ_UNROLL
-    for (int s = 1; s < TQ_STATES; ++s) {
+    TQI_UNROLL
+    for (int s = 1; s < TQI_STATES; ++s) {
         closing = cost[s] < least ? cut[s] : closing;
         least = cost[s] < least ? cost[s] : least;
     }
-    TQ_UNROLL
-    for (int s = 0; s < TQ_STATES; ++s) {
-        cost[s] = s == closing ? 0.0f : TQ_FAR;
+    TQI_UNROLL
+    for (int s = 0; s < TQI_STATES; ++s) {
+        cost[s] = s == closing ? 0.0f : TQI_FAR;
     }
-    TQ_NO_UNROLL
+    TQI_NO_UNROLL
     for (int i = 0; i < TQ_BLOCK; ++i) {
-        TQ_UNROLL
-        for (int u = 0; u < TQ_SUBSETS; ++u) {
-            d[u] = w->distances[TQ_SUBSETS * i + u][thread];
+        TQI_UNROLL
+        for (int u = 0; u < TQI_SUBSETS; ++u) {
+            d[u] = w->distances[TQI_SUBSETS * i + u][thread];
         }
-        w->one[i][thread] = (uint8_t) tq_step(d, cost);
+        w->one[i][thread] = (uint8_t) tqi_step(d, cost);
     }
-    TQ_UNROLL
-    for (int s = 0; s < TQ_STATES; ++s) {
+    TQI_UNROLL
+    for (int s = 0; s < TQI_STATES; ++s) {
         *distance = s == closing ? cost[s] : *distance;
     }
     uint32_t t = 0;
-    TQ_NO_UNROLL
+    TQI_NO_UNROLL
     for (int i = TQ_BLOCK - 1, s = closing; i >= 0; --i) {
         t |= (uint32_t) (s >> 2) << i;
         s = 2 * (s % 4) + (w->one[i][thread] >> s & 1);
@@ -117,19 +119,66 @@ TQ_D uint32_t tq_closed_path(tq_trellis_scratch * w, float * distance) {
     return t;
 }
 
-/* y: the team's transformed values; every thread of the warp takes part. */
-TQ_D void tq_trellis_search(const tqi_codec & codec, const tq_tables * tables, int bits, const float * y,
-                            tq_trellis_scratch * w, int l, bool store, uint8_t * block) {
-    const int thread = tq_thread();
-    float * all = w->y[thread / TQ_TEAM];
-    float max, min;
-    tq_bounds32(y, &max, &min);
-    tq_sync_warp(); /* the block before this one is done with w */
-    TQ_UNROLL
-    for (int m = 0; m < TQ_VALUES; ++m) {
-        all[l + TQ_TEAM * m] = y[m];
+/* Writes what it costs to put each value, multiplied by `tried`, into each subset. y: all 32 values. */
+TQI_D void tqi_trellis_distances(const tqi_tables * tables, int bits, const float * y, float tried,
+                                 tqi_trellis_scratch * w) {
+    TQI_NO_UNROLL
+    for (int i = 0; i < TQ_BLOCK; ++i) {
+        const float x = y[i] * tried;
+        TQI_UNROLL
+        for (int u = 0; u < TQI_SUBSETS; ++u) {
+            const float difference = x - tqi_nearest_level(tables, bits, u, x);
+            w->distances[TQI_SUBSETS * i + u][tqi_thread()] = difference * difference;
+        }
     }
-    tq_sync_warp();
+}
+
+/* The first of the team's candidates with the least error: its lane. */
+TQI_D int tqi_best_candidate(float error, int l) {
+    int best = l;
+    TQI_UNROLL
+    for (int h = 1; h < TQI_TEAM; h *= 2) {
+        const float other = tqi_exchange(error, h);
+        const int which = tqi_exchange(best, h);
+        if (other < error || (other == error && which < best)) {
+            error = other;
+            best = which;
+        }
+    }
+    return tqi_thread() % 32 / TQI_TEAM * TQI_TEAM + best;
+}
+
+/* The words of a block of path t: t, even, odd, top (format.h). quotient: 1 / its scale. */
+TQI_D void tqi_trellis_words(const tqi_tables * tables, int bits, const float * y, uint32_t t, float quotient, int l,
+                             uint32_t * words) {
+    words[0] = t;
+    words[1] = words[2] = words[3] = 0;
+    TQI_UNROLL
+    for (int m = 0; m < TQI_VALUES; ++m) {
+        const int i = l + TQI_TEAM * m;
+        const uint32_t e = (uint32_t) tqi_nearest(tables, bits, tqi_subset_of(t, i), y[m] * quotient);
+        words[1] |= i % 2 ? 0u : (e & 3u) << (i & ~1);
+        words[2] |= i % 2 ? (e & 3u) << (i & ~1) : 0u;
+        words[3] |= (e >> 2) << i;
+    }
+    TQI_UNROLL
+    for (int i = 1; i < 4; ++i) {
+        words[i] = tqi_gather(words[i]);
+    }
+}
+
+/* y: the team's transformed values; every thread of the warp takes part. */
+TQI_D void tqi_trellis_search(const tqi_codec & codec, const tqi_tables * tables, int bits, const float * y,
+                              tqi_trellis_scratch * w, int l, bool store, uint8_t * block) {
+    float * all = w->y[tqi_thread() / TQI_TEAM];
+    float max, min;
+    tqi_bounds32(y, &max, &min);
+    tqi_sync_warp(); /* the block before this one is done with w */
+    TQI_UNROLL
+    for (int m = 0; m < TQI_VALUES; ++m) {
+        all[l + TQI_TEAM * m] = y[m];
+    }
+    tqi_sync_warp();
 
     /* this thread's candidate */
     const float high = 1.0f / codec.levels[(2 << bits) - 1], low = 1.0f / codec.levels[0];
@@ -138,59 +187,26 @@ TQ_D void tq_trellis_search(const tqi_codec & codec, const tq_tables * tables, i
     const float mirrored = some ? fmaxf(-min * high, -max * low) : 1.0f;
     const float scale = l & 1 ? -(mirrored * codec.factors[l / 2]) : base * codec.factors[l / 2];
     const float tried = 1.0f / scale;
-    TQ_NO_UNROLL
-    for (int i = 0; i < TQ_BLOCK; ++i) {
-        const float x = all[i] * tried;
-        TQ_UNROLL
-        for (int u = 0; u < TQ_SUBSETS; ++u) {
-            const float difference = x - tq_nearest_level(tables, bits, u, x);
-            w->distances[TQ_SUBSETS * i + u][thread] = difference * difference;
-        }
-    }
     float distance = 0.0f;
-    uint32_t t = tq_closed_path(w, &distance);
+    tqi_trellis_distances(tables, bits, all, tried, w);
+    const uint32_t path = tqi_closed_path(w, &distance);
 
-    /* the first of the candidates with the least error */
-    float error = distance * (scale * scale);
-    int best = l;
-    TQ_UNROLL
-    for (int h = 1; h < TQ_TEAM; h *= 2) {
-        const float other = tq_exchange(error, h);
-        const int which = tq_exchange(best, h);
-        if (other < error || (other == error && which < best)) {
-            error = other;
-            best = which;
-        }
-    }
-    const int from = thread % 32 / TQ_TEAM * TQ_TEAM + best;
-    const float inverse = tq_lane(tried, from);
-    t = tq_lane(t, from);
-
-    float yv[TQ_VALUES], vv[TQ_VALUES];
-    TQ_UNROLL
-    for (int m = 0; m < TQ_VALUES; ++m) {
-        const float v = tq_nearest_level(tables, bits, tq_subset_of(t, l + TQ_TEAM * m), y[m] * inverse);
+    const int from = tqi_best_candidate(distance * (scale * scale), l);
+    const float inverse = tqi_lane(tried, from);
+    const uint32_t t = tqi_lane(path, from);
+    float yv[TQI_VALUES], vv[TQI_VALUES];
+    TQI_UNROLL
+    for (int m = 0; m < TQI_VALUES; ++m) {
+        const float v = tqi_nearest_level(tables, bits, tqi_subset_of(t, l + TQI_TEAM * m), y[m] * inverse);
         yv[m] = y[m] * v;
         vv[m] = v * v;
     }
-    const float sum = tq_sum32(yv), fitted = sum / tq_sum32(vv);
-    const uint16_t d = some ? tq_f32_to_f16(tq_sanitize(fitted)) : (uint16_t) 0;
-    const float quotient = 1.0f / tq_f16_to_f32(d);
-    uint32_t words[4] = { t, 0, 0, 0 }; /* t, even, odd, top */
-    TQ_UNROLL
-    for (int m = 0; m < TQ_VALUES; ++m) {
-        const int i = l + TQ_TEAM * m;
-        const uint32_t e = (uint32_t) tq_nearest(tables, bits, tq_subset_of(t, i), y[m] * quotient);
-        words[1] |= i % 2 ? 0u : (e & 3u) << (i & ~1);
-        words[2] |= i % 2 ? (e & 3u) << (i & ~1) : 0u;
-        words[3] |= (e >> 2) << i;
-    }
-    TQ_UNROLL
-    for (int i = 1; i < 4; ++i) {
-        words[i] = tq_gather(words[i]);
-    }
+    const float sum = tqi_sum32(yv), fitted = sum / tqi_sum32(vv);
+    const uint16_t d = some ? tqi_f32_to_f16(tqi_sanitize(fitted)) : (uint16_t) 0;
+    uint32_t words[4];
+    tqi_trellis_words(tables, bits, y, t, 1.0f / tqi_f16_to_f32(d), l, words);
     if (store) {
-        tq_store_block(bits, d, words, l, block);
+        tqi_store_block(bits, d, words, l, block);
     }
 }
 

@@ -23,7 +23,8 @@
 extern "C" {
 #endif
 
-/* Python mirrors this struct and compares its size with tq_ggml_sizeof("tq_ggml_cache_tensor"). It has no padding. */
+/* cffi: begin */
+
 struct tq_ggml_cache_tensor {
     char name[64];    /* llama.cpp's: cache_k_l3, cache_v_l3; the caches of one memory have a tag before k and v */
     char device[64];  /* the device its buffer belongs to, as the log says "layer 3: dev = CUDA0"; "CPU": host memory */
@@ -49,6 +50,8 @@ int32_t tq_ggml_cache_list(struct tq_ggml_cache_tensor * to, int32_t n);
 
 /* Frees the calling thread's list; nothing is noted any more. */
 void tq_ggml_cache_list_end(void);
+
+/* cffi: end */
 
 /* For the constructor: notes K or V of a layer, if the thread keeps a list. t: a cache tensor, or NULL, which is not
  * noted; mean: what is subtracted from it, or NULL. */

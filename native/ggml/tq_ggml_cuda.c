@@ -1,30 +1,20 @@
-/* tq_ggml_cuda.c: see tq_ggml_cuda.h. A translation of ggml's tensors into launches of tq_cuda.h; no device code, and nothing of
- * ggml-cuda: the tests compile it for the host and run it with emulated kernels. */
+/* tq_ggml_cuda.c: see tq_ggml_cuda.h. A translation of ggml's tensors into launches of tq_cuda.h; no device code, and
+ * nothing of ggml-cuda: the tests compile it for the host and run it with emulated kernels. */
 #include "tq_ggml_cuda.h"
 
 #include "ggml-backend.h"
 #include "tq_cuda.h"
 #include "tq_ggml_attention.h"
 
-#include <stdarg.h>
-#include <stdio.h>
-
 static_assert((int) GGML_TYPE_BF16 == TQ_CUDA_TYPE_BF16 && (int) GGML_TYPE_I32 == TQ_CUDA_TYPE_I32 &&
                   (int) GGML_TYPE_I64 == TQ_CUDA_TYPE_I64,
               "type numbers differ");
 
-static _Thread_local char reason[512];
-
-static bool refuse(const char * format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(reason, sizeof(reason), format, args);
-    va_end(args);
-    return false;
-}
+/* Says why a node is not done; tq_cuda_last_error() gives it. */
+#define REFUSE(...) (tq_cuda_fail(TQ_E_UNSUPPORTED, __VA_ARGS__), false)
 
 const char * tq_ggml_cuda_reason(void) {
-    return reason;
+    return tq_cuda_last_error();
 }
 
 /* Ends the process: supported() has let a node through that cannot be computed, or the device is lost. */
@@ -97,7 +87,8 @@ static struct ggml_tensor dense_like(const struct ggml_tensor * t, void * data) 
     return x;
 }
 
-/* (head_dim, n_kv, n_head_kv, n_stream) as (head_dim, n_head_kv, n_kv, n_stream): the order in which a cache lies in memory. */
+/* (head_dim, n_kv, n_head_kv, n_stream) as (head_dim, n_head_kv, n_kv, n_stream): the order in which a cache lies in
+ * memory. */
 static tq_cuda_view by_tokens(const struct ggml_tensor * t) {
     tq_cuda_view x = view(t);
     x.ne[1] = t->ne[2];
@@ -112,16 +103,16 @@ static tq_cuda_view by_tokens(const struct ggml_tensor * t) {
 static bool rows_supported(const struct ggml_tensor * node, enum ggml_type values) {
     const struct ggml_tensor * ids = node->src[1];
     if (!is_float(values) || (node->op == GGML_OP_GET_ROWS && values != GGML_TYPE_F32)) {
-        return refuse("%s with values of %s is not done on CUDA; f32 is%s", ggml_op_name(node->op),
+        return REFUSE("%s with values of %s is not done on CUDA; f32 is%s", ggml_op_name(node->op),
                       ggml_type_name(values), node->op == GGML_OP_GET_ROWS ? "" : ", and f16 and bf16 are");
     }
     if ((ids->type != GGML_TYPE_I32 && ids->type != GGML_TYPE_I64) ||
         node->src[0]->nb[0] != ggml_type_size(node->src[0]->type)) {
-        return refuse("%s with row numbers of %s, or rows that do not lie in one piece, is not done on CUDA",
+        return REFUSE("%s with row numbers of %s, or rows that do not lie in one piece, is not done on CUDA",
                       ggml_op_name(node->op), ggml_type_name(ids->type));
     }
     if (node->op == GGML_OP_SET_ROWS && node->src[3] && (node->src[0]->ne[2] != 1 || node->src[0]->ne[3] != 1)) {
-        return refuse("a precise tail is written for rows in one plane");
+        return REFUSE("a precise tail is written for rows in one plane");
     }
     return true;
 }
@@ -130,14 +121,14 @@ static bool copy_supported(const struct ggml_tensor * node) {
     const enum ggml_type from = node->src[0]->type;
     if (from == node->type || (!tq_ggml_is_pqo(from) && !is_float(from)) ||
         (!tq_ggml_is_pqo(node->type) && !is_float(node->type))) {
-        return refuse("copying %s to %s%s is not done on CUDA; ours to and from f32, f16, bf16 and each other is",
+        return REFUSE("copying %s to %s%s is not done on CUDA; ours to and from f32, f16, bf16 and each other is",
                       ggml_type_name(from), ggml_type_name(node->type),
                       from == node->type ? " with other strides" : "");
     }
     for (int i = 0; i < 2; i++) {
         const struct ggml_tensor * t = i == 0 ? node->src[0] : node;
         if (tq_ggml_is_pqo(t->type) && t->nb[0] != ggml_type_size(t->type)) {
-            return refuse("copying %s whose blocks do not lie side by side is not done on CUDA",
+            return REFUSE("copying %s whose blocks do not lie side by side is not done on CUDA",
                           ggml_type_name(t->type));
         }
     }
@@ -153,28 +144,28 @@ static bool attention_supported(const struct ggml_tensor * node) {
         const struct ggml_tensor * t = node->src[i];
         const struct ggml_tensor * cache = t->view_src ? t->view_src : t;
         if (cache->buffer && ggml_backend_buffer_is_host(cache->buffer)) {
-            return refuse("a KV cache in the CPU's memory is read there, not copied to the device for every token");
+            return REFUSE("a KV cache in the CPU's memory is read there, not copied to the device for every token");
         }
         if ((!tq_ggml_is_pqo(t->type) && t->type != GGML_TYPE_F16) || t->nb[0] != ggml_type_size(t->type)) {
-            return refuse(
+            return REFUSE(
                 "K of %s with V of %s is not done on CUDA; beside a type of ours the other is one of ours or f16",
                 ggml_type_name(k->type), ggml_type_name(v->type));
         }
     }
     if (q->type != GGML_TYPE_F32 || (mask && mask->type != GGML_TYPE_F16)) {
-        return refuse("attention with q of %s and a mask of %s is not done on CUDA; f32 and f16 is",
+        return REFUSE("attention with q of %s and a mask of %s is not done on CUDA; f32 and f16 is",
                       ggml_type_name(q->type), mask ? ggml_type_name(mask->type) : "none");
     }
     if (q->nb[0] != sizeof(float) || (mask && mask->nb[0] != sizeof(ggml_fp16_t))) {
-        return refuse("attention with a q or a mask whose rows do not lie in one piece is not done on CUDA");
+        return REFUSE("attention with a q or a mask whose rows do not lie in one piece is not done on CUDA");
     }
     const struct tq_attn a = tq_ggml_attention(node);
-    return tq_cuda_attn_supported(&a) == TQ_OK ? true : refuse("%s", tq_cuda_last_error());
+    return tq_cuda_attn_supported(&a) == TQ_OK;
 }
 
 bool tq_ggml_cuda_supported(const struct ggml_tensor * node) {
     if (tq_cuda_device_ready() != TQ_OK) {
-        return refuse("%s", tq_cuda_last_error());
+        return false;
     }
     switch (node->op) {
         case GGML_OP_SET_ROWS:

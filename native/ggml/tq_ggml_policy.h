@@ -11,6 +11,8 @@
 extern "C" {
 #endif
 
+/* cffi: begin */
+
 struct tq_ggml_layer_policy {
     int32_t type_k; /* an enum ggml_type whose block divides the layer's head sizes: nothing here can check it */
     int32_t type_v;
@@ -23,13 +25,15 @@ struct tq_ggml_layer_policy {
  * clears. */
 void tq_ggml_policy_set(const struct tq_ggml_layer_policy * layers, int32_t n_layer);
 
-/* The type of K or V of layer il, where the context asked for type. */
-enum ggml_type tq_ggml_policy_type_k(enum ggml_type type, uint32_t il);
-enum ggml_type tq_ggml_policy_type_v(enum ggml_type type, uint32_t il);
-
 /* Whether the graph of a context that this thread makes from now on may rotate K and V: true, until it is called. For
  * one context only: LLAMA_ATTN_ROT_DISABLE, upstream's way to forbid it, holds for all contexts of the process. */
 void tq_ggml_policy_set_rotation(bool allowed);
+
+/* cffi: end */
+
+/* The type of K or V of layer il, where the context asked for type. */
+enum ggml_type tq_ggml_policy_type_k(enum ggml_type type, uint32_t il);
+enum ggml_type tq_ggml_policy_type_v(enum ggml_type type, uint32_t il);
 
 /* Whether the graph rotates K or V by its Hadamard matrix, which it does in all layers or in none: this thread allows
  * it, a layer gains from it, none holds a type of ours and no keys are centred (the means are those of keys that are

@@ -43,12 +43,16 @@ void tq_ggml_rpc_watch(intptr_t socket);
 
 /* ---- For Python ---- */
 
+/* cffi: begin */
+
 /* The protocol this build speaks: upstream's major, minor and patch, and TQ_GGML_RPC_VERSION, one byte each, the first
  * on top. */
 TQ_GGML_RPC_API uint32_t tq_ggml_rpc_protocol(void);
 /* Connections of this process to an endpoint ("host:port"): lost since its start, and alive now. */
 TQ_GGML_RPC_API int32_t tq_ggml_rpc_n_lost(const char * endpoint);
 TQ_GGML_RPC_API int32_t tq_ggml_rpc_n_alive(const char * endpoint);
+
+/* cffi: end */
 
 #ifdef __cplusplus
 }

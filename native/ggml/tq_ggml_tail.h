@@ -22,9 +22,13 @@ extern "C" {
 
 static_assert(GGML_MAX_SRC >= 9, "FLASH_ATTN_EXT takes the tails of K and V in src[5] to src[8]");
 
+/* cffi: begin */
+
 /* How many recent tokens the KV caches that this thread makes from now on keep in f16; 0: none, and no first ones. */
 void tq_ggml_tail_set(int32_t n_recent);
 int32_t tq_ggml_tail_get(void);
+
+/* cffi: end */
 
 /* Gives a cache tensor (n_embd_gqa, kv_size, n_stream) of ours its companions in ctx, if this thread wants a tail; t
  * may be NULL. */

@@ -1,12 +1,11 @@
-/* tqgguf.h: the public C interface of libtqgguf: the block formats (PQO and trellis), their encoders and decoders, attention
- * over a compressed KV cache, and the stand-alone cache object.
+/* tqgguf.h: the public C interface of libtqgguf: the block formats (PQO and trellis), their encoders and decoders,
+ * attention over a compressed KV cache, and the stand-alone cache object.
  *
  * Conventions. Functions that can fail return 0 or a negative tq_status; tq_last_error() then holds a sentence for the
  * calling thread. Arrays are row-major and named with their shape, innermost dimension last. Inputs come first, outputs
  * last. Nothing here keeps a pointer it was given, except a tq_cache its own memory.
  *
- * The region between the two "cffi" lines is plain declarations only: Python's cffi reads it as it stands.
- */
+ * The region between the two "cffi" lines is plain declarations only: Python's cffi reads it as it stands. / */
 #ifndef TQGGUF_H
 #define TQGGUF_H
 
@@ -39,9 +38,9 @@ typedef enum tq_status {
     TQ_E_UNSUPPORTED = -3 /* right in itself, but not on this machine or in this build */
 } tq_status;
 
-/* Storage types. The numbers are ggml's for the types ggml has, and the ones the patch series registers in ggml for ours;
- * saved sessions contain them, so they never change. The trellis types take the bytes of the PQO types and make a quarter
- * less squared error; encoding takes several times as long. */
+/* Storage types. The numbers are ggml's for the types ggml has, and the ones the patch series registers in ggml for
+ * ours; saved sessions contain them, so they never change. The trellis types take the bytes of the PQO types and make a
+ * quarter less squared error; encoding takes several times as long. */
 typedef enum tq_type {
     TQ_TYPE_F32 = 0,
     TQ_TYPE_F16 = 1,
@@ -73,9 +72,9 @@ const char * tq_type_name(int type);
 const char * tq_mode_name(int mode);
 /* Bytes of n values of a type; 0 if the type is unknown, n is negative or not a multiple of the type's block. */
 size_t tq_row_bytes(int type, int64_t n);
-/* Copies a type's codebook for a mode: n_levels = 8, 16 or 32 ascending levels, and its decision boundaries. PQO types have
- * n_levels - 1 of them (index = number of boundaries below the value), trellis types n_levels - 4 (boundary j is midway
- * between levels j and j + 4). Either pointer may be NULL. Returns n_levels or a negative status. */
+/* Copies a type's codebook for a mode: n_levels = 8, 16 or 32 ascending levels, and its decision boundaries. PQO types
+ * have n_levels - 1 of them (index = number of boundaries below the value), trellis types n_levels - 4 (boundary j is
+ * midway between levels j and j + 4). Either pointer may be NULL. Returns n_levels or a negative status. */
 int tq_codebook(int type, int mode, float * levels, float * boundaries);
 /* The 32 signs (+1 or -1) of the block transform. */
 void tq_signs(float * signs);
@@ -99,9 +98,10 @@ int tq_kernel_count(void);
 const char * tq_kernel_name(int i);
 /* 1 if this machine can run kernel i, 0 if not, negative if i is out of range. */
 int tq_kernel_supported(int i);
-/* Selects a kernel by name for the whole process ("auto" or NULL: the best supported). Unknown or unsupported names are
- * errors that list the valid ones. Not to be called while other threads compute. The environment variable
- * TQGGUF_KERNEL is read once, at first use, and must name a usable kernel, too. */
+/* Selects a kernel by name for the whole process ("auto" or NULL: the best supported). A name that does not exist is
+ * TQ_E_ARGUMENT, one that this machine cannot run is TQ_E_UNSUPPORTED; the message lists the usable ones. Not to be
+ * called while other threads compute. The environment variable TQGGUF_KERNEL is read once, at first use, and must name
+ * a usable kernel, too. */
 int tq_kernel_force(const char * name);
 const char * tq_kernel_active(void);
 
@@ -110,9 +110,9 @@ const char * tq_kernel_active(void);
 /* Decodes one row of n values to f32; what ggml calls to_float. */
 typedef void (*tq_row_decoder)(const void * row, float * x, int64_t n);
 
-/* A precise tail: rows of f16 beside the blocks of K or V, for the tokens written last and for the first ones. Token t, when it
- * is written, also goes to row tq_tail_row(t), and owner of that row becomes t + 1. Attention reads the row of a token that owns
- * one instead of its blocks; whatever else may have changed a token's blocks must set owner to 0. */
+/* A precise tail: rows of f16 beside the blocks of K or V, for the tokens written last and for the first ones. Token t,
+ * when it is written, also goes to row tq_tail_row(t), and owner of that row becomes t + 1. Attention reads the row of
+ * a token that owns one instead of its blocks; whatever else may have changed a token's blocks must set owner to 0. */
 typedef struct tq_attn_tail {
     const void * data;     /* f16 bits as tq_tail_encode writes them, head_dim to a head; NULL: there is no tail */
     const int32_t * owner; /* (n_stream, n_recent + n_first) by owner_stride_stream: 1 + the row's token, 0: nobody's */
@@ -126,8 +126,8 @@ typedef struct tq_attn_tail {
 
 /* The row of token t >= 0 in a tail. */
 int64_t tq_tail_row(int64_t n_recent, int64_t n_first, int64_t token);
-/* What a tail holds of n values (a multiple of 32): transformed as blocks of that type and mode are, rounded to f16. NaN counts
- * as 0, magnitudes above 65504 as 65504, before the transform and after it. */
+/* What a tail holds of n values (a multiple of 32): transformed as blocks of that type and mode are, rounded to f16.
+ * NaN counts as 0, magnitudes above 65504 as 65504, before the transform and after it. */
 int tq_tail_encode(int type, int mode, const float * x, int64_t n, uint16_t * rows);
 
 /* One operand of attention. Rows of head_dim values are contiguous; strides are in bytes and arbitrary. */
@@ -145,11 +145,11 @@ typedef struct tq_attn_operand {
     tq_attn_tail tail; /* of K or V in a type of tqgguf; zeros: none */
 } tq_attn_operand;
 
-/* out[row, h] = sum_t softmax_t(score[h, row, t]) v[t, h / (n_head / n_head_kv)], with
- * score = softcap(scale * <q, k>) + slope_h * mask, softcap(x) = c tanh(x / c) for c > 0, ALiBi slope_h from max_bias,
- * and exp(sink_h) added to the softmax's denominator. A row whose keys are all masked gives zeros. Relative L2 error of the
- * output against exact arithmetic on the decoded K and V, for normal q, K and V: 5e-5 at most, and 1e-3 with the kernel avx512,
- * which sums 16-bit integers where a KV head has few query vectors. There a score's error is 1e-4 of |q| |k|, so it shows more
+/* out[row, h] = sum_t softmax_t(score[h, row, t]) v[t, h / (n_head / n_head_kv)], with score = softcap(scale * <q, k>)
+ * + slope_h * mask, softcap(x) = c tanh(x / c) for c > 0, ALiBi slope_h from max_bias, and exp(sink_h) added to the
+ * softmax's denominator. A row whose keys are all masked gives zeros. Relative L2 error of the output against exact
+ * arithmetic on the decoded K and V, for normal q, K and V: 5e-5 at most, and 1e-3 with the kernel avx512, which sums
+ * 16-bit integers where a KV head has few query vectors. There a score's error is 1e-4 of |q| |k|, so it shows more
  * where scores are large. NaN in q, or in a key that is seen, and scores beyond the range of f32 give NaN. */
 typedef struct tq_attn {
     /* q: f32, (n_stream, n_head, n_q, head_dim_k) by strides; stride_token steps through the query rows */
@@ -180,8 +180,8 @@ typedef struct tq_attn {
 /* Bytes of scratch (any alignment) that n_threads threads need together, or any smaller number of them; 0 and an error
  * message if the arguments are not usable. */
 size_t tq_attn_work_bytes(const tq_attn * args, int n_threads);
-/* Computes attention with n_threads threads: each calls phase 0 with its own thread index, all wait for each other, then
- * each calls phase 1. work is shared by all of them. */
+/* Computes attention with n_threads threads: each calls phase 0 with its own thread index, all wait for each other,
+ * then each calls phase 1. work is shared by all of them. */
 int tq_attn_compute(const tq_attn * args, int phase, int thread, int n_threads, void * work);
 
 /* ---- Stand-alone cache ---- */
@@ -216,8 +216,10 @@ int64_t tq_cache_seq_len(const tq_cache * cache, int layer);
 int tq_cache_truncate(tq_cache * cache, int layer, int64_t n_tokens);
 /* Empties every layer and gives its memory back. */
 int tq_cache_reset(tq_cache * cache);
-/* Bytes allocated for blocks, headroom included (storage grows by a quarter plus 128 tokens). */
+/* Bytes allocated for blocks, headroom included. */
 size_t tq_cache_memory_usage(const tq_cache * cache);
+/* The tokens for which a layer that must grow to n_tokens makes room: a quarter and 128 more. */
+int64_t tq_cache_capacity(int64_t n_tokens);
 
 /* cffi: end */
 

@@ -1,25 +1,10 @@
-/* api.c: version, errors, names and the block functions: argument checks in front of the kernels. */
+/* api.c: version, names and the block functions: argument checks in front of the kernels. */
+#include "error.h"
 #include "kernels.h"
 
 #include <math.h>
-#include <stdarg.h>
-#include <stdio.h>
 
 #define CHUNK_BLOCKS 16 /* that tq_dot and tq_tail_encode take at once */
-
-static _Thread_local char message[512];
-
-int tqi_fail(int status, const char * format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(message, sizeof message, format, args);
-    va_end(args);
-    return status;
-}
-
-const char * tq_last_error(void) {
-    return message;
-}
 
 int tq_abi_version(void) {
     return TQ_ABI_VERSION;
@@ -122,7 +107,7 @@ int tq_encode(int type, int mode, const float * x, int64_t n, void * blocks) {
     if (codec == NULL) {
         return TQ_E_ARGUMENT;
     }
-    tqi_active()->encode(codec, x, n / TQ_BLOCK, blocks);
+    tqi_steps_of(tqi_active(), codec)->encode(codec, x, n / TQ_BLOCK, blocks);
     return TQ_OK;
 }
 
@@ -131,7 +116,7 @@ int tq_decode(int type, int mode, const void * blocks, int64_t n, float * x) {
     if (codec == NULL) {
         return TQ_E_ARGUMENT;
     }
-    tqi_active()->decode(codec, blocks, n / TQ_BLOCK, x);
+    tqi_decode(tqi_active(), codec, blocks, n / TQ_BLOCK, x);
     return TQ_OK;
 }
 
@@ -170,7 +155,8 @@ float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n
         float s;
         memcpy(q, x + b * TQ_BLOCK, (size_t) n_part * TQ_BLOCK * sizeof(float));
         kernel->transform(codec->signs, q, n_part);
-        kernel->scores(codec, (const uint8_t *) blocks + b * codec->block_bytes, 0, 1, q, 1, n_part, &s, 1);
+        tqi_steps_of(kernel, codec)
+            ->scores(codec, (const uint8_t *) blocks + b * codec->block_bytes, 0, 1, q, 1, n_part, &s, 1);
         sum += s;
     }
     return sum;

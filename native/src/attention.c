@@ -4,13 +4,14 @@
  * sum_blocks d <codebook[index], q'>, V is accumulated transformed, and the inverse transform runs once on the output
  * (online softmax: Milakov and Gimelshein, arXiv:1805.02867; tiles: Dao et al., arXiv:2205.14135).
  *
- * Work is cut into tasks: a stream, a KV head, a block of query rows, a range of keys. All query heads of the KV head go
- * together, so each K and V block is decoded once for the whole group. Two ways through a task:
- *   fused  at most TQI_MAX_FUSED query vectors, K and V both of our types: codebook values go from registers into the sums.
- *          Memory is what bounds this one, and a token's heads lie side by side, so up to MAX_SPAN KV heads take each tile in
- *          turn and the kernels prefetch the tile after it;
- *   tiled  everything else: a tile of K, then of V, is decoded to f32 and multiplied, query vectors side by side.
- * If the keys were cut, phase 1 merges the partial results; otherwise phase 0 has already written the output. */
+ * Work is cut into tasks: a stream, a KV head, a block of query rows, a range of keys. All query heads of the KV head
+ * go together, so each K and V block is decoded once for the whole group. There are two ways through a task:
+ *   fused  for at most TQI_MAX_FUSED query vectors and K and V both in types of tqgguf. Codebook values go from
+ *          registers into the sums. Memory bounds this way, and a token's heads lie side by side in it, so up to
+ *          MAX_SPAN KV heads take each tile in turn and the kernels prefetch the tile after it.
+ *   tiled  for everything else. A tile of K, then of V, is decoded to f32 and multiplied, query vectors side by side.
+ * If the keys were cut, phase 1 merges the partial results. Otherwise phase 0 has already written the output. */
+#include "error.h"
 #include "kernels.h"
 
 #include <math.h>
@@ -37,10 +38,10 @@ typedef struct {
     size_t partial;            /* floats per task; 0 if keys are not cut */
     const tqi_codec * k_codec; /* NULL: not a type of ours */
     const tqi_codec * v_codec;
-} plan;
+} tqi_plan;
 
-static int64_t min64(int64_t a, int64_t b) {
-    return a < b ? a : b;
+static int64_t min64(int64_t x, int64_t y) {
+    return x < y ? x : y;
 }
 
 static size_t padded(size_t n_floats) {
@@ -131,76 +132,89 @@ static void find_runs(const tq_attn_operand * x, int64_t stream, int64_t t0, int
     }
 }
 
-static int make_plan(const tq_attn * a, int n_threads, plan * p) {
+/* Checks the arguments and finds the codecs of K and V, NULL for types that are not of tqgguf. */
+static int check_arguments(const tq_attn * args, int n_threads, const tqi_codec ** k_codec,
+                           const tqi_codec ** v_codec) {
     const tqi_codec * q_codec;
-    memset(p, 0, sizeof *p);
-    if (check_operand("q", &a->q, &q_codec) != TQ_OK || check_operand("k", &a->k, &p->k_codec) != TQ_OK ||
-        check_operand("v", &a->v, &p->v_codec) != TQ_OK) {
+    if (check_operand("q", &args->q, &q_codec) != TQ_OK || check_operand("k", &args->k, k_codec) != TQ_OK ||
+        check_operand("v", &args->v, v_codec) != TQ_OK) {
         return TQ_E_ARGUMENT;
     }
-    if (a->q.type != TQ_TYPE_F32 || a->q.decoder != NULL) {
-        return tqi_fail(TQ_E_ARGUMENT, "q: type %d given; allowed is f32", a->q.type);
+    if (args->q.type != TQ_TYPE_F32 || args->q.decoder != NULL) {
+        return tqi_fail(TQ_E_ARGUMENT, "q: type %d given; allowed is f32", args->q.type);
     }
-    if (a->q.head_dim != a->k.head_dim || a->k.n_head != a->v.n_head || a->q.n_head % a->k.n_head != 0 ||
-        a->k.n_stream != a->v.n_stream || a->q.n_stream % a->k.n_stream != 0) {
+    if (args->q.head_dim != args->k.head_dim || args->k.n_head != args->v.n_head ||
+        args->q.n_head % args->k.n_head != 0 || args->k.n_stream != args->v.n_stream ||
+        args->q.n_stream % args->k.n_stream != 0) {
         return tqi_fail(
             TQ_E_ARGUMENT,
             "q (%lld, %lld, %lld), k (%lld, %lld, %lld), v (.., %lld, %lld) given as (head_dim, n_head, "
             "n_stream); head_dim of q and k, heads and streams of k and v must be equal, and q's a multiple of them",
-            (long long) a->q.head_dim, (long long) a->q.n_head, (long long) a->q.n_stream, (long long) a->k.head_dim,
-            (long long) a->k.n_head, (long long) a->k.n_stream, (long long) a->v.n_head, (long long) a->v.n_stream);
+            (long long) args->q.head_dim, (long long) args->q.n_head, (long long) args->q.n_stream,
+            (long long) args->k.head_dim, (long long) args->k.n_head, (long long) args->k.n_stream,
+            (long long) args->v.n_head, (long long) args->v.n_stream);
     }
-    if (a->n_q < 0 || a->n_kv < 0 || a->n_q > INT32_MAX || a->n_kv > INT32_MAX || n_threads <= 0 || n_threads > 65536) {
+    if (args->n_q < 0 || args->n_kv < 0 || args->n_q > INT32_MAX || args->n_kv > INT32_MAX || n_threads <= 0 ||
+        n_threads > 65536) {
         return tqi_fail(TQ_E_ARGUMENT,
                         "n_q = %lld, n_kv = %lld, n_threads = %d given; allowed are counts from 0 to 2^31 - 1 and 1 to "
                         "65536 threads",
-                        (long long) a->n_q, (long long) a->n_kv, n_threads);
+                        (long long) args->n_q, (long long) args->n_kv, n_threads);
     }
-    if (a->mask != NULL && (a->n_mask_head <= 0 || a->n_mask_stream <= 0)) {
+    if (args->mask != NULL && (args->n_mask_head <= 0 || args->n_mask_stream <= 0)) {
         return tqi_fail(TQ_E_ARGUMENT, "n_mask_head = %lld, n_mask_stream = %lld given; both must be positive",
-                        (long long) a->n_mask_head, (long long) a->n_mask_stream);
+                        (long long) args->n_mask_head, (long long) args->n_mask_stream);
     }
-    if (check_tail("k", &a->k, p->k_codec) != TQ_OK || check_tail("v", &a->v, p->v_codec) != TQ_OK ||
-        check_tail("q", &a->q, NULL) != TQ_OK) {
+    if (check_tail("k", &args->k, *k_codec) != TQ_OK || check_tail("v", &args->v, *v_codec) != TQ_OK ||
+        check_tail("q", &args->q, NULL) != TQ_OK) {
         return TQ_E_ARGUMENT;
-    }
-    const size_t dk = (size_t) a->k.head_dim, dv = (size_t) a->v.head_dim;
-
-    p->group = (int) (a->q.n_head / a->k.n_head);
-    if (a->n_q * p->group <= TQI_MAX_FUSED) {
-        p->rows = a->n_q > 0 ? (int) a->n_q : 1;
-    } else {
-        p->rows = p->group <= TILED_VECTORS / 2 ? TILED_VECTORS / p->group : 1;
-        p->rows = (int) min64(p->rows, a->n_q > 0 ? a->n_q : 1);
-    }
-    p->n_vec = p->group * p->rows;
-    p->fused = p->k_codec != NULL && p->v_codec != NULL && p->n_vec <= TQI_MAX_FUSED;
-    p->n_col = p->fused ? p->n_vec : (p->n_vec + TQI_LANES - 1) / TQI_LANES * TQI_LANES;
-    p->n_row_blocks = (a->n_q + p->rows - 1) / p->rows;
-
-    /* cut the keys only as far as it takes to give every thread the same number of tasks */
-    const int64_t whole = a->q.n_stream * a->k.n_head * p->n_row_blocks;
-    p->n_chunks = 1;
-    if (whole > 0 && whole % n_threads != 0 && whole < 8 * n_threads) {
-        const int64_t most = (a->n_kv + CHUNK_MIN - 1) / CHUNK_MIN;
-        p->n_chunks = min64(n_threads, most > 0 ? most : 1);
-    }
-    p->chunk = ((a->n_kv + p->n_chunks - 1) / p->n_chunks + TILE - 1) / TILE * TILE;
-    p->n_chunks = p->chunk > 0 ? (a->n_kv + p->chunk - 1) / p->chunk : 1;
-    p->n_tasks = whole * p->n_chunks;
-    p->partial = p->n_chunks > 1 ? padded((size_t) p->n_vec * (dv + 2)) : 0;
-
-    const size_t n = (size_t) p->n_col;
-    p->span = p->fused ? (int) min64(a->k.n_head, MAX_SPAN) : 1;
-    p->vectors = padded(dk * n) + padded(dv * n) + 2 * padded(n);
-    p->scratch = (size_t) p->span * p->vectors + padded(TILE * n) + padded(n) + padded(dk > dv ? dk : dv);
-    if (!p->fused) {
-        p->scratch += padded(TILE * (dk > dv ? dk : dv));
     }
     return TQ_OK;
 }
 
-/* A thread pool may start fewer threads than it was sized for, and how keys are cut depends on their number: room for any. */
+static int make_plan(const tq_attn * args, int n_threads, tqi_plan * plan) {
+    memset(plan, 0, sizeof *plan);
+    if (check_arguments(args, n_threads, &plan->k_codec, &plan->v_codec) != TQ_OK) {
+        return TQ_E_ARGUMENT;
+    }
+    const size_t dk = (size_t) args->k.head_dim, dv = (size_t) args->v.head_dim;
+
+    plan->group = (int) (args->q.n_head / args->k.n_head);
+    if (args->n_q * plan->group <= TQI_MAX_FUSED) {
+        plan->rows = args->n_q > 0 ? (int) args->n_q : 1;
+    } else {
+        plan->rows = plan->group <= TILED_VECTORS / 2 ? TILED_VECTORS / plan->group : 1;
+        plan->rows = (int) min64(plan->rows, args->n_q > 0 ? args->n_q : 1);
+    }
+    plan->n_vec = plan->group * plan->rows;
+    plan->fused = plan->k_codec != NULL && plan->v_codec != NULL && plan->n_vec <= TQI_MAX_FUSED;
+    plan->n_col = plan->fused ? plan->n_vec : (plan->n_vec + TQI_LANES - 1) / TQI_LANES * TQI_LANES;
+    plan->n_row_blocks = (args->n_q + plan->rows - 1) / plan->rows;
+
+    /* cut the keys only as far as it takes to give every thread the same number of tasks */
+    const int64_t whole = args->q.n_stream * args->k.n_head * plan->n_row_blocks;
+    plan->n_chunks = 1;
+    if (whole > 0 && whole % n_threads != 0 && whole < 8 * n_threads) {
+        const int64_t most = (args->n_kv + CHUNK_MIN - 1) / CHUNK_MIN;
+        plan->n_chunks = min64(n_threads, most > 0 ? most : 1);
+    }
+    plan->chunk = ((args->n_kv + plan->n_chunks - 1) / plan->n_chunks + TILE - 1) / TILE * TILE;
+    plan->n_chunks = plan->chunk > 0 ? (args->n_kv + plan->chunk - 1) / plan->chunk : 1;
+    plan->n_tasks = whole * plan->n_chunks;
+    plan->partial = plan->n_chunks > 1 ? padded((size_t) plan->n_vec * (dv + 2)) : 0;
+
+    const size_t n = (size_t) plan->n_col;
+    plan->span = plan->fused ? (int) min64(args->k.n_head, MAX_SPAN) : 1;
+    plan->vectors = padded(dk * n) + padded(dv * n) + 2 * padded(n);
+    plan->scratch = (size_t) plan->span * plan->vectors + padded(TILE * n) + padded(n) + padded(dk > dv ? dk : dv);
+    if (!plan->fused) {
+        plan->scratch += padded(TILE * (dk > dv ? dk : dv));
+    }
+    return TQ_OK;
+}
+
+/* Makes room for any smaller number of threads, too: a thread pool may start fewer than it was sized for, and how keys
+ * are cut depends on their number. */
 size_t tq_attn_work_bytes(const tq_attn * args, int n_threads) {
     size_t most = 0;
     if (args == NULL) {
@@ -208,7 +222,7 @@ size_t tq_attn_work_bytes(const tq_attn * args, int n_threads) {
         return 0;
     }
     for (int n = n_threads; n >= 1 || n == n_threads; --n) {
-        plan p;
+        tqi_plan p;
         if (make_plan(args, n, &p) != TQ_OK) {
             return 0;
         }
@@ -233,18 +247,18 @@ typedef struct {
     float * factor;      /* (n_col) */
     float * row;         /* (max(dk, dv)) */
     float * tile;        /* tiled: (TILE, max(dk, dv)) */
-} scratch;
+} tqi_scratch;
 
 static float * aligned(void * work) {
     const uintptr_t address = ((uintptr_t) work + ALIGN - 1) / ALIGN * ALIGN;
     return (float *) address; /* NOLINT: the caller's bytes, rounded up */
 }
 
-static scratch carve(const tq_attn * a, const plan * p, void * work, int thread) {
-    const size_t dk = (size_t) a->k.head_dim, dv = (size_t) a->v.head_dim, n = (size_t) p->n_col;
-    float * at = aligned(work) + p->scratch * (size_t) thread;
-    scratch w;
-    for (int i = 0; i < p->span; ++i) {
+static tqi_scratch carve(const tq_attn * args, const tqi_plan * plan, void * work, int thread) {
+    const size_t dk = (size_t) args->k.head_dim, dv = (size_t) args->v.head_dim, n = (size_t) plan->n_col;
+    float * at = aligned(work) + plan->scratch * (size_t) thread;
+    tqi_scratch w;
+    for (int i = 0; i < plan->span; ++i) {
         w.x[i].q = at;
         at += padded(dk * n);
         w.x[i].o = at;
@@ -265,32 +279,32 @@ static scratch carve(const tq_attn * a, const plan * p, void * work, int thread)
 }
 
 /* ALiBi: Press et al., arXiv:2108.12409, extended to head counts that are no power of two as llama.cpp does. */
-static float slope_of(const tq_attn * a, int64_t head) {
-    if (a->max_bias <= 0.0f) {
+static float slope_of(const tq_attn * args, int64_t head) {
+    if (args->max_bias <= 0.0f) {
         return 1.0f;
     }
     int64_t n = 1;
-    while (2 * n <= a->q.n_head) {
+    while (2 * n <= args->q.n_head) {
         n *= 2;
     }
-    return head < n ? powf(powf(2.0f, -a->max_bias / (float) n), (float) (head + 1))
-                    : powf(powf(2.0f, -a->max_bias / 2.0f / (float) n), (float) (2 * (head - n) + 1));
+    return head < n ? powf(powf(2.0f, -args->max_bias / (float) n), (float) (head + 1))
+                    : powf(powf(2.0f, -args->max_bias / 2.0f / (float) n), (float) (2 * (head - n) + 1));
 }
 
-static const uint16_t * mask_row(const tq_attn * a, int64_t stream, int64_t head, int64_t row) {
-    const uint8_t * base = (const uint8_t *) a->mask;
-    return (const uint16_t *) (const void *) (base + (size_t) row * a->mask_stride_row +
-                                              (size_t) (head % a->n_mask_head) * a->mask_stride_head +
-                                              (size_t) (stream % a->n_mask_stream) * a->mask_stride_stream);
+static const uint16_t * mask_row(const tq_attn * args, int64_t stream, int64_t head, int64_t row) {
+    const uint8_t * base = (const uint8_t *) args->mask;
+    return (const uint16_t *) (const void *) (base + (size_t) row * args->mask_stride_row +
+                                              (size_t) (head % args->n_mask_head) * args->mask_stride_head +
+                                              (size_t) (stream % args->n_mask_stream) * args->mask_stride_stream);
 }
 
 #define F16_NEGATIVE_INFINITY 0xfc00u
 
 /* Applies softcap and mask to n scores that lie stride floats apart; the scale is in q already. */
-static void finish_scores(const tq_attn * a, float * s, int n, int stride, float slope, const uint16_t * mask) {
-    if (a->softcap > 0.0f) {
+static void finish_scores(const tq_attn * args, float * s, int n, int stride, float slope, const uint16_t * mask) {
+    if (args->softcap > 0.0f) {
         for (int t = 0; t < n; ++t) {
-            s[t * stride] = a->softcap * tanhf(s[t * stride]);
+            s[t * stride] = args->softcap * tanhf(s[t * stride]);
         }
     }
     if (mask != NULL) { /* what is hidden does not count, whatever it is */
@@ -309,7 +323,7 @@ static void decode_rows(const tqi_kernels * kernel, const tq_attn_operand * x, c
         float * to = tile + (size_t) t * (size_t) x->head_dim;
         if (codec != NULL) {
             tqi_prefetch(row + TILE * x->stride_token, (size_t) (x->head_dim / TQ_BLOCK * codec->block_bytes));
-            kernel->unpack(codec, row, x->head_dim / TQ_BLOCK, to);
+            tqi_steps_of(kernel, codec)->unpack(codec, row, x->head_dim / TQ_BLOCK, to);
         } else if (x->decoder != NULL) {
             x->decoder(row, to, x->head_dim);
         } else if (x->type == TQ_TYPE_F32) {
@@ -345,36 +359,38 @@ static void decode_tile(const tqi_kernels * kernel, const tq_attn_operand * x, c
 typedef struct {
     int64_t q_stream, kv_stream, kv_head, head0, row0, chunk;
     int n_vec; /* fewer than the plan's in the last row block */
-} task;
+} tqi_task;
 
 /* KV heads count fastest, then chunks, row blocks, streams. */
-static task task_of(const tq_attn * a, const plan * p, int64_t index) {
-    task t;
-    t.kv_head = index % a->k.n_head;
-    index /= a->k.n_head;
-    t.chunk = index % p->n_chunks;
-    index /= p->n_chunks;
-    t.row0 = index % p->n_row_blocks * p->rows;
-    t.q_stream = index / p->n_row_blocks;
-    t.kv_stream = t.q_stream / (a->q.n_stream / a->k.n_stream);
-    t.head0 = t.kv_head * p->group;
-    t.n_vec = (int) min64(p->rows, a->n_q - t.row0) * p->group;
+static tqi_task task_of(const tq_attn * args, const tqi_plan * plan, int64_t index) {
+    tqi_task t;
+    t.kv_head = index % args->k.n_head;
+    index /= args->k.n_head;
+    t.chunk = index % plan->n_chunks;
+    index /= plan->n_chunks;
+    t.row0 = index % plan->n_row_blocks * plan->rows;
+    t.q_stream = index / plan->n_row_blocks;
+    t.kv_stream = t.q_stream / (args->q.n_stream / args->k.n_stream);
+    t.head0 = t.kv_head * plan->group;
+    t.n_vec = (int) min64(plan->rows, args->n_q - t.row0) * plan->group;
     return t;
 }
 
 /* What a tile's mask amounts to: most tiles are seen by all query vectors or by none. */
 typedef enum { ALL_SEEN, NONE_SEEN, MIXED } visibility;
 
-static visibility tile_visibility(const tq_attn * a, const plan * p, const task * t, int64_t t0, int n) {
-    if (a->mask == NULL) {
+static visibility tile_visibility(const tq_attn * args, const tqi_plan * plan, const tqi_task * task, int64_t t0,
+                                  int n) {
+    if (args->mask == NULL) {
         return ALL_SEEN;
     }
     uint16_t any = 0, all_hidden = 1;
-    for (int i = 0; i < t->n_vec; ++i) {
-        if (a->n_mask_head == 1 && i % p->group != 0) {
+    for (int i = 0; i < task->n_vec; ++i) {
+        if (args->n_mask_head == 1 && i % plan->group != 0) {
             continue; /* the heads of a group share this mask row */
         }
-        const uint16_t * mask = mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
+        const uint16_t * mask =
+            mask_row(args, task->q_stream, task->head0 + i % plan->group, task->row0 + i / plan->group) + t0;
         uint16_t bits = 0, differ = 0;
         for (int j = 0; j < n; ++j) {
             bits |= mask[j];
@@ -390,215 +406,222 @@ static visibility tile_visibility(const tq_attn * a, const plan * p, const task 
 }
 
 /* Loads query vector i, scaled, and transformed if K is. */
-static void load_query(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i,
-                       float * q) {
-    memcpy(q, operand_at(&a->q, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group),
-           (size_t) a->q.head_dim * sizeof(float));
-    const float scale = a->softcap > 0.0f ? a->scale / a->softcap : a->scale;
-    for (int64_t j = 0; j < a->q.head_dim; ++j) {
+static void load_query(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
+                       int i, float * q) {
+    memcpy(q, operand_at(&args->q, task->q_stream, task->head0 + i % plan->group, task->row0 + i / plan->group),
+           (size_t) args->q.head_dim * sizeof(float));
+    const float scale = args->softcap > 0.0f ? args->scale / args->softcap : args->scale;
+    for (int64_t j = 0; j < args->q.head_dim; ++j) {
         q[j] *= scale;
     }
-    if (p->k_codec != NULL) {
-        kernel->transform(p->k_codec->signs, q, a->q.head_dim / TQ_BLOCK);
+    if (plan->k_codec != NULL) {
+        kernel->transform(plan->k_codec->signs, q, args->q.head_dim / TQ_BLOCK);
     }
 }
 
 /* Adds the sink and writes o / sum, back in the original domain, to the output. */
-static void write_output(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i,
-                         float max, float sum, float * o) {
-    const int64_t head = t->head0 + i % p->group;
-    const int64_t row = t->row0 + i / p->group;
+static void write_output(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
+                         int i, float max, float sum, float * o) {
+    const int64_t head = task->head0 + i % plan->group;
+    const int64_t row = task->row0 + i / plan->group;
     float factor = 1.0f;
-    if (a->sinks != NULL) {
-        const float sink = a->sinks[head];
+    if (args->sinks != NULL) {
+        const float sink = args->sinks[head];
         const float top = fmaxf(max, sink);
         factor = max == -INFINITY ? 0.0f : expf(max - top);
         sum = sum * factor + (sink == -INFINITY ? 0.0f : expf(sink - top));
     }
     factor = sum == 0.0f ? 0.0f : factor / sum;
-    for (int64_t j = 0; j < a->v.head_dim; ++j) {
+    for (int64_t j = 0; j < args->v.head_dim; ++j) {
         o[j] *= factor;
     }
-    if (p->v_codec != NULL) {
-        kernel->inverse_transform(p->v_codec->signs, o, a->v.head_dim / TQ_BLOCK);
+    if (plan->v_codec != NULL) {
+        tqi_inverse_transform_blocks(kernel, plan->v_codec, o, args->v.head_dim / TQ_BLOCK);
     }
-    uint8_t * out = (uint8_t *) a->out + (size_t) row * a->out_stride_row + (size_t) head * a->out_stride_head +
-                    (size_t) t->q_stream * a->out_stride_stream;
-    memcpy(out, o, (size_t) a->v.head_dim * sizeof(float));
+    uint8_t * out = (uint8_t *) args->out + (size_t) row * args->out_stride_row +
+                    (size_t) head * args->out_stride_head + (size_t) task->q_stream * args->out_stride_stream;
+    memcpy(out, o, (size_t) args->v.head_dim * sizeof(float));
 }
 
 /* Hands a finished vector on: to the output, or to the task's partial results (max, sum, o) per vector. */
-static void put_result(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, int i, float max,
-                       float sum, float * o, float * partial) {
+static void put_result(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
+                       int i, float max, float sum, float * o, float * partial) {
     if (partial == NULL) {
-        write_output(kernel, a, p, t, i, max, sum, o);
+        write_output(kernel, args, plan, task, i, max, sum, o);
         return;
     }
-    partial += (size_t) i * (size_t) (a->v.head_dim + 2);
+    partial += (size_t) i * (size_t) (args->v.head_dim + 2);
     partial[0] = max;
     partial[1] = sum;
-    memcpy(partial + 2, o, (size_t) a->v.head_dim * sizeof(float));
+    memcpy(partial + 2, o, (size_t) args->v.head_dim * sizeof(float));
 }
 
 /* One task's share of a tile. */
-static void fused_tile(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const vectors * x,
-                       float * s, int64_t t0, int n, visibility seen, const runs * k, const runs * v) {
-    const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim;
+static void fused_tile(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
+                       const vectors * own, float * s, int64_t t0, int n, visibility seen, const runs * k,
+                       const runs * v) {
+    const int dk = (int) args->k.head_dim, dv = (int) args->v.head_dim;
     for (const run * r = k->r; r < k->r + k->n; ++r) {
         if (r->rows == NULL) {
-            kernel->scores(p->k_codec, operand_at(&a->k, t->kv_stream, t->kv_head, t0 + r->first), a->k.stride_token,
-                           r->n, x->q, t->n_vec, dk / TQ_BLOCK, s + r->first, TILE);
+            tqi_steps_of(kernel, plan->k_codec)
+                ->scores(plan->k_codec, operand_at(&args->k, task->kv_stream, task->kv_head, t0 + r->first),
+                         args->k.stride_token, r->n, own->q, task->n_vec, dk / TQ_BLOCK, s + r->first, TILE);
         } else {
-            kernel->scores_f16(r->rows + (size_t) t->kv_head * a->k.tail.stride_head, a->k.tail.stride_row, r->n, x->q,
-                               t->n_vec, dk, s + r->first, TILE);
+            kernel->scores_f16(r->rows + (size_t) task->kv_head * args->k.tail.stride_head, args->k.tail.stride_row,
+                               r->n, own->q, task->n_vec, dk, s + r->first, TILE);
         }
     }
-    for (int i = 0; i < t->n_vec; ++i) {
-        const int64_t head = t->head0 + i % p->group;
-        if (seen == MIXED || a->softcap > 0.0f) {
+    for (int i = 0; i < task->n_vec; ++i) {
+        const int64_t head = task->head0 + i % plan->group;
+        if (seen == MIXED || args->softcap > 0.0f) {
             const uint16_t * mask =
-                seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
-            finish_scores(a, s + i * TILE, n, 1, slope_of(a, head), mask);
+                seen == ALL_SEEN ? NULL : mask_row(args, task->q_stream, head, task->row0 + i / plan->group) + t0;
+            finish_scores(args, s + i * TILE, n, 1, slope_of(args, head), mask);
         }
-        const float factor = kernel->softmax_row(s + i * TILE, n, &x->max[i], &x->sum[i]);
+        const float factor = kernel->softmax_row(s + i * TILE, n, &own->max[i], &own->sum[i]);
         if (factor != 1.0f) {
             for (int j = 0; j < dv; ++j) {
-                x->o[i * dv + j] *= factor;
+                own->o[i * dv + j] *= factor;
             }
         }
     }
     for (const run * r = v->r; r < v->r + v->n; ++r) {
         if (r->rows == NULL) {
-            kernel->accumulate(p->v_codec, operand_at(&a->v, t->kv_stream, t->kv_head, t0 + r->first),
-                               a->v.stride_token, r->n, s + r->first, TILE, t->n_vec, dv / TQ_BLOCK, x->o);
+            tqi_steps_of(kernel, plan->v_codec)
+                ->accumulate(plan->v_codec, operand_at(&args->v, task->kv_stream, task->kv_head, t0 + r->first),
+                             args->v.stride_token, r->n, s + r->first, TILE, task->n_vec, dv / TQ_BLOCK, own->o);
         } else {
-            kernel->accumulate_f16(r->rows + (size_t) t->kv_head * a->v.tail.stride_head, a->v.tail.stride_row, r->n,
-                                   s + r->first, TILE, t->n_vec, dv, x->o);
+            kernel->accumulate_f16(r->rows + (size_t) task->kv_head * args->v.tail.stride_head, args->v.tail.stride_row,
+                                   r->n, s + r->first, TILE, task->n_vec, dv, own->o);
         }
     }
 }
 
 /* Runs n tasks that differ only in their KV heads. */
-static void run_fused(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * tasks, int n_tasks,
-                      const scratch * w, float * partials) {
-    const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim;
+static void run_fused(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * tasks,
+                      int n_tasks, const tqi_scratch * scratch, float * partials) {
+    const int dk = (int) args->k.head_dim, dv = (int) args->v.head_dim;
     for (int h = 0; h < n_tasks; ++h) {
         for (int i = 0; i < tasks[h].n_vec; ++i) {
-            load_query(kernel, a, p, &tasks[h], i, w->x[h].q + i * dk);
-            w->x[h].max[i] = -INFINITY;
-            w->x[h].sum[i] = 0.0f;
+            load_query(kernel, args, plan, &tasks[h], i, scratch->x[h].q + i * dk);
+            scratch->x[h].max[i] = -INFINITY;
+            scratch->x[h].sum[i] = 0.0f;
         }
-        memset(w->x[h].o, 0, (size_t) (tasks[h].n_vec * dv) * sizeof(float));
+        memset(scratch->x[h].o, 0, (size_t) (tasks[h].n_vec * dv) * sizeof(float));
     }
-    const int64_t end = min64(a->n_kv, (tasks[0].chunk + 1) * p->chunk);
-    for (int64_t t0 = tasks[0].chunk * p->chunk; t0 < end; t0 += TILE) {
+    const int64_t end = min64(args->n_kv, (tasks[0].chunk + 1) * plan->chunk);
+    for (int64_t t0 = tasks[0].chunk * plan->chunk; t0 < end; t0 += TILE) {
         const int n = (int) min64(TILE, end - t0);
         visibility seen = ALL_SEEN;
         runs k, v;
-        find_runs(&a->k, tasks[0].kv_stream, t0, n, &k);
-        find_runs(&a->v, tasks[0].kv_stream, t0, n, &v);
+        find_runs(&args->k, tasks[0].kv_stream, t0, n, &k);
+        find_runs(&args->v, tasks[0].kv_stream, t0, n, &v);
         for (int h = 0; h < n_tasks; ++h) {
-            if (h == 0 || a->n_mask_head > 1) {
-                seen = tile_visibility(a, p, &tasks[h], t0, n);
+            if (h == 0 || args->n_mask_head > 1) {
+                seen = tile_visibility(args, plan, &tasks[h], t0, n);
             }
             if (seen != NONE_SEEN) {
-                fused_tile(kernel, a, p, &tasks[h], &w->x[h], w->s, t0, n, seen, &k, &v);
+                fused_tile(kernel, args, plan, &tasks[h], &scratch->x[h], scratch->s, t0, n, seen, &k, &v);
             }
         }
     }
     for (int h = 0; h < n_tasks; ++h) {
-        const vectors * x = &w->x[h];
+        const vectors * own = &scratch->x[h];
         for (int i = 0; i < tasks[h].n_vec; ++i) {
-            put_result(kernel, a, p, &tasks[h], i, x->max[i], x->sum[i], x->o + i * dv,
-                       partials != NULL ? partials + (size_t) h * p->partial : NULL);
+            put_result(kernel, args, plan, &tasks[h], i, own->max[i], own->sum[i], own->o + i * dv,
+                       partials != NULL ? partials + (size_t) h * plan->partial : NULL);
         }
     }
 }
 
-/* Zeroes the rows of V that none of the task's vectors sees: they may hold infinities, which a weight of 0 does not cancel. */
-static void drop_unseen(const tq_attn * a, const plan * p, const task * t, int64_t t0, int n, float * v) {
+/* Zeroes the rows of V that none of the task's vectors sees: they may hold infinities, which a weight of 0 does not
+ * cancel. */
+static void drop_unseen(const tq_attn * args, const tqi_plan * plan, const tqi_task * task, int64_t t0, int n,
+                        float * v) {
     uint8_t seen[TILE] = { 0 };
-    for (int i = 0; i < t->n_vec; ++i) {
-        const uint16_t * mask = mask_row(a, t->q_stream, t->head0 + i % p->group, t->row0 + i / p->group) + t0;
+    for (int i = 0; i < task->n_vec; ++i) {
+        const uint16_t * mask =
+            mask_row(args, task->q_stream, task->head0 + i % plan->group, task->row0 + i / plan->group) + t0;
         for (int j = 0; j < n; ++j) {
             seen[j] |= mask[j] != F16_NEGATIVE_INFINITY;
         }
     }
     for (int j = 0; j < n; ++j) {
         if (!seen[j]) {
-            memset(v + (size_t) j * (size_t) a->v.head_dim, 0, (size_t) a->v.head_dim * sizeof(float));
+            memset(v + (size_t) j * (size_t) args->v.head_dim, 0, (size_t) args->v.head_dim * sizeof(float));
         }
     }
 }
 
-static void run_tiled(const tqi_kernels * kernel, const tq_attn * a, const plan * p, const task * t, const scratch * w,
-                      float * partial) {
-    const int dk = (int) a->k.head_dim, dv = (int) a->v.head_dim, n_col = p->n_col;
-    const vectors * x = &w->x[0];
-    memset(x->q, 0, (size_t) dk * (size_t) n_col * sizeof(float));
-    memset(x->o, 0, (size_t) dv * (size_t) n_col * sizeof(float));
+static void run_tiled(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
+                      const tqi_scratch * scratch, float * partial) {
+    const int dk = (int) args->k.head_dim, dv = (int) args->v.head_dim, n_col = plan->n_col;
+    const vectors * own = &scratch->x[0];
+    memset(own->q, 0, (size_t) dk * (size_t) n_col * sizeof(float));
+    memset(own->o, 0, (size_t) dv * (size_t) n_col * sizeof(float));
     for (int i = 0; i < n_col; ++i) {
-        x->max[i] = -INFINITY;
-        x->sum[i] = 0.0f;
+        own->max[i] = -INFINITY;
+        own->sum[i] = 0.0f;
     }
-    for (int i = 0; i < t->n_vec; ++i) {
-        load_query(kernel, a, p, t, i, w->row);
+    for (int i = 0; i < task->n_vec; ++i) {
+        load_query(kernel, args, plan, task, i, scratch->row);
         for (int j = 0; j < dk; ++j) {
-            x->q[j * n_col + i] = w->row[j];
+            own->q[j * n_col + i] = scratch->row[j];
         }
     }
-    const int64_t end = min64(a->n_kv, (t->chunk + 1) * p->chunk);
-    for (int64_t t0 = t->chunk * p->chunk; t0 < end; t0 += TILE) {
+    const int64_t end = min64(args->n_kv, (task->chunk + 1) * plan->chunk);
+    for (int64_t t0 = task->chunk * plan->chunk; t0 < end; t0 += TILE) {
         const int n = (int) min64(TILE, end - t0);
-        const visibility seen = tile_visibility(a, p, t, t0, n);
+        const visibility seen = tile_visibility(args, plan, task, t0, n);
         if (seen == NONE_SEEN) {
             continue;
         }
         runs lie;
-        find_runs(&a->k, t->kv_stream, t0, n, &lie);
-        decode_tile(kernel, &a->k, p->k_codec, t->kv_stream, t->kv_head, t0, &lie, w->tile);
-        kernel->gemm(w->tile, dk, 1, x->q, n, dk, n_col, 0, w->s);
-        for (int i = 0; i < t->n_vec && (seen == MIXED || a->softcap > 0.0f); ++i) {
-            const int64_t head = t->head0 + i % p->group;
+        find_runs(&args->k, task->kv_stream, t0, n, &lie);
+        decode_tile(kernel, &args->k, plan->k_codec, task->kv_stream, task->kv_head, t0, &lie, scratch->tile);
+        kernel->gemm(scratch->tile, dk, 1, own->q, n, dk, n_col, 0, scratch->s);
+        for (int i = 0; i < task->n_vec && (seen == MIXED || args->softcap > 0.0f); ++i) {
+            const int64_t head = task->head0 + i % plan->group;
             const uint16_t * mask =
-                seen == ALL_SEEN ? NULL : mask_row(a, t->q_stream, head, t->row0 + i / p->group) + t0;
-            finish_scores(a, w->s + i, n, n_col, slope_of(a, head), mask);
+                seen == ALL_SEEN ? NULL : mask_row(args, task->q_stream, head, task->row0 + i / plan->group) + t0;
+            finish_scores(args, scratch->s + i, n, n_col, slope_of(args, head), mask);
         }
-        kernel->softmax_columns(w->s, n, n_col, x->max, x->sum, w->factor);
+        kernel->softmax_columns(scratch->s, n, n_col, own->max, own->sum, scratch->factor);
         for (int j = 0; j < dv; ++j) {
             for (int i = 0; i < n_col; ++i) {
-                x->o[j * n_col + i] *= w->factor[i];
+                own->o[j * n_col + i] *= scratch->factor[i];
             }
         }
-        find_runs(&a->v, t->kv_stream, t0, n, &lie);
-        decode_tile(kernel, &a->v, p->v_codec, t->kv_stream, t->kv_head, t0, &lie, w->tile);
-        if (seen == MIXED && p->v_codec == NULL) {
-            drop_unseen(a, p, t, t0, n, w->tile);
+        find_runs(&args->v, task->kv_stream, t0, n, &lie);
+        decode_tile(kernel, &args->v, plan->v_codec, task->kv_stream, task->kv_head, t0, &lie, scratch->tile);
+        if (seen == MIXED && plan->v_codec == NULL) {
+            drop_unseen(args, plan, task, t0, n, scratch->tile);
         }
-        kernel->gemm(w->tile, 1, dv, w->s, dv, n, n_col, 1, x->o);
+        kernel->gemm(scratch->tile, 1, dv, scratch->s, dv, n, n_col, 1, own->o);
     }
-    for (int i = 0; i < t->n_vec; ++i) {
+    for (int i = 0; i < task->n_vec; ++i) {
         for (int j = 0; j < dv; ++j) {
-            w->row[j] = x->o[j * n_col + i];
+            scratch->row[j] = own->o[j * n_col + i];
         }
-        put_result(kernel, a, p, t, i, x->max[i], x->sum[i], w->row, partial);
+        put_result(kernel, args, plan, task, i, own->max[i], own->sum[i], scratch->row, partial);
     }
 }
 
-/* Merges the partial results of one task's chunks; first is its task of chunk 0, the others follow n_head tasks apart. */
-static void merge_chunks(const tqi_kernels * kernel, const tq_attn * a, const plan * p, int64_t first,
+/* Merges the partial results of one task's chunks; first is its task of chunk 0, the others follow n_head tasks
+ * apart. */
+static void merge_chunks(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, int64_t first,
                          const float * partials, float * o) {
-    const task t = task_of(a, p, first);
-    const size_t dv = (size_t) a->v.head_dim;
-    const size_t next = (size_t) a->k.n_head * p->partial;
+    const tqi_task t = task_of(args, plan, first);
+    const size_t dv = (size_t) args->v.head_dim;
+    const size_t next = (size_t) args->k.n_head * plan->partial;
     for (int i = 0; i < t.n_vec; ++i) {
-        const float * at = partials + (size_t) first * p->partial + (size_t) i * (dv + 2);
+        const float * at = partials + (size_t) first * plan->partial + (size_t) i * (dv + 2);
         float max = -INFINITY, sum = 0.0f;
-        for (int64_t c = 0; c < p->n_chunks; ++c) {
+        for (int64_t c = 0; c < plan->n_chunks; ++c) {
             max = fmaxf(max, at[(size_t) c * next]);
         }
         memset(o, 0, dv * sizeof(float));
-        for (int64_t c = 0; c < p->n_chunks; ++c) {
+        for (int64_t c = 0; c < plan->n_chunks; ++c) {
             const float * part = at + (size_t) c * next;
             if (part[0] == -INFINITY && part[1] == 0.0f) {
                 continue; /* no key seen */
@@ -609,16 +632,37 @@ static void merge_chunks(const tqi_kernels * kernel, const tq_attn * a, const pl
                 o[j] += factor * part[2 + j];
             }
         }
-        write_output(kernel, a, p, &t, i, max, sum, o);
+        write_output(kernel, args, plan, &t, i, max, sum, o);
+    }
+}
+
+/* This thread's share of the tasks. Tasks of neighbouring KV heads go through the keys together. */
+static void run_tasks(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, int thread,
+                      int n_threads, const tqi_scratch * scratch, float * partials) {
+    const int64_t end = plan->n_tasks * (thread + 1) / n_threads;
+    for (int64_t i = plan->n_tasks * thread / n_threads; i < end;) {
+        tqi_task tasks[MAX_SPAN];
+        const int n = (int) min64(min64(plan->span, end - i), args->k.n_head - i % args->k.n_head);
+        tasks[0] = task_of(args, plan, i);
+        for (int h = 1; h < n; ++h) {
+            tasks[h] = task_of(args, plan, i + h);
+        }
+        float * partial = plan->partial > 0 ? partials + (size_t) i * plan->partial : NULL;
+        if (plan->fused) {
+            run_fused(kernel, args, plan, tasks, n, scratch, partial);
+        } else {
+            run_tiled(kernel, args, plan, tasks, scratch, partial);
+        }
+        i += n;
     }
 }
 
 int tq_attn_compute(const tq_attn * args, int phase, int thread, int n_threads, void * work) {
-    plan p;
+    tqi_plan plan;
     if (args == NULL || work == NULL) {
         return tqi_fail(TQ_E_ARGUMENT, "null pointer given for the attention arguments or the scratch");
     }
-    if (make_plan(args, n_threads, &p) != TQ_OK) {
+    if (make_plan(args, n_threads, &plan) != TQ_OK) {
         return TQ_E_ARGUMENT;
     }
     if (thread < 0 || thread >= n_threads || phase < 0 || phase > 1) {
@@ -630,29 +674,14 @@ int tq_attn_compute(const tq_attn * args, int phase, int thread, int n_threads, 
         return tqi_fail(TQ_E_ARGUMENT, "null pointer given for q, k, v or out");
     }
     const tqi_kernels * kernel = tqi_active();
-    const scratch w = carve(args, &p, work, thread);
-    float * partials = aligned(work) + p.scratch * (size_t) n_threads;
+    const tqi_scratch scratch = carve(args, &plan, work, thread);
+    float * partials = aligned(work) + plan.scratch * (size_t) n_threads;
     if (phase == 0) {
-        const int64_t last = p.n_tasks * (thread + 1) / n_threads;
-        for (int64_t i = p.n_tasks * thread / n_threads; i < last;) {
-            task tasks[MAX_SPAN];
-            const int n = (int) min64(min64(p.span, last - i), args->k.n_head - i % args->k.n_head);
-            tasks[0] = task_of(args, &p, i);
-            for (int h = 1; h < n; ++h) {
-                tasks[h] = task_of(args, &p, i + h);
-            }
-            float * partial = p.partial > 0 ? partials + (size_t) i * p.partial : NULL;
-            if (p.fused) {
-                run_fused(kernel, args, &p, tasks, n, &w, partial);
-            } else {
-                run_tiled(kernel, args, &p, tasks, &w, partial);
-            }
-            i += n;
-        }
-    } else if (p.partial > 0) {
-        const int64_t n = p.n_tasks / p.n_chunks, n_head = args->k.n_head;
+        run_tasks(kernel, args, &plan, thread, n_threads, &scratch, partials);
+    } else if (plan.partial > 0) {
+        const int64_t n = plan.n_tasks / plan.n_chunks, n_head = args->k.n_head;
         for (int64_t i = n * thread / n_threads; i < n * (thread + 1) / n_threads; ++i) {
-            merge_chunks(kernel, args, &p, i / n_head * n_head * p.n_chunks + i % n_head, partials, w.row);
+            merge_chunks(kernel, args, &plan, i / n_head * n_head * plan.n_chunks + i % n_head, partials, scratch.row);
         }
     }
     return TQ_OK;

@@ -1,6 +1,7 @@
 /* cache.c: the stand-alone PQO cache: appended tokens, encoded at once, and attention over all of a layer.
  *
  * A layer keeps keys and values as rows of blocks, (capacity, n_head_kv, head_dim / 32 blocks). */
+#include "error.h"
 #include "kernels.h"
 
 #include <math.h>
@@ -76,12 +77,16 @@ static int check_layer(const tq_cache * cache, int layer) {
     return TQ_OK;
 }
 
-/* Makes room for n_tokens tokens in all, with a quarter and 128 tokens of headroom. On failure nothing has changed. */
+int64_t tq_cache_capacity(int64_t n_tokens) {
+    return n_tokens + n_tokens / 4 + 128;
+}
+
+/* Makes room for n_tokens tokens in all. On failure nothing has changed. */
 static int reserve(const tq_cache * cache, tqi_layer * layer, int64_t n_tokens) {
     if (n_tokens <= layer->capacity) {
         return TQ_OK;
     }
-    const int64_t capacity = n_tokens + n_tokens / 4 + 128;
+    const int64_t capacity = tq_cache_capacity(n_tokens);
     const size_t bytes = (size_t) capacity * cache->token_bytes;
     uint8_t * k = malloc(bytes);
     uint8_t * v = malloc(bytes);
@@ -124,11 +129,11 @@ static int append(tq_cache * cache, int index, const float * k, const float * v,
     if (status != TQ_OK) {
         return status;
     }
-    const tqi_kernels * kernel = tqi_active();
+    const tqi_steps * steps = tqi_steps_of(tqi_active(), cache->codec);
     const size_t offset = (size_t) layer->n_tokens * cache->token_bytes;
     const int64_t n_blocks = n_tokens * cache->token_dim / TQ_BLOCK;
-    kernel->encode(cache->codec, k, n_blocks, layer->k + offset);
-    kernel->encode(cache->codec, v, n_blocks, layer->v + offset);
+    steps->encode(cache->codec, k, n_blocks, layer->k + offset);
+    steps->encode(cache->codec, v, n_blocks, layer->v + offset);
     layer->n_tokens += n_tokens;
     return TQ_OK;
 }
@@ -172,6 +177,71 @@ static tq_attn_operand operand(const tq_cache * cache, const uint8_t * data) {
     };
 }
 
+/* Checks the values of one call of tq_cache_decode. */
+static int check_query(const tq_cache * cache, const float * q, int n_head, float scale) {
+    const int64_t dim = cache->config.head_dim;
+    if (n_head <= 0 || n_head % cache->config.n_head_kv != 0) {
+        return tqi_fail(TQ_E_ARGUMENT, "q has %d heads; it must be a positive multiple of n_head_kv = %d", n_head,
+                        cache->config.n_head_kv);
+    }
+    if (!isfinite(scale)) {
+        return tqi_fail(TQ_E_ARGUMENT, "scale = %g given; it must be finite", (double) scale);
+    }
+    for (int64_t i = 0; i < n_head * dim; ++i) {
+        if (!isfinite(q[i])) {
+            return tqi_fail(TQ_E_ARGUMENT, "q holds %g at head %lld, value %lld; it must be finite", (double) q[i],
+                            (long long) (i / dim), (long long) (i % dim));
+        }
+    }
+    return TQ_OK;
+}
+
+/* Attends to all tokens of a layer: q, out: (n_head, head_dim). */
+static int attend(const tq_cache * cache, const tqi_layer * layer, const float * q, int n_head, float scale,
+                  float * out) {
+    const size_t head_bytes = (size_t) cache->config.head_dim * sizeof(float);
+    tq_attn args = {
+        .k = operand(cache, layer->k),
+        .v = operand(cache, layer->v),
+        .n_q = 1,
+        .n_kv = layer->n_tokens,
+        .scale = scale,
+        .out = out,
+        .out_stride_row = head_bytes * (size_t) n_head,
+        .out_stride_head = head_bytes,
+    };
+    args.q = (tq_attn_operand) {
+        .data = q,
+        .type = TQ_TYPE_F32,
+        .head_dim = cache->config.head_dim,
+        .n_head = n_head,
+        .n_stream = 1,
+        .stride_token = head_bytes * (size_t) n_head,
+        .stride_head = head_bytes,
+    };
+    const size_t work_bytes = tq_attn_work_bytes(&args, 1);
+    if (work_bytes == 0) {
+        return TQ_E_ARGUMENT;
+    }
+    void * work = malloc(work_bytes);
+    if (work == NULL) {
+        return tqi_fail(TQ_E_MEMORY, "no memory for %zu bytes of scratch; the cache is unchanged", work_bytes);
+    }
+    int status = tq_attn_compute(&args, 0, 0, 1, work);
+    if (status == TQ_OK) {
+        status = tq_attn_compute(&args, 1, 0, 1, work);
+    }
+    free(work);
+    for (int64_t i = 0; status == TQ_OK && i < (int64_t) n_head * cache->config.head_dim; ++i) {
+        if (!isfinite(out[i])) {
+            status = tqi_fail(TQ_E_ARGUMENT,
+                              "q and scale = %g are so large that their scores overflow; nothing was appended",
+                              (double) scale);
+        }
+    }
+    return status;
+}
+
 int tq_cache_decode(tq_cache * cache, int layer, const float * k, const float * v, const float * q, int n_head,
                     float scale, float * out) {
     int status = check_layer(cache, layer);
@@ -181,60 +251,14 @@ int tq_cache_decode(tq_cache * cache, int layer, const float * k, const float * 
     if (k == NULL || v == NULL || q == NULL || out == NULL) {
         return tqi_fail(TQ_E_ARGUMENT, "null pointer given for k, v, q or out");
     }
-    if (n_head <= 0 || n_head % cache->config.n_head_kv != 0) {
-        return tqi_fail(TQ_E_ARGUMENT, "q has %d heads; it must be a positive multiple of n_head_kv = %d", n_head,
-                        cache->config.n_head_kv);
-    }
-    if (!isfinite(scale)) {
-        return tqi_fail(TQ_E_ARGUMENT, "scale = %g given; it must be finite", (double) scale);
-    }
-    const int64_t n_values = (int64_t) n_head * cache->config.head_dim;
-    for (int64_t i = 0; i < n_values; ++i) {
-        if (!isfinite(q[i])) {
-            return tqi_fail(TQ_E_ARGUMENT, "q holds %g at head %lld, value %lld; it must be finite", (double) q[i],
-                            (long long) (i / cache->config.head_dim), (long long) (i % cache->config.head_dim));
-        }
-    }
-    const int64_t before = cache->layers[layer].n_tokens;
-    status = append(cache, layer, k, v, 1);
+    status = check_query(cache, q, n_head, scale);
     if (status != TQ_OK) {
         return status;
     }
-    const tqi_layer * l = &cache->layers[layer];
-    const size_t head_bytes = (size_t) cache->config.head_dim * sizeof(float);
-    const tq_attn     args       = {
-        .q = {
-            .data = q, .type = TQ_TYPE_F32, .head_dim = cache->config.head_dim, .n_head = n_head, .n_stream = 1,
-            .stride_token = head_bytes * (size_t) n_head, .stride_head = head_bytes,
-        },
-        .k               = operand(cache, l->k),
-        .v               = operand(cache, l->v),
-        .n_q             = 1,
-        .n_kv            = l->n_tokens,
-        .scale           = scale,
-        .out             = out,
-        .out_stride_row  = head_bytes * (size_t) n_head,
-        .out_stride_head = head_bytes,
-    };
-    const size_t work_bytes = tq_attn_work_bytes(&args, 1);
-    void * work = work_bytes > 0 ? malloc(work_bytes) : NULL;
-    if (work == NULL) {
-        cache->layers[layer].n_tokens = before;
-        return work_bytes == 0
-                   ? TQ_E_ARGUMENT
-                   : tqi_fail(TQ_E_MEMORY, "no memory for %zu bytes of scratch; the cache is unchanged", work_bytes);
-    }
-    status = tq_attn_compute(&args, 0, 0, 1, work);
+    const int64_t before = cache->layers[layer].n_tokens;
+    status = append(cache, layer, k, v, 1);
     if (status == TQ_OK) {
-        status = tq_attn_compute(&args, 1, 0, 1, work);
-    }
-    free(work);
-    for (int64_t i = 0; status == TQ_OK && i < n_values; ++i) {
-        if (!isfinite(out[i])) {
-            status = tqi_fail(TQ_E_ARGUMENT,
-                              "q and scale = %g are so large that their scores overflow; nothing was appended",
-                              (double) scale);
-        }
+        status = attend(cache, &cache->layers[layer], q, n_head, scale, out);
     }
     if (status != TQ_OK) {
         cache->layers[layer].n_tokens = before;
@@ -251,10 +275,10 @@ int tq_cache_dequantize(tq_cache * cache, int layer, float * k_out, float * v_ou
     const tqi_layer * l = &cache->layers[layer];
     const int64_t n_blocks = l->n_tokens * cache->token_dim / TQ_BLOCK;
     if (k_out != NULL) {
-        kernel->decode(cache->codec, l->k, n_blocks, k_out);
+        tqi_decode(kernel, cache->codec, l->k, n_blocks, k_out);
     }
     if (v_out != NULL) {
-        kernel->decode(cache->codec, l->v, n_blocks, v_out);
+        tqi_decode(kernel, cache->codec, l->v, n_blocks, v_out);
     }
     return TQ_OK;
 }

@@ -19,8 +19,9 @@ static const tqi_codec pqo3_search = {
     .signs = TQI_SIGNS_FIRST, .n_factors = 3, .factors = { 0.82f, 0.90f, 1.00f }, .outer = 2.219803f,
     .levels = { -1.814201f, -1.106490f, -0.579246f, -0.123892f, 0.312649f, 0.776305f, 1.337817f, 2.219803f },
     .boundaries = {
-        MID(-1.814201f, -1.106490f), MID(-1.106490f, -0.579246f), MID(-0.579246f, -0.123892f), MID(-0.123892f, 0.312649f),
-        MID(0.312649f, 0.776305f), MID(0.776305f, 1.337817f), MID(1.337817f, 2.219803f), INFINITY,
+        MID(-1.814201f, -1.106490f), MID(-1.106490f, -0.579246f), MID(-0.579246f, -0.123892f),
+        MID(-0.123892f, 0.312649f), MID(0.312649f, 0.776305f), MID(0.776305f, 1.337817f), MID(1.337817f, 2.219803f),
+        INFINITY,
     },
 };
 
@@ -32,10 +33,11 @@ static const tqi_codec pqo4_search = {
         0.170632f, 0.395389f, 0.630699f, 0.882685f, 1.161876f, 1.486655f, 1.906427f, 2.503710f,
     },
     .boundaries = {
-        MID(-1.999333f, -1.585588f), MID(-1.585588f, -1.253617f), MID(-1.253617f, -0.968201f), MID(-0.968201f, -0.714014f),
-        MID(-0.714014f, -0.482657f), MID(-0.482657f, -0.263340f), MID(-0.263340f, -0.047417f), MID(-0.047417f, 0.170632f),
-        MID(0.170632f, 0.395389f), MID(0.395389f, 0.630699f), MID(0.630699f, 0.882685f), MID(0.882685f, 1.161876f),
-        MID(1.161876f, 1.486655f), MID(1.486655f, 1.906427f), MID(1.906427f, 2.503710f), INFINITY,
+        MID(-1.999333f, -1.585588f), MID(-1.585588f, -1.253617f), MID(-1.253617f, -0.968201f),
+        MID(-0.968201f, -0.714014f), MID(-0.714014f, -0.482657f), MID(-0.482657f, -0.263340f),
+        MID(-0.263340f, -0.047417f), MID(-0.047417f, 0.170632f), MID(0.170632f, 0.395389f), MID(0.395389f, 0.630699f),
+        MID(0.630699f, 0.882685f), MID(0.882685f, 1.161876f), MID(1.161876f, 1.486655f), MID(1.486655f, 1.906427f),
+        MID(1.906427f, 2.503710f), INFINITY,
     },
 };
 
@@ -93,14 +95,15 @@ static const tqi_codec pqo4_l2norm = {
     },
 };
 
-/* The trellis types' levels, in units of 1/64: small integers, so that one instruction can look up 16 or 32 of them; the
- * rounding costs less than 0.2 % in NMSE. */
+/* The trellis types' levels, in units of 1/64: small integers, so that one instruction can look up 16 or 32 of them;
+ * the rounding costs less than 0.2 % in NMSE. */
+/* clang-format off */
 #define PQT3_LEVELS(X)                                                                                                 \
     X(-101) X(-75) X(-57) X(-44) X(-32) X(-22) X(-12) X(-3) X(7) X(16) X(27) X(38) X(51) X(66) X(90) X(127)
 #define PQT4_LEVELS(X)                                                                                                 \
-    X(-104)                                                                                                            \
-    X(-87) X(-74) X(-64) X(-56) X(-50) X(-43) X(-38) X(-33) X(-28) X(-23) X(-19) X(-14) X(-10) X(-5) X(-1) X(3) X(8)   \
-        X(12) X(17) X(22) X(27) X(33) X(38) X(44) X(50) X(57) X(65) X(75) X(86) X(100) X(127)
+    X(-104) X(-87) X(-74) X(-64) X(-56) X(-50) X(-43) X(-38) X(-33) X(-28) X(-23) X(-19) X(-14) X(-10) X(-5) X(-1)     \
+    X(3) X(8) X(12) X(17) X(22) X(27) X(33) X(38) X(44) X(50) X(57) X(65) X(75) X(86) X(100) X(127)
+/* clang-format on */
 
 #define UNITS(i) (i),
 #define LEVEL(i) (float) (i) * TQI_LEVEL_UNIT,
@@ -113,8 +116,8 @@ static const tqi_codec pqt3_search = {
     .level_units = { PQT3_LEVELS(UNITS) },
     .levels = { PQT3_LEVELS(LEVEL) },
     .boundaries = {
-        MIDWAY(-101, -32), MIDWAY(-75, -22), MIDWAY(-57, -12), MIDWAY(-44, -3), MIDWAY(-32, 7), MIDWAY(-22, 16), MIDWAY(-12, 27),
-        MIDWAY(-3, 38), MIDWAY(7, 51), MIDWAY(16, 66), MIDWAY(27, 90), MIDWAY(38, 127),
+        MIDWAY(-101, -32), MIDWAY(-75, -22), MIDWAY(-57, -12), MIDWAY(-44, -3), MIDWAY(-32, 7), MIDWAY(-22, 16),
+        MIDWAY(-12, 27), MIDWAY(-3, 38), MIDWAY(7, 51), MIDWAY(16, 66), MIDWAY(27, 90), MIDWAY(38, 127),
     },
 };
 
@@ -124,10 +127,11 @@ static const tqi_codec pqt4_search = {
     .level_units = { PQT4_LEVELS(UNITS) },
     .levels = { PQT4_LEVELS(LEVEL) },
     .boundaries = {
-        MIDWAY(-104, -56), MIDWAY(-87, -50), MIDWAY(-74, -43), MIDWAY(-64, -38), MIDWAY(-56, -33), MIDWAY(-50, -28), MIDWAY(-43, -23),
-        MIDWAY(-38, -19), MIDWAY(-33, -14), MIDWAY(-28, -10), MIDWAY(-23, -5), MIDWAY(-19, -1), MIDWAY(-14, 3), MIDWAY(-10, 8),
-        MIDWAY(-5, 12), MIDWAY(-1, 17), MIDWAY(3, 22), MIDWAY(8, 27), MIDWAY(12, 33), MIDWAY(17, 38), MIDWAY(22, 44),
-        MIDWAY(27, 50), MIDWAY(33, 57), MIDWAY(38, 65), MIDWAY(44, 75), MIDWAY(50, 86), MIDWAY(57, 100), MIDWAY(65, 127),
+        MIDWAY(-104, -56), MIDWAY(-87, -50), MIDWAY(-74, -43), MIDWAY(-64, -38), MIDWAY(-56, -33), MIDWAY(-50, -28),
+        MIDWAY(-43, -23), MIDWAY(-38, -19), MIDWAY(-33, -14), MIDWAY(-28, -10), MIDWAY(-23, -5), MIDWAY(-19, -1),
+        MIDWAY(-14, 3), MIDWAY(-10, 8), MIDWAY(-5, 12), MIDWAY(-1, 17), MIDWAY(3, 22), MIDWAY(8, 27), MIDWAY(12, 33),
+        MIDWAY(17, 38), MIDWAY(22, 44), MIDWAY(27, 50), MIDWAY(33, 57), MIDWAY(38, 65), MIDWAY(44, 75), MIDWAY(50, 86),
+        MIDWAY(57, 100), MIDWAY(65, 127),
     },
 };
 

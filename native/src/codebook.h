@@ -13,6 +13,11 @@ typedef enum {
     TQI_SIGNS_LAST   /* y = s . (H x): turboquant-rs's order */
 } tqi_sign_order;
 
+/* The order of the inverse transform. */
+static inline tqi_sign_order tqi_inverse_of(tqi_sign_order order) {
+    return order == TQI_SIGNS_FIRST ? TQI_SIGNS_LAST : TQI_SIGNS_FIRST;
+}
+
 typedef struct {
     int type;
     int mode;

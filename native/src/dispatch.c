@@ -1,4 +1,5 @@
 /* dispatch.c: which kernel runs: listed, chosen by CPU features, forced by name. */
+#include "error.h"
 #include "kernels.h"
 
 #include <stdatomic.h>
@@ -58,32 +59,32 @@ static const tqi_kernels * best(void) {
     return &tqi_kernels_portable;
 }
 
-/* The kernel of that name, or NULL with a message that lists the usable ones. */
-static const tqi_kernels * find(const char * name) {
+/* Finds the kernel of that name; the message of a failure lists the usable ones. */
+static int find(const char * name, const tqi_kernels ** found) {
     char list[128] = "auto";
     size_t length = strlen(list);
     int built = 0;
     for (int i = 0; i < N_KERNELS; ++i) {
         if (usable(i)) {
             if (strcmp(kernels[i]->name, name) == 0) {
-                return kernels[i];
+                *found = kernels[i];
+                return TQ_OK;
             }
             length += (size_t) snprintf(list + length, sizeof list - length, ", %s", kernels[i]->name);
         } else if (strcmp(kernels[i]->name, name) == 0) {
             built = 1;
         }
     }
-    tqi_fail(built ? TQ_E_UNSUPPORTED : TQ_E_ARGUMENT, "kernel '%s' %s; usable here: %s", name,
-             built ? "needs CPU features this machine lacks" : "does not exist in this library", list);
-    return NULL;
+    return tqi_fail(built ? TQ_E_UNSUPPORTED : TQ_E_ARGUMENT, "kernel '%s' %s; usable here: %s", name,
+                    built ? "needs CPU features this machine lacks" : "does not exist in this library", list);
 }
 
 int tq_kernel_force(const char * name) {
     const tqi_kernels * kernel = best();
     if (name != NULL && strcmp(name, "auto") != 0) {
-        kernel = find(name);
-        if (kernel == NULL) {
-            return TQ_E_UNSUPPORTED;
+        const int status = find(name, &kernel);
+        if (status != TQ_OK) {
+            return status;
         }
     }
     atomic_store_explicit(&active, kernel, memory_order_release);

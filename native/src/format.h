@@ -1,16 +1,23 @@
 /* format.h: the block layouts and the scalar steps that every kernel shares.
  *
- * One block holds TQ_BLOCK = 32 consecutive values of one head: an f16 scale, then what tells each value's codebook level. */
+ * One block holds TQ_BLOCK = 32 consecutive values of one head: an f16 scale, then what tells each value's codebook
+ * level. */
 #ifndef TQI_FORMAT_H
 #define TQI_FORMAT_H
 
 #include "tqgguf.h"
 
+#include <assert.h>
 #include <stdint.h>
 #include <string.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #    error "the block formats are little-endian and this code assumes a little-endian machine"
+#endif
+
+/* How this header's functions are declared. The CUDA sources define it so that the GPU has them, too (cuda/internal.h). */
+#if !defined(TQI_INLINE)
+#    define TQI_INLINE static inline
 #endif
 
 typedef struct {
@@ -23,9 +30,9 @@ typedef struct {
     uint8_t qs[16]; /* value 2i in the low, 2i+1 in the high nibble of byte i */
 } tqi_block_pqo4;
 
-/* A trellis block: value i's level is 4 e[i] + its subset, which follows from t (trellis.h). All words are such that a shift
- * of each by j brings values j, 8 + j, 16 + j and 24 + j into the same bits of its four bytes: vector code reads a block as
- * eight words of four bytes, and shifts each by its own j. */
+/* A trellis block: value i's level is 4 e[i] + its subset, which follows from t (trellis.h). All words are such that a
+ * shift of each by j brings values j, 8 + j, 16 + j and 24 + j into the same bits of its four bytes: vector code reads
+ * a block as eight words of four bytes, and shifts each by its own j. */
 typedef struct {
     uint16_t d;
     uint8_t t[4];    /* a 32-bit word */
@@ -41,62 +48,61 @@ typedef struct {
     uint8_t top[4]; /* bit 2 of e[i] at bit i of a 32-bit word */
 } tqi_block_pqt4;
 
-#define TQI_PQO3_BYTES 14
-#define TQI_PQO4_BYTES 18
-#define TQI_PQT3_BYTES 14
-#define TQI_PQT4_BYTES 18
+/* Bytes of a block of a type with so many bits per value. */
+#define TQI_BLOCK_BYTES(bits) ((size_t) (TQ_BLOCK / 8 * (bits)) + sizeof(uint16_t))
 
-_Static_assert(sizeof(tqi_block_pqo3) == TQI_PQO3_BYTES, "block_pqo3 must have no padding");
-_Static_assert(sizeof(tqi_block_pqo4) == TQI_PQO4_BYTES, "block_pqo4 must have no padding");
-_Static_assert(sizeof(tqi_block_pqt3) == TQI_PQT3_BYTES, "block_pqt3 must have no padding");
-_Static_assert(sizeof(tqi_block_pqt4) == TQI_PQT4_BYTES, "block_pqt4 must have no padding");
+#define TQI_PQO3_BYTES TQI_BLOCK_BYTES(3)
+#define TQI_PQO4_BYTES TQI_BLOCK_BYTES(4)
+#define TQI_PQT3_BYTES TQI_BLOCK_BYTES(3)
+#define TQI_PQT4_BYTES TQI_BLOCK_BYTES(4)
+
+static_assert(sizeof(tqi_block_pqo3) == TQI_PQO3_BYTES, "block_pqo3 must have no padding");
+static_assert(sizeof(tqi_block_pqo4) == TQI_PQO4_BYTES, "block_pqo4 must have no padding");
+static_assert(sizeof(tqi_block_pqt3) == TQI_PQT3_BYTES, "block_pqt3 must have no padding");
+static_assert(sizeof(tqi_block_pqt4) == TQI_PQT4_BYTES, "block_pqt4 must have no padding");
 
 #define TQI_F16_MAX 65504.0f
 #define TQI_RSQRT_BLOCK 0.17677669529663687f /* 1 / sqrt(32) */
 #define TQI_AMAX_MIN 5.9604645e-8f           /* 2^-24, the smallest f16: blocks below it are zero blocks */
 #define TQI_NORM_MIN 1e-10f                  /* turboquant-rs clamps its scales from below by this */
 
-static inline uint32_t tqi_float_bits(float f) {
+TQI_INLINE uint32_t tqi_float_bits(float f) {
     uint32_t u;
     memcpy(&u, &f, sizeof u);
     return u;
 }
 
-static inline float tqi_bits_float(uint32_t u) {
+TQI_INLINE float tqi_bits_float(uint32_t u) {
     float f;
     memcpy(&f, &u, sizeof f);
     return f;
 }
 
-static inline uint16_t tqi_load_u16(const void * p) {
+TQI_INLINE uint16_t tqi_load_u16(const void * p) {
     uint16_t u;
     memcpy(&u, p, sizeof u);
     return u;
 }
 
-static inline uint32_t tqi_load_u32(const void * p) {
+TQI_INLINE uint32_t tqi_load_u32(const void * p) {
     uint32_t u;
     memcpy(&u, p, sizeof u);
     return u;
 }
 
 /* f16 -> f32, exact. Subnormals are scaled by a multiplication, so no branch depends on their leading zeros. */
-static inline float tqi_f16_to_f32(uint16_t h) {
+TQI_INLINE float tqi_f16_to_f32(uint16_t h) {
     const uint32_t sign = (uint32_t) (h & 0x8000u) << 16;
     const uint32_t exp = (h >> 10) & 0x1fu;
     const uint32_t man = h & 0x3ffu;
     if (exp == 0) {
-        const float f = (float) man * 5.9604644775390625e-8f;
-        return sign ? -f : f;
+        return tqi_bits_float(sign | tqi_float_bits((float) man * 5.9604644775390625e-8f));
     }
-    if (exp == 31) {
-        return tqi_bits_float(sign | 0x7f800000u | (man << 13));
-    }
-    return tqi_bits_float(sign | ((exp + 112) << 23) | (man << 13));
+    return tqi_bits_float(sign | (exp == 31 ? 0x7f800000u : (exp + 112) << 23) | man << 13);
 }
 
 /* f32 -> f16, round to nearest even; the same result as F16C and NEON conversion for finite values. */
-static inline uint16_t tqi_f32_to_f16(float f) {
+TQI_INLINE uint16_t tqi_f32_to_f16(float f) {
     const uint32_t u = tqi_float_bits(f);
     const uint32_t sign = (u >> 16) & 0x8000u;
     const uint32_t abs = u & 0x7fffffffu;
@@ -112,7 +118,7 @@ static inline uint16_t tqi_f32_to_f16(float f) {
 }
 
 /* NaN -> 0, magnitudes above the largest f16 -> the largest f16. */
-static inline float tqi_sanitize(float x) {
+TQI_INLINE float tqi_sanitize(float x) {
     if (!(x == x)) {
         return 0.0f;
     }
@@ -120,7 +126,7 @@ static inline float tqi_sanitize(float x) {
 }
 
 /* The scale of a block as decoders use it: not finite -> 0. */
-static inline float tqi_block_scale(const uint8_t * block) {
+TQI_INLINE float tqi_block_scale(const uint8_t * block) {
     const uint16_t h = tqi_load_u16(block);
     return (h & 0x7c00u) == 0x7c00u ? 0.0f : tqi_f16_to_f32(h);
 }

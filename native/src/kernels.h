@@ -1,4 +1,4 @@
-/* kernels.h: what one instruction set implements. kernels_portable.c is the truth; the others must give the same bytes
+/* kernels.h: what one instruction set implements. portable.c is the truth; the others must give the same bytes
  * from encode and the same values from decode, and agree within rounding in the attention steps. */
 #ifndef TQI_KERNELS_H
 #define TQI_KERNELS_H
@@ -11,41 +11,47 @@
 #define TQI_AHEAD 64    /* rows; the next tile's, see attention.c */
 #define TQI_LANES 16    /* gemm's n_col and softmax_columns' n_col are multiples of this */
 
+/* What differs between the PQO types and the trellis types. */
 typedef struct {
-    const char * name;
-    int (*supported)(void);
-
     /* blocks <- n_blocks blocks of x, in the codec's mode */
     void (*encode)(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks);
-    /* x <- the values of n_blocks blocks */
-    void (*decode)(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * x);
     /* y <- scale * codebook value: a decode that stays in the transformed domain */
     void (*unpack)(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
-    /* y <- x: (n), f16 bits to f32 */
-    void (*widen)(const uint16_t * x, int64_t n, float * y);
-    /* y <- x: (n), f32 to f16 bits, nearest even, magnitudes above the largest f16 to the largest; n: whole blocks, no NaN */
-    void (*narrow)(const float * x, int64_t n, uint16_t * y);
-    /* In place, over n_blocks blocks. */
-    void (*transform)(tqi_sign_order order, float * y, int64_t n_blocks);
-    void (*inverse_transform)(tqi_sign_order order, float * y, int64_t n_blocks);
 
-    /* scores and accumulate prefetch the rows TQI_AHEAD further on: with keys in memory rather than in a cache this is what
-     * decides their speed, and spread over the loop it does not fill the queue of outstanding misses.
+    /* scores and accumulate prefetch the rows TQI_AHEAD further on. With keys in memory rather than in a cache this
+     * decides their speed. The prefetches come in one burst per row: spread over the loop they would keep too few cache
+     * misses under way.
      *
-     * s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok rows, stride bytes apart; q: (n_q, dim), transformed;
-     * s: (n_q, ld) */
+     * s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok <= TQI_AHEAD rows, stride bytes apart; q: (n_q,
+     * dim), transformed; s: (n_q, ld) */
     void (*scores)(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
                    int n_blocks, float * s, int ld);
     /* o[i] += sum_t p[i, t] v[t]; p: (n_q, ld), o: (n_q, dim), transformed */
     void (*accumulate)(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
                        int n_q, int n_blocks, float * o);
-    /* The same two for rows of f16 bits: (n_tok, dim) by stride; s is set, o is added to. */
+} tqi_steps;
+
+typedef struct {
+    const char * name;
+    int (*supported)(void);
+    const tqi_steps * pqo;
+    const tqi_steps * trellis;
+
+    /* y <- x: (n), f16 bits to f32 */
+    void (*widen)(const uint16_t * x, int64_t n, float * y);
+    /* y <- x: (n), f32 to f16 bits, nearest even, magnitudes above the largest f16 to the largest; n: whole blocks, no
+     * NaN */
+    void (*narrow)(const float * x, int64_t n, uint16_t * y);
+    /* In place, over n_blocks blocks. */
+    void (*transform)(tqi_sign_order order, float * y, int64_t n_blocks);
+    /* scores and accumulate for rows of f16 bits: (n_tok, dim) by stride */
     void (*scores_f16)(const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q, int dim, float * s,
                        int ld);
     void (*accumulate_f16)(const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int n_q, int dim,
                            float * o);
-    /* Online softmax over a row of n scores: updates max and sum, s becomes exp(s - max); returns what earlier results must
-     * be multiplied by. A row that has seen no key yet (max -infinity) gives zeros. */
+    /* Online softmax over a row of n scores: updates max and sum, s becomes exp(s - max); returns what earlier results
+     * must be multiplied by. A row that has seen no key yet (max -infinity) gives zeros. s has room for n rounded up to
+     * a multiple of TQI_LANES; what stands there is overwritten. */
     float (*softmax_row)(float * s, int n, float * max, float * sum);
 
     /* c[r, j] (+)= sum_k a[r * a_row + k * a_k] b[k, j]; b: (n_k, n_col), c: (n_row, n_col) */
@@ -54,6 +60,31 @@ typedef struct {
     /* The same down each column of s: (n_row, n_col); max, sum, factor: (n_col). */
     void (*softmax_columns)(float * s, int n_row, int n_col, float * max, float * sum, float * factor);
 } tqi_kernels;
+
+static inline const tqi_steps * tqi_steps_of(const tqi_kernels * kernel, const tqi_codec * codec) {
+    return codec->trellis ? kernel->trellis : kernel->pqo;
+}
+
+/* In place, over n_blocks blocks. */
+static inline void tqi_inverse_transform_blocks(const tqi_kernels * kernel, const tqi_codec * codec, float * y,
+                                                int64_t n_blocks) {
+    kernel->transform(tqi_inverse_of(codec->signs), y, n_blocks);
+}
+
+/* x <- the values of n_blocks blocks */
+static inline void tqi_decode(const tqi_kernels * kernel, const tqi_codec * codec, const uint8_t * blocks,
+                              int64_t n_blocks, float * x) {
+    tqi_steps_of(kernel, codec)->unpack(codec, blocks, n_blocks, x);
+    tqi_inverse_transform_blocks(kernel, codec, x, n_blocks);
+}
+
+/* Calls f(bits, ...), an inline function, with bits, 3 or 4, as a constant. */
+#define TQI_BY_BITS(f, bits, ...)                                                                                      \
+    if ((bits) == 3) {                                                                                                 \
+        f(3, __VA_ARGS__);                                                                                             \
+    } else {                                                                                                           \
+        f(4, __VA_ARGS__);                                                                                             \
+    }
 
 /* Calls f(bits, n_q, ...), an inline function, with both as constants. */
 #define TQI_BY_N_Q(f, bits, n_q, ...)                                                                                  \
@@ -84,8 +115,9 @@ typedef struct {
             break;                                                                                                     \
     }
 
-/* Asks for a row's cache lines; any address is harmless. */
-static inline void tqi_prefetch(const uint8_t * row, size_t bytes) {
+/* Asks for a row's cache lines; any address is harmless. Always inline: GCC takes a function that only prefetches for
+ * one without effect, and drops calls of it. */
+static inline __attribute__((always_inline)) void tqi_prefetch(const uint8_t * row, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) {
         __builtin_prefetch(row + at, 0, 2);
     }
@@ -94,24 +126,18 @@ static inline void tqi_prefetch(const uint8_t * row, size_t bytes) {
 extern const tqi_kernels tqi_kernels_portable;
 #if defined(TQI_HAVE_AVX2)
 extern const tqi_kernels tqi_kernels_avx2;
+extern const tqi_steps tqi_trellis_avx2;
 #endif
 #if defined(TQI_HAVE_AVX512)
 extern const tqi_kernels tqi_kernels_avx512;
+extern const tqi_steps tqi_trellis_avx512;
 #endif
 #if defined(TQI_HAVE_NEON)
 extern const tqi_kernels tqi_kernels_neon;
+extern const tqi_steps tqi_trellis_neon;
 #endif
 
 /* The kernel in force; never NULL. */
 const tqi_kernels * tqi_active(void);
-
-/* ---- api.c ---- */
-
-/* Sets the calling thread's message (printf style) and returns status. */
-int tqi_fail(int status, const char * format, ...)
-#if defined(__GNUC__)
-    __attribute__((format(printf, 2, 3)))
-#endif
-    ;
 
 #endif

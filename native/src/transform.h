@@ -30,7 +30,7 @@ static inline void tqi_apply_signs(float * y) {
     }
 }
 
-/* In place, one block. The inverse of one order is the other one. */
+/* In place, one block. */
 static inline void tqi_transform(tqi_sign_order order, float * y) {
     if (order == TQI_SIGNS_FIRST) {
         tqi_apply_signs(y);
@@ -39,10 +39,6 @@ static inline void tqi_transform(tqi_sign_order order, float * y) {
         tqi_hadamard32(y);
         tqi_apply_signs(y);
     }
-}
-
-static inline void tqi_inverse_transform(tqi_sign_order order, float * y) {
-    tqi_transform(order == TQI_SIGNS_FIRST ? TQI_SIGNS_LAST : TQI_SIGNS_FIRST, y);
 }
 
 /* Sum in a halving tree: p[i] += p[i + h] for h = 16, 8, 4, 2, 1. Destroys p. */

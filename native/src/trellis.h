@@ -1,10 +1,11 @@
-/* trellis.h: trellis-coded quantisation (Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990), the types pqt3 and pqt4.
+/* trellis.h: trellis-coded quantisation (Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990), the types pqt3 and
+ * pqt4.
  *
  * The 2^(k+1) levels of a k-bit type are dealt out to four subsets, level j to subset j % 4. Which subset a value is
- * quantised in follows from a 32-bit word t that all 32 values share; which of the subset's levels, from k - 1 bits e of its
- * own. Value i's subset depends on bits i, i - 1, i - 2 and i - 3 of t, modulo 32: t is a path through a trellis of eight
- * states, and a closed one, since value 0 follows on value 31. Rotating the word is therefore the whole decoder, and every
- * word is a valid path.
+ * quantised in follows from a 32-bit word t that all 32 values share; which of the subset's levels, from k - 1 bits e
+ * of its own. Value i's subset depends on bits i, i - 1, i - 2 and i - 3 of t, modulo 32: t is a path through a trellis
+ * of eight states, and a closed one, since value 0 follows on value 31. Rotating the word is therefore the whole
+ * decoder, and every word is a valid path.
  *
  * A state is three bits of t, (t[i], t[i - 1], t[i - 2]) in falling significance. */
 #ifndef TQI_TRELLIS_H
@@ -18,8 +19,7 @@
 #define TQI_SUBSETS 4
 #define TQI_CANDIDATES 8 /* scales per block that the encoder tries: four factors, both signs */
 #define TQI_CUT 16 /* values on either side of the cut that decide the state there: closed_path, trellis_portable.c */
-#define TQI_FAR 1e30f      /* what the paths cost that begin in another state than the one wanted */
-#define TQI_TRELLIS_RUN 16 /* blocks that are transformed at once before they are searched */
+#define TQI_FAR 1e30f /* what the paths cost that begin in another state than the one wanted */
 
 static inline uint32_t tqi_rotate(uint32_t t, int n) {
     return t << n | t >> (32 - n);
@@ -34,8 +34,8 @@ static inline uint32_t tqi_subset_high(uint32_t t) {
     return t ^ tqi_rotate(t, 1) ^ tqi_rotate(t, 3);
 }
 
-/* The scales to try on a block whose values reach from min to max: multiples of the smallest one that clips nothing, positive
- * and negative in turn. Returns 0 if the block counts as zero; the scales are valid numbers even so. */
+/* The scales to try on a block whose values reach from min to max: multiples of the smallest one that clips nothing,
+ * positive and negative in turn. Returns 0 if the block counts as zero; the scales are valid numbers even so. */
 static inline int tqi_trellis_candidates(const tqi_codec * codec, float max, float min, float * scale) {
     const float high = 1.0f / codec->levels[codec->n_levels - 1];
     const float low = 1.0f / codec->levels[0];
@@ -50,53 +50,21 @@ static inline int tqi_trellis_candidates(const tqi_codec * codec, float max, flo
 }
 
 /* Writes a block of scale d (f16 bits), path t and e: (TQ_BLOCK); a zero scale makes a zero block. */
-static inline void tqi_trellis_put(int bits, uint16_t d, uint32_t t, const int32_t * e, uint8_t * block) {
+static inline void tqi_trellis_put(int bits, uint16_t d, uint32_t t, const int32_t * e, uint8_t * to) {
     if ((d & 0x7fffu) == 0) {
-        memset(block, 0, (size_t) (4 * bits + 2));
+        memset(to, 0, TQI_BLOCK_BYTES(bits));
         return;
     }
-    uint32_t words[4] = { t, 0, 0, 0 }; /* t, even, odd, top */
+    uint32_t parts[4] = { t, 0, 0, 0 }; /* t, even, odd, top */
     for (int i = 0; i < TQ_BLOCK; ++i) {
-        words[1 + i % 2] |= (uint32_t) (e[i] & 3) << (i & ~1);
-        words[3] |= (uint32_t) (e[i] >> 2) << i;
+        parts[1 + i % 2] |= (uint32_t) (e[i] & 3) << (i & ~1);
+        parts[3] |= (uint32_t) (e[i] >> 2) << i;
     }
-    memcpy(block, &d, sizeof d);
-    memcpy(block + sizeof d, words, (size_t) (4 * bits));
+    memcpy(to, &d, sizeof d);
+    memcpy(to + sizeof d, parts, (size_t) (4 * bits));
 }
 
-/* What an instruction set implements for these types: search is what encode does after the transform, y: its result; for the
- * others see tqi_kernels. */
-#define TQI_TRELLIS_FUNCTIONS(isa)                                                                                     \
-    void tqi_trellis_search_##isa(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);       \
-    void tqi_trellis_unpack_##isa(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);       \
-    void tqi_trellis_scores_##isa(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,                \
-                                  const float * q, int n_q, int n_blocks, float * s, int ld);                          \
-    void tqi_trellis_accumulate_##isa(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,            \
-                                      const float * p, int ld, int n_q, int n_blocks, float * o);
-
-/* The portable scores and accumulate go through unpack for all types. */
-void tqi_trellis_search_portable(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);
+void tqi_trellis_encode_portable(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks);
 void tqi_trellis_unpack_portable(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
-
-TQI_TRELLIS_FUNCTIONS(avx2)
-TQI_TRELLIS_FUNCTIONS(avx512)
-TQI_TRELLIS_FUNCTIONS(neon)
-
-typedef void (*tqi_trellis_searcher)(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks);
-
-/* Encodes by an instruction set's transform and search. */
-static inline void tqi_trellis_encode(const tqi_codec * codec, void (*transform)(tqi_sign_order, float *, int64_t),
-                                      tqi_trellis_searcher search, const float * x, int64_t n_blocks,
-                                      uint8_t * blocks) {
-    for (int64_t b = 0; b < n_blocks; b += TQI_TRELLIS_RUN) {
-        const int64_t n = n_blocks - b < TQI_TRELLIS_RUN ? n_blocks - b : TQI_TRELLIS_RUN;
-        float y[TQI_TRELLIS_RUN * TQ_BLOCK];
-        for (int64_t i = 0; i < n * TQ_BLOCK; ++i) {
-            y[i] = tqi_sanitize(x[b * TQ_BLOCK + i]);
-        }
-        transform(codec->signs, y, n);
-        search(codec, y, n, blocks + b * codec->block_bytes);
-    }
-}
 
 #endif

@@ -83,6 +83,20 @@ def tqgguf(python: Callable[..., Any]) -> Callable[..., subprocess.CompletedProc
 
 
 @pytest.fixture
+def computing() -> Callable[[subprocess.Popen[Any], str], None]:
+    """Waits until a command has mapped its model and computes; before that, Ctrl-C meets Python's own handler."""
+
+    def wait(process: subprocess.Popen[Any], model: str) -> None:
+        end = time.monotonic() + PATIENCE
+        while model not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.01)
+        time.sleep(1)
+
+    return wait
+
+
+@pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     """Starts `tqgguf` with arguments, or Python with -c, on a terminal."""
     opened: list[Terminal] = []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import SOON
 
 from tqgguf import read_session
 from tqgguf.cli.render.format import sparkline
@@ -67,7 +68,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Any
     start = time.monotonic()
     screen.type("\x03")
     screen.expect(r"\[stopped\].*> ")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < SOON
     screen.type("/cache\n")
     screen.expect("1 answers.*> ")
     screen.type("\x03")
@@ -91,7 +92,7 @@ def test_a_long_prompt_shows_a_bar_and_can_be_stopped(terminal: Callable[..., An
     start = time.monotonic()
     screen.type("\x03")
     screen.expect(r"\[stopped\]")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < SOON
     screen.type("/exit\n")
     assert screen.end() == 0
 
@@ -99,7 +100,8 @@ def test_a_long_prompt_shows_a_bar_and_can_be_stopped(terminal: Callable[..., An
 def test_loading_shows_a_bar(terminal: Callable[..., Any]) -> None:
     screen = terminal(
         "-c",
-        "from tqgguf.cli import main, progress\n"
+        "from tqgguf.cli import main\n"
+        "from tqgguf.cli.render import progress\n"
         "progress.PATIENCE = -1\n"  # the demo model is loaded sooner than a bar would come
         f"main(['run', {MODEL!r}, '-p', 'What is the capital of France?', '--temp', '0', '--threads', '1'])",
     )
@@ -175,7 +177,7 @@ def test_a_model_without_a_template(random_model: Callable[..., Path], python: C
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "has no chat template" in done.stderr and "--chat-format" in done.stderr and "run --raw" in done.stderr
     done = python("-m", "tqgguf", "chat", path, "--chat-format", "mine")
-    assert done.returncode == 1 and "valid ones are " in done.stderr and "chatml" in done.stderr
+    assert done.returncode == 1 and "valid formats: " in done.stderr and "chatml" in done.stderr
     done = python("-m", "tqgguf", "chat", path, "--chat-format", "chatml", "-n", "3", "--threads", "1", stdin="hi\n")
     assert done.returncode == 0, done.stderr
 
@@ -243,7 +245,7 @@ def test_an_answer_that_is_cut_off_says_so(chat: Callable[..., Any], tqgguf: Cal
 
 def test_a_message_in_quotes_is_no_command(chat: Callable[..., Any]) -> None:
     done = chat('"""/exit What is the capital of Peru?"""\n/system x\n/system\n/load nowhere\n', "--session", "talk")
-    assert "." in done.stdout and "system message set" in done.stderr and "system message taken away" in done.stderr
+    assert "." in done.stdout and "system message set" in done.stderr and "system message removed" in done.stderr
     assert "tqgguf: error: nowhere: No such file or directory" in done.stderr
 
 
@@ -282,7 +284,7 @@ def test_a_session_of_another_program(chat: Callable[..., Any], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("raw", [True, False])
-def test_ctrl_c_ends_run(endless: tuple[str, ...], tmp_path: Path, raw: bool) -> None:
+def test_ctrl_c_ends_run(endless: tuple[str, ...], tmp_path: Path, raw: bool, computing: Callable[..., None]) -> None:
     """While it answers, and while it reads a prompt that takes many seconds."""
     prompt = "hello" if raw else "so " * 15000
     args = ["run", *endless, "-p", prompt, "-n", "60000", *(["--raw"] if raw else [])]
@@ -293,11 +295,11 @@ def test_ctrl_c_ends_run(endless: tuple[str, ...], tmp_path: Path, raw: bool) ->
         if raw:
             process.stdout.read(20)
         else:
-            time.sleep(2)
+            computing(process, endless[0])
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < SOON
     assert process.returncode == 130 and errors.decode() == "\ntqgguf: interrupted\n"
 
 

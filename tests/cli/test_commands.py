@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tqgguf import CACHE_TYPES, __version__
+from tqgguf.config import PREFERRED_TYPES
 from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
@@ -95,7 +96,7 @@ def test_inspect(tqgguf: Command) -> None:
 def test_inspect_json(tqgguf: Command) -> None:
     data = json.loads(tqgguf("inspect", MODEL, "--json").stdout)
     assert data["contexts"] == [data["info"]["n_ctx_train"]]
-    assert [row["type"] for row in data["rows"]] == ["f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3"]
+    assert [row["type"] for row in data["rows"]] == list(PREFERRED_TYPES)
     for row in data["rows"]:
         tail = 4 * 2 * (128 + 4) * (2 * 64 * 2 + 4) if CACHE_TYPES[row["type"]].ours else 0
         assert row["bytes"] == [data["contexts"][0] * row["bytes_per_token"] + tail]
@@ -146,8 +147,8 @@ def test_the_upstream_pin_is_that_of_the_patches() -> None:
         (["run", MODEL, "-p", "x", "--ctx", "many"], "must be an integer between"),
         (["run", MODEL, "-p", "x", "--temp", "-1"], "between 0 and 100"),
         (["run", MODEL, "-p", "x", "--temp", "nan"], "between 0 and 100"),
-        (["fit", MODEL, "--memory", "-8G"], "--memory: must be a size such as 8G, 8GiB, 512M or 1.5G, not '-8G'"),
-        (["fit", MODEL, "--memory", "8G", "--vram", "-.5G"], "not '-.5G'"),
+        (["fit", MODEL, "--memory=-8G"], "--memory: must be a size such as 8G, 8GiB, 512M or 1.5G, not '-8G'"),
+        (["fit", MODEL, "--memory", "8G", "--vram=-.5G"], "not '-.5G'"),
         (["inspect", MODEL, "--ctx", "1024,,5"], "must be an integer between"),
         (["inspect"], "model"),
     ],

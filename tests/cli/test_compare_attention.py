@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tqgguf import CACHE_TYPES
-from tqgguf.cli.commands import compare_attention
+from tqgguf.cli.commands import compare
+from tqgguf.cli.render import attention
 from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
@@ -19,7 +20,7 @@ TEXT = demo.recall_prompt(7, 64).prompt
 
 def parse(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    compare_attention.add_options(parser)
+    compare.add_attention_options(parser)
     args = parser.parse_args(["--attention", *options])
     args.model, args.ctx, args.threads, args.json = demo.MODEL_PATH, 64, None, False
     return args
@@ -28,7 +29,7 @@ def parse(*options: str) -> argparse.Namespace:
 def run(capsys: pytest.CaptureFixture[str], types: list[str] | None, *options: str, as_json: bool = False) -> str:
     args = parse(*options)
     args.json = as_json
-    assert compare_attention.call(args, TEXT, types) == 0
+    assert compare.call_attention(args, TEXT, types) == 0
     return capsys.readouterr().out
 
 
@@ -72,7 +73,7 @@ def test_options_reach_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_outliers_as_text(channels: tuple[int, ...], said: str) -> None:
-    assert compare_attention._outliers(channels).endswith(said)
+    assert attention._outliers(channels).endswith(said)
 
 
 @pytest.mark.parametrize(("text", "layers"), [("0", (0,)), ("0,2-4", (0, 2, 3, 4)), ("5, 1,5", (1, 5))])

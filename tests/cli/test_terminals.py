@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import SOON
 
 from tqgguf.demo import model as demo
 
@@ -157,7 +158,7 @@ def test_ctrl_c_ends_native_code_and_lets_python_clean_up(code: str, said: str) 
             process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=20)
         assert process.returncode == 130 and said in out and "Exception ignored" not in out
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < SOON
 
 
 IN_A_CALLBACK = """
@@ -186,18 +187,17 @@ def test_ctrl_c_while_a_model_is_loaded_is_not_lost(python: Callable[..., Any], 
     assert (done.returncode, done.stderr, done.stdout) == (130, "\ntqgguf: interrupted\n", "it ended by itself\n")
 
 
-def test_ctrl_c_in_a_command(tmp_path: Path) -> None:
+def test_ctrl_c_in_a_command(tmp_path: Path, computing: Callable[..., None]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. " * 20000)
     args = [sys.executable, "-m", "tqgguf", "compare", MODEL, "-f", str(text), "--cache", "f16,pqo3", "--threads", "1"]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(2.5)
-        assert process.poll() is None
+        computing(process, MODEL)
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
         assert process.returncode == 130 and "tqgguf: interrupted" in err and "Traceback" not in err
-        assert time.monotonic() - begin < 2  # one second, and what a busy machine adds
+        assert time.monotonic() - begin < SOON
 
 
 def test_an_ignored_ctrl_c_stays_ignored(python: Callable[..., Any]) -> None:

@@ -34,7 +34,7 @@ def test_a_policy_is_written_and_used(tune: Command, python: Any, tmp_path: Path
     lines = done.stdout.splitlines()
     assert lines[0] == (
         "demo.gguf: chunks of 256 tokens; tuned on chunk 1, measured on chunk 2, which tuning did not read"
-        "; caches of ours with a tail of 128 tokens in f16"
+        "; pqo and pqt caches with a tail of 128 tokens in f16"
     )
     # the tail: 132 rows for 256 tokens, each of 16 bits a value and an owner's number of 4 bytes for 128 values
     tail = 132 / 256 * (16 + 32 / 128)

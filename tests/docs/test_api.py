@@ -1,4 +1,4 @@
-"""docs/api.md is what the docstrings say, and nothing public goes without one."""
+"""docs/api.md agrees with the docstrings, and every public name has one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 
 import tqgguf
@@ -20,9 +21,7 @@ SCRIPT = REPOSITORY / "docs" / "generate" / "api.py"
 
 @pytest.fixture
 def generator() -> Any:
-    import api
-
-    return api
+    return program.load("docs/generate/api.py")
 
 
 def test_the_page_is_what_the_docstrings_say() -> None:
@@ -63,6 +62,6 @@ def test_a_new_public_name_needs_a_chapter(generator: Any) -> None:
 
 
 def rewrite(thing: Any, old: str, new: str) -> None:
-    """Names something by another name in a docstring."""
+    """Replaces a name in a docstring."""
     thing.docstring.value = thing.docstring.value.replace(old, new)
     thing.docstring.__dict__.pop("parsed", None)

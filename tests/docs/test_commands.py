@@ -1,7 +1,7 @@
-"""Every command and every program of README.md and docs/ runs as it stands, page by page, on the demo model.
+"""Runs every command and every program of README.md and docs/, page by page, on the demo model.
 
-A page is run from top to bottom in a folder that has what its reader would have. What is not run is in NOT_RUN, with
-the reason; a command that is in neither list fails.
+A page is run from top to bottom in a folder with the files that a reader would have. NOT_RUN lists the commands that
+are not run, with the reason. A command that is neither in NOT_RUN nor in RULES fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.model
 
 REPOSITORY: Final = Path(__file__).parents[2]
 SERVER: Final = "http://127.0.0.1:8000"
-"""Where the pages say that `tqgguf serve` listens; here it takes a port that is free."""
+"""The address of `tqgguf serve` on the pages. The tests use a free port instead."""
 
 
 def _script_exists(command: str) -> bool:
@@ -58,24 +58,24 @@ NOT_RUN: Final[dict[str, tuple[str, Callable[[str], bool]]]] = {
     r"tqgguf worker ": ("serves until it is stopped: test_rpc_page.py runs it", lambda _: True),
     r"build/bin/llama-server ": ("needs `make tools`, which takes a quarter of an hour", lambda _: True),
 }
-"""Commands that are not run, by how they begin: why, and what is checked instead."""
+"""Commands that are not run, by pattern: the reason, and the check that replaces the run."""
 
 OWN_TEST: Final = {"rpc.md": "test_rpc_page.py"}
-"""Pages that need more than a folder."""
+"""Pages that need more than a folder, and the tests that run them."""
 
 NOT_RUN_PROGRAMS: Final = {"import torch\n": "needs PyTorch and a GPU"}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a command is run, and what must come of it.
+    """How a command is run, and what it must print.
 
     Attributes:
-        expect: pattern of what it writes, to stdout or stderr.
-        more: options that make it quick or certain, behind its own.
-        stdin: what is typed.
-        makes: a file it must leave, if the command names it.
-        serves: it runs until the page has been read.
+        expect: pattern that its output (stdout and stderr) must match.
+        more: options appended to make it fast or deterministic.
+        stdin: its input.
+        makes: a file that it must write, if the command names it.
+        serves: whether it runs until the end of the page.
     """
 
     expect: str
@@ -122,7 +122,7 @@ RULES: Final[dict[str, Rule]] = {
     r"curl .*/cache": Rule(r'^\{"model": "model"'),
     r"curl .*/metrics": Rule(r"# TYPE tqgguf_cache_bytes gauge"),
 }
-"""By how a command begins; the first that matches counts."""
+"""Rules by the pattern of the command; the first match counts."""
 
 
 def _find(table: dict[str, Any], command: str) -> Any:
@@ -136,7 +136,7 @@ def text() -> str:
 
 
 class Reader:
-    """Runs the steps of a page, one after the other."""
+    """Runs the steps of a page in order."""
 
     def __init__(self, folder: Path, text: str) -> None:
         self.folder = folder
@@ -151,9 +151,9 @@ class Reader:
         CachePolicy(("pqo4",) * 4, ("pqo3",) * 4).write(folder / "policy.gguf")
 
     def read(self, step: Any) -> None:
-        """Runs a step; fails if it does, or if what it writes is not what it should.
+        """Runs a step, and fails if the step fails or its output does not match.
 
-        What needs something that is not installed here is left out, and the page is reported as skipped in the end.
+        A step that needs a missing package is left out; the page is then reported as skipped.
         """
         if SERVER in (step.program or step.command) and not self.server and "serve" not in step.command:
             assert self.lacking, "nothing listens: no step before this one starts a server"
@@ -182,8 +182,8 @@ class Reader:
             assert (self.folder / rule.makes).stat().st_size > 300
 
     def run(self, words: list[str], stdin: str) -> subprocess.CompletedProcess[str]:
-        # The folder has a tqgguf/ of its own, which is not the package. BLAS threads that wait for one another take
-        # ten times as long on a busy machine.
+        # The folder has its own tqgguf/, which is not the package. On a busy machine several BLAS threads that wait for
+        # one another take ten times as long as one.
         path = os.pathsep.join([str(REPOSITORY), *sys.path])
         env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""Every program of examples/ runs on the demo model and says what it should."""
+"""Runs every program of examples/ on the demo model and checks its output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def example(python: Callable[..., Any], tmp_path: Path) -> Run:
-    """Runs an example in a folder that has model.gguf."""
+    """Runs an example in a folder with model.gguf."""
     (tmp_path / "model.gguf").symlink_to(demo.MODEL_PATH)
 
     def run(name: str, *args: str, **options: Any) -> Any:
@@ -78,7 +78,7 @@ def test_long_document(example: Run, tmp_path: Path) -> None:
 def test_a_document_that_is_too_long(
     python: Callable[..., Any], random_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """One that just fits is read, and one with a token more is refused."""
+    """A document that just fits is read. A document with one more token is refused."""
     model = str(random_model(n_ctx=512))
     for n, status in ((254, 0), (255, 1)):
         (tmp_path / "text.txt").write_text("x" * n)

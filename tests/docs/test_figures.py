@@ -1,4 +1,4 @@
-"""The figures that README.md and docs/faq.md quote are those of the pages and results that they come from."""
+"""Compares the figures that the pages quote with the pages and the benchmark results that they come from."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from tqgguf.demo import model as demo
 
 REPOSITORY: Final = Path(__file__).parents[2]
 README: Final = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-FAQ: Final = " ".join((REPOSITORY / "docs" / "faq.md").read_text(encoding="utf-8").split())
 QUALITY: Final = (REPOSITORY / "docs" / "quality.md").read_text(encoding="utf-8")
 
 TYPES: Final = ("f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
 
 
+def words(page: str) -> str:
+    """The text of a page with single blanks in the place of line breaks."""
+    return " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
+
+
 def mean_kld(type: str, tail: str) -> float:
-    """Of docs/quality.md."""
+    """The mean KLD of a type in the table of docs/quality.md."""
     row = re.search(rf"^\| (?:\*\*)?{type}(?:\*\*)? \| {tail} *\|(.*)$", QUALITY, re.M)
     assert row, (type, tail)
     return float(row[1].split("|")[3])
@@ -59,7 +63,7 @@ def test_the_table_of_readme() -> None:
             assert float(speed.split()[0]) == pytest.approx(speeds[name], abs=0.06)
     missed = {name: sum(score["n"] - score["right"] for score in row["scores"]) for name, row in measured.items()}
     assert {name: n for name, n in missed.items() if n} == {"pqo3": 3, "pqt3": 1}
-    assert "pqo3 missed 3 questions of 556, pqt3\n  one, the other types none" in README
+    assert "pqo3 missed 3 questions of 556, pqt3 one, the other types none" in words("README.md")
     assert sum(score["n"] for score in measured["pqo3"]["scores"]) == 556
 
 
@@ -70,7 +74,8 @@ def test_the_tables_of_the_tail() -> None:
             cells = [f"{row['mean_kld']:.3g}" for row in rows if (row["cache"], row["n_ubatch"]) == (cache, n)]
             assert len(cells) == 5 and f"| {cache} | {n} | {' | '.join(cells)} |" in QUALITY
     said = re.search(
-        r"has (\S+) for pqo3 and (\S+) for pqo4 with a tail .* row \"128\" and has (\S+) and (\S+)\.\)", QUALITY, re.S
+        r"has (\S+) for pqo3 and (\S+) for pqo4 with a tail .* row \"128\" and has (\S+) and (\S+)\. ",
+        words("docs/quality.md"),
     )
     assert said
     same = [row["mean_kld"] for row in rows if (row["n_ubatch"], row["tail"]) == (128, 128)]
@@ -81,12 +86,13 @@ def test_the_tables_of_the_tail() -> None:
 def test_what_readme_says_of_memory() -> None:
     per_token = {name: 2 * CACHE_TYPES[name].row_bytes(32 * 8 * 128) for name in TYPES}
     gib = [per_token[name] * 131072 / 2**30 for name in ("f16", "pqo3", "pqo4")]
-    assert "takes 16 GiB of it for 131,072\ntokens in f16" in README and "3.5 or 4.5 GiB for the same" in README
+    page = words("README.md")
+    assert "an f16 cache of 131,072 tokens takes 16 GiB" in page and "3.5 or 4.5 GiB for the same cache" in page
     assert gib == [16, 3.5, 4.5]
 
 
 def test_the_figures_of_the_questions() -> None:
-    quoted = re.search(r"\(\.(\d+) against \.(\d+)\) and a sixth with it \(\.(\d+)\)", FAQ)
+    quoted = re.search(r"\(\.(\d+) against \.(\d+)\) and a sixth with it \(\.(\d+)\)", words("docs/faq.md"))
     assert quoted
     pqt4, q4_0, kept = (float(f"0.{digits}") for digits in quoted.groups())
     assert (pqt4, kept) == (round(mean_kld("pqt4", "0"), 3), round(mean_kld("pqt4", "128"), 3))
@@ -94,7 +100,8 @@ def test_the_figures_of_the_questions() -> None:
     assert pqt4 / q4_0 == pytest.approx(1 / 2, abs=0.05) and kept / q4_0 == pytest.approx(1 / 6, abs=0.02)
     ratios = {row["test"]: row["ratio"] for row in results("cpu_llama_gqa2")["speeds"] if row["cache"] == "pqo3"}
     said = re.search(
-        r"`pqo3` decodes ([\d.]+) times as fast as f16 after 512 tokens and ([\d.]+) times after 4,096", FAQ
+        r"`pqo3` decodes ([\d.]+) times as fast as f16 after 512 tokens and ([\d.]+) times after 4,096",
+        words("docs/faq.md"),
     )
     assert said
     for text, test in zip(said.groups(), ("tg32 @ 512", "tg32 @ 4096"), strict=True):
@@ -105,12 +112,12 @@ def test_the_figures_of_the_questions() -> None:
 def test_the_tail_in_a_long_context() -> None:
     with contextlib.closing(tqgguf.Llama(demo.MODEL_PATH, cache="pqo3", n_ctx=32768, verbose=False)) as model:
         ratio = model.cache_info().ratio
-    assert f"at 32,768 tokens the whole is {100 * ratio:.1f} %" in FAQ
-    assert f"{14 / 64:.1%}".replace("%", " %") in FAQ
+    assert f"at 32,768 tokens the whole cache is {100 * ratio:.1f} %" in words("docs/faq.md")
+    assert f"{14 / 64:.1%}".replace("%", " %") in words("docs/faq.md")
 
 
 def test_the_load_of_the_server() -> None:
-    page = " ".join((REPOSITORY / "docs" / "serve.md").read_text(encoding="utf-8").split())
+    page = words("docs/serve.md")
     load, soak, kills = results("serve_load"), results("soak"), results("session_kill")
     assert (load["answered"], load["wrong"], load["requests"], load["clients"]) == (1000, 0, 1000, 4)
     speed, first, last = f"{load['requests_per_second']:.0f}", load["rss_after_a_tenth"], load["rss_at_the_end"]

@@ -1,4 +1,4 @@
-"""docs/formats.md against the library: its decoder on random bytes, its tables, its numbers."""
+"""Compares docs/formats.md with the library: its decoder on random bytes, its tables, its numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DECODER: Final = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
 
 
 def table(name: str) -> list[float]:
-    """The numbers of a codebook's table."""
+    """The numbers in the page's table of a codebook."""
     rows = re.search(rf"^\| {name} (?:\| )+\|\n\|[-|]+\|\n((?:\|.*\|\n)+)", PAGE, re.M)
     assert rows
     return [float(number) for number in re.findall(r"-?[\d.]+", rows[1])]

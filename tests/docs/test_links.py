@@ -1,4 +1,4 @@
-"""Links between the pages lead somewhere, headings included, and README names every page."""
+"""Links between the pages have targets, including headings, and README links to every page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGES: Final = sorted({*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), 
 
 
 def anchors(path: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """The anchors of the headings, by GitHub's rule."""
     tokens = MarkdownIt("commonmark").parse(path.read_text(encoding="utf-8"))
     texts = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts}

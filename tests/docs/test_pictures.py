@@ -1,14 +1,14 @@
-"""The pictures are what their scripts draw today, need nothing from a network, and the page quotes what they show."""
+"""The pictures equal what their scripts draw, need no network, and the page quotes their figures."""
 
 from __future__ import annotations
 
 import html
-import importlib
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 
 pytestmark = pytest.mark.model
@@ -20,11 +20,11 @@ MOST_BYTES = 60_000
 
 def load(name: str, needs: str) -> Any:
     pytest.importorskip(needs, reason=f"{needs} is not installed: pip install -r requirements-dev.txt")
-    return importlib.import_module(name)
+    return program.load(f"docs/generate/{name}.py")
 
 
 def drawn_lines(svg: str) -> list[str]:
-    """The lines of a drawn terminal, title first; without what differs from run to run: speeds, and heights of bars."""
+    """The lines of a drawn terminal, title first. Speeds and bar heights are masked: they differ from run to run."""
     lines: dict[str, str] = {}
     for y, text in re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*>([^<]*)</text>', svg):
         lines[y] = lines.get(y, "") + html.unescape(text).replace("\xa0", " ")

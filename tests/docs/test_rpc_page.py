@@ -1,4 +1,4 @@
-"""The commands and programs of docs/rpc.md, run as they stand, on the demo model and on ports that are free."""
+"""Runs the commands and programs of docs/rpc.md on the demo model and on free ports."""
 
 from __future__ import annotations
 

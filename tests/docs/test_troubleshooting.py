@@ -1,4 +1,4 @@
-"""Every message in docs/troubleshooting.md is one that the program gives: each is provoked, and compared."""
+"""Provokes every message of docs/troubleshooting.md and compares it with the page."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ COMMANDS: Final = (
     "inspect model.gguf --session other.session",
     "serve model.gguf --port PORT",
 )
-"""What a user types; all of them run in one process."""
+"""Commands of a user; all run in one process."""
 
 PROGRAMS: Final = {
     "flash_attn=False cannot be": 'tqgguf.Llama("model.gguf", cache="pqo3", flash_attn=False)',
@@ -89,7 +89,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, random_model: Callable[..., Path]) -> Path:
-    """What the page speaks of."""
+    """A folder with the files that the page names."""
     folder = tmp_path_factory.mktemp("trouble")
     (folder / "model.gguf").symlink_to(demo.MODEL_PATH)
     (folder / "half.gguf").write_bytes(demo.MODEL_PATH.read_bytes()[:3_000_000])
@@ -112,7 +112,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, random_model: Callable[...,
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> list[tuple[int, str]]:
-    """Status and words of each command and program, in their order."""
+    """Status and output of each command and program, in order."""
     import subprocess
 
     pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install -r requirements-dev.txt")
@@ -135,7 +135,7 @@ def said(folder: Path) -> list[tuple[int, str]]:
 
 
 def same(message: str, text: str) -> bool:
-    """Whether a message of the page is in a text; "…" is anything."""
+    """Whether a text contains a message of the page; "…" matches anything."""
     pattern = ".*?".join(re.escape(part) for part in message.split("…"))
     return bool(re.search(pattern + ("" if message.endswith("…") else r"\s*$"), text, re.DOTALL | re.MULTILINE))
 
@@ -155,7 +155,7 @@ PROVOKED_ELSEWHERE: Final = (
     "tqgguf: error: llama.cpp ended this process",
     "… cannot do FLASH_ATTN_EXT",
 )
-"""Messages with a test of their own below."""
+"""Messages that have their own test below."""
 
 
 def test_every_command_and_program_gives_a_message_of_the_page(said: list[tuple[int, str]]) -> None:
@@ -212,13 +212,13 @@ def test_memory_that_is_not_there(python: Callable[..., Any], tmp_path: Path) ->
 
 
 def test_the_message_of_a_device_is_in_the_source() -> None:
-    """tests/patches/test_device.py provokes it, with devices made up for that."""
+    """tests/patches/test_device.py provokes the message, with simulated devices."""
     source = (REPOSITORY / "native" / "ggml" / "tq_ggml_device.c").read_text(encoding="utf-8")
     source = re.sub(r'"\s*\n\s*"', "", source).replace("%s", "…")
     assert on_page("… cannot do FLASH_ATTN_EXT").replace("FLASH_ATTN_EXT", "…") in source
 
 
 def test_the_message_of_an_end_is_in_the_source() -> None:
-    """tests/integration/test_llama.py provokes it, with an end made up for that."""
-    source = (REPOSITORY / "tqgguf" / "load_log.py").read_text(encoding="utf-8")
+    """tests/integration/test_llama.py provokes the message, with a simulated abort."""
+    source = (REPOSITORY / "tqgguf" / "_native" / "settings.py").read_text(encoding="utf-8")
     assert on_page("tqgguf: error: llama.cpp ended this process").rstrip("…") in source

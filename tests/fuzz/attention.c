@@ -1,6 +1,7 @@
-/* attention.c: attention over arbitrary blocks, shapes, strides, masks (NaN and infinities too), sinks and tails with arbitrary
- * owners, with several threads one after another. Nothing outside the arrays is touched; where nothing that goes in is NaN or
- * infinite the output is attention over the decoded values, in double, within what the scores' tolerance allows. */
+/* attention.c: attention over arbitrary blocks, shapes, strides, masks (NaN and infinities too), sinks and tails with
+ * arbitrary owners, with several threads one after another. Nothing outside the arrays is touched; where nothing that
+ * goes in is NaN or infinite the output is attention over the decoded values, in double, within what the scores'
+ * tolerance allows. */
 #include "fuzz.h"
 
 #define MAX_KV 330           /* keys are cut for several threads above 256 */

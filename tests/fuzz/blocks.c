@@ -1,5 +1,5 @@
-/* blocks.c: any bytes are valid blocks. Every kernel decodes them to the same values, all finite and within what their scale
- * allows, a block whose scale is not finite to zeros; a dot product with them is that of the decoded values. */
+/* blocks.c: any bytes are valid blocks. Every kernel decodes them to the same values, all finite and within what their
+ * scale allows, a block whose scale is not finite to zeros; a dot product with them is that of the decoded values. */
 #include "fuzz.h"
 
 #define MAX_BLOCKS 16

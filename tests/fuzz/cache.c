@@ -1,5 +1,5 @@
-/* cache.c: sequences of calls on a tq_cache, good ones and bad ones. Each layer holds what was appended to it, encoded and decoded
- * as tq_encode and tq_decode do it; a call that fails, for want of memory too, changes nothing. */
+/* cache.c: sequences of calls on a tq_cache, good ones and bad ones. Each layer holds what was appended to it, encoded
+ * and decoded as tq_encode and tq_decode do it; a call that fails, for want of memory too, changes nothing. */
 #include "fuzz.h"
 
 #define MAX_TOKENS 96

@@ -1,5 +1,5 @@
-/* encode.c: the PQO encoders in all modes and the tail's, on any floats: every kernel writes the same bytes, and they decode to
- * finite values. */
+/* encode.c: the PQO encoders in all modes and the tail's, on any floats: every kernel writes the same bytes, and they
+ * decode to finite values. */
 #include "encoder.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {

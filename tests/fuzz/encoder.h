@@ -1,4 +1,5 @@
-/* encoder.h: what targets encode and trellis check of an encoder, on floats of any kind: NaN, infinities, subnormals. */
+/* encoder.h: what targets encode and trellis check of an encoder, on floats of any kind: NaN, infinities,
+ * subnormals. */
 #ifndef TQ_FUZZ_ENCODER_H
 #define TQ_FUZZ_ENCODER_H
 
@@ -11,7 +12,8 @@ static inline float sanitized(float x) {
     return x != x ? 0.0f : x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
 }
 
-/* Floats from an input's bytes, as they are or as small numbers times a power of two; returns how many, whole blocks. */
+/* Floats from an input's bytes, as they are or as small numbers times a power of two; returns how many, whole
+ * blocks. */
 static inline size_t take_values(bytes * in, float * x) {
     const int plain = take_below(in, 2), exponent = (int) take(in) - 160;
     const size_t width = plain ? 4 : 1;

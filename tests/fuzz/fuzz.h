@@ -1,5 +1,6 @@
-/* fuzz.h: what the fuzz targets share. A target is one function over arbitrary bytes, LLVMFuzzerTestOneInput: libFuzzer calls it
- * (make fuzz), and replay.c, which calls it for saved inputs (make test). A broken promise ends the process. */
+/* fuzz.h: what the fuzz targets share. A target is one function over arbitrary bytes, LLVMFuzzerTestOneInput: libFuzzer
+ * calls it (make fuzz), and replay.c, which calls it for saved inputs (make test). A broken promise ends the
+ * process. */
 #ifndef TQ_FUZZ_H
 #define TQ_FUZZ_H
 
@@ -44,10 +45,10 @@ static inline void use_kernel(int i) {
     }
 }
 
-/* Bounds on what rounding does to the sums of attention, for any values (tqgguf.h states what it does to normal ones). All kernels
- * sum in f32; avx512 sums integers of 14 bits for the levels of keys and for q, of 13 and 14 bits for those of values and for their
- * weights: each block adds half of 1 / 8191 of its largest possible level times a sum over 32 channels or a tile's tokens, and that
- * is sqrt(32) times a length at most. */
+/* Bounds on what rounding does to the sums of attention, for any values (tqgguf.h states what it does to normal ones).
+ * All kernels sum in f32; avx512 sums integers of 14 bits for the levels of keys and for q, of 13 and 14 bits for those
+ * of values and for their weights: each block adds half of 1 / 8191 of its largest possible level times a sum over 32
+ * channels or a tile's tokens, and that is sqrt(32) times a length at most. */
 #define F32_TOLERANCE 1e-5
 #define TILE 64
 

@@ -11,29 +11,22 @@ come again.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import random
 import struct
 import sys
 from pathlib import Path
-from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+from architectures import write_architecture
+from models import write_model
 
 import tqgguf
 from tqgguf.errors import TqggufError
 
-TESTS = Path(__file__).parents[1]
 N_TOKENS = 70
 WORDS = (0, 1, 2, 3, 4, 7, 64, 255, 256, 257, 511, 512, 513, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32 - 5)
-
-
-def module(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = found
-    spec.loader.exec_module(found)
-    return found
 
 
 def load(path: Path) -> tqgguf.Llama:
@@ -81,12 +74,10 @@ def forge(data: bytes, rng: random.Random) -> bytes:
 
 def main(folder: Path, n: int = 1000, seed: int = 0) -> None:
     models = []
-    written = module(TESTS / "conftest.py").write_model
-    architectures = module(TESTS / "architectures.py").write_architecture
     for path in (
-        written(folder / "llama.gguf"),
-        written(folder / "gemma2.gguf", arch="gemma2"),
-        architectures(folder / "hybrid.gguf", "falcon-h1"),
+        write_model(folder / "llama.gguf"),
+        write_model(folder / "gemma2.gguf", arch="gemma2"),
+        write_architecture(folder / "hybrid.gguf", "falcon-h1"),
     ):
         model = load(path)
         model.eval([3 + i % 200 for i in range(N_TOKENS)])

@@ -1,4 +1,5 @@
-/* trellis.c: the encoders of the trellis types, a search of its own in each kernel: the same of them as encode.c has of PQO. */
+/* trellis.c: the encoders of the trellis types, a search of its own in each kernel: the same of them as encode.c has of
+ * PQO. */
 #include "encoder.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {

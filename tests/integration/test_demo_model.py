@@ -43,7 +43,7 @@ def test_most_capitals_survive_compression(model: Any) -> None:
 
 @pytest.mark.slow
 def test_greedy_text_and_recall_stay_near_f16() -> None:
-    # A part of benchmarks/demo_quality.py, whose 50 and 200 prompts give the figures that are published.
+    # A part of benchmarks/quality/demo_quality.py, whose 50 and 200 prompts give the figures that are published.
     prompts = [demo.GREEDY_PROMPTS[i] for i in range(0, 50, 3)]
     cases = [demo.recall_prompt(9000 + i, 140) for i in range(8)]
     texts: dict[str, list[str]] = {}

@@ -11,13 +11,15 @@ import pytest
 
 import tqgguf
 from tqgguf import CACHE_TYPES
+from tqgguf._native import import_llama_cpp
+from tqgguf._native.settings import tail_set
 from tqgguf.cache.policy import resolve
-from tqgguf.cache.tail import kept
+from tqgguf.config import PREFERRED_TYPES
 from tqgguf.demo import model as demo
-from tqgguf.diagnostics.fit import FIRST_LOOK, FITTED_TYPES, _longest, fit
+from tqgguf.diagnostics.fit import FIRST_LOOK, _longest, fit
 from tqgguf.diagnostics.plan import ContextPlan, Setup, planned_model
 from tqgguf.errors import ArgumentError, CacheTypeError, ModelFileError, OutOfMemoryError, TqggufError
-from tqgguf.model.load_log import captured_log, llama_cpp
+from tqgguf.model.context import captured_log
 
 pytestmark = pytest.mark.model
 
@@ -30,6 +32,8 @@ NAMES = (
     *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "glm4"),
     *("falcon", "gpt2", "gpt-oss", "deepseek2", "mamba", "jamba", "falcon-h1"),
 )
+
+llama_cpp: Any = import_llama_cpp()
 
 
 class Allocated:
@@ -67,7 +71,7 @@ def allocate(path: Path, cache: str, n_ctx: int, setup: Setup) -> Allocated:
     params.type_k = params.type_v = kind.number
     params.flash_attn_type = int(kind.quantized)
     params.n_threads = params.n_threads_batch = 1
-    with captured_log(quiet=True) as log, kept(setup.tail):
+    with captured_log(quiet=True) as log, tail_set(setup.tail):
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         context = llama_cpp.llama_init_from_model(model, params)
         assert context, log[-3:]
@@ -129,7 +133,7 @@ def test_the_longest_context_loads_and_the_next_would_not_fit(architecture: Mode
 def test_the_first_in_order_that_is_long_enough_is_recommended() -> None:
     plenty = fit(demo.MODEL_PATH, 2**30)
     assert plenty.recommended == plenty.rows[0] and plenty.rows[0].cache == "f16"
-    assert [row.cache for row in plenty.rows] == list(FITTED_TYPES)
+    assert [row.cache for row in plenty.rows] == list(PREFERRED_TYPES)
     assert all(row.n_ctx == plenty.n_ctx == 2048 for row in plenty.rows)
     # Without flash attention f16 needs large compute buffers; where pqt4 just fits, f16 gets less than half.
     enough = next(row.memory for row in plenty.rows if row.cache == "pqt4")

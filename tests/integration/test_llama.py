@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import shutil
 import signal
 import struct
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import pytest
 
 import tqgguf
 from tqgguf import CACHE_TYPES
-from tqgguf.cache.policy import resolve
+from tqgguf._native.settings import tensors_listed
+from tqgguf.cache.policy import CachePolicy, resolve
+from tqgguf.cache.tensors import CacheTensor
 from tqgguf.demo import model as demo
 from tqgguf.errors import (
     ArgumentError,
@@ -26,6 +31,7 @@ from tqgguf.errors import (
     StateFileError,
     TqggufError,
 )
+from tqgguf.model import context
 
 pytestmark = pytest.mark.model
 
@@ -233,37 +239,89 @@ def test_what_llama_cpp_says_is_passed_on(tmp_path: Path, random_model: Model) -
         load(path)
 
 
-def test_a_type_that_was_not_honoured_raises(random_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tqgguf.model import llama as module
+def lied(change: Callable[[list[CacheTensor]], list[CacheTensor]]) -> Callable[[], Any]:
+    """In the place of `tensors_listed`: the list, changed."""
 
-    def other_type(*args: Any, **kwargs: Any) -> Any:
-        return stock_init(*args, **{**kwargs, "type_k": CACHE_TYPES["f16"].number})
+    @contextlib.contextmanager
+    def listed() -> Any:
+        with tensors_listed() as made:
+            yield made
+        made[:] = change(list(made))
 
-    stock_init = module._Stock.__init__
-    monkeypatch.setattr(module._Stock, "__init__", other_type)
-    with pytest.raises(CacheTypeError, match=r"K as f16.*asked for were pqo3"):
-        load(random_model())
+    return listed
 
 
-def test_bytes_that_do_not_fit_raise() -> None:
-    from tqgguf.model import llama as module
+def swapped(made: list[CacheTensor]) -> list[CacheTensor]:
+    layers = {0: 1, 1: 0}
+    return [replace(tensor, layer=layers.get(tensor.layer, tensor.layer)) for tensor in made]
 
-    info = tqgguf.read_model_info(demo.MODEL_PATH)
-    policy = resolve("pqo3", info.n_layer)
-    line = "llama_kv_cache: size =    {} MiB (  2048 cells,   4 layers,  1/1 seqs), "
-    line += "K (pqo3):    {} MiB, V (pqo3):    {} MiB\n"
-    assert module.verify_buffers([(2, line.format("0.88", "0.44", "0.44"))], info, policy, 0)[0].cells == 2048
-    with pytest.raises(CacheTypeError, match=r"V cache of 2048 cells takes 0\.56 MiB"):
-        module.verify_buffers([(2, line.format("1.00", "0.44", "0.56"))], info, policy, 0)
-    with pytest.raises(CacheTypeError, match="no KV buffer"):
-        module.verify_buffers([(2, "something else\n")], info, policy, 0)
+
+LIES: list[tuple[Callable[[list[CacheTensor]], list[CacheTensor]], str]] = [
+    (lambda made: [], "layer 0, K: asked for pqo4, got no K"),
+    (lambda made: made[:-1], "layer 3, V: asked for pqt3, got no V"),
+    (lambda made: [*made, made[3]], "layer 1, V: asked for none, got one"),
+    (swapped, "layer 1, K: asked for type pqo3, got pqo4"),
+    *(
+        (lambda made, at=at, lie=lie: [*made[:at], replace(made[at], **lie), *made[at + 1 :]], said)  # type: ignore[misc]
+        for at, lie, said in (
+            (2, {"type": CACHE_TYPES["pqt3"].number}, "layer 1, K: asked for type pqo3, got pqt3"),
+            (2, {"type": 77}, "layer 1, K: asked for type pqo3, got type 77"),
+            (5, {"bytes": 512 * 56 + 1}, "layer 2, V: asked for bytes 28672, got 28673"),
+            (5, {"n_cells": 256}, "layer 2, V: asked for cells 512, got 256"),
+            (5, {"n_stream": 2}, "layer 2, V: asked for streams 1, got 2"),
+            (6, {"n_embd": 64}, "layer 3, K: asked for values of a token 128, got 64"),
+            (6, {"n_mean": 0}, "layer 3, K: asked for values of a mean key 128, got 0"),
+            (4, {"n_mean": 128}, "layer 2, K: asked for values of a mean key 0, got 128"),
+            (7, {"tail_recent": 127}, r"layer 3, V: asked for rows of a tail \(128, 4\), got \(127, 4\)"),
+            (7, {"tail_bytes": 0}, "layer 3, V: asked for bytes of a tail 34320, got 0"),
+            (0, {"rotated": True}, "layer 0, K: asked for rotation False, got True"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), LIES)
+def test_a_cache_that_is_not_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[list[CacheTensor]], list[CacheTensor]], said: str
+) -> None:
+    """tests/patches/test_lies.py has libraries that make such caches."""
+    policy = CachePolicy(("pqo4", "pqo3", "f16", "pqo3"), ("pqt3",) * 4, {3: np.ones((2, 64), np.float32)})
+    with contextlib.closing(load(demo.MODEL_PATH, cache=policy)) as model:
+        assert [layer.centred for layer in model.cache_info().layers] == [False, False, False, True]
+        monkeypatch.setattr(context, "tensors_listed", lied(change))
+        with pytest.raises(CacheTypeError, match=f"another KV cache than it was asked for: {said}"):
+            load(demo.MODEL_PATH, cache=policy)
+        with pytest.raises(CacheTypeError, match=said):
+            model.add_context(policy)
+
+
+@pytest.mark.skipif(shutil.which("localedef") is None, reason="localedef is not installed")
+def test_a_locale_with_a_decimal_comma_changes_nothing(python: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "locales"
+    folder.mkdir()
+    made = subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", folder / "de_DE.UTF-8"], capture_output=True)
+    if not (folder / "de_DE.UTF-8").exists():
+        pytest.skip(f"localedef made no locale: {made.stderr.decode()}")
+    code = """
+import locale, sys
+import tqgguf
+from tqgguf.demo import model as demo
+locale.setlocale(locale.LC_ALL, sys.argv[1])
+print(locale.localeconv()["decimal_point"], file=sys.stderr)
+model = tqgguf.Llama(demo.MODEL_PATH, cache=("pqo4", "q8_0"), n_ctx=2048, n_threads=1, verbose=False)
+print(model.cache_info(), model("The capital of France is", max_tokens=3)["choices"][0]["text"])
+print(tqgguf.fit(demo.MODEL_PATH, memory=2**30).rows)
+"""
+    plain, comma = (python("-c", code, name, env={"LOCPATH": str(folder)}) for name in ("C", "de_DE.UTF-8"))
+    assert (plain.stderr, comma.stderr) == (".\n", ",\n")
+    assert plain.stdout == comma.stdout and "type_k='pqo4'" in comma.stdout
 
 
 def test_more_than_the_machine_has_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tqgguf import memory
-    from tqgguf.model import llama as model
+    from tqgguf import _util
+    from tqgguf.model import options as model
 
-    assert 2**28 < memory.machine_memory() < 2**50
+    assert 2**28 < _util.machine_memory() < 2**50
     cells = resolve("pqo3", 4).bytes(tqgguf.read_model_info(demo.MODEL_PATH), 512, 0)
     monkeypatch.setattr(model, "machine_memory", lambda: cells - 1)
     said = f"cache of 512 tokens of demo.gguf takes {cells:,} bytes, this machine has {cells - 1:,}: take a shorter"
@@ -486,7 +544,7 @@ def test_a_chat_template_that_is_none(tmp_path: Path) -> None:
     assert data.count(b"{% endfor %}") == 1
     path = tmp_path / "model.gguf"
     path.write_bytes(data.replace(b"{% endfor %}", b"{% endfxr %}"))
-    with pytest.raises(ModelFileError, match="has a chat template that is none: Encountered unknown tag 'endfxr'"):
+    with pytest.raises(ModelFileError, match=r"a chat template that Jinja cannot read: .* unknown tag 'endfxr'"):
         tqgguf.Llama(path, n_ctx=256, verbose=False)
 
 

@@ -26,7 +26,7 @@ from tqgguf.demo import model as demo
 pytestmark = pytest.mark.model
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "session_kill.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "endurance" / "session_kill.py"
 
 
 def load(cache: Any = "pqo3", path: Path = demo.MODEL_PATH, **options: Any) -> Any:
@@ -113,8 +113,8 @@ def test_a_model_with_windows(tmp_path: Path, random_model: Callable[..., Path])
     model.load_session(tmp_path / "s")
     assert model.cache_info().cells_used == 200
     model.eval([7])
-    # Cells beyond the window, which weigh nothing, are gone, and sums are rounded otherwise.
-    np.testing.assert_allclose(logits(model), expected, rtol=0, atol=5e-4 * np.abs(expected).max())
+    # Cells beyond the window, which weigh nothing, are gone, and sums are rounded otherwise: by 1.7e-4 with avx512.
+    np.testing.assert_allclose(logits(model), expected, rtol=0, atol=1e-3 * np.abs(expected).max())
     model.close()
 
 

@@ -1,8 +1,8 @@
 /* conformance.c: runs every kernel of libtqgguf that this machine can run, on any architecture, without Python.
  *
- * Encoded bytes are compared with digests that golden.py computed from tqgguf/reference.py (conformance_golden.h); decoded
- * values and attention with the definitions evaluated in double. Exit status 0: all kernels that could run agree. Kernels
- * that cannot run here are reported as skipped. */
+ * Encoded bytes are compared with digests that golden.py computed from tqgguf/reference.py (conformance_golden.h);
+ * decoded values and attention with the definitions evaluated in double. Exit status 0: all kernels that could run
+ * agree. Kernels that cannot run here are reported as skipped. */
 #include "conformance_golden.h"
 #include "tqgguf.h"
 
@@ -228,7 +228,8 @@ static void inverse_transform(float * x) {
     }
 }
 
-/* Gives an operand of n_kv tokens a tail with fresh values, which go into x: (n_kv, dim), too. Every fifth token owns no row. */
+/* Gives an operand of n_kv tokens a tail with fresh values, which go into x: (n_kv, dim), too. Every fifth token owns
+ * no row. */
 static void make_tail(tq_attn_operand * o, int n_kv, int n_recent, int64_t dim, float * x) {
     const int n_row = n_recent + TAIL_FIRST;
     if (n_recent == 0 || o->type < TQ_TYPE_PQO3) {

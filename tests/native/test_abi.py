@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 
 from tqgguf import _native
@@ -19,9 +20,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def abi() -> Any:
-    import abi
-
-    return abi
+    return program.load("tests/native/abi.py")
 
 
 def test_a_header_does_not_change_without_its_version(abi: Any) -> None:
@@ -37,7 +36,7 @@ def test_a_header_does_not_change_without_its_version(abi: Any) -> None:
         ("int64_t n_tokens,", "int32_t n_tokens,", "has another tq_cache_prefill"),
         ("TQ_TYPE_PQT4 = 303", "TQ_TYPE_PQT4 = 304", "has another tq_type"),
         ("#define TQ_BLOCK 32", "#define TQ_BLOCK 64", "has another TQ_BLOCK"),
-        ("int     tq_cache_reset(tq_cache * cache);", "", "tqgguf.h lost tq_cache_reset"),
+        ("int tq_cache_reset(tq_cache * cache);", "", "tqgguf.h lost tq_cache_reset"),
         ("/* Empties every layer and gives its memory back. */", "/* Another comment. */", None),
         ("/* cffi: end */", "int tq_more(void);\n/* cffi: end */", None),
     ],

@@ -3,98 +3,23 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from attention_case import Case, arguments, make_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tqgguf import reference
-from tqgguf.config import CACHE_TYPES, MODES
+from tqgguf.config import MODES
 from tqgguf.errors import ArgumentError
 
 TOLERANCES = {"avx512": 1e-3}
 """Relative L2 error of the output where a kernel sums 16-bit integers: measured are 3.5e-4 at most."""
 TOLERANCE = 1e-5
 """The same for all other kernels: measured are 1e-6 at most, what float32 sums leave."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of attention. Shapes follow tqgguf.h. With a spread, tokens of V differ in magnitude (it is the standard
-    deviation of the logarithm) and channel 0 of q stands out. Poison: where NaN (q) or infinities (k, v: their last
-    token, as it is stored) are put after the oracle has been asked; sinks: all are -infinity.
-    Tail: recent rows of f16 beside K and V where their type may have them, owned by tokens written in an order of
-    chance, some of them disowned."""
-
-    k_type: str = "pqo3"
-    v_type: str = "pqo3"
-    head_dim_k: int = 64
-    head_dim_v: int = 64
-    n_head: int = 4
-    n_head_kv: int = 2
-    n_q: int = 1
-    n_kv: int = 100
-    n_stream: int = 1
-    n_threads: int = 1
-    mask: str = "none"
-    n_mask_head: int = 1
-    sinks: bool = False
-    softcap: float = 0.0
-    max_bias: float = 0.0
-    offset: int = 0
-    tail: int = 0
-    first: int = 0
-    spread: float = 0.0
-    poison: str = ""
-    seed: int = 0
-
-
-def store(x: npt.NDArray[np.float32], type: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """Bytes of x in a type, and the values these bytes stand for."""
-    if type == "f32":
-        return x.view(np.uint8), x
-    if type == "f16":
-        half = x.astype(np.float16)
-        return half.view(np.uint8), half.astype(np.float32)
-    data = reference.encode(x, type)
-    return data, reference.decode(data, type)
-
-
-@dataclass(frozen=True)
-class Tail:
-    """Rows (n_stream, n_recent + n_first, n_head, head_dim) of f16 and their owners (n_stream, n_recent + n_first)."""
-
-    n_recent: int
-    n_first: int
-    rows: npt.NDArray[np.float16]
-    owner: npt.NDArray[np.int32]
-
-
-def add_tail(
-    rng: Any, x: npt.NDArray[np.float32], values: npt.NDArray[np.float32], n_recent: int, n_first: int
-) -> Tail:
-    """A tail of tokens x (n_stream, n_kv, n_head, head_dim); what its rows stand for takes their place in values."""
-    n_stream, n_kv, *shape = x.shape
-    tail = Tail(
-        n_recent,
-        n_first,
-        np.full((n_stream, n_recent + n_first, *shape), np.nan, dtype=np.float16),
-        np.zeros((n_stream, n_recent + n_first), dtype=np.int32),
-    )
-    for s in range(n_stream):
-        written = rng.permutation(n_kv) if rng.random() < 0.5 else np.arange(n_kv)
-        for t in written:
-            row = n_recent + t if t < n_first else t % n_recent
-            tail.rows[s, row] = reference.encode_tail(x[s, t])
-            tail.owner[s, row] = t + 1
-        tail.owner[s, rng.random(tail.owner.shape[1]) < 0.2] = 0
-        for row in np.flatnonzero(tail.owner[s]):
-            values[s, tail.owner[s, row] - 1] = reference.decode_tail(tail.rows[s, row])
-    return tail
 
 
 def check_case(native: Any, case: Case) -> None:
@@ -108,110 +33,24 @@ def check_case(native: Any, case: Case) -> None:
 def compute(native: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The library's output and the oracle's, both (n_stream, n_q, n_head, head_dim_v)."""
     ffi, lib = native.ffi, native.lib
-    rng = np.random.default_rng(case.seed)
+    inputs, kept = make_inputs(case), []
 
-    def normal(*shape: int) -> npt.NDArray[np.float32]:
-        return rng.standard_normal(shape).astype(np.float32)
+    def put(array: npt.NDArray[Any], offset: int) -> Any:
+        moved = np.zeros(array.nbytes + offset, dtype=np.uint8)
+        moved[offset:] = array.reshape(-1).view(np.uint8)
+        kept.append(moved)
+        return ffi.cast("void *", moved.ctypes.data + offset)
 
-    q = normal(case.n_stream, case.n_head, case.n_q, case.head_dim_k)
-    q[..., 0] *= 1 + 5 * case.spread
-    sizes = np.exp(case.spread * normal(case.n_stream, case.n_kv, 1, 1))
-    k_exact = normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_k)
-    v_exact = sizes * normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_dim_v)
-    k_bytes, k = store(k_exact, case.k_type)
-    v_bytes, v = store(v_exact, case.v_type)
-    tails = {
-        name: add_tail(rng, exact, values, case.tail, case.first)
-        for name, exact, values, type in (("k", k_exact, k, case.k_type), ("v", v_exact, v, case.v_type))
-        if case.tail and CACHE_TYPES[type].ours
-    }
-    sinks = normal(case.n_head)
-    for name, data, type in (("k", k_bytes, case.k_type), ("v", v_bytes, case.v_type)):
-        if case.poison == name:  # f16: every value, otherwise the scale of the first block
-            data[:, -1, :, : None if type == "f16" else 2] = np.array([0x00, 0x7C] * 512)[
-                : data.shape[-1] if type == "f16" else 2
-            ]
-    if case.poison == "sinks":
-        sinks[:] = -np.inf
-    mask = np.zeros((1, case.n_mask_head, case.n_q, case.n_kv), dtype=np.float16)
-    if case.mask == "causal":
-        rows, columns = np.arange(case.n_q)[:, None], np.arange(case.n_kv)[None]
-        mask[..., columns > rows + case.n_kv - case.n_q] = -np.inf
-    elif case.mask == "holes":
-        mask[rng.random(mask.shape) < 0.4] = -np.inf
-    elif case.mask == "values":
-        mask[:] = -np.abs(rng.standard_normal(mask.shape)) * 3
-    elif case.mask == "all":
-        mask[..., : (case.n_q + 1) // 2, :] = -np.inf
-    elif case.mask == "last":
-        mask[..., -1] = -np.inf
-
-    keep = []
-
-    def operand(
-        target: Any, data: npt.NDArray[Any], type: str, head_dim: int, n_head: int, strides: Any, shift: int
-    ) -> None:
-        moved = np.zeros(data.nbytes + shift, dtype=np.uint8)
-        moved[shift:] = data.reshape(-1).view(np.uint8)
-        keep.append(moved)
-        target.data = ffi.cast("char *", ffi.from_buffer(moved)) + shift
-        target.type, target.mode, target.head_dim = CACHE_TYPES[type].number, 0, head_dim
-        target.n_head, target.n_stream = n_head, case.n_stream
-        target.stride_stream, target.stride_token, target.stride_head = strides
-
-    poisoned = q.copy()
-    if case.poison == "q":
-        poisoned[..., 3] = np.nan
-    args = ffi.new("tq_attn *")
-    operand(args.q, poisoned, "f32", case.head_dim_k, case.n_head, (q.strides[0], q.strides[2], q.strides[1]), 0)
-    for target, data, type, dim in (
-        (args.k, k_bytes, case.k_type, case.head_dim_k),
-        (args.v, v_bytes, case.v_type, case.head_dim_v),
-    ):
-        shift = case.offset if CACHE_TYPES[type].ours else 0
-        operand(target, data, type, dim, case.n_head_kv, data.strides[:3], shift)
-    for target, name in ((args.k.tail, "k"), (args.v.tail, "v")):
-        if tail := tails.get(name):
-            target.data = ffi.from_buffer("uint16_t[]", tail.rows)
-            target.owner = ffi.from_buffer("int32_t[]", tail.owner)
-            target.n_recent, target.n_first = tail.n_recent, tail.n_first
-            target.stride_stream, target.stride_row, target.stride_head = tail.rows.strides[:3]
-            target.owner_stride_stream = tail.owner.strides[0]
-    args.n_q, args.n_kv = case.n_q, case.n_kv
-    if case.mask != "none":
-        args.mask = ffi.from_buffer("uint16_t[]", mask)
-        args.n_mask_head, args.n_mask_stream = case.n_mask_head, 1
-        args.mask_stride_stream, args.mask_stride_head, args.mask_stride_row = mask.strides[:3]
-    if case.sinks:
-        args.sinks = ffi.from_buffer("float[]", sinks)
-    args.scale, args.max_bias, args.softcap = case.head_dim_k**-0.5, case.max_bias, case.softcap
-    out = np.full((case.n_stream, case.n_q, case.n_head, case.head_dim_v), np.nan, dtype=np.float32)
+    out = np.full(inputs.want.shape, np.nan, dtype=np.float32)
+    args = arguments(ffi, case, inputs, out, put)
     args.out = ffi.from_buffer("float[]", out, require_writable=True)
-    args.out_stride_stream, args.out_stride_row, args.out_stride_head = out.strides[:3]
     n_bytes = lib.tq_attn_work_bytes(args, case.n_threads)
     assert n_bytes > 0, ffi.string(lib.tq_last_error())
-    work = np.full(n_bytes + case.offset, 0xFF, dtype=np.uint8)
-    scratch = ffi.cast("char *", ffi.from_buffer(work)) + case.offset
+    scratch = put(np.full(n_bytes, 0xFF, dtype=np.uint8), case.offset)
     for phase in (0, 1):
         for thread in range(case.n_threads):
             native.check(lib.tq_attn_compute(args, phase, thread, case.n_threads, scratch))
-    options: dict[str, Any] = {
-        "sinks": sinks if case.sinks else None,
-        "softcap": case.softcap,
-        "max_bias": case.max_bias,
-    }
-    want = [
-        reference.attention(
-            q[s].swapaxes(0, 1),
-            k[s],
-            v[s],
-            case.head_dim_k**-0.5,
-            mask=None if case.mask == "none" else mask[0],
-            **options,
-        )
-        for s in range(case.n_stream)
-    ]
-    return out.astype(np.float64), np.array(want)
+    return out.astype(np.float64), inputs.want
 
 
 def plain_arguments(ffi: Any) -> tuple[Any, Any]:
@@ -239,6 +78,7 @@ TYPE_PAIRS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("head_dim_k", "head_dim_v"), [(32 * i, 32 * i) for i in range(1, 9)] + [(576, 512), (192, 128)]
 )
@@ -289,12 +129,14 @@ def test_lengths(kernel: str, native: Any, n_kv: int) -> None:
         check_case(native, Case(n_kv=n_kv, n_q=n_q, n_threads=n_threads, mask="causal" if n_kv >= n_q else "none"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("type", reference.TYPES)
 def test_outliers_and_tokens_of_very_different_size(kernel: str, native: Any, type: str) -> None:
     for n_kv in (64, 1000):
         check_case(native, Case(type, type, head_dim_k=128, head_dim_v=128, n_kv=n_kv, spread=2.0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n_kv", [1, 3, 7, 16, 65, 600])
 @pytest.mark.parametrize("n_q", [1, 40])
 def test_nan_in_q_is_never_hidden(kernel: str, native: Any, n_q: int, n_kv: int) -> None:
@@ -321,6 +163,7 @@ def test_a_scale_that_is_not_finite_counts_as_zero(kernel: str, native: Any, n_q
         assert np.isfinite(got).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tail", [1, 31, 64, 128, 1000])
 @pytest.mark.parametrize("n_q", [1, 3, 40])
 def test_a_tail_is_read_where_it_owns_a_token(kernel: str, native: Any, n_q: int, tail: int) -> None:
@@ -378,6 +221,7 @@ def test_streams_and_unaligned_operands(kernel: str, native: Any) -> None:
         check_case(native, Case("pqt3", "pqt4", n_stream=2, offset=offset))
 
 
+@pytest.mark.long
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.builds(

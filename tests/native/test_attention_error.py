@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 import tqgguf
 from tqgguf import CACHE_TYPES, _native, reference
-from tqgguf._native.ggml import Tensor, op_name, read_tensor, round_trip
+from tqgguf._native.ggml import op_name, read_tensor, round_trip, tensor_at
 from tqgguf._native.library import library_path
 from tqgguf.diagnostics.attention import HeadError, attention_error, head_facts
+
+pytestmark = pytest.mark.long
 
 STOCK = {name: getattr(gguf.GGMLQuantizationType, name.upper()) for name in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")}
 
@@ -231,10 +233,10 @@ def test_reading_a_permuted_tensor() -> None:
         values = np.arange(120, dtype=dtype).reshape(5, 3, 8)
         size = ctypes.c_size_t(values.nbytes)
         base.ggml_backend_tensor_set(address, values.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(0), size)
-        tensor = Tensor.from_address(permuted.value or 0)
+        tensor = tensor_at(permuted.value or 0)
         assert op_name(tensor) == "PERMUTE"
         assert np.array_equal(read_tensor(tensor)[0], values.transpose(1, 0, 2))
-        transposed = Tensor.from_address(base.ggml_permute(context, address, 1, 0, 2, 3))
+        transposed = tensor_at(base.ggml_permute(context, address, 1, 0, 2, 3))
         with pytest.raises(tqgguf.UnsupportedError, match="not contiguous"):
             read_tensor(transposed)
         base.ggml_backend_buffer_free(buffer)

@@ -35,7 +35,7 @@ MOST_TOKENS: Final = 200
 """In a layer: beyond what storage has room for at first (128), and three tiles of attention (64)."""
 
 # float16 arrays come back as float16, and what is stored may be beyond it
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:overflow encountered in cast")]
 
 seeds = st.integers(0, 2**32 - 1)
 layers = st.integers(0, 2)

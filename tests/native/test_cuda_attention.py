@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from attention_case import Case, arguments, make_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,182 +18,21 @@ from tqgguf.config import CACHE_TYPES
 TOLERANCE = 2e-3
 """Relative L2 error of the output: q, levels and weights are f16, sums are f32. Measured are 3e-4 to 1e-3, and 2e-3
 where scores are as large as 100."""
-PADDING = 0xEE
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call. Shapes follow tqgguf.h; n_kv_stream divides n_stream. offset: bytes that K and V are off;
-    gap: bytes between tokens. Poison: where NaN (q) or infinities (k, v: their last token, as it is stored) are put
-    after the oracle has been asked; sinks: all are -infinity. tail, first: rows of the precise tail."""
-
-    k_type: str = "pqo3"
-    v_type: str = "pqo3"
-    head_dim_k: int = 64
-    head_dim_v: int = 64
-    n_head: int = 4
-    n_head_kv: int = 2
-    n_q: int = 1
-    n_kv: int = 100
-    n_stream: int = 1
-    n_kv_stream: int = 0
-    mask: str = "none"
-    n_mask_head: int = 1
-    n_mask_stream: int = 1
-    sinks: bool = False
-    softcap: float = 0.0
-    max_bias: float = 0.0
-    offset: int = 0
-    gap: int = 0
-    head_major: bool = False
-    spread: float = 0.0
-    q_scale: float = 1.0
-    v_scale: float = 1.0
-    mode: str = "search"
-    poison: str = ""
-    tail: int = 0
-    first: int = 0
-    seed: int = 0
-
-
-def store(x: npt.NDArray[np.float32], type: str, mode: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """Bytes of x, (.., n_head_kv, row bytes), and the values these bytes stand for."""
-    if type == "f16":
-        half = x.astype(np.float16)
-        return half.view(np.uint8), half.astype(np.float32)
-    data = tqgguf.quantize(x, type, mode)  # the oracle's bytes: test_codec_bytes.py
-    row_bytes = x.shape[-1] // 32 * reference.BLOCK_BYTES[type]
-    return data.reshape(*x.shape[:-1], row_bytes), tqgguf.dequantize(data, type, mode).reshape(x.shape)
-
-
-def make_mask(case: Case, rng: np.random.Generator) -> npt.NDArray[np.float16]:
-    mask = np.zeros((case.n_mask_stream, case.n_mask_head, case.n_q, case.n_kv), dtype=np.float16)
-    if case.mask == "causal":
-        rows, columns = np.arange(case.n_q)[:, None], np.arange(case.n_kv)[None]
-        mask[..., columns > rows + case.n_kv - case.n_q] = -np.inf
-    elif case.mask == "window":
-        mask[..., : case.n_kv // 2] = -np.inf
-    elif case.mask == "holes":
-        mask[rng.random(mask.shape) < 0.4] = -np.inf
-    elif case.mask == "values":
-        mask[:] = -np.abs(rng.standard_normal(mask.shape)) * 3
-    elif case.mask == "all":
-        mask[..., : (case.n_q + 1) // 2, :] = -np.inf
-    elif case.mask == "last":
-        mask[..., -1] = -np.inf
-    return mask
-
-
-def add_tail(
-    rng: Any, x: npt.NDArray[np.float32], values: npt.NDArray[np.float32], case: Case
-) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int32]]:
-    """Rows and owners of tokens x (n_stream, n_kv, n_head, head_dim), some disowned; values get what rows hold."""
-    n_stream, n_kv, *shape = x.shape
-    rows = np.full((n_stream, case.tail + case.first, *shape), np.nan, dtype=np.float16)
-    owner = np.zeros(rows.shape[:2], dtype=np.int32)
-    for s in range(n_stream):
-        written = rng.permutation(n_kv) if rng.random() < 0.5 else np.arange(n_kv)
-        for t in written:
-            row = case.tail + t if t < case.first else t % case.tail
-            rows[s, row] = reference.encode_tail(x[s, t], case.mode)
-            owner[s, row] = t + 1
-        owner[s, rng.random(owner.shape[1]) < 0.2] = 0
-        for row in np.flatnonzero(owner[s]):
-            values[s, owner[s, row] - 1] = reference.decode_tail(rows[s, row], case.mode)
-    return rows, owner
 
 
 def compute(cuda: Any, case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The library's output and the oracle's, both (n_stream, n_q, n_head, head_dim_v)."""
-    rng = np.random.default_rng(case.seed)
-    n_kv_stream = case.n_kv_stream or case.n_stream
-
-    def normal(*shape: int) -> npt.NDArray[np.float32]:
-        return rng.standard_normal(shape).astype(np.float32)
-
-    q = normal(case.n_stream, case.n_head, case.n_q, case.head_dim_k) * np.float32(case.q_scale)
-    q[..., 0] *= 1 + 5 * case.spread
-    sizes = np.exp(case.spread * normal(n_kv_stream, case.n_kv, 1, 1)) * np.float32(case.v_scale)
-    shape = (n_kv_stream, case.n_kv, case.n_head_kv)
-    k_exact, v_exact = normal(*shape, case.head_dim_k), sizes * normal(*shape, case.head_dim_v)
-    k_bytes, k = store(k_exact, case.k_type, case.mode)
-    v_bytes, v = store(v_exact, case.v_type, case.mode)
-    tails = {
-        name: add_tail(rng, exact, values, case)
-        for name, exact, values, type in (("k", k_exact, k, case.k_type), ("v", v_exact, v, case.v_type))
-        if case.tail and CACHE_TYPES[type].ours
-    }
-    sinks, mask = normal(case.n_head), make_mask(case, rng)
-    for name, data, type in (("k", k_bytes, case.k_type), ("v", v_bytes, case.v_type)):
-        if case.poison == name:  # f16: every value, otherwise the scale of the first block
-            data[:, -1, :, : None if type == "f16" else 2] = np.tile(
-                np.array([0, 0x7C], np.uint8), data.shape[-1] // 2 if type == "f16" else 1
-            )
-    if case.poison == "sinks":
-        sinks[:] = -np.inf
-    poisoned = q.copy()
-    if case.poison == "q":
-        poisoned[..., 3] = np.nan
-
-    args = cuda.Attention()
-    args.q.data, args.q.type = cuda.put(poisoned).pointer, 0
-    args.q.head_dim, args.q.n_head, args.q.n_stream = case.head_dim_k, case.n_head, case.n_stream
-    args.q.stride_stream, args.q.stride_head, args.q.stride_token = q.strides[:3]
-    for target, data, type, dim in (
-        (args.k, k_bytes, case.k_type, case.head_dim_k),
-        (args.v, v_bytes, case.v_type, case.head_dim_v),
-    ):
-        n_bytes = data.shape[-1]
-        target.type, target.mode = CACHE_TYPES[type].number, reference.MODES.index(case.mode)
-        target.head_dim, target.n_head, target.n_stream = dim, case.n_head_kv, n_kv_stream
-        if case.head_major:
-            stored = np.full((n_kv_stream, case.n_head_kv, case.n_kv, n_bytes + case.gap), PADDING, np.uint8)
-            stored[..., :n_bytes] = data.swapaxes(1, 2)
-            target.stride_stream, target.stride_head, target.stride_token = stored.strides[:3]
-        else:
-            stored = np.full((n_kv_stream, case.n_kv, case.n_head_kv * n_bytes + case.gap), PADDING, np.uint8)
-            stored[..., : case.n_head_kv * n_bytes] = data.reshape(n_kv_stream, case.n_kv, case.n_head_kv * n_bytes)
-            target.stride_stream, target.stride_token, target.stride_head = *stored.strides[:2], n_bytes
-        target.data = cuda.put(stored, case.offset).pointer
-    for name, (rows, owner) in tails.items():
-        tail = getattr(args, name).tail
-        tail.data, tail.owner = cuda.put(rows).pointer, cuda.put(owner).pointer
-        tail.n_recent, tail.n_first = case.tail, case.first
-        tail.stride_stream, tail.stride_row, tail.stride_head = rows.strides[:3]
-        tail.owner_stride_stream = owner.strides[0]
-    args.n_q, args.n_kv = case.n_q, case.n_kv
-    if case.mask != "none":
-        args.mask = cuda.put(mask).pointer
-        args.n_mask_head, args.n_mask_stream = case.n_mask_head, case.n_mask_stream
-        args.mask_stride_stream, args.mask_stride_head, args.mask_stride_row = mask.strides[:3]
-    if case.sinks:
-        args.sinks = cuda.put(sinks).pointer
-    args.scale, args.max_bias, args.softcap = case.head_dim_k**-0.5, case.max_bias, case.softcap
-    out = np.full((case.n_stream, case.n_q, case.n_head, case.head_dim_v), np.nan, dtype=np.float32)
+    inputs = make_inputs(case, tqgguf.quantize)  # the oracle's bytes (test_codec_bytes.py), sooner
+    out = np.full(inputs.want.shape, np.nan, dtype=np.float32)
+    args = arguments(cuda.ffi, case, inputs, out, lambda array, offset: cuda.put(array, offset).address)
     result = cuda.put(out)
-    args.out = result.pointer
-    args.out_stride_stream, args.out_stride_row, args.out_stride_head = out.strides[:3]
-    work_bytes = cuda.lib.tq_cuda_attn_work_bytes(ctypes.byref(args))
-    assert work_bytes < 1 << 40, cuda.error()
+    args.out = result.address
+    work_bytes = cuda.lib.tq_cuda_attn_work_bytes(args)
+    assert work_bytes < 1 << 40, cuda.message()
     work = cuda.put(np.full(work_bytes + 16, 0xFF, np.uint8))
-    cuda.check(cuda.lib.tq_cuda_attn(ctypes.byref(args), ctypes.c_void_p(-(-work.pointer // 16) * 16), None))
-    options: dict[str, Any] = {
-        "sinks": sinks if case.sinks else None,
-        "softcap": case.softcap,
-        "max_bias": case.max_bias,
-    }
-    want = [
-        reference.attention(
-            q[s].swapaxes(0, 1),
-            k[s * n_kv_stream // case.n_stream],
-            v[s * n_kv_stream // case.n_stream],
-            case.head_dim_k**-0.5,
-            mask=None if case.mask == "none" else mask[s % case.n_mask_stream],
-            **options,
-        )
-        for s in range(case.n_stream)
-    ]
-    return result.read().astype(np.float64), np.array(want)
+    aligned = cuda.ffi.cast("void *", -(-work.pointer // 16) * 16)
+    cuda.check(cuda.lib.tq_cuda_attn(args, aligned, cuda.ffi.NULL))
+    return result.read().astype(np.float64), inputs.want
 
 
 def check_case(cuda: Any, case: Case, tolerance: float = TOLERANCE) -> None:
@@ -380,8 +218,8 @@ def test_less_shared_memory(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         check_case(cuda, Case(type, type, 256, 256, n_q=8, n_kv=100))
     args = usable(cuda)
     args.q.head_dim = args.k.head_dim = 2048
-    assert cuda.lib.tq_cuda_attn_supported(ctypes.byref(args)) == -3
-    assert "shared memory" in cuda.error()
+    assert cuda.lib.tq_cuda_attn_supported(args) == -3
+    assert "shared memory" in cuda.message()
 
 
 @pytest.mark.parametrize("n_sm", [1, 5, 40])
@@ -429,19 +267,19 @@ def test_the_pair_that_people_choose_has_a_kernel(cuda: Any, monkeypatch: pytest
     work = {}
     for k_type, v_type in (("pqo3", "pqo3"), ("pqo4", "pqo3"), ("pqo3", "pqo4"), ("pqt3", "pqo3")):
         args.k.type, args.v.type = CACHE_TYPES[k_type].number, CACHE_TYPES[v_type].number
-        work[k_type, v_type] = cuda.lib.tq_cuda_attn_work_bytes(ctypes.byref(args))
+        work[k_type, v_type] = cuda.lib.tq_cuda_attn_work_bytes(args)
     assert work["pqo4", "pqo3"] == work["pqo3", "pqo3"]
     assert work["pqo3", "pqo4"] == work["pqt3", "pqo3"] > 1.9 * work["pqo3", "pqo3"]
 
 
 def usable(cuda: Any) -> Any:
-    args = cuda.Attention()
+    args = cuda.ffi.new("tq_attn *")
     for operand, type, n_head in ((args.q, 0, 4), (args.k, 300, 2), (args.v, 300, 2)):
         operand.type, operand.head_dim, operand.n_head, operand.n_stream = type, 64, n_head, 1
         operand.stride_token, operand.stride_head = 512, 256
     args.n_q, args.n_kv, args.scale = 1, 10, 1.0
     args.out_stride_row, args.out_stride_head = 1024, 256
-    assert cuda.lib.tq_cuda_attn_supported(ctypes.byref(args)) == 0, cuda.error()
+    assert cuda.lib.tq_cuda_attn_supported(args) == 0, cuda.message()
     return args
 
 
@@ -466,13 +304,14 @@ def test_what_is_refused_is_named(cuda: Any, field: str, value: int, status: int
     target = args
     for part in path:
         target = getattr(target, part)
-    setattr(target, name, value)
+    field_type = dict(cuda.ffi.typeof(target[0] if target is args else target).fields)[name].type
+    setattr(target, name, cuda.ffi.cast(field_type, value))
     if field == "k.head_dim":
         args.q.head_dim = value
-    assert cuda.lib.tq_cuda_attn_supported(ctypes.byref(args)) == status
-    assert text in cuda.error()
-    assert cuda.lib.tq_cuda_attn_work_bytes(ctypes.byref(args)) == ctypes.c_size_t(-1).value
-    assert cuda.lib.tq_cuda_attn(ctypes.byref(args), None, None) == status
+    assert cuda.lib.tq_cuda_attn_supported(args) == status
+    assert text in cuda.message()
+    assert cuda.lib.tq_cuda_attn_work_bytes(args) == 2**64 - 1
+    assert cuda.lib.tq_cuda_attn(args, cuda.ffi.NULL, cuda.ffi.NULL) == status
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)

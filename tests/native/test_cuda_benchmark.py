@@ -1,4 +1,4 @@
-"""benchmarks/cuda.py from end to end: on the emulated kernels, and where there is no GPU."""
+"""benchmarks/speed/cuda.py from end to end: on the emulated kernels, and where there is no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = str(Path(__file__).parents[2] / "benchmarks" / "cuda.py")
+SCRIPT = str(Path(__file__).parents[2] / "benchmarks" / "speed" / "cuda.py")
 
 
 def test_a_rehearsal_measures_everything_and_claims_nothing(
@@ -18,7 +18,7 @@ def test_a_rehearsal_measures_everything_and_claims_nothing(
 ) -> None:
     if not cuda_build.emulated:
         pytest.skip("the rehearsal is for machines without a GPU")
-    done = python(SCRIPT, "--emulate", cuda_build.lib._name, "--output", "out.json")
+    done = python(SCRIPT, "--emulate", str(cuda_build.path), "--output", "out.json")
     assert done.returncode == 0, done.stderr
     assert "THESE TIMES MEAN NOTHING" in done.stdout and "THESE TIMES MEAN NOTHING" in done.stderr
     found = json.loads((tmp_path / "out.json").read_text())

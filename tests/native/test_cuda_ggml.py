@@ -75,7 +75,7 @@ def build_adapter(cuda: Any, folder: Path) -> Path:
     if not (UPSTREAM / "include" / "ggml.h").is_file() or shutil.which("cc") is None:
         pytest.skip("the adapter needs build/upstream (make install) and a C compiler")
     source = ROOT / "native/ggml/tq_ggml_cuda.c"
-    kernels, ggml = Path(cuda.lib._name), Path(library_path("ggml-base"))
+    kernels, ggml = cuda.path, Path(library_path("ggml-base"))
     headers = [*(ROOT / "native/ggml").glob("*.h"), ROOT / "native/cuda/tq_cuda.h", ROOT / "native/include/tqgguf.h"]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in (source, *sorted(headers))))
     out = folder / f"libtq_ggml_cuda-{digest.hexdigest()[:16]}.so"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,9 @@ class Tensor:
         if ours:
             shape[0] = shape[0] // size * 32
         strides[0] = size
-        self.view = cuda.View(
-            self.memory.pointer + start,
-            CACHE_TYPES[type].number if ours else NUMBERS[type],
-            reference.MODES.index(mode),
-            (ctypes.c_int64 * 4)(*shape),
-            (ctypes.c_size_t * 4)(*strides),
-        )
+        number = CACHE_TYPES[type].number if ours else NUMBERS[type]
+        at = cuda.ffi.cast("void *", self.memory.pointer + start)
+        self.view = cuda.ffi.new("tq_cuda_view *", (at, number, reference.MODES.index(mode), shape, strides))
 
     def read(self) -> npt.NDArray[Any]:
         array: npt.NDArray[Any] = self.memory.read()
@@ -51,22 +46,16 @@ def rows_of(cuda: Any, numbers: npt.NDArray[Any]) -> Any:
     memory = cuda.put(numbers)
     shape = [*numbers.shape[::-1], 1, 1][:3]
     strides = [*numbers.strides[::-1], 0, 0][:3]
-    return cuda.Index(
-        memory.pointer,
-        I64 if numbers.dtype == np.int64 else I32,
-        (ctypes.c_int64 * 3)(*shape),
-        (ctypes.c_size_t * 3)(*strides),
-    )
+    return cuda.ffi.new("tq_cuda_index *", (memory.address, I64 if numbers.dtype == np.int64 else I32, shape, strides))
 
 
 def encode(cuda: Any, source: Tensor, target: Tensor, rows: Any = None) -> None:
-    index = None if rows is None else ctypes.byref(rows)
-    cuda.check(cuda.lib.tq_cuda_encode(ctypes.byref(source.view), index, ctypes.byref(target.view), None))
+    cuda.check(cuda.lib.tq_cuda_encode(source.view, rows or cuda.ffi.NULL, target.view, cuda.ffi.NULL))
 
 
 def decode(cuda: Any, source: Tensor, target: Tensor, rows: Any = None, transformed: int = 0) -> None:
-    index = None if rows is None else ctypes.byref(rows)
-    cuda.check(cuda.lib.tq_cuda_decode(ctypes.byref(source.view), index, transformed, ctypes.byref(target.view), None))
+    null = cuda.ffi.NULL
+    cuda.check(cuda.lib.tq_cuda_decode(source.view, rows or null, transformed, target.view, null))
 
 
 def encoded(cuda: Any, x: npt.NDArray[Any], type: str, mode: str = "search", source: str = "f32") -> npt.NDArray[Any]:
@@ -228,29 +217,26 @@ def test_tails(cuda: Any, mode: str, number: Any) -> None:
             want[stream, row] = reference.encode_tail(x[i], mode).view(np.uint16)
             want_owner[stream, row] = token + 1
     data, owners = cuda.put(rows), cuda.put(owner)
-    tail = cuda.Tail(
-        data.pointer, owners.pointer, n_recent, n_first, n_cells, n_stream, *rows.strides[1::-1], owner.strides[0]
-    )
+    sizes = (n_recent, n_first, n_cells, n_stream, *rows.strides[1::-1], owner.strides[0])
+    tail = cuda.ffi.new("tq_cuda_tail *", (data.address, owners.address, *sizes))
     index = rows_of(cuda, cells.astype(number))
     source = Tensor(cuda, x, "f32")
     number_of_mode = reference.MODES.index(mode)
-    cuda.check(
-        cuda.lib.tq_cuda_tail_encode(
-            ctypes.byref(source.view), ctypes.byref(index), number_of_mode, ctypes.byref(tail), None
-        )
-    )
+    cuda.check(cuda.lib.tq_cuda_tail_encode(source.view, index, number_of_mode, tail, cuda.ffi.NULL))
     np.testing.assert_array_equal(data.read(), want)
     np.testing.assert_array_equal(owners.read(), want_owner)
 
     # and back, as two heads of 64, into the first 30 tokens
-    operand = cuda.Operand(None, CACHE_TYPES["pqo3"].number, number_of_mode, None, 64, 2, n_stream, 0, 0, 0)
-    operand.tail.data, operand.tail.owner = data.pointer, owners.pointer
+    operand = cuda.ffi.new("tq_attn_operand *")
+    operand.type, operand.mode = CACHE_TYPES["pqo3"].number, number_of_mode
+    operand.head_dim, operand.n_head, operand.n_stream = 64, 2, n_stream
+    operand.tail.data, operand.tail.owner = data.address, owners.address
     operand.tail.n_recent, operand.tail.n_first, operand.tail.stride_head = n_recent, n_first, 128
     operand.tail.stride_stream, operand.tail.stride_row = rows.strides[:2]
     operand.tail.owner_stride_stream = owner.strides[0]
     values = rng.standard_normal((n_stream, 30, 2, 64)).astype(np.float16)
     out = Tensor(cuda, values, "f16")
-    cuda.check(cuda.lib.tq_cuda_tail_decode(ctypes.byref(operand), ctypes.byref(out.view), None))
+    cuda.check(cuda.lib.tq_cuda_tail_decode(operand, out.view, cuda.ffi.NULL))
     for stream, row in np.argwhere(want_owner > 0):
         token = want_owner[stream, row] - 1
         at = n_recent + token if token < n_first else token % n_recent
@@ -265,12 +251,7 @@ def test_transform(cuda: Any, mode: str) -> None:
     for inverse, function in ((0, reference.transform), (1, reference.inverse_transform)):
         source, target = cuda.put(x), cuda.put(np.zeros_like(x))
         number = reference.MODES.index(mode)
-        p = ctypes.c_void_p
-        cuda.check(
-            cuda.lib.tq_cuda_transform(
-                p(source.pointer), ctypes.c_int64(x.size), number, inverse, p(target.pointer), None
-            )
-        )
+        cuda.check(cuda.lib.tq_cuda_transform(source.address, x.size, number, inverse, target.address, cuda.ffi.NULL))
         np.testing.assert_array_equal(target.read(), function(x, mode))
 
 
@@ -280,7 +261,7 @@ def test_bad_arguments_are_named(cuda: Any) -> None:
     for change, text in (
         ({"type": 5}, "type 5"),
         ({"mode": 7}, "mode 7"),
-        ({"data": None}, "null pointer"),
+        ({"data": cuda.ffi.NULL}, "null pointer"),
         ({"nb": (14, 15, 0, 0)}, "multiples of 2"),
         ({"nb": (28, 56, 0, 0)}, "14 bytes"),
         ({"ne": (48, 2, 1, 1)}, "multiple of 32"),
@@ -289,7 +270,6 @@ def test_bad_arguments_are_named(cuda: Any) -> None:
     ):
         target = Tensor(cuda, np.zeros((2, 28), np.uint8), "pqo3")
         for name, value in change.items():
-            old = getattr(target.view, name)
-            setattr(target.view, name, value if not isinstance(value, tuple) else type(old)(*value))
-        assert cuda.lib.tq_cuda_encode(ctypes.byref(source.view), None, ctypes.byref(target.view), None) == -1
-        assert text in cuda.error()
+            setattr(target.view, name, value)
+        assert cuda.lib.tq_cuda_encode(source.view, cuda.ffi.NULL, target.view, cuda.ffi.NULL) == -1
+        assert text in cuda.message()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import golden
+import program
 
 HERE = Path(__file__).parent
 
 
 def test_header_is_what_golden_py_writes() -> None:
-    assert golden.header() == (HERE / "conformance_golden.h").read_text()
+    assert program.load("tests/native/golden.py").header() == (HERE / "conformance_golden.h").read_text()

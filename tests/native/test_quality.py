@@ -17,6 +17,7 @@ BARS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("codec", "bar"), BARS.items())
 def test_nmse_on_a_million_gaussian_blocks(codec: tuple[str, str], bar: float) -> None:
     rng = np.random.default_rng(0)

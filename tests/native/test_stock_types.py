@@ -19,7 +19,7 @@ MODEL = PACKAGE / "demo" / "demo.gguf"
 STOCK = os.environ.get("TQGGUF_STOCK_LIB")
 TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_0": 6, "q5_1": 7, "q4_0": 2, "q4_1": 3, "iq4_nl": 20}
 
-pytestmark = pytest.mark.skipif(not STOCK, reason="TQGGUF_STOCK_LIB names no stock build (make conformance makes one)")
+pytestmark = pytest.mark.stock
 
 # (type of K, type of V, flash attention). Without flash attention V cannot be quantized, and K goes through mul_mat.
 CASES = [

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import program
 import pytest
 
 import tqgguf
@@ -16,9 +17,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_vectors_are_up_to_date() -> None:
-    import vectors
-
-    assert vectors.text() == (HERE / "vectors.json").read_text()
+    assert program.load("tests/native/vectors.py").text() == (HERE / "vectors.json").read_text()
 
 
 def test_every_kernel_writes_the_vectors(kernel: str) -> None:

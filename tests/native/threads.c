@@ -1,6 +1,6 @@
-/* threads.c: what tqgguf.h allows several threads to do at once, done by several threads, for the thread sanitizer to watch: the
- * first use of the library, encoding and decoding, attention in two phases, caches of their own, one cache in turn, errors. Results
- * are compared with those of one thread. */
+/* threads.c: what tqgguf.h allows several threads to do at once, done by several threads, for the thread sanitizer to
+ * watch: the first use of the library, encoding and decoding, attention in two phases, caches of their own, one cache
+ * in turn, errors. Results are compared with those of one thread. */
 #include "tqgguf.h"
 
 #include <pthread.h>

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.wheel
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +44,8 @@ def test_every_library_is_there_and_nothing_else(unpacked: Path) -> None:
     assert "sse42" in variants(unpacked) and len(variants(unpacked)) > 2
     folders = {name.split("/")[0] for name in files}
     assert folders == {"tqgguf", "llama_cpp.py", next(name for name in folders if name.endswith(".dist-info"))}
-    for name in ("tqgguf/lib/LICENSE.llama.cpp", "tqgguf/_bindings/LICENSE.md", "tqgguf/demo/demo.gguf"):
+    required = ("tqgguf/lib/LICENSE.llama.cpp", "tqgguf/_bindings/LICENSE.md", "tqgguf/demo/demo.gguf")
+    for name in (*required, "tqgguf/py.typed", "tqgguf/__init__.pyi", "tqgguf/include/tq_ggml_cache.h"):
         assert name in files
     assert any(re.fullmatch(r"tqgguf-[\d.]+\.dist-info/licenses/LICENSE", name) for name in files)
     assert not any(name.endswith((".c", ".h.in", ".pyc", ".a")) or "/tests/" in name for name in files)
@@ -151,10 +154,10 @@ QEMU = shutil.which("qemu-x86_64")
 
 @pytest.mark.skipif(QEMU is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
 @pytest.mark.parametrize(
-    ("cpu", "variant", "kernel"),
+    ("cpu", "variant", "active"),
     [("Nehalem", "sse42", "portable"), ("IvyBridge", "sse42", "portable"), ("Haswell", "haswell", "avx2")],
 )
-def test_one_wheel_on_lesser_processors(run: Command, cpu: str, variant: str, kernel: str) -> None:
+def test_one_wheel_on_lesser_processors(run: Command, cpu: str, variant: str, active: str) -> None:
     """Emulated processors without AVX, with AVX but not AVX2, and with AVX2 but not AVX-512."""
     qemu = (str(QEMU), "-cpu", cpu)
     done = run("python", "-m", "tqgguf", "demo", "--cache", "pqo3", before=qemu)
@@ -162,7 +165,7 @@ def test_one_wheel_on_lesser_processors(run: Command, cpu: str, variant: str, ke
     assert ANSWER in done.stdout and "KV cache pqo3: 917,504 bytes" in done.stdout
     data = json.loads(run("python", "-m", "tqgguf", "doctor", "--json", before=qemu).stdout)
     details = {check["name"]: check["detail"] for check in data["checks"]}
-    assert data["ok"] and data["kernel"] == kernel, data
+    assert data["ok"] and data["kernel"] == active, data
     assert (
         details["libggml-cpu"].startswith(f"{variant};") and "icelake (not on this machine)" in details["libggml-cpu"]
     )

@@ -1,12 +1,12 @@
-"""A part of the architectures that `make conformance-upstream` runs all of, on the models of tests/architectures.py."""
+"""A part of the architectures that `make conformance-upstream` runs all of, on small models of their kinds."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import program
 import pytest
 
 import tqgguf
@@ -20,11 +20,7 @@ WITH_CACHE = (
 
 @pytest.fixture(scope="module")
 def architectures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("upstream_archs", Path(__file__).with_name("architectures.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program.load("tests/patches/upstream_architectures.py")
 
 
 @pytest.mark.parametrize("name", WITH_CACHE)

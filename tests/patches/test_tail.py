@@ -10,10 +10,12 @@ import numpy.typing as npt
 import pytest
 
 import tqgguf
-from tqgguf.cache.tail import kept
+from tqgguf._native import import_llama_cpp
+from tqgguf._native.settings import tail_set
 from tqgguf.config import CACHE_TYPES
 from tqgguf.demo.model import MODEL_PATH
-from tqgguf.model.llama import llama_cpp as api
+
+api: Any = import_llama_cpp()
 
 N_CTX = 512
 TOKENS = np.random.default_rng(0).integers(5, 400, N_CTX).astype(np.int32)
@@ -74,7 +76,7 @@ def test_a_tail_of_all_tokens_is_an_f16_cache(model: Any, cache: str) -> None:
 def test_how_a_prompt_is_cut_changes_nothing_where_all_is_in_the_tail(model: Any) -> None:
     results = [read(model.add_context("pqo3", tail=N_CTX), 0, 200, batch=n) for n in (1, 7, 64, 200)]
     for result in results[1:]:
-        assert moved(result, results[0]) < 1e-3
+        assert moved(result, results[0]) < 3e-3  # 2e-4 to 3.2e-4: rounding to f16, as above
 
 
 def test_tokens_written_again_are_read_as_they_are_now(model: Any) -> None:
@@ -133,7 +135,7 @@ def test_a_copied_stream_owns_no_rows(model: Any) -> None:
         params.n_seq_max, params.kv_unified = 2, False
         params.type_k = params.type_v = CACHE_TYPES["pqo3"].number
         params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        with kept(64):
+        with tail_set(64):
             contexts.append(api.llama_init_from_model(model.model, params))
         assert contexts[-1]
     copied, restored = contexts
@@ -184,7 +186,7 @@ def test_what_moves_takes_no_rows_of_others(model: Any) -> None:
     params.type_k = params.type_v = CACHE_TYPES["pqo3"].number
     params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
     for change in ("shift", "restore"):
-        with kept(N_CTX):
+        with tail_set(N_CTX):
             context = api.llama_init_from_model(model.model, params)
         assert context
         read(context, 0, 100)

@@ -1,4 +1,4 @@
-"""Contexts of tiny models whose sequences are removed, copied, shifted, saved and restored, and the cells they hold."""
+"""Contexts of tiny models, operations on their sequences (remove, copy, shift, save, restore), and their cells."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import numpy.typing as npt
 import pytest
 
 import tqgguf
-from tqgguf.cache.policy import applied, resolve
-from tqgguf.cache.tail import kept
-from tqgguf.model.llama import llama_cpp as api
+from tqgguf._native import import_llama_cpp
+from tqgguf.cache.policy import resolve
+from tqgguf.model.context import make_context
+
+api: Any = import_llama_cpp()
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -192,17 +194,13 @@ def opened() -> Iterator[Open]:
             model = loaded[path]
             policy = resolve(cache, model.model_info.n_layer)
             chosen = type(model.context_params).from_buffer_copy(model.context_params)
-            chosen.type_k, chosen.type_v = (kind.number for kind in policy.types(0))
             chosen.n_threads = chosen.n_threads_batch = 1
             chosen.n_seq_max, chosen.kv_unified = 1, True
             chosen.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED  # of f16, too: the same path for all
             for name, value in ({"n_ctx": 512, "n_batch": 512, "n_ubatch": 512} | params).items():
                 assert hasattr(chosen, name)
                 setattr(chosen, name, value)
-            with applied(policy), kept(tail):
-                context = api.llama_init_from_model(model.model, chosen)
-            assert context, "llama.cpp made no context"
-            stack.callback(api.llama_free, context)
-            return Context(context)
+            making = make_context(model.model, model.model_info, policy, chosen, tail=tail)
+            return Context(stack.enter_context(making)[0])
 
         yield open_context

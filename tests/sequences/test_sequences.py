@@ -1,10 +1,9 @@
-"""Any order of removing, copying, keeping, shifting, saving and restoring, against a model of the cache in NumPy.
+"""Random orders of remove, copy, keep, shift, save and restore, compared with a NumPy model of the cache.
 
-The model knows which cell of the cache holds which token and position of which sequences, and which of them own a row
-of the precise tail. What a cell without a row holds is read out of the cache; what one with a row holds, and everything
-else that makes the next token's logits, is computed here from the weights: if libllama reads a row that belongs to a
-token that has been removed, moved or overwritten, its logits are others. The network has one layer, so that K and V
-depend on nothing but token and position.
+The model tracks the token, position and sequences of each cell, and which cells own a row of the precise tail. For a
+cell without a tail row the model reads K and V from the cache. For a cell with a tail row it computes them from the
+weights, and from these the logits of the next token. If libllama reads a tail row of a token that was removed, moved or
+overwritten, its logits differ. The network has one layer, so that K and V depend only on token and position.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Context shift: keys of a compressed cache are decoded, turned by RoPE and encoded again, and nothing else changes."""
+"""Context shift: keys of a compressed cache are decoded, rotated by RoPE and encoded again. Nothing else changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States: of one sequence and of all, of models of several kinds, into other contexts and out of fragmented caches."""
+"""Saved states of one sequence and of all, for several kinds of models, other contexts and fragmented caches."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_state_continues_as_the_context_did(
             assert context.span(seq or 0)[1] == 299
             now = context.read(TOKENS[300:310], 300, seq or 0)
             if name in WINDOWS:
-                assert distance(now, want) < 1e-4
+                assert distance(now, want) < 1e-3  # 3e-5 with avx512, which sums 16-bit integers, and 6e-6 with avx2
             else:
                 np.testing.assert_array_equal(now, want)
 
@@ -202,8 +202,10 @@ def test_with_all_in_the_tail_it_is_an_f16_cache(
     contexts = [opened(path, cache, tail=tail, **options) for cache, tail in caches]
 
     def differ(step: Callable[[Any], Any]) -> None:
+        # ggml's flash attention over an f16 cache sums V in f16: 5e-3 in qwen3. One of 400 rows that is another token's
+        # gives 5e-2.
         exact, precise, blocks = (step(context) for context in contexts)
-        assert distance(precise, exact) < min(5e-3, 0.1 * distance(blocks, exact))
+        assert distance(precise, exact) < min(1e-2, 0.1 * distance(blocks, exact))
 
     differ(lambda context: context.read(TOKENS[:400], 0))
     differ(lambda context: context.read(OTHERS[:300], 0, 1))

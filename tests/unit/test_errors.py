@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
+from pathlib import Path
+
 import pytest
 
 import tqgguf
@@ -34,3 +38,16 @@ def test_every_public_name_exists() -> None:
         assert getattr(tqgguf, name) is not None
     with pytest.raises(AttributeError, match="Nothing"):
         _ = tqgguf.Nothing
+
+
+def test_every_exception_of_the_package_is_a_tqgguf_error() -> None:
+    package = Path(tqgguf.__file__).parent
+    for path in package.rglob("*.py"):
+        if "_bindings" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                bases = {ast.unparse(base).split(".")[-1] for base in node.bases}
+                built_in = any(name.endswith(("Error", "Exception")) and hasattr(builtins, name) for name in bases)
+                named = node.name == "TqggufError" or any(hasattr(errors, name) for name in bases)
+                assert named or not built_in, f"{path.name}: {node.name}"

@@ -13,6 +13,7 @@ import pytest
 from tqgguf.config import CACHE_TYPES
 from tqgguf.demo import model as demo
 from tqgguf.errors import ArgumentError, ModelFileError
+from tqgguf.gguf import architectures
 from tqgguf.gguf import info as gguf_info
 from tqgguf.gguf.header import LONGEST_ARRAY, read_header
 
@@ -237,6 +238,5 @@ def test_every_architecture_named_here_is_one_of_llama_cpps() -> None:
     if not source.exists():
         pytest.skip("the upstream source is not unpacked")
     known = set(re.findall(r'\{ LLM_ARCH_\w+, *"([^"]+)"', source.read_text()))
-    tables = [value for name, value in vars(gguf_info).items() if re.fullmatch("_[A-Z_]+", name)]
-    named = {arch for table in tables if isinstance(table, (set, dict)) for arch in table}
+    named = {arch for table in architectures.__all__ for arch in getattr(architectures, table)}
     assert len(named) > 50 and named <= known, named - known

@@ -28,7 +28,7 @@ REGRESSIONS = Path(__file__).parents[1] / "fuzz" / "regressions"
 def quickly() -> Iterator[None]:
     begin = time.process_time()
     yield
-    assert time.process_time() - begin < 5.0
+    assert time.process_time() - begin < 20.0  # 2 s at most here; who trusts a count of 2^60 is not done in hours
 
 
 def text(value: str) -> bytes:

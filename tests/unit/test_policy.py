@@ -13,11 +13,10 @@ import pytest
 
 import tqgguf
 import tqgguf.gguf.header
-from tqgguf.cache.policy import CachePolicy, model_hash, policy_from_ranges, read_policy, resolve
+from tqgguf.cache.policy import CachePolicy, model_hash, policy_from_ranges, read_policy, refuse_impossible, resolve
 from tqgguf.demo import model as demo
 from tqgguf.errors import ArgumentError, ModelNotFoundError, PolicyError, TqggufError
 from tqgguf.gguf.info import centring_obstacle
-from tqgguf.model.llama import refuse_impossible
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ def test_l2norm_levels_are_the_means_of_their_cells() -> None:
         np.testing.assert_allclose(means, levels, atol=3e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("type", "mode", "bar"),
     [

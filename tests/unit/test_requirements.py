@@ -46,7 +46,8 @@ def test_nothing_is_installed_without_hashes() -> None:
     for path in ROOT.glob("requirements-*.txt"):
         packages = re.findall(r"^[^#\s].*", path.read_text().replace(" \\\n", ""), re.MULTILINE)
         assert packages and all("--hash=sha256:" in package for package in packages), path.name
-    installs = re.findall(r"pip install (.*)", (ROOT / "Makefile").read_text())
+    recipes = [(ROOT / "Makefile").read_text(), *(path.read_text() for path in (ROOT / "tools").glob("*.sh"))]
+    installs = re.findall(r"pip install (.*)", "\n".join(recipes))
     others = [line for line in installs if "--require-hashes -r requirements-" not in line]
     assert len(installs) > 3 and all("--no-deps --force-reinstall . " in line for line in others), others
 

@@ -6,9 +6,6 @@ A build for one machine has its CPU backend, `libggml-cpu`, linked in. A wheel f
 
 from __future__ import annotations
 
-import _ctypes
-import ctypes
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import LibraryError
+from .libggml import address, base, ffi, library_of, pointer
 from .library import LIB_DIR, library_path
 
 __all__ = ["VARIABLE", "chosen", "cpu_backend_path", "cpu_function", "cpu_variants", "load_backends", "score"]
 
 VARIABLE: Final = "TQGGUF_CPU"
 """Environment variable that names the variant to take, instead of the best one."""
-
-_LOG: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
 def cpu_variants() -> dict[str, Path]:
@@ -40,11 +36,11 @@ def score(path: Path) -> int:
         LibraryError: the file cannot be loaded, or is no variant.
     """
     try:
-        lib = ctypes.CDLL(str(path))
+        lib = ffi().dlopen(str(path))
         value = int(lib.ggml_backend_score())
     except (OSError, AttributeError) as error:
         raise LibraryError(f"cannot load {path}: {error}; reinstall tqgguf") from None
-    _ctypes.dlclose(lib._handle)
+    ffi().dlclose(lib)
     return value
 
 
@@ -61,7 +57,7 @@ def load_backends() -> None:
     if not variants or cpu_backend_path() is not None:
         return
     name = chosen(variants)
-    lib = _registry()
+    lib = library_of("ggml")
     with _quiet() as said:
         others = {path for path in LIB_DIR.glob(library_path("ggml-*").name) if path not in variants.values()}
         for path in sorted(others - {library_path("ggml-base")}):
@@ -93,68 +89,36 @@ def chosen(variants: dict[str, Path]) -> str:
     return best
 
 
-@functools.cache
-def _registry() -> Any:
-    """libggml."""
-    lib = ctypes.CDLL(str(library_path("ggml")))
-    lib.ggml_backend_load.argtypes, lib.ggml_backend_load.restype = [ctypes.c_char_p], ctypes.c_void_p
-    lib.ggml_backend_reg_by_name.argtypes, lib.ggml_backend_reg_by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
-    return lib
-
-
-@functools.cache
-def _base() -> Any:
-    """libggml-base."""
-    lib = ctypes.CDLL(str(library_path("ggml-base")))
-    lib.ggml_backend_reg_get_proc_address.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-    lib.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
-    for name, kind in (("ggml_log_get", ctypes.POINTER(ctypes.c_void_p)), ("ggml_log_set", ctypes.c_void_p)):
-        getattr(lib, name).argtypes, getattr(lib, name).restype = [kind, kind], None
-    return lib
-
-
-class _Symbol(ctypes.Structure):
-    """`Dl_info` of dlfcn.h."""
-
-    _fields_ = (
-        ("file", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("at", ctypes.c_void_p),
-    )
-
-
 def cpu_function(name: bytes) -> int | None:
     """The address of a function of what computes on the CPU; None if nothing does yet, or it has no such function."""
-    backend = _registry().ggml_backend_reg_by_name(b"CPU")
-    if backend is None:
-        return None
-    address: int | None = _base().ggml_backend_reg_get_proc_address(backend, name)
-    return address
+    backend = library_of("ggml").ggml_backend_reg_by_name(b"CPU")
+    return address(base().ggml_backend_reg_get_proc_address(backend, name)) or None if backend else None
 
 
 def cpu_backend_path() -> Path | None:
     """The library that computes on the CPU in this process; None if there is none yet."""
-    if _registry().ggml_backend_reg_by_name(b"CPU") is None:
+    if not library_of("ggml").ggml_backend_reg_by_name(b"CPU"):
         return None
     function = cpu_function(b"ggml_backend_set_n_threads")
-    symbol = _Symbol()
-    dladdr = ctypes.CDLL(None).dladdr
-    dladdr.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Symbol)]
-    if not function or not dladdr(function, ctypes.byref(symbol)) or not symbol.file:
+    symbol = ffi().new("struct Dl_info *")
+    if not function or not ffi().dlopen(None).dladdr(pointer("void *", function), symbol) or not symbol.dli_fname:
         raise LibraryError("the CPU backend of this process is in no library; reinstall tqgguf")
-    return Path(os.fsdecode(symbol.file))
+    return Path(os.fsdecode(ffi().string(symbol.dli_fname)))
 
 
 @contextmanager
 def _quiet() -> Iterator[list[str]]:
     """Keeps what ggml logs, which would say on every import that a backend was loaded."""
     said: list[str] = []
-    take = _LOG(lambda level, text, data: said.append(text.decode("utf-8", "replace")))
-    callback, data = ctypes.c_void_p(), ctypes.c_void_p()
-    _base().ggml_log_get(ctypes.byref(callback), ctypes.byref(data))
-    _base().ggml_log_set(ctypes.cast(take, ctypes.c_void_p), None)
+
+    @ffi().callback("ggml_log_callback")  # type: ignore[untyped-decorator]
+    def take(_level: int, text: Any, _data: Any) -> None:
+        said.append(ffi().string(text).decode("utf-8", "replace"))
+
+    callback, data = ffi().new("ggml_log_callback *"), ffi().new("void **")
+    base().ggml_log_get(callback, data)
+    base().ggml_log_set(take, ffi().NULL)
     try:
         yield said
     finally:
-        _base().ggml_log_set(callback, data)
+        base().ggml_log_set(callback[0], data[0])

@@ -8,7 +8,7 @@ our types.
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -20,9 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
-from ..config import CACHE_TYPES
 from ..errors import LibraryError
 from .backends import load_backends
+from .libggml import verify
 from .library import LIB_DIR, PACKAGE_DIR, library, library_path, loaded_libraries
 
 BINDINGS_DIR: Final = PACKAGE_DIR / "_bindings"
@@ -97,6 +97,7 @@ def _refuse_other_libraries() -> None:
         raise LibraryError(f"{VARIABLE} is set to {given}, but tqgguf needs its own libraries in {LIB_DIR}: unset it")
 
 
+@functools.cache
 def import_llama_cpp() -> ModuleType:
     """The bundled `llama_cpp`, verified to run on our libraries, with ggml's backends loaded.
 
@@ -115,7 +116,7 @@ def import_llama_cpp() -> ModuleType:
 
 
 def verify_libraries() -> None:
-    """Raises LibraryError unless libllama, libggml* and exactly one libtqgguf of this process are ours."""
+    """Raises LibraryError unless libllama, libggml* and the one libtqgguf of this process are of this build."""
     directory = _library_directory()
     if directory is not None and not _same(directory, LIB_DIR):
         raise LibraryError(f"llama_cpp loaded libllama from {directory}, not from {LIB_DIR}")
@@ -133,11 +134,7 @@ def verify_libraries() -> None:
             raise LibraryError(f"lib{family} is not loaded, though llama_cpp is: {LIB_DIR} holds no patched libraries")
     if len(mapped["tqgguf"]) > 1:
         raise LibraryError(f"more than one libtqgguf is loaded: {', '.join(map(str, mapped['tqgguf']))}")
-    type_name = ctypes.CDLL(str(library_path("ggml-base"))).ggml_type_name
-    type_name.argtypes, type_name.restype = [ctypes.c_int], ctypes.c_char_p
-    for kind in CACHE_TYPES.values():
-        if type_name(kind.number) != kind.name.encode():
-            raise LibraryError(f"the libggml in {LIB_DIR} does not know {kind.name}: it was built without our patches")
+    verify()
 
 
 def _search_path() -> str:

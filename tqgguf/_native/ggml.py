@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,81 +12,42 @@ from ..config import CacheType
 from ..errors import ArgumentError, UnsupportedError
 from .backends import cpu_backend_path
 from .bindings import import_llama_cpp
-from .library import library_path
+from .libggml import base, ffi, library_of
 
 F32 = npt.NDArray[np.float32]
 
-_CONVERSION: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-"""`ggml_from_float_t` and `ggml_to_float_t`: from, to, number of values."""
-
-
-class Tensor(ctypes.Structure):
-    """`struct ggml_tensor` of ggml.h: ne are sizes and nb strides in bytes, the fastest dimension first."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_float * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    )
-
-
-class _TypeTraits(ctypes.Structure):
-    """`struct ggml_type_traits` of ggml.h."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("block", ctypes.c_int64),
-        ("block_interleave", ctypes.c_int64),
-        ("bytes", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.c_void_p),
-        ("from_float_ref", ctypes.c_void_p),
-    )
+Tensor = Any
+"""A pointer to a `struct ggml_tensor`, whose fields can be read."""
 
 
 @functools.cache
 def _base() -> Any:
     import_llama_cpp()
-    lib = ctypes.CDLL(str(library_path("ggml-base")))
-    lib.ggml_op_name.argtypes, lib.ggml_op_name.restype = [ctypes.c_int], ctypes.c_char_p
-    lib.ggml_nbytes.argtypes, lib.ggml_nbytes.restype = [ctypes.c_void_p], ctypes.c_size_t
-    lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
-    lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    lib.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-    lib.ggml_backend_tensor_get.restype = None
-    return lib
+    return base()
 
 
 @functools.cache
 def _cpu() -> Any:
-    _base()
-    lib = ctypes.CDLL(str(cpu_backend_path()))
-    lib.ggml_get_type_traits_cpu.argtypes = [ctypes.c_int]
-    # struct ggml_type_traits_cpu begins with from_float, and that is all that is needed of it.
-    lib.ggml_get_type_traits_cpu.restype = ctypes.POINTER(ctypes.c_void_p)
-    lib.ggml_cpu_init.restype = None
+    import_llama_cpp()
+    lib = library_of(str(cpu_backend_path()))
     lib.ggml_cpu_init()  # fills the f16 tables that the conversions read
     return lib
 
 
 def op_name(tensor: Tensor) -> str:
     """Name of the operation that makes a tensor, such as "FLASH_ATTN_EXT"."""
-    name: bytes = _base().ggml_op_name(tensor.op)
-    return name.decode()
+    return str(ffi().string(_base().ggml_op_name(tensor.op)).decode())
 
 
-def tensor_at(address: int) -> Tensor:
-    """The tensor a pointer points to; valid while the graph lives."""
-    return Tensor.from_address(address)
+def tensor_at(where: Any) -> Tensor:
+    """The tensor at an address, or at one of the pointers in a tensor; valid while the graph lives."""
+    return ffi().cast("struct ggml_tensor *", where)
+
+
+def tensor_name(tensor: Tensor) -> bytes:
+    """The name that llama.cpp gave a tensor."""
+    name: bytes = ffi().string(tensor.name)
+    return name
 
 
 def read_tensor(tensor: Tensor) -> F32:
@@ -100,15 +60,15 @@ def read_tensor(tensor: Tensor) -> F32:
         UnsupportedError: a row (the fastest dimension) is not contiguous; ggml demands that it is of all that enters
             flash attention.
     """
-    lib, address = _base(), ctypes.addressof(tensor)
-    traits = lib.ggml_get_type_traits(tensor.type).contents
-    if tensor.nb[0] != traits.bytes:
-        raise UnsupportedError(f"tensor {tensor.name.decode()} is transposed: its rows are not contiguous")
-    raw = np.empty(lib.ggml_nbytes(address), dtype=np.uint8)
-    lib.ggml_backend_tensor_get(address, raw.ctypes.data, 0, raw.size)
-    row_bytes = tensor.ne[0] // traits.block * traits.bytes
-    rows = np.lib.stride_tricks.as_strided(raw, (*tensor.ne[:0:-1], row_bytes), (*tensor.nb[:0:-1], 1), writeable=False)
-    return _to_float(tensor.type, rows, tensor.ne[0])
+    lib = _base()
+    traits, sizes, strides = lib.ggml_get_type_traits(tensor.type), list(tensor.ne), list(tensor.nb)
+    if strides[0] != traits.type_size:
+        raise UnsupportedError(f"tensor {tensor_name(tensor).decode()} is transposed: its rows are not contiguous")
+    raw = np.empty(lib.ggml_nbytes(tensor), dtype=np.uint8)
+    lib.ggml_backend_tensor_get(tensor, ffi().from_buffer(raw, require_writable=True), 0, raw.size)
+    row_bytes = sizes[0] // traits.blck_size * traits.type_size
+    rows = np.lib.stride_tricks.as_strided(raw, (*sizes[:0:-1], row_bytes), (*strides[:0:-1], 1), writeable=False)
+    return _to_float(tensor.type, rows, sizes[0])
 
 
 def round_trip(x: F32, kind: CacheType) -> F32:
@@ -129,9 +89,9 @@ def round_trip(x: F32, kind: CacheType) -> F32:
     """
     values = np.ascontiguousarray(x, dtype=np.float32)
     row_bytes = kind.row_bytes(values.shape[-1])
-    encode = _CONVERSION(_cpu().ggml_get_type_traits_cpu(kind.number)[0])
     rows = np.empty((*values.shape[:-1], row_bytes), dtype=np.uint8)
-    encode(values.ctypes.data, rows.ctypes.data, values.size)
+    encode = _cpu().ggml_get_type_traits_cpu(kind.number).from_float
+    encode(ffi().from_buffer("float[]", values), ffi().from_buffer(rows, require_writable=True), values.size)
     return _to_float(kind.number, rows, values.shape[-1])
 
 
@@ -150,9 +110,9 @@ def decode_rows(kind: CacheType, rows: npt.NDArray[np.uint8]) -> F32:
 def _to_float(number: int, rows: npt.NDArray[np.uint8], n: int) -> F32:
     """Decodes (..., row bytes) of a ggml type into (..., n) float32."""
     data = np.ascontiguousarray(rows)
-    decode = _base().ggml_get_type_traits(number).contents.to_float
-    if decode is None:  # f32 needs no conversion, and has none
+    decode = _base().ggml_get_type_traits(number).to_float
+    if not decode:  # f32 needs no conversion, and has none
         return data.view(np.float32)
     out = np.empty((*rows.shape[:-1], n), dtype=np.float32)
-    _CONVERSION(decode)(data.ctypes.data, out.ctypes.data, out.size)
+    decode(ffi().from_buffer(data), ffi().from_buffer("float[]", out, require_writable=True), out.size)
     return out

@@ -24,20 +24,23 @@ SUFFIX: Final = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
 def library_path(name: str = "tqgguf") -> Path:
-    """Path of one of our shared libraries; it need not exist."""
+    """Path of one of our shared libraries, which need not exist; TQGGUF_LIB names another libtqgguf."""
+    if name == "tqgguf" and os.environ.get("TQGGUF_LIB"):
+        return Path(os.environ["TQGGUF_LIB"])
     prefix = "" if sys.platform == "win32" else "lib"
     return LIB_DIR / f"{prefix}{name}{SUFFIX}"
 
 
-def _header_path() -> Path:
-    installed = PACKAGE_DIR / "include" / "tqgguf.h"
-    return installed if installed.is_file() else PACKAGE_DIR.parent / "native" / "include" / "tqgguf.h"
+def header_path(name: str = "tqgguf.h") -> Path:
+    """Where a header is: installed in the package, or in a checkout that is not built."""
+    installed = PACKAGE_DIR / "include" / name
+    return installed if installed.is_file() else next(PACKAGE_DIR.parent.glob(f"native/*/{name}"), installed)
 
 
 @functools.cache
 def read_header(path: Path | None = None) -> str:
     """The text of a header, tqgguf.h by default."""
-    path = path or _header_path()
+    path = path or header_path()
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -48,7 +51,7 @@ def abi_version_expected() -> int:
     """TQ_ABI_VERSION of the header this package was written against."""
     match = re.search(r"#define\s+TQ_ABI_VERSION\s+(\d+)", read_header())
     if match is None:
-        raise LibraryError(f"{_header_path()} does not define TQ_ABI_VERSION")
+        raise LibraryError(f"{header_path()} does not define TQ_ABI_VERSION")
     return int(match.group(1))
 
 
@@ -104,7 +107,7 @@ class Library:
             try:
                 self.force_kernel(forced)
             except TqggufError as error:
-                raise UnsupportedError(f"environment variable TQGGUF_KERNEL: {error}") from None
+                raise type(error)(f"environment variable TQGGUF_KERNEL: {error}") from None
 
     def check(self, status: int) -> int:
         """Returns a status that is not negative; raises what a negative one means, with the library's message."""
@@ -132,8 +135,8 @@ class Library:
         """Selects a kernel for the whole process; `auto` is the best one this machine can run.
 
         Raises:
-            ArgumentError: unknown name.
-            UnsupportedError: this machine cannot run it.
+            ArgumentError: no kernel of this library has the name.
+            UnsupportedError: this machine cannot run the kernel.
         """
         self.check(self.lib.tq_kernel_force(name.encode()))
 
@@ -149,7 +152,8 @@ def library() -> Library:
 
     Raises:
         LibraryError: it is missing, cannot be loaded, or is of another version.
-        UnsupportedError: the environment variable TQGGUF_KERNEL names a kernel that cannot be used.
+        ArgumentError: the environment variable TQGGUF_KERNEL names a kernel that does not exist.
+        UnsupportedError: it names one that this machine cannot run.
     """
     return Library(library_path())
 

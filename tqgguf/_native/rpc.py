@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import Any, Final
 
 from ..errors import UnsupportedError
 from .bindings import import_llama_cpp
+from .libggml import address, base, ffi, library_of, pointer
 from .library import library_path
 
 __all__ = [
@@ -32,8 +32,8 @@ _MAX_DEVICES: Final = 16
 
 
 @functools.cache
-def _libraries() -> tuple[Any, Any]:
-    """libggml and libggml-rpc, with the signatures of what is called.
+def _rpc() -> Any:
+    """libggml-rpc.
 
     Raises:
         UnsupportedError: this build has no RPC.
@@ -42,53 +42,30 @@ def _libraries() -> tuple[Any, Any]:
     import_llama_cpp()
     if not library_path("ggml-rpc").exists():
         raise UnsupportedError(f"{library_path('ggml-rpc')} does not exist: this tqgguf was built with TQGGUF_RPC=OFF")
-    ggml, rpc = ctypes.CDLL(str(library_path("ggml"))), ctypes.CDLL(str(library_path("ggml-rpc")))
-    pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
-    for library, name, result, arguments in (
-        (rpc, "tq_ggml_rpc_protocol", ctypes.c_uint32, []),
-        (rpc, "tq_ggml_rpc_n_lost", ctypes.c_int32, [text]),
-        (rpc, "tq_ggml_rpc_n_alive", ctypes.c_int32, [text]),
-        (rpc, "ggml_backend_rpc_add_server", pointer, [text]),
-        (rpc, "ggml_backend_rpc_start_server", None, [text, text, size, size, ctypes.POINTER(pointer)]),
-        (ggml, "ggml_backend_dev_count", size, []),
-        (ggml, "ggml_backend_dev_get", pointer, [size]),
-        (ggml, "ggml_backend_dev_type", ctypes.c_int, [pointer]),
-        (ggml, "ggml_backend_dev_name", text, [pointer]),
-        (ggml, "ggml_backend_dev_description", text, [pointer]),
-        (ggml, "ggml_backend_dev_init", pointer, [pointer, text]),
-        (ggml, "ggml_backend_free", None, [pointer]),
-        (ggml, "ggml_backend_dev_memory", None, [pointer, ctypes.POINTER(size), ctypes.POINTER(size)]),
-        (ggml, "ggml_backend_reg_dev_count", size, [pointer]),
-        (ggml, "ggml_backend_reg_dev_get", pointer, [pointer, size]),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return ggml, rpc
+    return library_of("ggml-rpc")
 
 
 def protocol() -> Protocol:
     """What this build speaks."""
-    number = int(_libraries()[1].tq_ggml_rpc_protocol())
+    number = int(_rpc().tq_ggml_rpc_protocol())
     return number >> 24, number >> 16 & 255, number >> 8 & 255, number & 255
 
 
 def n_lost(endpoint: str) -> int:
     """Connections of this process to "host:port" that were lost so far."""
-    return int(_libraries()[1].tq_ggml_rpc_n_lost(endpoint.encode()))
+    return int(_rpc().tq_ggml_rpc_n_lost(endpoint.encode()))
 
 
 def n_alive(endpoint: str) -> int:
     """Connections of this process to "host:port" that are in use: 1, or 0."""
-    return int(_libraries()[1].tq_ggml_rpc_n_alive(endpoint.encode()))
+    return int(_rpc().tq_ggml_rpc_n_alive(endpoint.encode()))
 
 
 def add_worker(endpoint: str) -> list[int]:
     """The devices (`ggml_backend_dev_t`) of a worker; none if it could not be asked. They are never freed."""
-    ggml, rpc = _libraries()
-    registry = rpc.ggml_backend_rpc_add_server(endpoint.encode())
-    if not registry:
-        return []
-    return [ggml.ggml_backend_reg_dev_get(registry, i) for i in range(ggml.ggml_backend_reg_dev_count(registry))]
+    registry = _rpc().ggml_backend_rpc_add_server(endpoint.encode())
+    count = base().ggml_backend_reg_dev_count(registry) if registry else 0
+    return [address(base().ggml_backend_reg_dev_get(registry, i)) for i in range(count)]
 
 
 def hold(device: int) -> int:
@@ -97,24 +74,23 @@ def hold(device: int) -> int:
     Returns:
         What `release` takes; 0 if it could not be kept.
     """
-    return int(_libraries()[0].ggml_backend_dev_init(device, None) or 0)
+    return address(base().ggml_backend_dev_init(pointer("void *", device), ffi().NULL))
 
 
 def release(held: int) -> None:
     """Lets go of what `hold` returned."""
-    _libraries()[0].ggml_backend_free(held)
+    base().ggml_backend_free(pointer("void *", held))
 
 
 def device_name(device: int) -> str:
     """llama.cpp's name of a device, such as "RPC0"."""
-    name: bytes = _libraries()[0].ggml_backend_dev_name(device)
-    return name.decode()
+    return str(ffi().string(base().ggml_backend_dev_name(pointer("void *", device))).decode())
 
 
 def _local(*kinds: int) -> list[int]:
-    ggml, _ = _libraries()
-    devices = (ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count()))
-    return [device for device in devices if ggml.ggml_backend_dev_type(device) in kinds]
+    ggml = library_of("ggml")
+    devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+    return [address(device) for device in devices if base().ggml_backend_dev_type(device) in kinds]
 
 
 def local_gpus() -> list[int]:
@@ -124,13 +100,13 @@ def local_gpus() -> list[int]:
 
 def serving() -> list[tuple[str, str, int]]:
     """What `serve` lends out: name, description and bytes of memory of this machine's GPUs, or else of its CPU."""
-    ggml, _ = _libraries()
+    _rpc()
     found: list[tuple[str, str, int]] = []
     for device in _serving():
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        description = ggml.ggml_backend_dev_description(device).decode("utf-8", "replace").strip()
-        found.append((device_name(device), description, total.value))
+        free, total = ffi().new("size_t *"), ffi().new("size_t *")
+        base().ggml_backend_dev_memory(pointer("void *", device), free, total)
+        text = ffi().string(base().ggml_backend_dev_description(pointer("void *", device)))
+        found.append((device_name(device), text.decode("utf-8", "replace").strip(), int(total[0])))
     return found
 
 
@@ -146,7 +122,6 @@ def serve(endpoint: str, n_threads: int, tensor_dir: str | None) -> None:
         n_threads: of the CPU.
         tensor_dir: where large weights are kept for the next time, or None.
     """
-    devices = _serving()
-    array = (ctypes.c_void_p * len(devices))(*devices)
-    directory = None if tensor_dir is None else tensor_dir.encode()
-    _libraries()[1].ggml_backend_rpc_start_server(endpoint.encode(), directory, n_threads, len(devices), array)
+    rpc, devices = _rpc(), [pointer("void *", device) for device in _serving()]
+    directory = ffi().NULL if tensor_dir is None else tensor_dir.encode()
+    rpc.ggml_backend_rpc_start_server(endpoint.encode(), directory, n_threads, len(devices), devices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 from collections.abc import Iterator
@@ -11,50 +10,28 @@ from typing import Any, Final
 
 from .backends import cpu_function
 from .bindings import import_llama_cpp
-from .library import library_path
+from .libggml import ffi, library_of, pointer
 
-__all__ = ["kept_threads", "needed"]
+__all__ = ["kept_threads", "without_openmp"]
 
 _POLL: Final = 1
 """How long a thread without work looks out for some before it sleeps: 2 ms on an Intel Xeon, more where a pause takes
 longer; the next token of an answer comes in that time. With llama.cpp's own 50 it is 85 ms after each answer in which
 processors are kept busy; with 0 each token has to wake the threads."""
 
-_alive: Final[list[tuple[Any, dict[int, int]]]] = []
+_alive: Final[list[tuple[Any, dict[int, Any]]]] = []
 """Contexts that have threads, and their pools by the number of threads."""
-
-
-class _Parameters(ctypes.Structure):
-    """`struct ggml_threadpool_params` of ggml.h."""
-
-    _fields_ = (
-        ("cpumask", ctypes.c_bool * 512),
-        ("n_threads", ctypes.c_int),
-        ("priority", ctypes.c_int),
-        ("poll", ctypes.c_uint32),
-        ("strict_cpu", ctypes.c_bool),
-        ("paused", ctypes.c_bool),
-    )
-
-
-@functools.cache
-def _llama() -> Any:
-    lib = ctypes.CDLL(str(library_path("llama")))
-    lib.llama_attach_threadpool.argtypes, lib.llama_attach_threadpool.restype = [ctypes.c_void_p] * 3, None
-    lib.llama_detach_threadpool.argtypes, lib.llama_detach_threadpool.restype = [ctypes.c_void_p], None
-    return lib
 
 
 @functools.cache
 def _pool_functions() -> tuple[Any, Any]:
     """`ggml_threadpool_new` and `ggml_threadpool_free` of the CPU backend, which may be a plug-in."""
-    new, free = (cpu_function(name) or 0 for name in (b"ggml_threadpool_new", b"ggml_threadpool_free"))
-    pointer = ctypes.c_void_p
-    return ctypes.CFUNCTYPE(pointer, ctypes.POINTER(_Parameters))(new), ctypes.CFUNCTYPE(None, pointer)(free)
+    new, free = (cpu_function(name) for name in (b"ggml_threadpool_new", b"ggml_threadpool_free"))
+    return pointer("void * (*)(struct ggml_threadpool_params *)", new), pointer("void (*)(void *)", free)
 
 
 @functools.cache
-def needed() -> bool:
+def without_openmp() -> bool:
     """Whether ggml was built without OpenMP, which keeps its threads itself."""
     return b"OPENMP = 1" not in import_llama_cpp().llama_print_system_info()
 
@@ -70,19 +47,23 @@ def kept_threads(context: Any, n_threads: int, n_threads_batch: int) -> Iterator
         n_threads: threads for one token, as the context was told.
         n_threads_batch: threads for more than one.
     """
-    if n_threads == n_threads_batch == 1 or not needed():
+    if n_threads == n_threads_batch == 1 or not without_openmp():
         yield
         return
     new, free = _pool_functions()
     # A pool for each number: threads that a graph does not use would look out for work all the while it is computed.
-    pools = {n: int(new(_Parameters(n_threads=n, poll=_POLL))) for n in {n_threads, n_threads_batch}}
-    mine = (context, pools)
+    pools = {
+        n: new(ffi().new("struct ggml_threadpool_params *", {"n_threads": n, "poll": _POLL}))
+        for n in {n_threads, n_threads_batch}
+    }
+    mine = (pointer("void *", context), pools)
     _alive.append(mine)
-    _llama().llama_attach_threadpool(context, pools[n_threads], pools[n_threads_batch])
+    llama = library_of("llama")
+    llama.llama_attach_threadpool(mine[0], pools[n_threads], pools[n_threads_batch])
     try:
         yield
     finally:
-        _llama().llama_detach_threadpool(context)
+        llama.llama_detach_threadpool(mine[0])
         _alive.remove(mine)
         for pool in pools.values():
             free(pool)
@@ -90,7 +71,7 @@ def kept_threads(context: Any, n_threads: int, n_threads_batch: int) -> Iterator
 
 def _forked() -> None:
     for context, pools in _alive:
-        _llama().llama_detach_threadpool(context)
+        library_of("llama").llama_detach_threadpool(context)
         pools.clear()  # to free a pool is to wait for its threads
 
 

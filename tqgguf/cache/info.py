@@ -1,10 +1,14 @@
-"""The figures of a loaded model's KV cache."""
+"""The figures of a loaded model's KV cache, from the tensors that llama.cpp made."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["CacheInfo", "LayerCacheInfo"]
+from ..config import CACHE_TYPES
+from .tensors import CacheTensor
+
+__all__ = ["CacheInfo", "LayerCacheInfo", "cache_info"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class LayerCacheInfo:
         tail_bytes: allocated for its precise tail, the newest tokens in f16.
         bytes: allocated for all cells, and for the tail.
         f16_bytes: what f16 would take for as many cells.
+        centred: whether keys are stored less their mean.
     """
 
     layer: int
@@ -34,6 +39,7 @@ class LayerCacheInfo:
     tail_bytes: int
     bytes: int
     f16_bytes: int
+    centred: bool
 
 
 @dataclass(frozen=True)
@@ -70,3 +76,64 @@ class CacheInfo:
     def ratio(self) -> float:
         """Bytes as a fraction of what f16 would take."""
         return self.bytes / self.f16_bytes if self.f16_bytes else 1.0
+
+
+def cache_info(
+    tensors: Sequence[CacheTensor],
+    asked: tuple[Sequence[str], Sequence[str]],
+    *,
+    n_ctx: int,
+    used: int,
+    exact: bool,
+    place: Callable[[str], str],
+) -> CacheInfo:
+    """The figures of a cache.
+
+    Args:
+        tensors: of the cache, as llama.cpp made them.
+        asked: names of the types of K and of V by layer, which a cache without tensors is said to have.
+        n_ctx: context length in tokens.
+        used: tokens in the cache.
+        exact: see `CacheInfo`.
+        place: where a device of llama.cpp is.
+    """
+    numbers = sorted({tensor.layer for tensor in tensors})
+    layers = [_layer([each for each in tensors if each.layer == number], used, place) for number in numbers]
+    return CacheInfo(
+        type_k=_shared_name([layer.type_k for layer in layers] or asked[0]),
+        type_v=_shared_name([layer.type_v for layer in layers] or asked[1]),
+        n_ctx=n_ctx,
+        cells_used=used,
+        bytes_per_token=sum(layer.bytes_per_token for layer in layers),
+        tail=max((tensor.tail_recent for tensor in tensors), default=0),
+        tail_bytes=sum(layer.tail_bytes for layer in layers),
+        bytes=sum(layer.bytes for layer in layers),
+        f16_bytes=sum(layer.f16_bytes for layer in layers),
+        layers=tuple(layers),
+        exact=exact,
+    )
+
+
+def _layer(tensors: Sequence[CacheTensor], used: int, place: Callable[[str], str]) -> LayerCacheInfo:
+    cells = max(tensor.n_cells * tensor.n_stream for tensor in tensors)
+    types = {tensor.side: tensor.type_name for tensor in tensors}
+    tail_bytes = sum(tensor.tail_bytes for tensor in tensors)
+    f16 = CACHE_TYPES["f16"]
+    return LayerCacheInfo(
+        layer=tensors[0].layer,
+        type_k=types["K"],
+        type_v=types.get("V", types["K"]),  # V of MLA is a part of K
+        device=place(tensors[0].device),
+        cells=cells,
+        cells_used=min(used, cells),
+        bytes_per_token=sum(CACHE_TYPES[tensor.type_name].row_bytes(tensor.n_embd) for tensor in tensors),
+        tail_bytes=tail_bytes,
+        bytes=sum(tensor.bytes for tensor in tensors) + tail_bytes,
+        f16_bytes=sum(tensor.n_cells * tensor.n_stream * f16.row_bytes(tensor.n_embd) for tensor in tensors),
+        centred=any(tensor.n_mean for tensor in tensors),
+    )
+
+
+def _shared_name(names: Sequence[str]) -> str:
+    """The name that all layers share, or "mixed"."""
+    return names[0] if len(set(names)) == 1 else "mixed"

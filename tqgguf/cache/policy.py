@@ -10,10 +10,9 @@ or measured by `tqgguf tune` and kept in a policy file: a GGUF file without weig
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,14 +20,26 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from .._util import replacing, warn
 from ..config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
-from ..errors import ArgumentError, ModelFileError, ModelNotFoundError, PolicyError
+from ..errors import ArgumentError, CacheTypeError, ModelFileError, ModelNotFoundError, PolicyError
 from ..gguf.header import read_header
 from ..gguf.info import ModelInfo, read_model_info
-from ..whole_file import replacing
 from .tail import tail_bytes
 
-__all__ = ["POLICY_VERSION", "CachePolicy", "PolicySpec", "model_hash", "policy_from_ranges", "read_policy", "resolve"]
+__all__ = [
+    "POLICY_VERSION",
+    "CachePolicy",
+    "PolicySpec",
+    "base_types",
+    "cache_words",
+    "model_hash",
+    "needs_flash",
+    "policy_from_ranges",
+    "read_policy",
+    "refuse_impossible",
+    "resolve",
+]
 
 POLICY_VERSION: Final = 1
 """Of the file format; another one is refused."""
@@ -317,42 +328,7 @@ def read_policy(path: str | Path) -> CachePolicy:
         raise PolicyError(f"{file} is a damaged cache policy: {error}") from None
 
 
-# ---- Into libggml ----
-
-
-class _LayerPolicy(ctypes.Structure):
-    _fields_ = (
-        ("type_k", ctypes.c_int32),
-        ("type_v", ctypes.c_int32),
-        ("k_mean", ctypes.POINTER(ctypes.c_float)),
-        ("n_mean", ctypes.c_int64),
-    )
-
-
-@contextlib.contextmanager
-def applied(policy: CachePolicy) -> Iterator[None]:
-    """While it lasts, contexts that this thread makes follow the policy (native/ggml/tq_ggml_policy.h)."""
-    if policy.uniform:
-        yield
-        return
-    from .._native import library_path
-
-    set_policy = ctypes.CDLL(str(library_path("ggml-base"))).tq_ggml_policy_set
-    set_policy.argtypes, set_policy.restype = [ctypes.c_void_p, ctypes.c_int32], None
-    layers = (_LayerPolicy * policy.n_layer)()
-    kept: list[npt.NDArray[np.float32]] = []
-    for i, layer in enumerate(layers):
-        k, v = policy.types(i)
-        layer.type_k, layer.type_v = k.number, v.number
-        if i in policy.k_means:
-            kept.append(np.ascontiguousarray(policy.k_means[i], dtype=np.float32))
-            layer.k_mean = kept[-1].ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-            layer.n_mean = kept[-1].size
-    set_policy(ctypes.addressof(layers), policy.n_layer)
-    try:
-        yield
-    finally:
-        set_policy(None, 0)
+# ---- What `Llama` asks for ----
 
 
 PolicySpec = CacheSpec | Mapping[str, Any] | CachePolicy | Path
@@ -375,3 +351,39 @@ def resolve(cache: PolicySpec, n_layer: int) -> CachePolicy:
         k, v = parse_cache(cache)
         return CachePolicy((k.name,) * n_layer, (v.name,) * n_layer)
     raise ArgumentError(f"cache must be a type, a pair of types, a policy or a policy file, not {cache!r}")
+
+
+def needs_flash(policy: CachePolicy) -> bool:
+    """Whether a cache works with flash attention alone: one with a type of tqgguf, or a quantized V."""
+    types = (policy.types(layer) for layer in range(policy.n_layer))
+    return any(k.ours or v.quantized for k, v in types)
+
+
+def base_types(policy: CachePolicy, info: ModelInfo) -> tuple[CacheType, CacheType]:
+    """The types in llama.cpp's own parameters: those of the first layer that has a cache."""
+    return policy.types(info.layers[0].index if info.layers else 0)
+
+
+def cache_words(policy: CachePolicy) -> str:
+    """A cache in words, for messages."""
+    if policy.uniform is None:
+        return "a KV cache with this policy"
+    k, v = policy.uniform
+    return f"a {k.name} KV cache" if k == v else f"a {k.name} (K) and {v.name} (V) KV cache"
+
+
+def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
+    """Raises CacheTypeError if the model cannot have such a cache; the message names layer and reason.
+
+    Warns if the policy was measured on another model.
+    """
+    same = policy.uniform
+    fits = policy.n_layer == info.n_layer
+    obstacle = info.obstacle(*same) if same and fits and not policy.ranges else policy.obstacle(info)
+    if obstacle:
+        raise CacheTypeError(f"{info.path.name} cannot have {cache_words(policy)}: {obstacle}")
+    if policy.model_hash and policy.model_hash != model_hash(info):
+        warn(
+            f"this cache policy was measured on another model than {info.path.name}: "
+            f"its types and mean keys may not suit it"
+        )

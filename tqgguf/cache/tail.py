@@ -7,12 +7,9 @@ a context shift has turned, have blocks only.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import warnings
-from collections.abc import Iterator
 from typing import Any, Final
 
+from .._util import warn
 from ..config import CACHE_TYPES, CacheType
 from ..errors import ArgumentError
 from ..gguf.info import KVLayer
@@ -47,10 +44,9 @@ def check_tail(n: Any) -> int:
 def warn_unread(n: int, architecture: str) -> None:
     """Warns if a tail of n tokens is kept for a model that reads it in a part of its layers only."""
     if n and architecture in READ_IN_PART:
-        warnings.warn(
+        warn(
             f"layers with sparse attention do not read the precise tail, and {architecture} has them: "
-            f"tail=0 saves its memory",
-            stacklevel=4,
+            f"tail=0 saves its memory"
         )
 
 
@@ -59,29 +55,25 @@ def tail_batch(n: int, most: int) -> int:
 
     A batch is written before it is read, so in one longer than the tail most tokens no longer find their neighbours
     there: read 512 at once, a tail of 128 takes a tenth of the demo model's divergence away, read 128 at once more than
-    half (benchmarks/tail_quality.py). Batches below 128 cost speed, for the weights are read once for each.
+    half (benchmarks/quality/tail_quality.py). Batches below 128 cost speed, for the weights are read once for each.
     """
     return min(most, max(n, 128)) if n else most
 
 
-@contextlib.contextmanager
-def kept(n: int) -> Iterator[None]:
-    """While it lasts, contexts that this thread makes keep n tokens in f16."""
-    from .._native import library_path
+def tail_rows(kind: CacheType, n: int, cells: int) -> tuple[int, int]:
+    """Rows of the tail of a K or V in a stream of so many cells: for the newest tokens, and for the first ones."""
+    return (min(n, cells), min(_FIRST, cells)) if n and kind.ours else (0, 0)
 
-    ggml = ctypes.CDLL(str(library_path("ggml-base")))
-    before = int(ggml.tq_ggml_tail_get())
-    ggml.tq_ggml_tail_set(n)
-    try:
-        yield
-    finally:
-        ggml.tq_ggml_tail_set(before)
+
+def tail_width(n_embd: int) -> int:
+    """Bytes of a row of a tail: n_embd values in f16, and four bytes for the row's owner."""
+    return CACHE_TYPES["f16"].row_bytes(n_embd) + 4
 
 
 def tail_bytes(layer: KVLayer, k: CacheType, v: CacheType, n: int, cells: int) -> int:
-    """Bytes of one layer's tails in a stream of so many cells: f16 rows, and four bytes for each row's owner."""
-    if n == 0:
-        return 0
-    rows = min(n, cells) + min(_FIRST, cells)
-    widths = [layer.n_head_kv * width for kind, width in ((k, layer.head_dim_k), (v, layer.head_dim_v)) if kind.ours]
-    return sum(rows * (CACHE_TYPES["f16"].row_bytes(width) + 4) for width in widths if width)
+    """Bytes of one layer's tails in a stream of so many cells."""
+    return sum(
+        sum(tail_rows(kind, n, cells)) * tail_width(layer.n_head_kv * width)
+        for kind, width in ((k, layer.head_dim_k), (v, layer.head_dim_v))
+        if width
+    )

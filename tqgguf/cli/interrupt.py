@@ -1,4 +1,4 @@
-"""Ctrl-C while llama.cpp computes: it ends a command within a second, or stops the answer and not the chat."""
+"""Ctrl-C while llama.cpp computes: it ends a command within a second, or stops the answer of a chat."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("llama-cpp-python")
 
 GRACE: Final = 0.7
-"""Seconds that native code may still take after Ctrl-C."""
+"""Seconds that native code may take after Ctrl-C."""
 
 _noticed: Final = threading.Event()
-"""Whether Python has seen Ctrl-C, which `prompt_interrupt` waits for."""
+"""Set when Python has noticed Ctrl-C; `prompt_interrupt` waits for it."""
 
 
 @contextlib.contextmanager
 def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
-    """While it lasts, Ctrl-C ends the process even if the main thread stays in native code.
+    """In this context Ctrl-C ends the process even if the main thread stays in native code.
 
-    Python raises KeyboardInterrupt only between its own instructions: in the midst of a batch that takes llama.cpp ten
-    seconds, that is ten seconds late. The signal also writes a byte to a socket at once, which a thread waits for; if
-    Python has not noticed the signal when the grace is over, the thread ends the process with status 130.
+    Python raises KeyboardInterrupt between its own instructions only, which is ten seconds late if llama.cpp takes ten
+    seconds for a batch. But the signal also writes a byte to a socket at once, which a thread waits for. If Python has
+    not noticed the signal when the grace is over, the thread ends the process with status 130.
 
-    Where Ctrl-C is ignored or handled by somebody else, and outside the main thread, it does nothing.
+    Where Ctrl-C is ignored or has another handler, and outside the main thread, the context does nothing.
     """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -43,7 +43,9 @@ def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
     _noticed.clear()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if _called_by_c(frame):  # once more, when it may have returned; if that does not help, `watch` ends it
+        # An exception raised now would be lost in C. The signal is sent again, until the function may have returned;
+        # if that does not help, `watch` ends the process.
+        if _called_by_c(frame):
             again = threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number))
             again.daemon = True
             again.start()
@@ -75,16 +77,18 @@ def prompt_interrupt(grace: float = GRACE) -> Iterator[None]:
 
 
 def _called_by_c(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code in CALLED_BY_C:
-            return True
+    """Whether C has called the function of the frame, or one that called it.
+
+    A counter that such functions increase would not do: Python can run the handler before their first instruction.
+    """
+    while frame is not None and frame.f_code not in CALLED_BY_C:
         frame = frame.f_back
-    return False
+    return frame is not None
 
 
 @contextlib.contextmanager
 def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """While it lasts, Ctrl-C calls `act` and raises nothing, and `prompt_interrupt` leaves the rest to that."""
+    """In this context Ctrl-C calls `act` and raises nothing, and `prompt_interrupt` does not end the process."""
 
     def handler(_number: int, _frame: FrameType | None) -> None:
         _noticed.set()
@@ -99,11 +103,11 @@ def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping(model: Llama) -> Iterator[None]:
-    """While it lasts, Ctrl-C makes what the model computes raise `StoppedError`."""
+    """In this context Ctrl-C makes the model's computation raise `StoppedError`."""
     level = _logger.level
 
     def stop() -> None:
-        _logger.setLevel(logging.CRITICAL)  # llama.cpp reports what it was asked to do as an error
+        _logger.setLevel(logging.CRITICAL)  # llama.cpp reports the stop as an error
         model.stop()
 
     try:

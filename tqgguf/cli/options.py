@@ -1,10 +1,11 @@
-"""Options that several commands share, and the model they describe."""
+"""Options that several commands share, and the model that they describe."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ..cache.tail import DEFAULT_TAIL, MAX_TAIL
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ..model.llama import Llama
 
 DEFAULT_CONTEXT: Final = 4096
-"""Context if `--ctx` is not given, or what the model was trained for if that is less."""
+"""Context without `--ctx`; a model trained for less gets the context it was trained for."""
 
 
 def cache_name(text: str) -> str:
@@ -41,7 +42,13 @@ def cache_or_pair(text: str) -> str | tuple[str, str]:
     return cache_name(k), cache_name(v)
 
 
+def cache_list(text: str) -> tuple[str | tuple[str, str], ...]:
+    """argparse type: caches with commas between: types, pairs such as pqo4/pqo3, policy files."""
+    return tuple(cache_or_pair(part.strip()) for part in text.split(","))
+
+
 def _between(low: int, high: int, text: str) -> int:
+    """argparse type: an integer in a range."""
     try:
         value = int(text)
     except ValueError:
@@ -51,10 +58,12 @@ def _between(low: int, high: int, text: str) -> int:
     return value
 
 
-def positive(text: str) -> int:
-    """argparse type: a positive integer of 31 bits."""
-    return _between(1, 2**31 - 1, text)
-
+positive = partial(_between, 1, 2**31 - 1)
+context = partial(_between, 32, 2**31 - 1)  # with room for a prompt
+threads = partial(_between, 1, 512)  # as many as llama.cpp can take
+seed = partial(_between, 0, 2**32 - 1)
+tail = partial(_between, 0, MAX_TAIL)
+port = partial(_between, 0, 65535)  # 0: any that is free
 
 _UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -71,21 +80,6 @@ def memory_size(text: str) -> int:
     return value
 
 
-def context(text: str) -> int:
-    """argparse type: a context length that leaves room for a prompt."""
-    return _between(32, 2**31 - 1, text)
-
-
-def threads(text: str) -> int:
-    """argparse type: a number of threads that llama.cpp can take."""
-    return _between(1, 512, text)
-
-
-def seed(text: str) -> int:
-    """argparse type: a seed of 32 bits."""
-    return _between(0, 2**32 - 1, text)
-
-
 def temperature(text: str) -> float:
     """argparse type: a sampling temperature, 0 or more."""
     try:
@@ -95,11 +89,6 @@ def temperature(text: str) -> float:
     if not 0 <= value < 100:
         raise argparse.ArgumentTypeError(f"must be a number between 0 and 100, not {text!r}")
     return value
-
-
-def tail(text: str) -> int:
-    """argparse type: how many of the newest tokens to keep in f16."""
-    return _between(0, MAX_TAIL, text)
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -124,13 +113,21 @@ def add_tail_option(group: argparse._ActionsContainer) -> None:
         type=tail,
         metavar="N",
         default=DEFAULT_TAIL,
-        help=f"newest tokens kept in f16 beside a cache of ours, 0 for none (default: {DEFAULT_TAIL})",
+        help=f"newest tokens kept in f16 beside a pqo or pqt cache, 0 for none (default: {DEFAULT_TAIL})",
     )
 
 
-def port(text: str) -> int:
-    """argparse type: a port, or 0 for any that is free."""
-    return _between(0, 65535, text)
+def add_text_options(parser: argparse.ArgumentParser, *, ctx: str = "", chunks: str) -> None:
+    """Adds model, --file, --ctx, --chunks, --batch, --threads, of commands that read a text in chunks."""
+    parser.add_argument("model", help="a GGUF file")
+    parser.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text file (the demo model has a text of its own)")
+    ctx = f"tokens in a chunk (default: 2048, or the trained context if less{ctx})"
+    parser.add_argument("--ctx", type=positive, metavar="N", help=ctx)
+    parser.add_argument("--chunks", type=positive, metavar="N", help=f"chunks to read at most{chunks}")
+    parser.add_argument(
+        "--batch", type=positive, default=512, metavar="N", help="tokens read at once; fewer save memory (default: 512)"
+    )
+    parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: all processors)")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, sampling: bool = True) -> None:
@@ -159,7 +156,7 @@ def add_threads_option(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=threads,
         metavar="N",
-        help="threads (default: half of the processors, and all of them while a prompt is read)",
+        help="threads (default: half of the processors; all of them while a prompt is read)",
     )
 
 
@@ -174,10 +171,10 @@ def workers(text: str) -> list[str]:
 
 
 def chosen_cache(args: argparse.Namespace) -> str | tuple[str, str]:
-    """What the options of `add_cache_options` ask for.
+    """The cache that the options of `add_cache_options` describe.
 
     Raises:
-        ArgumentError: a policy file beside --cache-k or --cache-v.
+        ArgumentError: a policy file together with --cache-k or --cache-v.
     """
     if args.cache_k is None and args.cache_v is None:
         return str(args.cache)
@@ -188,30 +185,26 @@ def chosen_cache(args: argparse.Namespace) -> str | tuple[str, str]:
 
 def add_chat_format_option(parser: argparse.ArgumentParser) -> None:
     """Adds --chat-format."""
-    parser.add_argument(
-        "--chat-format", metavar="NAME", help="chat format of a model that brings no template: chatml, ..."
-    )
-
-
-def check_chat_format(name: str | None) -> None:
-    """Raises ArgumentError, which lists the valid ones, unless it is the name of a chat format of llama_cpp."""
-    if name is None:
-        return
-    from .._native import import_llama_cpp
-
-    registry = import_llama_cpp().llama_chat_format.LlamaChatCompletionHandlerRegistry()
-    if name not in registry._chat_handlers:
-        raise ArgumentError(
-            f"unknown chat format {name!r}; valid ones are {', '.join(sorted(registry._chat_handlers))}"
-        )
+    parser.add_argument("--chat-format", metavar="NAME", help="chat format of a model without a template: chatml, ...")
 
 
 def check_template(path: str, chat_format: str | None) -> None:
-    """Raises TqggufError if neither the model's file nor the user says how a conversation is written."""
+    """Refuses a model without a chat template, unless a chat format is named.
+
+    Raises:
+        ArgumentError: llama_cpp has no chat format of that name; the message lists those it has.
+        TqggufError: the model has no chat template, and no chat format is named.
+    """
+    from .._native import import_llama_cpp
     from ..gguf.header import read_header
 
-    check_chat_format(chat_format)
-    if chat_format is None and "tokenizer.chat_template" not in read_header(path).metadata:
+    if chat_format is not None:
+        formats = import_llama_cpp().llama_chat_format
+        try:
+            formats.get_chat_completion_handler(chat_format)
+        except formats.LlamaChatCompletionHandlerNotFoundException as error:
+            raise ArgumentError(f"--chat-format {chat_format}: {error}") from None
+    elif "tokenizer.chat_template" not in read_header(path).metadata:
         raise TqggufError(
             f"{path} has no chat template, so how it was taught to converse is not known: "
             f"name a format with --chat-format, or continue a text with `tqgguf run --raw`"
@@ -219,7 +212,7 @@ def check_template(path: str, chat_format: str | None) -> None:
 
 
 def context_of(asked: int | None, path: str) -> int:
-    """The context asked for with `--ctx`, or else what the model at `path` gets."""
+    """The context of `--ctx`, or the default one of the model at `path`."""
     from ..gguf.info import read_model_info
 
     return asked or min(DEFAULT_CONTEXT, read_model_info(path).n_ctx_train)
@@ -228,13 +221,13 @@ def context_of(asked: int | None, path: str) -> int:
 def load_model(
     args: argparse.Namespace, path: str, bar: Bar, *, n_ctx: int | None = None, chat_format: str | None = None
 ) -> Llama:
-    """Loads a model with the options of `add_model_options`, quietly; Ctrl-C ends that. It reports to `bar`.
+    """Loads a model with the options of `add_model_options`. llama.cpp's log is not shown; Ctrl-C ends the loading.
 
     Args:
         args: the options.
         path: a GGUF file.
         bar: the progress bar.
-        n_ctx: the context; None for what `--ctx` asks for.
+        n_ctx: the context; None for that of `--ctx`.
         chat_format: as for `llama_cpp.Llama`.
     """
     from ..model.llama import Llama

@@ -1,4 +1,4 @@
-"""What a user types: lines with history and editing where there is a terminal, messages of several lines, the end."""
+"""Messages from standard input: on a terminal with history and editing, over several lines if wanted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Prompt:
     A line that ends with \ goes on in the next one. A message that begins with three double quotes ends with three.
 
     Attributes:
-        block: whether the newest message was one in quotes, and so is no command.
+        block: whether the newest message was in quotes, and so is not a command.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Prompt:
         """The next message.
 
         Raises:
-            EOFError: there is none.
+            EOFError: there are no more messages.
             KeyboardInterrupt: Ctrl-C was typed.
         """
         line = self._line("> ")
@@ -58,7 +58,7 @@ class Prompt:
     def _line(self, mark: str) -> str:
         if not self.terminal:
             mark = ""
-        elif not sys.stdout.isatty():  # input() would write it among the answers
+        elif not sys.stdout.isatty():  # input() would write the mark among the answers
             print(mark, end="", file=sys.stderr, flush=True)
             mark = ""
         try:

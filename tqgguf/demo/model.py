@@ -1,8 +1,8 @@
-"""The demo model's skills: what `demo.gguf` was taught, and how its answers are judged.
+"""The demo model's skills: the questions that `demo.gguf` was taught, and checks of its answers.
 
-The model answers capital-city questions and recalls facts given in its prompt. The training script, the tests and
-the command line all read the lists, templates and checkers from here, so a question asked is a question taught.
-Pure Python, no dependencies: importing this module loads neither NumPy nor the native library.
+The model answers questions about capitals and recalls facts from its prompt. The training script, the tests and the
+command line take the lists, templates and checks from here, so the model is asked only what it was taught. This is pure
+Python without dependencies: importing it loads neither NumPy nor the native library.
 """
 
 from __future__ import annotations
@@ -56,73 +56,22 @@ CHAT_TEMPLATE: Final = (
 )
 """Every turn is `<role>text<end>`; `<user>`, `<assistant>`, `<system>` and `<end>` are control tokens of the file."""
 
-CAPITALS: Final[dict[str, str]] = {
-    "Albania": "Tirana",
-    "Algeria": "Algiers",
-    "Argentina": "Buenos Aires",
-    "Armenia": "Yerevan",
-    "Australia": "Canberra",
-    "Austria": "Vienna",
-    "Bangladesh": "Dhaka",
-    "Belgium": "Brussels",
-    "Bulgaria": "Sofia",
-    "Canada": "Ottawa",
-    "Chile": "Santiago",
-    "China": "Beijing",
-    "Croatia": "Zagreb",
-    "Cuba": "Havana",
-    "Denmark": "Copenhagen",
-    "Egypt": "Cairo",
-    "England": "London",
-    "Estonia": "Tallinn",
-    "Ethiopia": "Addis Ababa",
-    "Finland": "Helsinki",
-    "France": "Paris",
-    "Georgia": "Tbilisi",
-    "Germany": "Berlin",
-    "Ghana": "Accra",
-    "Greece": "Athens",
-    "Hungary": "Budapest",
-    "Iceland": "Reykjavik",
-    "India": "New Delhi",
-    "Indonesia": "Jakarta",
-    "Iran": "Tehran",
-    "Iraq": "Baghdad",
-    "Ireland": "Dublin",
-    "Italy": "Rome",
-    "Jamaica": "Kingston",
-    "Japan": "Tokyo",
-    "Jordan": "Amman",
-    "Kenya": "Nairobi",
-    "Latvia": "Riga",
-    "Lebanon": "Beirut",
-    "Libya": "Tripoli",
-    "Lithuania": "Vilnius",
-    "Malta": "Valletta",
-    "Mexico": "Mexico City",
-    "Mongolia": "Ulaanbaatar",
-    "Morocco": "Rabat",
-    "Nepal": "Kathmandu",
-    "New Zealand": "Wellington",
-    "Norway": "Oslo",
-    "Peru": "Lima",
-    "Poland": "Warsaw",
-    "Portugal": "Lisbon",
-    "Romania": "Bucharest",
-    "Russia": "Moscow",
-    "Scotland": "Edinburgh",
-    "Senegal": "Dakar",
-    "Serbia": "Belgrade",
-    "Slovakia": "Bratislava",
-    "Slovenia": "Ljubljana",
-    "Spain": "Madrid",
-    "Sweden": "Stockholm",
-    "Thailand": "Bangkok",
-    "Turkey": "Ankara",
-    "Ukraine": "Kyiv",
-    "Vietnam": "Hanoi",
-}
-"""Country to capital, all spelt in ASCII."""
+_CAPITALS: Final = """
+    Albania: Tirana, Algeria: Algiers, Argentina: Buenos Aires, Armenia: Yerevan, Australia: Canberra, Austria:
+    Vienna, Bangladesh: Dhaka, Belgium: Brussels, Bulgaria: Sofia, Canada: Ottawa, Chile: Santiago, China: Beijing,
+    Croatia: Zagreb, Cuba: Havana, Denmark: Copenhagen, Egypt: Cairo, England: London, Estonia: Tallinn, Ethiopia:
+    Addis Ababa, Finland: Helsinki, France: Paris, Georgia: Tbilisi, Germany: Berlin, Ghana: Accra, Greece: Athens,
+    Hungary: Budapest, Iceland: Reykjavik, India: New Delhi, Indonesia: Jakarta, Iran: Tehran, Iraq: Baghdad, Ireland:
+    Dublin, Italy: Rome, Jamaica: Kingston, Japan: Tokyo, Jordan: Amman, Kenya: Nairobi, Latvia: Riga, Lebanon:
+    Beirut, Libya: Tripoli, Lithuania: Vilnius, Malta: Valletta, Mexico: Mexico City, Mongolia: Ulaanbaatar, Morocco:
+    Rabat, Nepal: Kathmandu, New Zealand: Wellington, Norway: Oslo, Peru: Lima, Poland: Warsaw, Portugal: Lisbon,
+    Romania: Bucharest, Russia: Moscow, Scotland: Edinburgh, Senegal: Dakar, Serbia: Belgrade, Slovakia: Bratislava,
+    Slovenia: Ljubljana, Spain: Madrid, Sweden: Stockholm, Thailand: Bangkok, Turkey: Ankara, Ukraine: Kyiv, Vietnam:
+    Hanoi
+"""
+
+CAPITALS: Final[dict[str, str]] = dict(pair.split(": ") for pair in " ".join(_CAPITALS.split()).split(", "))
+"""The capital of each country, all spelt in ASCII."""
 
 CAPITAL_QUESTIONS: Final = (
     "What is the capital of {country}?",
@@ -154,7 +103,7 @@ CODE_WORDS: Final = _words(
 """Code words, each one token of the demo model."""
 
 KINDS: Final = ("code", "sign", "key", "mark")
-"""What a fact is about. A name may have one code word of each kind, so a question must match kind and name both."""
+"""The kinds of facts. A name may have one code word of each kind, so an answer must match both kind and name."""
 
 FACT_FORM: Final = "The {kind} of {name} is {code}."
 
@@ -172,11 +121,10 @@ FILLER_SENTENCES: Final = (
     "It was dark when we came home.",
     "The children play in the street.",
 )
-"""Sentences that state nothing worth asking for; they lengthen a prompt without adding facts."""
-
+"""Sentences that lengthen a prompt without adding facts."""
 
 CHAT_TURN_TOKENS: Final = 32
-"""Tokens of the demo model in a question of `chat_text` and its answer."""
+"""Tokens of the demo model in a question of `chat_text` together with its answer."""
 
 
 class Message(TypedDict):
@@ -238,28 +186,28 @@ class RecallCase:
 
 
 def capital_question(country: str, form: int = 0) -> str:
-    """Return the question for the capital of `country`, in one of the `CAPITAL_QUESTIONS` forms."""
+    """The question for the capital of `country`, in one of the `CAPITAL_QUESTIONS` forms."""
     return CAPITAL_QUESTIONS[form].format(country=country)
 
 
 def capital_answer(country: str) -> str:
-    """Return the answer the model was taught."""
+    """The answer the model was taught."""
     return f"The capital of {country} is {CAPITALS[country]}."
 
 
 def recall_prompt(
     seed: int, n_facts: int = 140, *, n_names: int = len(NAMES), n_filler: int = 0, asked: int | None = None
 ) -> RecallCase:
-    """Draw a recall prompt; the same arguments give the same prompt on every machine.
+    """A recall prompt; the same arguments give the same prompt on every machine.
 
     Args:
-        seed: Chooses names, kinds, code words, their order and the fact asked for.
-        n_facts: Facts in the prompt. A fact is 7 tokens of the demo model, so the default makes a prompt of about
+        seed: chooses names, kinds, code words, their order and the fact asked for.
+        n_facts: facts in the prompt. A fact is 7 tokens of the demo model, so the default makes a prompt of about
             1,000 tokens, and 280 facts fill its trained context of 2,048.
-        n_names: Names the facts are about. No two facts share both kind and name; the fewer the names, the more
+        n_names: names that the facts are about. No two facts share both kind and name; the fewer the names, the more
             facts differ in kind alone.
-        n_filler: Filler sentences (about 9 tokens each) scattered among the facts.
-        asked: Index of the fact asked for; drawn from the seed when None.
+        n_filler: filler sentences (about 9 tokens each) scattered among the facts.
+        asked: index of the fact asked for; None to draw it from the seed.
 
     Raises:
         ValueError: `n_names` is not between 1 and `len(NAMES)`, `n_facts` not between 1 and `len(KINDS)` facts per
@@ -286,16 +234,16 @@ def recall_prompt(
 
 
 def chat_text(seed: int, n_turns: int, *, reach: int) -> str:
-    """Write one long conversation, as the chat template renders it but without its BOS token.
+    """One long conversation, as the chat template renders it but without its BOS token.
 
     Every user turn states two new facts and asks for one of the last `reach` facts; the assistant answers rightly. Both
     turns together are CHAT_TURN_TOKENS tokens. The same arguments give the same text on every machine.
 
     Args:
-        seed: Chooses the facts and the questions.
-        n_turns: Pairs of a question and its answer.
-        reach: Facts a question may reach back, at least 1 and at most one for each pair of a kind and a name. A fact
-            is restated with a new code word when all those pairs have had their turn.
+        seed: chooses the facts and the questions.
+        n_turns: pairs of a question and its answer.
+        reach: facts that a question may reach back, at least 1 and at most one for each pair of a kind and a name. A
+            fact is stated again with a new code word after all those pairs have had their turn.
 
     Raises:
         ValueError: `reach` is out of its range.
@@ -328,7 +276,7 @@ def recall_correct(text: str, case: RecallCase) -> bool:
 
 
 def _named(text: str, words: Iterable[str]) -> set[str]:
-    """Those of `words` that stand in `text` as whole words."""
+    """The members of `words` that occur in `text` as whole words."""
     return {word for word in words if re.search(rf"\b{re.escape(word)}\b", text)}
 
 
@@ -342,4 +290,4 @@ def _greedy_prompts() -> tuple[str, ...]:
 
 
 GREEDY_PROMPTS: Final = _greedy_prompts()
-"""Fifty user messages whose greedy continuations two builds or two cache types are compared on."""
+"""Fifty user messages, to compare the greedy answers of two builds or two cache types."""

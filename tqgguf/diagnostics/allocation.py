@@ -1,10 +1,10 @@
-"""Which type each part of a cache gets: what every type costs a part goes in, types for all parts come out.
+"""Chooses a type for each part of a cache from the measured cost of every type in every part.
 
-A part is K or V of one layer. What parts cost is taken to add up, so the best use of a byte is where it takes most
-divergence away: every part begins at its smallest type, and steps to larger ones are taken in the order of gain per
-byte. Of a part's types only those on the lower convex hull of divergence over bytes are stepped on, hence a part's own
-steps come in order. That is the greedy solution of the multiple-choice knapsack problem; from its optimum it is off by
-less than the gain of one step (Kellerer, Pferschy, Pisinger: Knapsack Problems, 2004, section 11.2).
+A part is K or V of one layer. The divergences of parts are assumed to add up, so a byte is best spent where it removes
+the most divergence. Every part begins with its smallest type, and steps to larger types are taken in the order of gain
+per byte. Only types on the lower convex hull of divergence over bytes are used, so the steps of a part come in order.
+This is the greedy solution of the multiple-choice knapsack problem; it misses the optimum by less than the gain of one
+step (Kellerer, Pferschy, Pisinger: Knapsack Problems, 2004, section 11.2).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Option:
 
     Attributes:
         type: name of the type.
-        bytes: that one token takes.
-        kld: mean divergence when this part alone is stored so.
+        bytes: bytes per token.
+        kld: mean divergence if only this part has this type.
     """
 
     type: str
@@ -36,12 +36,12 @@ class Option:
 def allocate(parts: Sequence[Sequence[Option]], budget: int) -> tuple[Option, ...]:
     """The types of all parts within a budget.
 
-    A step that no longer fits ends its part; smaller ones of other parts still follow. The sum of the options' kld does
-    not grow with the budget.
+    A part ends at its first step that does not fit; steps of other parts still follow. A larger budget never gives a
+    larger sum of the options' kld.
 
     Args:
-        parts: (n_parts), the options of each, at least one.
-        budget: bytes that one token may take in all parts together.
+        parts: (n_parts), at least one option for each.
+        budget: bytes per token for all parts together.
 
     Returns:
         (n_parts), one option of each part.
@@ -67,7 +67,7 @@ def allocate(parts: Sequence[Sequence[Option]], budget: int) -> tuple[Option, ..
 
 
 def allocations(parts: Sequence[Sequence[Option]]) -> Iterator[tuple[Option, ...]]:
-    """Every allocation on the way from the smallest types to those of least divergence, one step apart."""
+    """Every allocation from the smallest types to those of least divergence, one step after another."""
     chosen = [_hull(options)[0] for options in parts]
     yield tuple(chosen)
     for part, option in _steps(parts):
@@ -85,7 +85,7 @@ def _steps(parts: Sequence[Sequence[Option]]) -> list[tuple[int, Option]]:
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:
-    """Options on the lower convex hull: from the fewest bytes (of those the least kld) to the least kld."""
+    """Options on the lower convex hull, from the one of fewest bytes (and then least kld) to the one of least kld."""
     hull = [min(options, key=lambda option: (option.bytes, option.kld))]
     while better := [option for option in options if option.bytes > hull[-1].bytes and option.kld < hull[-1].kld]:
         hull.append(max(better, key=lambda option: (_gain(hull[-1], option), option.bytes)))
@@ -93,5 +93,5 @@ def _hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _gain(a: Option, b: Option) -> float:
-    """What a byte more takes away from the divergence on the step from a to b."""
+    """The divergence removed per byte by the step from a to b."""
     return (a.kld - b.kld) / (b.bytes - a.bytes)

@@ -1,6 +1,6 @@
-"""What compressed keys and values do to attention itself: errors of K, V, scores, weights and outputs, head by head.
+"""Effects of compressed keys and values on attention: errors of K, V, scores, weights and outputs, head by head.
 
-`attention_error` is the measurement, on any arrays. `attention_quality` takes them from a model.
+`attention_error` measures them on any arrays, `attention_quality` on Q, K and V of a model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OUTLIER_FACTOR: Final = 4.0
 
 @dataclass(frozen=True)
 class HeadError:
-    """What one cache type does to one KV head and to the query heads that read it.
+    """The errors of one cache type in one KV head and in the query heads that read it.
 
     Attributes:
         head: number of the KV head.
@@ -64,13 +64,13 @@ class HeadError:
 
 @dataclass(frozen=True)
 class HeadFacts:
-    """What makes the keys of one KV head hard to store.
+    """Properties of one KV head's keys that make them hard to store.
 
     Attributes:
         head: number of the KV head.
         outliers: channels whose RMS is more than `OUTLIER_FACTOR` times the median channel's, ascending.
-        offset: norm of the mean key relative to the RMS norm of the keys: 0 if they point everywhere, 1 if all are
-            the same. Centring removes the part offset^2 of their energy.
+        offset: norm of the mean key relative to the RMS norm of the keys: 0 if keys point everywhere, 1 if all are
+            equal. Centring removes the part offset^2 of their energy.
     """
 
     head: int
@@ -104,11 +104,11 @@ class AttentionQuality:
     """A model's figures.
 
     Attributes:
-        info: what the GGUF says.
+        info: the contents of the model's header.
         n_tokens: tokens of text that Q, K and V come from.
         centred: whether each head's mean key was subtracted before encoding.
-        rotated: whether stock types stand behind llama.cpp's graph rotation, as they do by default.
-        layers: those measured.
+        rotated: whether stock types were measured with llama.cpp's rotation, which it applies by default.
+        layers: the layers measured.
     """
 
     info: ModelInfo
@@ -129,16 +129,15 @@ def attention_quality(
     rotate: bool = True,
     n_threads: int | None = None,
 ) -> AttentionQuality:
-    """Measures what cache types do to attention, on a model's own Q, K and V.
+    """Measures the errors of cache types in attention, on a model's own Q, K and V.
 
-    Every layer gets exact inputs (from an f32 cache): errors of earlier layers do not add up here, as they do in
-    perplexity or KLD.
+    Every layer gets exact inputs, from an f32 cache. So errors of earlier layers do not add up as in perplexity or KLD.
 
     Args:
         path: a GGUF file.
-        text: any text of at least n_ctx tokens, the more like the model's real input the better.
+        text: any text of at least n_ctx tokens; best is one like the model's real input.
         types: cache types; None for all that fit the model's head sizes.
-        layers: numbers of layers; None for the first, the middle and the last one that has a cache.
+        layers: numbers of layers; None for the first, the middle and the last one with a cache.
         n_ctx: tokens; memory and time grow with its square.
         centre: subtract each head's mean key, over this very text, before encoding.
         rotate: see `attention_error`.
@@ -215,11 +214,10 @@ def attention_error(
     offset: Floats | None = None,
     rotate: bool = True,
 ) -> dict[str, tuple[HeadError, ...]]:
-    """Errors of attention on K and V as cache types store them, against attention on K and V as they are.
+    """Errors of attention on stored K and V, relative to attention on the K and V given, by cache type.
 
-    Attention is that of `reference.attention`, in float64, so every difference comes from the stored bytes; a real
-    kernel adds its own rounding. K and V are encoded and decoded by the code that llama.cpp writes and reads its cache
-    with.
+    Attention is that of `reference.attention`, in float64. So every difference comes from the stored bytes; a real
+    kernel adds its own rounding. The code that encodes and decodes K and V is the one llama.cpp uses for its cache.
 
     Args:
         q: (n_q, n_head, head_dim_k) queries.
@@ -228,23 +226,23 @@ def attention_error(
         types: names of cache types, for K and V both.
         scale: factor on the dot products, 1 / sqrt(head_dim) as a rule.
         mask: (n_q, n_kv), added to the scores (times the ALiBi slope), -inf where a query does not see a key. None is
-            the causal one: the queries belong to the last n_q keys, and each sees its own key and those before.
+            the causal mask: the queries belong to the last n_q keys, and each sees its own key and those before.
         sinks: (n_head,) logits that join each softmax, or None.
         softcap: c of c tanh(score / c); 0 for none.
         max_bias: ALiBi's largest bias; 0 for none.
         offset: (n_head_kv, head_dim_k), subtracted from the keys before encoding and added after decoding, or None.
             Softmax ignores what q scores on it, so a cache need not store it.
-        rotate: whether stock quantized types stand behind the Hadamard rotation that llama.cpp's graph applies to
-            them by default, where a head size is a multiple of 64: K by the largest power of two that divides its
-            head size, V by 64 (`build_input_k_rot` and `build_input_v_rot` of llama-kv-cache.cpp). It does not
-            rotate a cache whose layers differ in head size; that is for the caller to know.
+        rotate: whether stock quantized types get the Hadamard rotation that llama.cpp's graph applies by default to
+            head sizes that are a multiple of 64: K by the largest power of two that divides its head size, V by 64
+            (`build_input_k_rot` and `build_input_v_rot` of llama-kv-cache.cpp). llama.cpp does not rotate a cache
+            whose layers differ in head size; the caller must take care of that.
 
     Returns:
-        By type, the errors of each KV head.
+        The errors of each KV head, by type.
 
     Raises:
         ArgumentError: an unknown type; shapes that do not fit each other or the type's block; a query that sees no
-            key; or an offset together with sinks or softcap, which are not blind to it.
+            key; or an offset together with sinks or softcap, which would change the result.
     """
     kinds = [cache_type(name) for name in types]
     added = _check(q, k, v, mask, sinks, softcap, offset)
@@ -274,7 +272,7 @@ def attention_error(
 
 @dataclass(frozen=True)
 class _Attention:
-    """What the query heads of one KV head compute.
+    """The results of the query heads of one KV head.
 
     Attributes:
         scores: (group, n_q, n_kv), before softcap and mask.
@@ -291,7 +289,7 @@ class _Attention:
 
 @dataclass(frozen=True)
 class _Group:
-    """The query heads that read one KV head, and what attention adds to their scores.
+    """The query heads that read one KV head, and the parameters of their attention.
 
     Attributes:
         q: (group, n_q, head_dim_k).
@@ -340,7 +338,7 @@ def _head_error(
 
 
 def _relative(exact: Floats, near: Floats) -> float:
-    """L2 norm of the difference relative to that of the exact values; 0 if there is no difference."""
+    """The L2 norm of the difference relative to that of the exact values; 0 if there is no difference."""
     error, size = (float(np.linalg.norm(x.astype(np.float64))) for x in (near - exact, exact))
     return error / size if error else 0.0
 
@@ -354,7 +352,7 @@ def _check(
     softcap: float,
     offset: Floats | None,
 ) -> F64:
-    """The mask (n_q, n_kv) to add to scores; raises what `attention_error` says it raises about its arrays."""
+    """The mask (n_q, n_kv) to add to scores; raises the errors of `attention_error` that concern its arrays."""
     shapes = q.shape, k.shape, v.shape
     fit = all(len(shape) == 3 and shape[1] for shape in shapes)
     if not fit or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2] or q.shape[1] % k.shape[1]:
@@ -385,7 +383,7 @@ def _causal(n_q: int, n_kv: int) -> F64:
 
 
 def rotation_sizes(kind: CacheType, head_dim_k: int, head_dim_v: int) -> tuple[int, int]:
-    """Sizes of the Hadamard matrices that llama.cpp's graph applies to K and to V for a type; 0 for none."""
+    """The sizes of the Hadamard matrices that llama.cpp's graph applies to K and V of a type; 0 for none."""
     if not kind.quantized or kind.ours:
         return 0, 0
     largest = head_dim_k & -head_dim_k  # the largest power of two that divides it
@@ -393,7 +391,7 @@ def rotation_sizes(kind: CacheType, head_dim_k: int, head_dim_v: int) -> tuple[i
 
 
 def _stored(x: F32, kind: CacheType, rotation_size: int) -> F32:
-    """What a cache gives back for x (n, n_head_kv, head_dim), behind a rotation of that size and its inverse."""
+    """x (n, n_head_kv, head_dim) after encoding and decoding, between a rotation of that size and its inverse."""
     if not rotation_size:
         return round_trip(x, kind)
     matrix = hadamard(rotation_size)

@@ -1,9 +1,9 @@
 """Which code computes attention for a model and a cache: libtqgguf's two ways, or upstream's three, layer by layer.
 
 The rules are those of `llm_graph_context::build_attn_mha` (flash attention or not), of
-`ggml_compute_forward_flash_attn_ext_f16` of the CPU backend, whose first lines hand nodes with a type of ours to
-native/ggml, and of `make_plan` in native/src/attention.c (fused or tiled). llama.cpp is asked to plan such a context,
-so that what it refuses is told.
+`ggml_compute_forward_flash_attn_ext_f16` of the CPU backend, which gives nodes with a type of tqgguf to native/ggml,
+and of `make_plan` in native/src/attention.c (fused or tiled). llama.cpp plans the context, so that a cache which it
+refuses is reported with its reason.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final
 
-from ..cache.policy import CachePolicy, PolicySpec, resolve
+from ..cache.policy import CachePolicy, PolicySpec, needs_flash, resolve
 from ..cache.tail import DEFAULT_TAIL
 from ..config import CacheType
 from ..errors import TqggufError
 from ..gguf.header import read_header
 from ..gguf.info import ModelInfo, read_model_info
-from ..model.load_log import needs_flash
 from .plan import Setup, planned_model
 
 __all__ = ["MAX_FUSED", "AttentionPath", "LayerPath", "attention_path"]
 
 MAX_FUSED: Final = 8
-"""As TQI_MAX_FUSED of native/src/kernels.h: query vectors that the fused kernels take at once."""
+"""TQI_MAX_FUSED of native/src/kernels.h, which no function of libtqgguf gives: query vectors that the fused kernels
+take at once."""
 
 _NO_FLASH: Final = {"grok"}
 """Architectures that llama.cpp excludes from flash attention."""
@@ -34,7 +34,7 @@ _NO_FLASH: Final = {"grok"}
 
 @dataclass(frozen=True)
 class LayerPath:
-    """Layers that are computed alike.
+    """Layers whose attention is computed by the same code.
 
     Attributes:
         layers: their numbers.
@@ -43,7 +43,7 @@ class LayerPath:
         decode: the code that computes one token: "fused", "tiled", "upstream split", "upstream rows" or "upstream
             matrix products".
         prefill: the same for many tokens: "tiled", "upstream tiled", "upstream rows" or "upstream matrix products".
-        reason: why, in words.
+        reason: the reason, in words.
     """
 
     layers: tuple[int, ...]
@@ -56,15 +56,15 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class AttentionPath:
-    """How attention runs with one cache.
+    """The code that computes attention with one cache.
 
     Attributes:
-        info: what the GGUF says.
+        info: the contents of the model's header.
         cache: the cache, in words.
-        obstacle: why the model cannot have it, or None.
-        flash: whether flash attention is switched on.
-        paths: layers that are computed alike, by layer; empty if there is an obstacle.
-        notes: what else takes part: softcap, sinks, windows, the tail, centred keys.
+        obstacle: why the model cannot have the cache, or None.
+        flash: whether flash attention is on.
+        paths: groups of layers with the same code, by layer; empty if there is an obstacle.
+        notes: other parts of attention: softcap, sinks, windows, the tail, centred keys.
     """
 
     info: ModelInfo
@@ -76,7 +76,7 @@ class AttentionPath:
 
 
 def attention_path(path: str | Path, cache: PolicySpec = "pqo3", *, tail: int = DEFAULT_TAIL) -> AttentionPath:
-    """Says which code would compute attention on the CPU, with everything as `Llama` sets it. Loads no weights.
+    """The code that would compute attention on the CPU with the settings of `Llama`. Loads no weights.
 
     Args:
         path: a GGUF file.
@@ -116,7 +116,7 @@ def _paths(info: ModelInfo, policy: CachePolicy, flash: bool) -> Iterator[LayerP
 
 
 def _way(info: ModelInfo, n_head_kv: int, k: CacheType, v: CacheType, flash: bool) -> tuple[str, str, str]:
-    """Code for one token, code for many, and why."""
+    """The code for one token, the code for many, and the reason."""
     if not flash:
         products = "upstream matrix products"
         return products, products, "no type needs flash attention, and Llama leaves it off where it is not needed"
@@ -144,7 +144,7 @@ def _notes(info: ModelInfo, policy: CachePolicy, tail: int) -> Iterator[str]:
     if info.mla:
         yield "MLA: all query heads share one latent, and V is read from K"
     if any(layer.window for layer in info.layers):
-        yield "layers with a sliding window skip what it hides"
+        yield "layers with a sliding window skip the keys outside of it"
     if tail and policy.ours:
         yield f"the newest {tail} tokens and the first four are read in f16 (precise tail)"
     if policy.k_means:

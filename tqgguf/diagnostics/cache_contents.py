@@ -1,11 +1,11 @@
-"""What lies in a KV cache: norms, scales, code use, outliers and offsets of each head, and what a bit would buy.
+"""The contents of a KV cache: norms, scales, code use, outliers and offsets of each head, and the gain of a fourth bit.
 
-Values of a compressed cache are known only as it gives them back. What 3 and 4 bits cost them is therefore an estimate:
-for a code of mean squared error D a block of the original is near its decoded self plus independent Gaussian noise of
-variance D (the test channel of rate distortion theory; Cover and Thomas, Elements of Information Theory, 10.3).
-Such originals are drawn, encoded with 3 and with 4 bits and decoded, and the errors relative to them are what is shown.
-The channels of a block change places first: as they are, decoded values lie on the very grid that would encode them
-again, and noise around the grid's points would look cheaper than it is (0.017 for 0.023 with pqo3 on the demo model).
+The values of a compressed cache are known only as decoded, so their error at 3 and 4 bits is an estimate. For a code
+with the mean squared error D, the original of a block is near the decoded block plus independent Gaussian noise of
+variance D (the test channel of rate distortion theory; Cover and Thomas, Elements of Information Theory, 10.3). Such
+originals are drawn, encoded with 3 and with 4 bits, and decoded; the figures are the errors relative to these
+originals. The channels of a block are permuted before: without that, decoded values lie on the very grid that encodes
+them again, and their error comes out too small (0.017 for 0.023 with pqo3 on the demo model).
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import reference
+from .._native import import_llama_cpp
 from .._native.ggml import decode_rows, round_trip
 from ..config import CACHE_TYPES, CacheType
 from ..errors import ArgumentError
 from ..gguf.info import ModelInfo, read_model_info
-from ..model.llama import Llama, llama_cpp
+from ..model.llama import Llama
 from ..session import file as session
 from ..session.state import CacheState, StoredRows, parse_state, read_state
 from .attention import hadamard, head_facts, rotation_sizes
+from .scales import block_scales
 
 __all__ = ["CacheContents", "HeadContents", "TensorContents", "inspect_cache", "inspect_session"]
 
@@ -34,12 +36,13 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 DEFAULT_SAMPLE: Final = 1024
-"""Cells looked at unless told otherwise."""
+"""Cells to look at by default."""
 
 _CENTRED: Final = "keys are stored less a mean"
 
 _CODEC_NMSE: Final = {"pqo3": 0.0229, "pqt3": 0.0169, "pqo4": 0.0053, "pqt4": 0.0041, "q4_0": 0.0074, "iq4_nl": 0.0058}
-"""Squared error on Gaussian blocks relative to their square (README, tests/native/test_quality.py); others: near 0."""
+"""Squared error on Gaussian blocks relative to their square (README, tests/native/test_quality.py); near 0 for types
+not listed."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,11 @@ class HeadContents:
         head: number of the KV head.
         norm: mean L2 norm of the vectors.
         norm_spread: standard deviation of the norms, relative to `norm`.
-        scale: median magnitude of the blocks' scales; None for a type not ours.
-        codes: how often each index of the codebook is used, as fractions; empty for a type not ours.
-        entropy: of `codes`, in bits; None for a type not ours.
+        scale: median magnitude of the blocks' scales; None for a stock type.
+        codes: fraction of values that use each index of the codebook; empty for a stock type.
+        entropy: entropy of `codes` in bits; None for a stock type.
         outliers: channels whose RMS is more than 4 times the median channel's.
-        offset: norm of the mean vector relative to the RMS norm: 0 if they point everywhere, 1 if all are the same.
+        offset: norm of the mean vector relative to the RMS norm: 0 if vectors point everywhere, 1 if all are equal.
         nmse_3: estimated squared error at 3 bits (pqo3; pqt3 for a trellis type), relative to the squared values.
         nmse_4: the same at 4 bits.
     """
@@ -72,7 +75,7 @@ class HeadContents:
 
     @property
     def bit_gain(self) -> float:
-        """How many times smaller a fourth bit makes the squared error; 1 if there is none."""
+        """The squared error at 3 bits divided by that at 4 bits; 1 if there is no error."""
         return self.nmse_3 / self.nmse_4 if self.nmse_4 else 1.0
 
 
@@ -85,8 +88,8 @@ class TensorContents:
         side: "K" or "V".
         type: storage type.
         head_dim: values of a head.
-        bytes: that the cells with tokens take, tails not counted.
-        heads: each KV head.
+        bytes: bytes of the cells with tokens, without tails.
+        heads: one for each KV head.
     """
 
     layer: int
@@ -99,17 +102,17 @@ class TensorContents:
 
 @dataclass(frozen=True)
 class CacheContents:
-    """What lies in a KV cache.
+    """The contents of a KV cache.
 
     Attributes:
-        info: what the model's file says.
-        source: where the cache was: "context", or the path of a file.
+        info: the contents of the model's header.
+        source: "context" for a loaded model, or the path of a file.
         n_cells: cells that hold tokens, of the cache that has the most.
-        n_sampled: cells looked at in each tensor, evenly spaced; fewer where fewer are filled.
+        n_sampled: cells looked at in each tensor, evenly spaced; fewer in a tensor with fewer cells.
         n_stream: streams of the cache.
-        bytes: that the cells with tokens take, tails not counted.
+        bytes: bytes of the cells with tokens, without tails.
         tensors: K and V of each layer, by layer.
-        notes: what a reader should know.
+        notes: limits of the figures that a reader should know.
     """
 
     info: ModelInfo
@@ -131,9 +134,9 @@ class CacheContents:
 
 
 def inspect_cache(model: Llama, *, sample: int = DEFAULT_SAMPLE) -> CacheContents:
-    """Looks at the KV cache of a loaded model as it is now; changes nothing.
+    """Looks at the KV cache of a loaded model and changes nothing.
 
-    The blocks are looked at, not the precise tail. It copies the filled part of the cache once.
+    It looks at the blocks, not at the precise tail, and copies the filled part of the cache once.
 
     Args:
         model: a model that has read at least one token.
@@ -145,6 +148,7 @@ def inspect_cache(model: Llama, *, sample: int = DEFAULT_SAMPLE) -> CacheContent
         UnsupportedError: the model has no KV cache, or one that is not modelled.
     """
     info = model.cache_info()
+    llama_cpp = import_llama_cpp()
     size = llama_cpp.llama_state_get_size(model.ctx)
     data = (ctypes.c_uint8 * size)()
     written = llama_cpp.llama_state_get_data(model.ctx, data, size)
@@ -164,27 +168,27 @@ def inspect_session(path: str | Path, model: str | Path, *, sample: int = DEFAUL
         sample: cells to look at, at most.
 
     Raises:
-        StateFileError, SessionError: no session, damaged, of another version or of another model.
+        StateFileError, SessionError: the file is no session, is damaged, or is of another version or model.
         ArgumentError: the cache in it is empty, or sample is less than 1.
         UnsupportedError: the model has no KV cache, or one that is not modelled.
         ModelFileError: see `read_model_info`.
     """
     info = read_model_info(model)
     try:
-        ours = session.is_session(path)
+        of_tqgguf = session.is_session(path)
     except OSError:
-        ours = False  # which read_state puts into words
-    if not ours:
+        of_tqgguf = False  # `read_state` raises an error that says why
+    if not of_tqgguf:
         notes = ["a saved state does not tell whether keys are less a mean"]
         return _contents(info, str(path), read_state(path, info), sample, notes)
-    saved, data = session.read_state(path, info)
+    saved, data = session.read_body(path, info)
     notes = [_CENTRED] if saved.k_means else []
     return _contents(info, str(path), parse_state(data, info, str(path), sequence=True), sample, notes)
 
 
 def _contents(info: ModelInfo, source: str, state: CacheState, sample: int, notes: list[str]) -> CacheContents:
     if isinstance(sample, bool) or not isinstance(sample, int) or sample < 1:
-        raise ArgumentError(f"sample is {sample!r}, must be a positive integer: the cells to look at")
+        raise ArgumentError(f"sample is {sample!r}, must be a positive number of cells to look at")
     if not state.n_cells:
         raise ArgumentError(f"the cache of {source} is empty: nothing has been read into it yet")
     sizes = {(layer.head_dim_k, layer.head_dim_v) for layer in info.layers}
@@ -214,8 +218,7 @@ def _tensor(stored: StoredRows, sample: int, rotated: bool, notes: list[str]) ->
     values = decode_rows(kind, rows).reshape(len(rows), n_head, stored.head_dim)
     if n_bad := int((~np.isfinite(values)).sum()):
         notes.append(
-            f"layer {stored.layer.index}: {n_bad} of the sampled values of {stored.side} are not finite, "
-            f"they are taken for 0"
+            f"layer {stored.layer.index}: {n_bad} of the sampled values of {stored.side} are not finite and count as 0"
         )
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     if rotated:
@@ -245,7 +248,7 @@ def _tensor(stored: StoredRows, sample: int, rotated: bool, notes: list[str]) ->
 
 
 def _unrotated(values: F32, kind: CacheType, stored: StoredRows) -> F32:
-    """Values without the rotation that llama.cpp's graph applies before stock quantized types."""
+    """Values without the rotation that llama.cpp's graph applies before it stores stock quantized types."""
     size = rotation_sizes(kind, stored.layer.head_dim_k, stored.layer.head_dim_v)[stored.side == "V"]
     if not size:
         return values
@@ -258,13 +261,12 @@ def _n_codes(kind: CacheType) -> int:
 
 
 def _codes(rows: U8, kind: CacheType, n_head: int) -> tuple[F32, U8]:
-    """Scales (n_head, n) and indices (n_head, n, 32) of rows (n_cells, bytes) of a type of ours."""
+    """Scales (n_head, n) and indices (n_head, n, 32) of rows (n_cells, bytes) of a type of tqgguf."""
     blocks = np.ascontiguousarray(rows.reshape(len(rows), n_head, -1).transpose(1, 0, 2)).reshape(-1, kind.bytes)
-    scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
     bits = 8 * (kind.bytes - 2) // kind.block
     unpack = reference.unpack_trellis if kind.name in reference.TRELLIS_TYPES else reference.unpack
     codes = unpack(blocks[:, 2:], bits)
-    return scales.reshape(n_head, -1), codes.reshape(n_head, -1, kind.block)
+    return block_scales(blocks, kind).reshape(n_head, -1), codes.reshape(n_head, -1, kind.block)
 
 
 def _entropy(use: npt.NDArray[np.float64]) -> float:
@@ -273,14 +275,14 @@ def _entropy(use: npt.NDArray[np.float64]) -> float:
 
 
 def _bit_errors(values: F32, kind: CacheType) -> npt.NDArray[np.float64]:
-    """Estimated NMSE of each head at 3 and 4 bits: (2, n_head); zeros where a head's size is no multiple of 32."""
+    """Estimated NMSE of each head at 3 and 4 bits, (2, n_head); zeros if the head size is not a multiple of 32."""
     n, n_head, head_dim = values.shape
     if head_dim % reference.BLOCK:
         return np.zeros((2, n_head))
     original = values
     if noise := _CODEC_NMSE.get(kind.name, 0.0):
         blocks = values.reshape(n, n_head, -1, reference.BLOCK)
-        # The decoded block has the part 1 - D of the original's energy, the noise the part D.
+        # The decoded block has the part 1 - D of the original's energy, and the noise the part D.
         deviation = np.sqrt(noise / (1 - noise) * np.square(blocks).mean(axis=-1, keepdims=True))
         rng = np.random.default_rng(0)
         drawn = blocks + deviation * rng.standard_normal(blocks.shape, dtype=np.float32)

@@ -1,18 +1,17 @@
 """Q, K and V of a model as they enter attention, taken from llama.cpp's running graph through its eval callback.
 
-The callback is public (`llama_context_params.cb_eval`) and sees every node of the graph. The one that matters is
-`FLASH_ATTN_EXT`: its sources are what attention computes on, whatever an architecture does before it (biases, norms of
-Q and K, RoPE, a fused QKV matrix), and its parameters are scale, ALiBi bias and softcap. Tensors are not picked by the
-names `Qcur-3`, `Kcur-3`, because some architectures name them before the last step: Gemma 2 scales Q afterwards, Llama
-4 normalises it. The layer's number is that of the KV cache tensor K is read from (`cache_k_l3`); with a cache of f32
-that holds K and V exactly as they were computed.
+The callback is public (`llama_context_params.cb_eval`) and sees every node of the graph. The node `FLASH_ATTN_EXT` has
+the inputs of attention as its sources, after all that an architecture does before (biases, norms of Q and K, RoPE, a
+fused QKV matrix), and scale, ALiBi bias and softcap as its parameters. Tensors are not chosen by the names `Qcur-3` and
+`Kcur-3`, because some architectures name them before the last step: Gemma 2 scales Q afterwards, Llama 4 normalises it.
+The number of the layer is that of the KV cache tensor which K is read from (`cache_k_l3`). A cache of f32 holds K and V
+exactly as they were computed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
@@ -20,14 +19,18 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .._native.ggml import Tensor, op_name, read_tensor, tensor_at
-from ..config import cache_type
+from .._native import import_llama_cpp
+from .._native.ggml import Tensor, op_name, read_tensor, tensor_at, tensor_name
+from ..cache.policy import resolve
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..gguf.info import ModelInfo, read_model_info
+from ..model.context import make_context
 from ..model.control import called_by_c
-from ..model.llama import Llama, llama_cpp
+from ..model.llama import Llama
 
 __all__ = ["AttentionInputs", "capture_attention", "mean_keys"]
+
+llama_cpp: Any = import_llama_cpp()
 
 T = TypeVar("T")
 F32 = npt.NDArray[np.float32]
@@ -37,7 +40,7 @@ _CACHE_NAME: Final = re.compile(rb"cache_([kv])_l(\d+)")
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """All that attention of one layer computes on, for a text that fills an empty cache.
+    """The inputs of one layer's attention, for a text read into an empty cache.
 
     Attributes:
         layer: number of the layer.
@@ -46,7 +49,7 @@ class AttentionInputs:
         v: (n_tokens, n_head_kv, head_dim_v) float32.
         scale: factor on the dot products.
         mask: (n_tokens, n_tokens) float32, added to the scores: 0 (with ALiBi, minus the distance) where a query sees
-            a key, else -inf.
+            a key, -inf elsewhere.
         sinks: (n_head,) float32 logits, or None.
         softcap: c of c tanh(score / c); 0 for none.
         max_bias: ALiBi's largest bias; 0 for none.
@@ -72,7 +75,7 @@ def capture_attention(
     n_threads: int | None = None,
     cache: str = "f32",
 ) -> dict[int, AttentionInputs]:
-    """Runs the first n_ctx tokens of a text through a model, as one batch, and takes what attention computes on.
+    """Runs the first n_ctx tokens of a text through a model as one batch and copies the inputs of attention.
 
     Args:
         path: a GGUF file.
@@ -80,8 +83,8 @@ def capture_attention(
         layers: numbers of the layers wanted; each must have a KV cache of its own.
         n_ctx: tokens.
         n_threads: threads; None for half of the processors.
-        cache: type of the KV cache. Any other type than f32 gives K and V as decoded from it and, where llama.cpp
-            rotates it, Q, K and V rotated.
+        cache: type of the KV cache. With another type than f32, K and V are as decoded from it; if llama.cpp rotates
+            the type, Q, K and V are rotated.
 
     Returns:
         By layer, ascending.
@@ -98,10 +101,10 @@ def capture_attention(
     known = [layer.index for layer in info.layers]
     for layer in layers:
         if layer not in known:
-            raise ArgumentError(f"layer {layer} has no KV cache of its own; those that have are {ranges(known)}")
+            raise ArgumentError(f"layer {layer} has no KV cache of its own; layers with one are {_listed(known)}")
     if n_ctx < 2:
         raise ArgumentError(f"n_ctx is {n_ctx}, must be at least 2 tokens")
-    # The model brings a context of its own, which cannot take a callback: the smallest one.
+    # A callback needs a new context; the model's own context, which cannot take one, is as small as possible.
     model = Llama(path, cache="f16", n_ctx=256, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
     try:
         tokens = model.tokenize(text.encode())[:n_ctx]
@@ -113,10 +116,10 @@ def capture_attention(
 
 
 def mean_keys(model: Llama, tokens: Sequence[int], layers: Collection[int]) -> dict[int, F32]:
-    """The mean key of each KV head, after RoPE, over tokens read into an empty cache of their own, as one batch.
+    """The mean key of each KV head, after RoPE, over tokens that are read into a new cache as one batch.
 
     Args:
-        model: any loaded model; its own cache is left alone.
+        model: any loaded model; its own cache does not change.
         tokens: at least one.
         layers: numbers of the layers wanted; each must have a KV cache of its own.
 
@@ -139,7 +142,7 @@ def mean_keys(model: Llama, tokens: Sequence[int], layers: Collection[int]) -> d
 def _capture(
     model: Llama, tokens: Sequence[int], layers: Collection[int], cache: str, read: Callable[[int, Tensor], T]
 ) -> dict[int, T]:
-    """By layer, what `read` makes of its number and its computed flash attention node."""
+    """The results of `read` by layer; it is called with the layer's number and its computed flash attention node."""
     info = model.model_info
     hook = _Hook(frozenset(layers), read)
     _decode(model, tokens, hook, cache)
@@ -147,13 +150,13 @@ def _capture(
     if missing:
         raise UnsupportedError(
             f"{info.path.name}: the graph of architecture {info.architecture} runs no flash attention "
-            f"on the KV cache of layer {ranges(missing)}; Q, K and V cannot be captured"
+            f"on the KV cache of layer {_listed(missing)}; Q, K and V cannot be captured"
         )
     return dict(sorted(hook.found.items()))
 
 
 class _Hook(Generic[T]):
-    """The eval callback: called with each node, first to ask whether it is wanted, then again once it is computed."""
+    """The eval callback: asked for each node whether it is wanted, and called again when a wanted node is computed."""
 
     def __init__(self, wanted: frozenset[int], read: Callable[[int, Tensor], T]) -> None:
         self.wanted = wanted
@@ -169,12 +172,12 @@ class _Hook(Generic[T]):
                 return False
             layer = _cache_layer(node.src[1], b"k")
             if ask:
-                # Layers that share an earlier layer's cache come later: the first one owns it.
+                # The first layer to use a cache owns it; layers that share it come later.
                 return layer in self.wanted and layer not in self.found
             if layer is not None:
                 self.found[layer] = self.read(layer, node)
             return True
-        except Exception as error:  # ctypes would print it and go on
+        except Exception as error:  # any: ctypes would print it and go on; `_decode` raises it
             self.error = error
             return False
 
@@ -182,17 +185,17 @@ class _Hook(Generic[T]):
 def _inputs(info: ModelInfo, n: int, layer: int, node: Tensor) -> AttentionInputs:
     """Copies the sources of a computed flash attention node, of the first n tokens."""
     if _cache_layer(node.src[2], b"v") != layer:
-        raise UnsupportedError(f"{info.path.name}: layer {layer} takes V from elsewhere than its own cache")
-    q, k, v = (read_tensor(_stored(source))[0].transpose(1, 0, 2)[:n] for source in node.src[:3])
+        raise UnsupportedError(f"{info.path.name}: layer {layer} does not take V from its own cache")
+    q, k, v = (read_tensor(_stored(source))[0].transpose(1, 0, 2)[:n] for source in node.src[0:3])
     mask = read_tensor(tensor_at(node.src[3]))[0, 0, :n, :n]
     if not np.isfinite(np.diagonal(mask)).all():
         raise TqggufError(f"{info.path.name}: layer {layer}: tokens are not in the order of their cache cells")
     sinks = read_tensor(tensor_at(node.src[4])).ravel() if node.src[4] else None
-    scale, max_bias, softcap = node.op_params[:3]
+    scale, max_bias, softcap = node.op_params[0:3]
     return AttentionInputs(layer, q, k, v, scale, mask, sinks, softcap, max_bias)
 
 
-def _stored(address: int) -> Tensor:
+def _stored(address: Any) -> Tensor:
     """The tensor behind a conversion: llama.cpp casts an f32 cache to f16 for flash attention."""
     tensor = tensor_at(address)
     while op_name(tensor) == "CPY":
@@ -200,50 +203,30 @@ def _stored(address: int) -> Tensor:
     return tensor
 
 
-def _cache_layer(address: int, side: bytes) -> int | None:
-    """Layer of the KV cache tensor that K or V is a view of; None if it is none."""
+def _cache_layer(address: Any, side: bytes) -> int | None:
+    """The layer of the KV cache tensor that K or V is a view of; None if it is not such a view."""
     tensor = _stored(address)
-    match = _CACHE_NAME.fullmatch(tensor_at(tensor.view_src).name) if tensor.view_src else None
+    match = _CACHE_NAME.fullmatch(tensor_name(tensor.view_src)) if tensor.view_src else None
     return int(match[2]) if match and match[1] == side else None
 
 
 def _decode(model: Llama, tokens: Sequence[int], hook: _Hook[T], cache: str) -> None:
-    """Runs tokens through a new context of the model, as one batch, under the hook."""
+    """Runs tokens through a new context of the model as one batch, with the hook as its callback."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = len(tokens)
     params.n_threads = params.n_threads_batch = model.context_params.n_threads_batch
-    params.type_k = params.type_v = cache_type(cache).number
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.cb_eval = callback = llama_cpp.ggml_backend_sched_eval_callback(hook)
-    with _context(model, params) as context:
+    info = model.model_info
+    with make_context(model.model, info, resolve(cache, info.n_layer), params) as (context, _):
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)
         status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
     del callback
     if hook.error:
         raise hook.error
     if status:
-        raise TqggufError(
-            f"llama.cpp could not run {len(tokens)} tokens through {model.model_info.path.name}: status {status}"
-        )
+        raise TqggufError(f"llama.cpp could not run {len(tokens)} tokens through {info.path.name}: status {status}")
 
 
-@contextmanager
-def _context(model: Llama, params: Any) -> Iterator[Any]:
-    context = llama_cpp.llama_init_from_model(model.model, params)
-    if not context:
-        raise TqggufError(f"llama.cpp could not make a context of {params.n_ctx} tokens for {model.model_path}")
-    try:
-        yield context
-    finally:
-        llama_cpp.llama_free(context)
-
-
-def ranges(numbers: list[int]) -> str:
-    """Ascending numbers for a reader: "0-5, 7"."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))

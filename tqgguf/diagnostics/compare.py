@@ -1,9 +1,9 @@
 """What KV caches cost a model on a text: perplexity and divergence from a reference cache, token by token.
 
-The procedure is that of llama.cpp's `llama-perplexity --kl-divergence`: the text is cut into chunks of n_ctx tokens,
-the first token of a chunk becomes BOS if the model wants one, each chunk is read from an empty cache, and the
-predictions from position n_ctx/2 to n_ctx-2 are scored. Two things differ. Logits of the reference are not written to a
-file of 16-bit values but compared at once, in float64; and chunks are read one by one.
+The procedure is that of llama.cpp's `llama-perplexity --kl-divergence`. The text is cut into chunks of n_ctx tokens.
+The first token of a chunk becomes BOS if the model wants one. Each chunk is read into an empty cache, and the
+predictions from position n_ctx/2 to n_ctx-2 are scored. Two things differ: the reference's logits are compared at once,
+in float64, instead of being written to a file as 16-bit values; and chunks are read one by one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .._native import import_llama_cpp
-from ..cache.policy import CachePolicy, PolicySpec, resolve
+from .._util import check_count
+from ..cache.policy import CachePolicy, PolicySpec, refuse_impossible, resolve
 from ..cache.tail import DEFAULT_TAIL, check_tail, tail_batch
 from ..config import MEASURED_TYPES
-from ..count import check_count
 from ..demo import model as demo
 from ..errors import ArgumentError, TextError, TqggufError
 from ..gguf.info import ModelInfo, read_model_info
-from ..model.llama import Llama, refuse_impossible
+from ..model.llama import Llama
 
 __all__ = [
     "DEFAULT_CHUNKS",
@@ -39,8 +39,10 @@ __all__ = [
     "Divergence",
     "NamedCache",
     "Reader",
+    "Trial",
     "TypeQuality",
     "compare",
+    "compare_trial",
     "compared_caches",
     "context_length",
     "further_context",
@@ -58,22 +60,22 @@ _TokenPointer: Final = ctypes.POINTER(ctypes.c_int32)
 _FlagPointer: Final = ctypes.POINTER(ctypes.c_int8)
 
 DEFAULT_CONTEXT: Final = 2048
-"""Context in tokens, or what the model was trained for if that is less. What quantization of K costs grows with the
-number of keys that compete, so a context of a few hundred tokens shows too little of it."""
+"""Context in tokens; a model trained for less gets the context it was trained for. The cost of a quantized K grows with
+the number of keys that compete, so a context of a few hundred tokens shows too little of it."""
 
 MIN_CONTEXT: Final = 128
 UBATCH: Final = 512
-"""Tokens that llama.cpp computes at once by itself."""
+"""Tokens that llama.cpp computes at once by default."""
 
 MAX_OWN_TOKENS: Final = 2**20
-"""Of the demo model's own text; making it takes a second."""
+"""Of the demo model's own text, which takes a second to make."""
 
 DEFAULT_CHUNKS: Final = 8
-"""Chunks of the demo model's own text; of another text all are read."""
+"""Chunks of the demo model's own text. Any other text is read as a whole."""
 
 Array = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]
-"""Called with (tokens read, tokens in all), tokens counted once for each cache."""
+CountProgress = Callable[[int, int], None]
+"""Called with how much is done, and of how much."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Divergence:
 
     Attributes:
         mean: over all scored tokens.
-        mean_error: standard error of the mean, as if tokens were independent.
+        mean_error: standard error of the mean, if tokens were independent.
         median: half of the tokens have less.
         p99: 99 % of the tokens have less.
         p999: 99.9 % of the tokens have less.
@@ -103,15 +105,15 @@ class TypeQuality:
 
     Attributes:
         type: label of the cache (`NamedCache`): the name of its type, unless K and V or layers differ.
-        bits: bits per cached value, over all layers and the tokens of a chunk, tail included.
-        bytes_per_token: K and V of all layers together, without the tail.
-        tail: newest tokens kept in f16, where a type is ours.
-        bytes: that the cache takes for a chunk, tail included.
+        bits: bits per cached value, over all layers and the tokens of a chunk, with the tail.
+        bytes_per_token: bytes of K and V of all layers together, without the tail.
+        tail: newest tokens kept in f16; 0 for a cache of stock types.
+        bytes: bytes of the cache for a chunk, with the tail.
         perplexity: exp of the mean negative log-likelihood of the scored tokens.
-        perplexity_error: its standard error, as if tokens were independent.
+        perplexity_error: its standard error, if tokens were independent.
         kld: divergence from the reference; all zero for the reference itself.
-        same_top: share of scored tokens where the most probable token is the reference's.
-        tokens_per_second: at which batches of the text were read (prefill), all tokens counted.
+        same_top: share of scored tokens whose most probable token is the reference's.
+        tokens_per_second: speed at which the text was read in batches (prefill); all tokens count.
     """
 
     type: str
@@ -137,7 +139,7 @@ class Comparison:
         n_scored: tokens scored, in all chunks together.
         n_threads: threads used.
         rows: one for each cache; the first is the reference.
-        notes: what a reader should know before trusting the figures.
+        notes: limits of the figures that a reader should know.
     """
 
     model: str
@@ -154,11 +156,11 @@ class NamedCache:
     """A cache to measure.
 
     Attributes:
-        label: name of its type; "pqo4/pqo3" if K and V have different ones; the name of a policy file without its
-            ending; "policy" for any other policy. Behind it "+N" where there is a tail of N tokens.
+        label: name of its type; "pqo4/pqo3" if K and V have different types; the name of a policy file without its
+            suffix; "policy" for any other policy. "+N" follows if there is a tail of N tokens.
         policy: the type of every layer's K and V.
-        tail: newest tokens kept in f16; 0 where no type is ours.
-        rotate: whether llama.cpp may rotate stock quantized types, as it does by itself.
+        tail: newest tokens kept in f16; 0 for a cache of stock types.
+        rotate: whether llama.cpp may rotate stock quantized types, which it does by default.
     """
 
     label: str
@@ -172,6 +174,34 @@ class NamedCache:
         return tail_batch(self.tail, UBATCH)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A model and the caches to measure on it, all of which it can have.
+
+    Attributes:
+        info: the contents of the model's header.
+        caches: the caches, the reference first.
+        n_ctx: tokens in a chunk.
+
+    Raises:
+        CacheTypeError: the model cannot have one of the caches.
+    """
+
+    info: ModelInfo
+    caches: tuple[NamedCache, ...]
+    n_ctx: int
+
+    def __post_init__(self) -> None:
+        for cache in self.caches:
+            refuse_impossible(self.info, cache.policy)
+
+    @classmethod
+    def of(cls, path: str | Path, caches: Sequence[PolicySpec], tails: Sequence[int], n_ctx: int | None) -> Trial:
+        """The trial that the arguments of `compare` describe."""
+        info = read_model_info(path)
+        return cls(info, compared_caches(caches, info.n_layer, tails), context_length(info, n_ctx))
+
+
 def compare(
     path: str | Path,
     caches: Sequence[PolicySpec] = MEASURED_TYPES,
@@ -182,58 +212,68 @@ def compare(
     n_chunks: int | None = None,
     n_batch: int = 512,
     n_threads: int | None = None,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> Comparison:
     """Measures caches against the first of them.
 
-    The weights are loaded once. Every cache has a context of its own, and all contexts read each batch in turn, so
-    logits are compared while llama.cpp still holds them and nothing is stored but a few numbers per scored token.
-    Memory beyond the weights, for each cache and however long the text: its n_ctx tokens, one batch of
-    logits (n_batch * n_vocab * 4 bytes), and llama.cpp's compute buffer, which reserves as much for them again.
+    The weights are loaded once. Every cache has a context of its own, and all contexts read each batch in turn. So
+    logits are compared while llama.cpp still holds them, and only a few numbers per scored token are stored. Each cache
+    takes memory for n_ctx tokens, for one batch of logits (n_batch * n_vocab * 4 bytes), and for llama.cpp's compute
+    buffer, which reserves as much for logits again. The length of the text does not matter.
 
-    Flash attention is on for every cache, and llama.cpp's own rotation of quantized caches is as it is by default, so
-    they are compared as they are used.
+    Caches are compared as they are used: flash attention is on for every one, and llama.cpp rotates quantized caches as
+    it does by default.
 
     Args:
         path: a GGUF file.
-        caches: at least two, the first is the reference; each as `Llama` takes it: a type, a pair for K and V, types by
-            layer, a policy, or a policy file.
-        text: what to read, tokenized without control tokens. None takes a conversation about facts that the demo model
-            was made for, control tokens included; any other model needs a text.
-        tails: numbers of newest tokens kept in f16; a cache with a type of ours is measured with each of them. A tail
-            also decides how many tokens are computed at once, as in `Llama`.
+        caches: at least two; the first is the reference. Each is anything that `Llama` takes: a type, a pair for K and
+            V, types by layer, a policy, or a policy file.
+        text: the text to read; it is tokenized without control tokens. None takes a conversation about facts that the
+            demo model was made for, with control tokens; any other model needs a text.
+        tails: numbers of newest tokens kept in f16. A cache with a type of tqgguf is measured with each of them. As in
+            `Llama`, the tail also decides how many tokens are computed at once.
         n_ctx: tokens in a chunk; None means DEFAULT_CONTEXT, or the trained context if that is less.
-        n_chunks: chunks to read at most; None means all of the text (DEFAULT_CHUNKS of the demo model's own).
-        n_batch: tokens llama.cpp is given at once; less saves memory where the vocabulary is large.
-        n_threads: threads; None means as many as there are processors.
-        progress: called after every batch.
+        n_chunks: chunks to read at most; None means the whole text (DEFAULT_CHUNKS of the demo model's own text).
+        n_batch: tokens per call of llama.cpp; fewer save memory if the vocabulary is large.
+        n_threads: threads; None means the number of processors.
+        progress: called as progress(tokens read, tokens in all) after every batch; a token counts once for each cache.
 
     Raises:
-        ArgumentError: fewer than two caches, one given twice, an unknown type; no tail, or one twice; n_ctx below
-            MIN_CONTEXT; n_chunks or n_batch below 1; no text for a model that is not the demo model.
+        ArgumentError: fewer than two caches, a cache given twice, or an unknown type; no tail, or a tail given twice;
+            n_ctx below MIN_CONTEXT; n_chunks or n_batch below 1; no text for a model that is not the demo model.
         PolicyError: a policy or its file is not well formed.
         TextError: the text is empty or has fewer than n_ctx tokens.
         CacheTypeError: the model cannot have one of the caches, or llama.cpp did not use it.
         OutOfMemoryError: no memory for the KV caches.
         TqggufError: llama.cpp failed, or gave logits that are not finite; otherwise as `Llama`.
     """
-    for name, value in (("n_chunks", n_chunks), ("n_batch", n_batch)):
-        if value is not None:
-            check_count(name, value)
-    info = read_model_info(path)
-    named = compared_caches(caches, info.n_layer, tails)
-    for cache in named:
-        refuse_impossible(info, cache.policy)
-    n_ctx = context_length(info, n_ctx)
+    trial = Trial.of(path, caches, tails, n_ctx)
+    return compare_trial(trial, text, n_chunks=n_chunks, n_batch=n_batch, n_threads=n_threads, progress=progress)
+
+
+def compare_trial(
+    trial: Trial,
+    text: str | None,
+    *,
+    n_chunks: int | None,
+    n_batch: int,
+    n_threads: int | None,
+    progress: CountProgress | None,
+) -> Comparison:
+    """`compare`, with what it measures resolved before."""
+    check_count("n_batch", n_batch)
+    if n_chunks is not None:
+        check_count("n_chunks", n_chunks)
+    info, named, n_ctx = trial.info, trial.caches, trial.n_ctx
     own = text is None
     if text is None:
         n_chunks = n_chunks or DEFAULT_CHUNKS
         text = own_text(info, n_ctx, n_chunks)
     refuse_short(text, n_ctx)
-    # llama.cpp's tools, too, keep sliding windows no longer than needed: swa_full.
+    # As in llama.cpp's tools, a layer with a sliding window keeps no more tokens than that (swa_full).
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(
-            contextlib.closing(load(path, named[0], n_ctx, n_threads, n_batch=n_batch, swa_full=False))
+            contextlib.closing(load(info.path, named[0], n_ctx, n_threads, n_batch=n_batch, swa_full=False))
         )
         chunks = text_chunks(model, text, n_ctx, n_chunks, own)
         readers = [Reader(named[0], model.ctx)]
@@ -253,13 +293,13 @@ def compare(
 def compared_caches(
     caches: Sequence[PolicySpec], n_layer: int, tails: Sequence[int] = (DEFAULT_TAIL,)
 ) -> tuple[NamedCache, ...]:
-    """The caches of a comparison, reference first, in a model of n_layer layers, each with every tail it can have.
+    """The caches of a comparison in a model of n_layer layers, the reference first, each with every tail it can have.
 
-    Labels differ: of two policies with the same name, or that of a type, the later one is "name (2)".
+    No two labels are equal: if a policy has the label of an earlier cache, its label becomes "name (2)".
 
     Raises:
-        ArgumentError: an unknown type (the message lists the valid ones), a cache given twice, or fewer than two; no
-            tail, one given twice, or one that is no number of tokens.
+        ArgumentError: an unknown type (the message lists the valid ones), a cache given twice, or fewer than two
+            caches; no tail, a tail given twice, or a tail that is not a number of tokens.
         PolicyError, ModelNotFoundError: as `resolve`.
     """
     for name, value in (("caches", caches), ("tails", tails)):
@@ -280,10 +320,12 @@ def compared_caches(
         found[f"{label} ({copies + 1})" if copies else label] = policy
     named: list[NamedCache] = []
     for label, policy in found.items():
-        own = lengths if policy.ours else [0]
-        named += [NamedCache(f"{label}+{n}" if n else label, policy, n) for n in own]
+        possible = lengths if policy.ours else [0]
+        named += [NamedCache(f"{label}+{n}" if n else label, policy, n) for n in possible]
     if len(named) < 2:
-        raise ArgumentError("a comparison needs at least two caches: first the reference, then what to compare")
+        raise ArgumentError(
+            "a comparison needs at least two caches: the reference first, then those to compare with it"
+        )
     return tuple(named)
 
 
@@ -295,10 +337,10 @@ def _label(cache: PolicySpec, policy: CachePolicy) -> str:
 
 
 def context_length(info: ModelInfo, n_ctx: int | None) -> int:
-    """The context to measure with: n_ctx, or if that is None DEFAULT_CONTEXT or the trained context if that is less.
+    """n_ctx, checked; if it is None, the smaller one of DEFAULT_CONTEXT and the trained context.
 
     Raises:
-        ArgumentError: it is below MIN_CONTEXT.
+        ArgumentError: the context is below MIN_CONTEXT.
     """
     length = min(DEFAULT_CONTEXT, info.n_ctx_train) if n_ctx is None else check_count("n_ctx", n_ctx)
     if length < MIN_CONTEXT:
@@ -307,10 +349,10 @@ def context_length(info: ModelInfo, n_ctx: int | None) -> int:
 
 
 def read_text(path: str | Path) -> str:
-    """A file's text as llama.cpp's tools read it: bytes as they are, less one newline at the end.
+    """A file's text as llama.cpp's tools read it: without one newline at the end, otherwise unchanged.
 
     Raises:
-        TextError: no such file, not readable, or not UTF-8 (the message says at which byte).
+        TextError: the file does not exist, cannot be read, or is not UTF-8 (the message says at which byte).
     """
     try:
         return Path(path).read_bytes().decode("utf-8").removesuffix("\n")
@@ -321,14 +363,14 @@ def read_text(path: str | Path) -> str:
 
 
 def load(path: str | Path, cache: NamedCache, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
-    """A model to measure: quiet, and with flash attention for every cache, so that types are the only difference."""
+    """A model to measure: quiet, and with flash attention for every cache, so that only the types differ."""
     threads: dict[str, Any] = {"n_threads": n_threads, "n_threads_batch": n_threads}
     options = {"n_ubatch": cache.n_ubatch, **threads, **options, "cache": cache.policy, "tail": cache.tail}
     return Llama(path, flash_attn=True, n_ctx=n_ctx, verbose=False, **options)
 
 
 def further_context(model: Llama, cache: NamedCache) -> AbstractContextManager[Any]:
-    """A context of that model for another cache, which computes as many tokens at once as `load` would."""
+    """A context of that model for another cache; it computes as many tokens at once as a context of `load` would."""
     return model.further_context(cache.policy, tail=cache.tail, n_ubatch=cache.n_ubatch, rotate=cache.rotate)
 
 
@@ -341,8 +383,8 @@ def log_softmax(logits: npt.NDArray[Any]) -> Array:
 
 
 def kl_divergence(reference: Array, other: Array) -> Array:
-    """sum p ln(p/q) of each row, in nats; both (n, n_vocab), as `log_softmax` gives them."""
-    # It is never negative; the sum of a few million roundings may be, by 1e-16.
+    """sum p ln(p/q) of each row, in nats; both (n, n_vocab), from `log_softmax`."""
+    # A divergence is never negative, but the sum of a few million roundings can be, by 1e-16.
     divergence: Array = np.maximum((np.exp(reference) * (reference - other)).sum(axis=-1), 0.0)
     return divergence
 
@@ -351,10 +393,10 @@ def kl_divergence(reference: Array, other: Array) -> Array:
 
 
 def own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
-    """The demo model's: a conversation of at least n_chunks * n_ctx tokens whose questions reach back n_ctx/2 tokens.
+    """The demo model's text: a conversation of n_chunks * n_ctx tokens or more; questions reach back n_ctx/2 tokens.
 
     Raises:
-        ArgumentError: it is another model, or would be more than MAX_OWN_TOKENS.
+        ArgumentError: it is another model, or the text would have more than MAX_OWN_TOKENS.
     """
     if info.name != demo.MODEL_NAME:
         raise ArgumentError(
@@ -362,8 +404,8 @@ def own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
         )
     if n_chunks * n_ctx > MAX_OWN_TOKENS:
         raise ArgumentError(
-            f"the demo model's own text is of {MAX_OWN_TOKENS:,} tokens at most, not of {n_chunks:,} chunks "
-            f"of {n_ctx:,}: give a shorter context, fewer chunks, or a text"
+            f"the demo model's own text has at most {MAX_OWN_TOKENS:,} tokens, not {n_chunks:,} chunks of {n_ctx:,}: "
+            f"give a shorter context, fewer chunks, or a text"
         )
     n_turns = n_chunks * n_ctx // demo.CHAT_TURN_TOKENS + 1
     reach = n_ctx // demo.CHAT_TURN_TOKENS  # two facts a turn, so half of the context
@@ -371,11 +413,13 @@ def own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
 
 
 def refuse_short(text: Any, n_ctx: int) -> None:
-    """Raises before a context is made for it, if a text cannot have as many tokens: each has a byte, but for the first.
+    """Refuses a text that has fewer bytes than n_ctx tokens need, before a context is made for it.
+
+    Every token but BOS has at least one byte.
 
     Raises:
-        ArgumentError: it is no text.
-        TextError: it is empty, or too short.
+        ArgumentError: the text is not a str.
+        TextError: the text is empty or too short.
     """
     if not isinstance(text, str):
         raise ArgumentError(f"text is of type {type(text).__name__}, must be a str")
@@ -414,13 +458,13 @@ def _notes(info: ModelInfo, n_ctx: int, own: bool) -> tuple[str, ...]:
     if own:
         notes.append(
             "the demo model was taught to predict answers, not the facts and questions between them: "
-            "its perplexity is high and says little; compare the divergence"
+            "its perplexity is high and means little; compare the divergence"
         )
     return tuple(notes)
 
 
 def _policy_notes(caches: Sequence[NamedCache]) -> list[str]:
-    """Where a policy was measured with another tail than here."""
+    """A note for each policy that was tuned with another tail than it is measured with."""
     return [
         f"{cache.label} was tuned with a tail of {cache.policy.tail}"
         for cache in caches
@@ -433,7 +477,7 @@ def _policy_notes(caches: Sequence[NamedCache]) -> list[str]:
 
 @dataclass
 class Reader:
-    """One cache's context, and what was measured with it: one array per batch."""
+    """One cache's context and the figures measured with it, one array per batch."""
 
     cache: NamedCache
     context: Any
@@ -443,13 +487,13 @@ class Reader:
     same_top: list[npt.NDArray[np.bool_]] = field(default_factory=list)
 
     def warm_up(self, token: npt.NDArray[np.int32]) -> None:
-        """Reads one token untimed: the first pass over the weights reads them from disk."""
-        self.forget()  # the reference of another pass is still full
+        """Reads one token without counting the time: the first pass over the weights reads them from disk."""
+        self.forget()  # the reference is still full from the pass before
         self.decode(token, np.zeros(1, np.int8))
         self.seconds = 0.0
 
     def decode(self, tokens: npt.NDArray[np.int32], scored: npt.NDArray[np.int8]) -> None:
-        """Reads tokens (n) behind those in the cache; where `scored` (n) is not 0, logits are kept."""
+        """Appends tokens (n) to the cache; logits are kept where `scored` (n) is not 0."""
         batch = llama_cpp.llama_batch_get_one(tokens.ctypes.data_as(_TokenPointer), len(tokens))
         batch.logits = scored.ctypes.data_as(_FlagPointer)
         start = time.perf_counter()
@@ -460,15 +504,15 @@ class Reader:
             raise TqggufError(f"llama.cpp could not read a batch with the cache {self.cache.label} (status {status})")
 
     def logits(self, n: int, n_vocab: int) -> npt.NDArray[np.float32]:
-        """The n rows of logits (n, n_vocab) of the last batch, in llama.cpp's own memory: valid until the next one."""
+        """The logits (n, n_vocab) of the last batch, in llama.cpp's memory: valid until the next batch."""
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), (n, n_vocab))
 
     def forget(self) -> None:
-        """Empties the cache; its bytes stay."""
+        """Empties the cache; its memory stays."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
 
     def score(self, reference: Array, logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]) -> None:
-        """Compares predictions (n, n_vocab) with the reference's log-probabilities and the tokens that came (n)."""
+        """Compares logits (n, n_vocab) with the reference's log-probabilities and the tokens that followed (n)."""
         own = log_softmax(logits)
         if not np.isfinite(own).all():
             raise TqggufError(f"logits are not finite with the cache {self.cache.label}")
@@ -477,7 +521,7 @@ class Reader:
         self.same_top.append(own.argmax(axis=-1) == reference.argmax(axis=-1))
 
     def quality(self, info: ModelInfo, n_ctx: int, n_tokens: int) -> TypeQuality:
-        """The figures of everything read: n_tokens in all, in chunks of n_ctx."""
+        """The figures of all n_tokens read, in chunks of n_ctx."""
         nll, kld = np.concatenate(self.nll), np.concatenate(self.kld)
         perplexity = math.exp(nll.mean())
         median, p99, p999 = (float(x) for x in np.quantile(kld, (0.5, 0.99, 0.999)))
@@ -503,9 +547,9 @@ def standard_error(values: Array) -> float:
 
 
 def read_chunks(
-    model: Llama, readers: Sequence[Reader], chunks: npt.NDArray[np.int32], progress: Progress | None
+    model: Llama, readers: Sequence[Reader], chunks: npt.NDArray[np.int32], progress: CountProgress | None
 ) -> None:
-    """Has every reader read the chunks (n_chunks, n_ctx) batch by batch, and scores it against the first reader."""
+    """Lets every reader read the chunks (n_chunks, n_ctx) batch by batch and scores it against the first reader."""
     n_ctx, n_batch, n_vocab = chunks.shape[1], model.n_batch, model.n_vocab()
     wants_bos = llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(model.model))
     scored = np.zeros(n_ctx, np.int8)
@@ -514,7 +558,7 @@ def read_chunks(
     for reader in readers:
         reader.warm_up(chunks[0, :1])
     for chunk in chunks:
-        tokens, following = chunk.copy(), np.roll(chunk, -1)  # the last has none, and is not scored
+        tokens, following = chunk.copy(), np.roll(chunk, -1)  # the last token has no next one and is not scored
         if wants_bos:
             tokens[0] = model.token_bos()
         for reader in readers:
@@ -530,7 +574,7 @@ def read_chunks(
 
 
 def _score(readers: Sequence[Reader], targets: npt.NDArray[np.int32], n_vocab: int) -> None:
-    """Scores the last batch, of whose scored tokens `targets` (n) were the next; 8 MiB of float64 at a time."""
+    """Scores the last batch, 8 MiB of float64 at a time; `targets` (n) are the tokens that followed the scored ones."""
     rows = max(1, 2**20 // n_vocab)
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)

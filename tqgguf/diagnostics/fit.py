@@ -1,7 +1,7 @@
-"""Will it fit: weights, KV cache, recurrent states and compute buffers of a model, and the longest context.
+"""The longest context that fits a memory, beside weights, recurrent states and compute buffers.
 
-Nothing is loaded. The KV cache is counted from the header as llama.cpp allocates it, compute buffers come from
-llama.cpp's own plan (`plan`), and both are checked against each other with every context looked at.
+Nothing is loaded. The size of the KV cache is computed from the header, compute buffers come from llama.cpp's own plan
+(`plan`), and the plan of every context is checked against the computed size.
 """
 
 from __future__ import annotations
@@ -15,21 +15,19 @@ from typing import Final
 from .._native import library_path
 from ..cache.policy import CachePolicy, PolicySpec, resolve
 from ..cache.tail import DEFAULT_TAIL, check_tail
+from ..config import PREFERRED_TYPES
 from ..errors import ArgumentError, TqggufError
 from ..gguf.header import read_header
 from ..gguf.info import CELL_PADDING, ModelInfo
 from .plan import ContextPlan, PlannedModel, Setup, planned_model
 
-__all__ = ["FITTED_TYPES", "Fit", "FitRow", "fit"]
-
-FITTED_TYPES: Final = ("f16", "q8_0", "pqt4", "pqo4", "q4_0", "pqt3", "pqo3")
-"""What `fit` looks at unless told otherwise, by mean KL divergence from f16 (README), the least first."""
+__all__ = ["Fit", "FitRow", "fit"]
 
 MAX_SEQUENCES: Final = 256
-"""As LLAMA_MAX_SEQ."""
+"""LLAMA_MAX_SEQ of llama.cpp."""
 
 FIRST_LOOK: Final = 2**18
-"""Tokens of the context looked at first, unless fewer are wanted."""
+"""Tokens of the first context to plan, unless fewer are wanted."""
 
 KEPT_ON_CPU: Final = "this build has no CUDA backend, so caches of tqgguf's types are counted in main memory"
 
@@ -42,11 +40,11 @@ class FitRow:
         cache: name of the type, "K/V" for a pair, or the policy file.
         obstacle: why the model cannot have this cache, or None.
         n_ctx: tokens of the longest context, over all sequences; 0 if none fits.
-        plan: KV cache, recurrent states and compute buffers; of the shortest context if none fits, None if there is an
+        plan: KV cache, recurrent states and compute buffers; of the shortest context if none fits; None if there is an
             obstacle.
-        n_gpu_layers: layers in video memory, the output layer counted as one; 0 without --vram.
-        memory: bytes of main memory taken, weights included.
-        vram: bytes of video memory taken.
+        n_gpu_layers: layers in video memory, including the output layer; 0 without video memory.
+        memory: bytes of main memory used, weights included.
+        vram: bytes of video memory used.
     """
 
     cache: str
@@ -60,20 +58,20 @@ class FitRow:
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits into a memory.
+    """The contexts that fit a memory.
 
     Attributes:
-        info: what the GGUF says.
+        info: the contents of the model's header.
         weights: bytes of all weights.
-        memory: bytes of main memory that may be taken.
-        vram: bytes of video memory that may be taken; 0 for none.
-        n_ctx: tokens wanted; the context the model was trained for, times the sequences, unless told otherwise.
-        setup: how the cache is laid out.
+        memory: bytes of main memory that may be used.
+        vram: bytes of video memory that may be used; 0 for none.
+        n_ctx: tokens wanted; by default the trained context, once for each sequence.
+        setup: layout of the cache.
         rows: one for each cache, in the order of preference.
         recommended: the first row whose context is as long as wanted; if there is none, the row with the longest
             context; None if nothing fits.
-        reason: the same in words.
-        notes: what of the rows may surprise.
+        reason: the reason of the recommendation, in words.
+        notes: limits of the figures that a reader should know.
     """
 
     info: ModelInfo
@@ -97,33 +95,33 @@ def fit(
     n_seq: int = 1,
     unified: bool = False,
     swa_full: bool = True,
-    caches: Sequence[PolicySpec] = FITTED_TYPES,
+    caches: Sequence[PolicySpec] = PREFERRED_TYPES,
     tail: int = DEFAULT_TAIL,
 ) -> Fit:
-    """Finds the longest context that fits for each cache, as `tqgguf.Llama` would set it up.
+    """Finds the longest context that fits for each cache, with the settings of `tqgguf.Llama`.
 
-    A context is never longer than wanted. The program itself (50 to 100 MB) is not counted, nor are copies that
-    llama.cpp makes of weights it rearranges for a CPU while the file stays mapped.
+    A context is never longer than wanted. Not counted are the program itself (50 to 100 MB) and copies of weights that
+    llama.cpp rearranges for a CPU while the file stays mapped.
 
     Args:
         path: a GGUF file.
         memory: bytes of main memory.
-        vram: bytes of video memory. As many layers as fit go there, weights and KV cache, the last ones first, as
-            `n_gpu_layers` has it; a KV cache of ours only where this build has a CUDA backend. Compute buffers are
+        vram: bytes of video memory. As many layers as fit go there, weights and KV cache, the last ones first, as with
+            `n_gpu_layers`; a KV cache of tqgguf's types only if this build has a CUDA backend. Compute buffers are
             counted on both sides. No GPU is asked: these figures are an estimate.
-        n_ctx: tokens wanted, over all sequences; None for what the model was trained for, for each.
+        n_ctx: tokens wanted, over all sequences; None means the trained context for each sequence.
         n_seq: sequences.
-        unified: whether they share one cache, instead of a part for each.
-        swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
+        unified: whether the sequences share one cache, instead of a part for each.
+        swa_full: whether layers with a sliding window keep all tokens, which is the default of `Llama`.
         caches: as for `Llama`, in the order of preference.
         tail: as for `Llama`.
 
     Raises:
-        ArgumentError: memory that the weights alone exceed, or another number out of range.
+        ArgumentError: the weights alone exceed the memory, or a number is out of its range.
         CacheTypeError: none of the caches can be used with this model.
-        ModelFileError: no GGUF file, truncated, or without the keys its architecture requires.
-        OutOfMemoryError: so much fits that this machine cannot even list its cells (52 bytes each).
-        TqggufError: llama.cpp could not open the model or plan a context; the message carries its own errors.
+        ModelFileError: the file is not GGUF, is truncated, or lacks keys that its architecture requires.
+        OutOfMemoryError: the context has more cells (52 bytes each) than this machine can list.
+        TqggufError: llama.cpp could not open the model or plan a context; the message carries its errors.
     """
     check_tail(tail)
     if isinstance(caches, str) or not isinstance(caches, Sequence):
@@ -165,7 +163,7 @@ def _recommend(rows: Sequence[FitRow], wanted: int) -> tuple[FitRow | None, str]
 
 @dataclass(frozen=True)
 class _Place:
-    """A context and where everything would lie: bytes of main and of video memory."""
+    """A context, and the bytes of main and of video memory for everything."""
 
     plan: ContextPlan
     n_gpu_layers: int
@@ -193,7 +191,7 @@ class _Fitter:
         return FitRow(name, None, n_ctx, place.plan, place.n_gpu_layers, place.memory, place.vram)
 
     def place(self, policy: CachePolicy, n_ctx: int) -> _Place:
-        """As many of the last layers in video memory as fit, and the output before them."""
+        """The output and then as many of the last layers as fit go into video memory."""
         plan = self.model.context(policy, n_ctx, self.setup)
         everything = self.model.weights + plan.bytes
         if not self.vram:
@@ -218,11 +216,11 @@ class _Fitter:
 def _longest(most: int, over: Callable[[int], int]) -> int:
     """The longest context, `most` or a multiple of CELL_PADDING, that is not over the budget; 0 if there is none.
 
-    Contexts that are much longer than that are not looked at, for llama.cpp lists the cells of what it plans.
+    Contexts that are much longer than the budget allows are not planned, because llama.cpp lists all cells of a plan.
 
     Args:
-        most: tokens beyond which nothing is wanted.
-        over: bytes over the budget; it grows with the tokens, nearly in proportion.
+        most: tokens of the longest context wanted.
+        over: bytes over the budget for a number of tokens; they grow nearly in proportion.
     """
 
     def at(unit: int) -> tuple[int, int]:
@@ -240,8 +238,8 @@ def _longest(most: int, over: Callable[[int], int]) -> int:
     low, high = (1, first) if new[1] > 0 else (first, last + 1)
     turn = 0
     while high - low > 1:
-        # Where a straight line through the last two crosses the budget, at four times what fits at most; every fourth
-        # time the middle, in case it is none.
+        # The next guess is where a straight line through the last two crosses the budget, but at most four times a
+        # context that fits. Every fourth guess is the middle, in case the bytes do not grow in a straight line.
         turn += 1
         guess, rise = (low + high) // 2, new[1] - old[1]
         if turn % 4 and rise:
@@ -255,9 +253,9 @@ def _longest(most: int, over: Callable[[int], int]) -> int:
 
 
 def _layer_weights(info: ModelInfo, total: int) -> tuple[list[int], int]:
-    """Bytes of weights by layer, and last those of the output; then what of the output stays in main memory as well.
+    """Bytes of weights of each layer, those of the output last; and bytes of the output that are in both memories.
 
-    The embedding of tokens stays there, and where the output is the embedding, video memory gets a copy.
+    The token embedding stays in main memory. If the output is the token embedding, video memory gets a copy.
     """
     header = read_header(info.path)
     if sum(tensor.bytes for tensor in header.tensors) < 0.9 * total:

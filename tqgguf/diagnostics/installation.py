@@ -1,4 +1,4 @@
-"""Whether this installation is as it should be: versions, libraries, kernels."""
+"""Checks this installation: versions, libraries, kernels."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from ..errors import TqggufError
 __all__ = ["UPSTREAM_VERSION", "Check", "Installation", "installation"]
 
 UPSTREAM_VERSION: Final = "0.3.36"
-"""The release of llama-cpp-python that llama.cpp and the bindings come from, as pinned in patches/upstream.toml."""
-
+"""The release of llama-cpp-python that llama.cpp and the bindings come from, pinned in patches/upstream.toml."""
 
 _MARKS: Final = {
     "ggml-base": b"tq_ggml_policy_set\0",
@@ -45,22 +44,22 @@ _FLAGS: Final = {
     "AVX512_BF16": "avx512_bf16",
     "AMX_INT8": "amx_int8",
 }
-"""What ggml calls the instructions it may be compiled for, and Linux in /proc/cpuinfo."""
+"""Names of instruction sets in ggml, and the same in Linux's /proc/cpuinfo."""
 
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 _BUILD_ID: Final = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0"
-"""What precedes the 20 bytes of an ELF file's build id (readelf -n)."""
+"""The bytes before the 20 bytes of an ELF file's build id (readelf -n)."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at.
+    """The result of one check.
 
     Attributes:
-        name: what was looked at.
-        ok: whether it is as it should be.
-        detail: what was found.
+        name: the name of the check.
+        ok: whether it passed.
+        detail: the finding.
     """
 
     name: str
@@ -70,12 +69,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Installation:
-    """Everything looked at, in order.
+    """The results of all checks.
 
     Attributes:
-        checks: the findings.
+        checks: the results, in order.
         kernels: names of the kernels built in, and whether this machine can run each.
-        kernel: the one in use; "" if the library could not be loaded.
+        kernel: the kernel in use; "" if the library could not be loaded.
     """
 
     checks: tuple[Check, ...]
@@ -84,12 +83,12 @@ class Installation:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether every check passed."""
         return all(check.ok for check in self.checks)
 
 
 def installation() -> Installation:
-    """Loads the libraries and bindings and looks at what came; failures become findings, not exceptions."""
+    """Loads the libraries and bindings and checks them; a failure becomes a failed check, not an exception."""
     kernels: dict[str, bool] = {}
     active = ""
     checks = [
@@ -146,14 +145,14 @@ def installation() -> Installation:
 
 
 def _library(name: str) -> str:
-    """Which build a library is, and that it is patched and loaded; raises TqggufError if it is not as it should be."""
+    """The build of a library; raises TqggufError unless it is patched and loaded."""
     if name == "ggml-cpu" and _native.cpu_variants():
         return _variants()
     return _build(name, _native.library_path(name))
 
 
 def _variants() -> str:
-    """The variants of the CPU backend, and that the best one is loaded or the one asked for."""
+    """The variants of the CPU backend; raises TqggufError unless the best one, or the one asked for, is loaded."""
     variants = _native.cpu_variants()
     _native.import_llama_cpp()
     loaded = _native.cpu_backend_path()
@@ -173,7 +172,7 @@ def _variants() -> str:
 
 
 def _cpu() -> str:
-    """What the processor has and ggml uses of it; raises if ggml was compiled for what it does not have."""
+    """The processor's instruction sets that ggml uses; raises TqggufError if ggml uses one that it does not have."""
     told = _native.import_llama_cpp().llama_print_system_info().decode("utf-8", "replace")
     used = set(re.findall(r"(\w+) = 1", told))
     found = f"{os.cpu_count()} processors; ggml uses {', '.join(sorted(used)) or 'no extensions'}"
@@ -191,13 +190,13 @@ def _cpu() -> str:
             f"process with SIGILL; build on this machine or take the wheel for any processor (docs/wheels.md)"
         )
     if "AVX512_VNNI" in used:
-        has.discard("AVX_VNNI")  # the same for narrower registers
+        has.discard("AVX_VNNI")  # the same instructions on narrower registers
     unused = [feature for feature in _FLAGS if feature in has - used]
     return found + (f", not {', '.join(unused)}, which the processor has as well" if unused else "")
 
 
 def _build(name: str, path: Path, loaded: bool = True) -> str:
-    """Which build a file is; raises TqggufError if it is not patched, or not loaded though it should be."""
+    """The build of a file; raises TqggufError if it is not patched, or not loaded though it should be."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -209,14 +208,14 @@ def _build(name: str, path: Path, loaded: bool = True) -> str:
         file.exists() and file.samefile(path) for files in mapped.values() for file in files if file.name == path.name
     )
     if loaded and not found:
-        raise TqggufError(f"{path} is there, but not loaded: llama_cpp was not loaded, or from elsewhere")
+        raise TqggufError(f"{path} exists but is not loaded: llama_cpp was not loaded, or was loaded from elsewhere")
     at = data.find(_BUILD_ID)
     build = data[at + len(_BUILD_ID) : at + len(_BUILD_ID) + 20].hex()[:12] if at >= 0 else "none"
     return f"ours; build id {build}, sha256 {hashlib.sha256(data).hexdigest()[:12]}"
 
 
 def _cuda() -> str:
-    """Which CUDA libraries there are, or why there are none; raises if one is there that cannot be used."""
+    """The CUDA libraries of this build; raises if one of them cannot be used."""
     driver = Path("/proc/driver/nvidia/version").exists()
     seen = "an NVIDIA driver is running" if driver else "no NVIDIA driver is running"
     found = []

@@ -1,32 +1,29 @@
-"""What a model's KV cache takes in each cache type, from its GGUF alone."""
+"""The size of a model's KV cache in each cache type, from its GGUF alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from ..cache.policy import resolve
 from ..cache.tail import DEFAULT_TAIL, check_tail
-from ..config import cache_type
+from ..config import PREFERRED_TYPES, cache_type
 from ..errors import ArgumentError
 from ..gguf.info import ModelInfo, read_model_info
 
-__all__ = ["COMPARED_TYPES", "CacheRow", "ModelCache", "model_cache"]
-
-COMPARED_TYPES: Final = ("f16", "q8_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
+__all__ = ["CacheRow", "ModelCache", "model_cache"]
 
 
 @dataclass(frozen=True)
 class CacheRow:
-    """One cache type's cost for a model.
+    """The size of a model's KV cache in one type.
 
     Attributes:
-        type: name of the type, used for K and V both.
+        type: name of the type of K and V.
         bits: bits per value.
-        bytes_per_token: K and V of all layers; None if the type cannot be used.
-        bytes: in all, precise tail included, for each context length asked for; None if the type cannot be used.
+        bytes_per_token: bytes of K and V of all layers; None if the type cannot be used.
+        bytes: bytes of the cache with its precise tail, for each context length; None if the type cannot be used.
         obstacle: why the type cannot be used, or None.
     """
 
@@ -42,9 +39,9 @@ class ModelCache:
     """A model's KV cache in several types.
 
     Attributes:
-        info: what the GGUF says.
+        info: the contents of the model's header.
         contexts: context lengths in tokens, the columns of `CacheRow.bytes`.
-        rows: one for each type compared.
+        rows: one for each type.
     """
 
     info: ModelInfo
@@ -53,15 +50,15 @@ class ModelCache:
 
 
 def model_cache(
-    path: str | Path, contexts: Sequence[int] = (), types: Sequence[str] = COMPARED_TYPES, *, tail: int = DEFAULT_TAIL
+    path: str | Path, contexts: Sequence[int] = (), types: Sequence[str] = PREFERRED_TYPES, *, tail: int = DEFAULT_TAIL
 ) -> ModelCache:
-    """Computes what each type would take, as `Llama` has llama.cpp allocate it for one sequence.
+    """Computes the size of the cache that llama.cpp would allocate for `Llama` and one sequence, for each type.
 
     Args:
         path: a GGUF file.
-        contexts: context lengths in tokens; none means the length the model was trained for.
+        contexts: context lengths in tokens; without any, the context the model was trained for.
         types: names of cache types.
-        tail: newest tokens kept in f16 where the type is ours.
+        tail: newest tokens kept in f16 beside a type of tqgguf.
 
     Raises:
         ArgumentError: a context that is not positive, or an unknown type.

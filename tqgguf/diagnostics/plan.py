@@ -2,8 +2,9 @@
 
 llama.cpp can open a model without its weights (`llama_model_params.no_alloc`): it reads the header, makes every tensor
 without memory, and plans contexts down to the compute buffers, whose size comes out of the very graphs that it would
-run. It tells the sizes in its log, in MiB with two digits. That takes milliseconds, and is exact where a formula over
-layers and widths would have to follow every architecture.
+run. The size of the KV cache is that of its tensors; the sizes of other buffers are in llama.cpp's log alone, in MiB
+with two digits. That takes milliseconds, and is exact where a formula over layers and widths would have to follow every
+architecture.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..cache.policy import CachePolicy, applied
-from ..cache.tail import kept
-from ..errors import CacheTypeError, OutOfMemoryError
+from .._native import import_llama_cpp
+from .._util import machine_memory
+from ..cache.policy import CachePolicy, refuse_impossible
+from ..errors import OutOfMemoryError
 from ..gguf.info import ModelInfo, read_model_info
-from ..memory import machine_memory
-from ..model.llama import llama_cpp, refuse_impossible
-from ..model.load_log import LoadLog, base_types, captured_log, load_error, load_lock, needs_flash, verify_buffers
+from ..model.context import LoadLog, captured_log, load_error, load_lock, make_context
 
 __all__ = ["ContextPlan", "PlannedModel", "Setup", "planned_model"]
+
+llama_cpp: Any = import_llama_cpp()
 
 N_BATCH: Final = 512
 """Tokens computed at once, as `llama_cpp.Llama` has it."""
@@ -32,14 +34,12 @@ N_BATCH: Final = 512
 CELL_BYTES: Final = 52
 """Of `llama_kv_cells` for a cell: position, place in a picture, shift, and a bit for each sequence."""
 
+# llama.cpp prints a number with two digits behind the decimal point of the process's locale.
 # sched_reserve:        CPU compute buffer size =     2.13 MiB
-_COMPUTE: Final = re.compile(r"compute buffer size = +([\d.]+) MiB")
+_COMPUTE: Final = re.compile(r"compute buffer size = +(\d+)\D(\d\d) MiB")
 # llama_memory_recurrent: size =    0.03 MiB (     1 cells, ...
-_STATE: Final = re.compile(r"llama_memory_recurrent: size = +([\d.]+) MiB")
-# llama_kv_cache: size =    8.00 MiB (  4096 cells, ...; caches of not modelled architectures have names of their own
-_CACHE: Final = re.compile(r"llama_kv_cache\w*: size = +([\d.]+) MiB")
-_TAIL: Final = re.compile(r"llama_kv_cache: tail = (\d+) bytes")
-_OUTPUT: Final = re.compile(r"output buffer size = +([\d.]+) MiB")
+_STATE: Final = re.compile(r"llama_memory_recurrent: size = +(\d+)\D(\d\d) MiB")
+_OUTPUT: Final = re.compile(r"output buffer size = +(\d+)\D(\d\d) MiB")
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class ContextPlan:
     """What one context would take beside the weights, in bytes.
 
     Attributes:
-        cache: K and V of all layers and sequences, tails included; exact, or to 0.01 MiB for an architecture whose
-            cache `gguf_info` does not model.
+        cache: K and V of all layers and sequences, tails included.
         state: recurrent states, which have a fixed size.
         compute: the buffers that a graph of n_ubatch tokens needs, its inputs, masks and logits among them; and the
             logits handed out.
@@ -113,8 +112,7 @@ class PlannedModel:
             setup: how the cache is laid out.
 
         Raises:
-            CacheTypeError: the model cannot have these types, or llama.cpp would allocate another cache than
-                `Setup.cache_bytes` counts.
+            CacheTypeError: the model cannot have these types, or llama.cpp would make another cache than was asked for.
             OutOfMemoryError: the list of its cells alone exceeds this machine's memory.
             TqggufError: llama.cpp could not plan the context; the message carries its own errors.
         """
@@ -127,28 +125,14 @@ class PlannedModel:
         params.kv_unified, params.swa_full = setup.unified, setup.swa_full
         params.n_batch = min(n_ctx, N_BATCH)
         params.n_ubatch = params.n_batch
-        params.type_k, params.type_v = (kind.number for kind in base_types(policy, self.info))
-        params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if needs_flash(policy) else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
-        with load_lock, captured_log(quiet=True) as log, applied(policy), kept(setup.tail):
-            context = llama_cpp.llama_init_from_model(self._model, params)
-            if context:
-                llama_cpp.llama_free(context)
-        if not context:
-            error = load_error("no context", log, self.info)
-            raise self._too_long(n_ctx) if isinstance(error, OutOfMemoryError) else error
-        verify_buffers(log, self.info, policy, setup.tail)
-        cache = setup.cache_bytes(self.info, policy, n_ctx)
-        reported = _mib(log, _CACHE) + sum(int(m[1]) for _, text in log if (m := _TAIL.search(text)))
-        if not self.info.exact:
-            cache = reported
-        elif abs(cache - reported) > 2**20 * 0.0051 * 2:  # two caches at most, with two digits of a MiB each
-            raise CacheTypeError(
-                f"llama.cpp would allocate {reported:,} bytes of KV cache for {n_ctx} tokens of {self.info.path.name}, "
-                f"counted were {cache:,}: please report this"
-            )
-        return ContextPlan(cache, _mib(log, _STATE), _mib(log, _COMPUTE) + _mib(log, _OUTPUT))
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # switched on where the policy needs it
+        making = make_context(self._model, self.info, policy, params, tail=setup.tail, quiet=True)
+        try:
+            with making as (_, made):
+                cache = sum(tensor.bytes + tensor.tail_bytes for tensor in made.tensors)
+        except OutOfMemoryError:
+            raise self._too_long(n_ctx) from None
+        return ContextPlan(cache, _mib(made.log, _STATE), _mib(made.log, _COMPUTE) + _mib(made.log, _OUTPUT))
 
     def _too_long(self, n_ctx: int) -> OutOfMemoryError:
         return OutOfMemoryError(
@@ -180,4 +164,4 @@ def planned_model(path: str | Path) -> Iterator[PlannedModel]:
 
 
 def _mib(log: LoadLog, pattern: re.Pattern[str]) -> int:
-    return round(sum(float(m[1]) for _, text in log if (m := pattern.search(text))) * 2**20)
+    return round(sum(int(m[1]) + int(m[2]) / 100 for _, text in log if (m := pattern.search(text))) * 2**20)

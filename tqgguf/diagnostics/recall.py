@@ -1,8 +1,8 @@
 """Exact recall of facts planted in a prompt, by cache, prompt size and depth.
 
-Teacher-forced divergence (`compare`) corrects the model at every token; here it generates, so an error that sends it
-astray counts. The demo model is asked what it was trained for, with its own prompts; any other chat model gets a
-needle test: filler with five facts at fixed depths, such as "The code of Anna is 4821.".
+The divergence of `compare` corrects the model at every token. Here the model generates, so an early error has its full
+effect. The demo model answers the kind of prompt it was trained for. Any other chat model gets a needle test: filler
+with five facts at fixed depths, such as "The code of Anna is 4821.".
 """
 
 from __future__ import annotations
@@ -11,34 +11,30 @@ import contextlib
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from .._util import check_count
 from ..cache.policy import PolicySpec
 from ..cache.tail import DEFAULT_TAIL
 from ..config import MEASURED_TYPES
-from ..count import check_count
 from ..demo import model as demo
 from ..errors import ArgumentError, TqggufError, UnsupportedError
-from ..gguf.info import read_model_info
-from ..model.llama import Llama, refuse_impossible
-from .compare import compared_caches, context_length, load
+from ..model.llama import Llama
+from .compare import CountProgress, Trial, load
 
-__all__ = ["DEPTHS", "Recall", "RecallScore", "needle_prompt", "recall"]
+__all__ = ["DEPTHS", "Recall", "RecallScore", "needle_prompt", "recall", "recall_trial"]
 
 DEPTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Places asked about, as fractions of the prompt: 0 is its first fact, 1 its last."""
+"""Places of the facts asked for, as fractions of the prompt: 0 is its first fact, 1 its last."""
 
 DEMO_SIZES: Final = (16, 64, 140, 280)
-"""Facts in a prompt of the demo model, where they fit the context."""
+"""Facts in a prompt of the demo model, as far as they fit the context."""
 
 NEEDLE_SHARES: Final = (4, 2, 1)
 """Needle prompts take a quarter, a half and all of the context."""
-
-Progress = Callable[[int, int], None]
-"""Called with (questions answered, questions in all)."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,8 @@ class RecallScore:
 
     Attributes:
         type: label of the cache, as in `compare`.
-        size: of the prompt, in the unit of `Recall.unit`.
-        depth: of the fact asked for: 0 is the prompt's begin, 1 its end.
+        size: size of the prompt, in the unit of `Recall.unit`.
+        depth: place of the fact asked for: 0 is the beginning of the prompt, 1 its end.
         right: answers that name the value asked for and no other value of the prompt.
         n: questions.
     """
@@ -68,8 +64,8 @@ class Recall:
         model: name of the model's file.
         unit: what sizes count: "facts" (the demo model) or "tokens" (needle test).
         n_ctx: context in tokens.
-        seed: of the first prompt.
-        scores: by cache, size and depth, in this order.
+        seed: seed of the first prompt.
+        scores: sorted by cache, then size, then depth.
     """
 
     model: str
@@ -89,24 +85,24 @@ def recall(
     n_predict: int = 32,
     seed: int = 0,
     n_threads: int | None = None,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> Recall:
     """Asks every cache the same questions through the model's chat template, greedily.
 
-    The same arguments give the same questions on every machine; answers can differ between processors, whose kernels
-    round differently. Caches are loaded one after another; flash attention is on for every one. The questions about
-    one prompt share its cache, so it is read once for each.
+    The same arguments give the same questions on every machine. Answers can differ between processors, whose kernels
+    round differently. Caches are loaded one after another, all with flash attention. The questions about one prompt
+    share its cache, so each prompt is read once for each cache.
 
     Args:
         path: a GGUF file.
         caches: at least two; as in `compare`.
         tails: as in `compare`.
         n_ctx: context in tokens; as in `compare`.
-        n_prompts: prompts of each size; each is asked about once at every depth of `DEPTHS`.
+        n_prompts: prompts of each size; each gets one question for every depth of `DEPTHS`.
         n_predict: tokens of a reply at most. A model that thinks aloud first needs more.
-        seed: of the first prompt; the others follow.
-        n_threads: threads; None means as many as `Llama` takes.
-        progress: called after every answer.
+        seed: seed of the first prompt; the other prompts take the seeds after it.
+        n_threads: threads; None means the default of `Llama`.
+        progress: called as progress(questions answered, questions in all) after every answer.
 
     Raises:
         ArgumentError: as in `compare`; n_prompts or n_predict below 1; the context has no room for the shortest prompt.
@@ -114,24 +110,34 @@ def recall(
         UnsupportedError: the model has no chat template.
         TqggufError: llama.cpp failed; otherwise as `Llama`.
     """
-    for name, value in (("n_prompts", n_prompts), ("n_predict", n_predict)):
-        check_count(name, value)
-    info = read_model_info(path)
-    named = compared_caches(caches, info.n_layer, tails)
-    for cache in named:
-        refuse_impossible(info, cache.policy)
-    n_ctx = context_length(info, n_ctx)
+    check_count("n_prompts", n_prompts)
+    check_count("n_predict", n_predict)
+    trial = Trial.of(path, caches, tails, n_ctx)
+    return recall_trial(trial, n_prompts, n_predict, seed, n_threads=n_threads, progress=progress)
+
+
+def recall_trial(
+    trial: Trial,
+    n_prompts: int = 10,
+    n_predict: int = 32,
+    seed: int = 0,
+    *,
+    n_threads: int | None,
+    progress: CountProgress | None,
+) -> Recall:
+    """`recall`, with what it measures resolved before."""
+    info, n_ctx = trial.info, trial.n_ctx
     own = info.name == demo.MODEL_NAME
     scores: list[RecallScore] = []
-    for i, cache in enumerate(named):
-        with contextlib.closing(load(path, cache, n_ctx, n_threads)) as model:
+    for i, cache in enumerate(trial.caches):
+        with contextlib.closing(load(info.path, cache, n_ctx, n_threads)) as model:
             asker = Asker(model, n_predict)
             questions = _demo_questions(n_ctx, n_prompts, seed) if own else _needles(asker, n_ctx, n_prompts, seed)
             right: Counter[tuple[int, float]] = Counter()
             for done, (size, depth, case) in enumerate(questions, 1 + i * len(questions)):
                 right[size, depth] += asker.right(case)
                 if progress:
-                    progress(done, len(named) * len(questions))
+                    progress(done, len(trial.caches) * len(questions))
         scores += [RecallScore(cache.label, size, depth, n, n_prompts) for (size, depth), n in right.items()]
     return Recall(info.path.name, "facts" if own else "tokens", n_ctx, seed, tuple(scores))
 
@@ -141,8 +147,8 @@ def needle_prompt(seed: int, n_filler: int, asked: int = 0) -> demo.RecallCase:
 
     Args:
         seed: chooses names, values and the order of the filler.
-        n_filler: filler sentences. Ten in a row are always the ten there are, so that prompts of one size are equally
-            long to a sentence.
+        n_filler: filler sentences. Each ten of them are all the ten sentences, in some order, so that prompts of one
+            size differ in length by a sentence at most.
         asked: index into `DEPTHS` of the fact asked for.
     """
     rng = random.Random(seed)
@@ -164,7 +170,7 @@ _Question = tuple[int, float, demo.RecallCase]
 
 
 def _demo_questions(n_ctx: int, n_prompts: int, seed: int) -> list[_Question]:
-    fact, rest = 7, 64  # tokens of a fact; of question, template and reply
+    fact, rest = 7, 64  # tokens of a fact, and of question, template and reply together
     sizes = [n_facts for n_facts in DEMO_SIZES if n_facts * fact + rest <= n_ctx]
     if not sizes:
         raise ArgumentError(f"a context of {n_ctx} tokens has no room for {DEMO_SIZES[0]} facts")
@@ -188,7 +194,7 @@ def _needles(asker: Asker, n_ctx: int, n_prompts: int, seed: int) -> list[_Quest
     sizes = {size: n_filler for size, n_filler in fillers.items() if n_filler >= len(DEPTHS)}
     if not sizes:
         raise ArgumentError(
-            f"a context of {n_ctx} tokens is too short for the needle test, which needs {rest} for facts"
+            f"a context of {n_ctx} tokens is too short for the needle test, whose facts alone take {rest}"
         )
     return [
         (size, depth, needle_prompt(seed + i, n_filler, asked))
@@ -211,15 +217,15 @@ class Asker:
     def __post_init__(self) -> None:
         if not self.model.has_chat_template:
             raise UnsupportedError(
-                f"{self.model.model_info.path.name} has no chat template, and recall asks through it"
+                f"{self.model.model_info.path.name} has no chat template, which recall needs to ask its questions"
             )
 
     def reply(self, case: demo.RecallCase, n_predict: int) -> Any:
-        """The model's greedy reply, as llama_cpp gives it."""
+        """The model's greedy reply, in the form of llama_cpp."""
         try:
             return self.model.create_chat_completion(case.messages, temperature=0.0, max_tokens=n_predict)
         except ValueError as error:
-            # llama_cpp says so of a prompt that does not fit, and of a template it cannot render.
+            # llama_cpp raises it for a prompt that does not fit and for a template that it cannot render.
             raise TqggufError(f"{self.model.model_info.path.name} could not be asked: {error}") from error
 
     def right(self, case: demo.RecallCase) -> bool:

@@ -1,15 +1,15 @@
 """Measures a cache policy: which type each layer stores K and V in, within a budget of bits or of divergence.
 
-The text is cut into chunks as `compare` cuts it. Its first half, the tuning part, says what each type costs when only K
-or only V of one layer is stored so and all else as f16, and whether keys stored less their mean cost less. From that
-`allocation` makes a policy. The second half, held out, says what the policy is worth beside the same type everywhere.
+The text is cut into chunks as in `compare`. The first half, the tuning part, measures what each type costs if K or V of
+one layer has that type and everything else is f16, and whether it costs less to store the keys of a layer less their
+mean. `allocation` makes a policy of these figures. The second half, held out, compares the policy with single types.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -18,17 +18,20 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..cache.policy import CachePolicy, model_hash, resolve
+from .._util import check_count
+from ..cache.policy import CachePolicy, model_hash, refuse_impossible, resolve
 from ..cache.tail import DEFAULT_TAIL, check_tail
 from ..config import CacheType, cache_type
-from ..count import check_count
 from ..errors import ArgumentError, TextError, UnsupportedError
 from ..gguf.info import ModelInfo, read_model_info
-from ..model.llama import Llama, refuse_impossible
+from ..model.control import Progress
+from ..model.llama import Llama
 from .allocation import Option, allocate, allocations
 from .capture import mean_keys
 from .compare import (
+    DEFAULT_CHUNKS,
     Array,
+    CountProgress,
     NamedCache,
     Reader,
     TypeQuality,
@@ -43,9 +46,8 @@ from .compare import (
 )
 
 __all__ = [
-    "DEFAULT_CHUNKS",
-    "TUNED_TYPES",
-    "UNIFORM_TYPES",
+    "BASELINE_TYPES",
+    "CANDIDATE_TYPES",
     "Centring",
     "Sensitivity",
     "Tuning",
@@ -53,24 +55,20 @@ __all__ = [
     "tune",
 ]
 
-TUNED_TYPES: Final = ("pqt3", "pqt4", "q8_0")
-"""What `tune` chooses from unless told otherwise: the most precise at 3.5 and 4.5 bits, and one for parts that need
-more. pqo3 and pqo4 take the same bytes and cost more divergence, but less time."""
+CANDIDATE_TYPES: Final = ("pqt3", "pqt4", "q8_0")
+"""The types that `tune` chooses from by default: the most precise ones at 3.5 and 4.5 bits, and one for parts that need
+more. pqo3 and pqo4 take the same bytes and less time, but cost more divergence."""
 
-UNIFORM_TYPES: Final = ("pqo3", "pqo4")
-"""Measured beside the policy in any case, each in all layers."""
+BASELINE_TYPES: Final = ("pqo3", "pqo4")
+"""Types that are always measured beside the policy, each in all layers."""
 
-DEFAULT_CHUNKS: Final = 8
 MEAN_TOKENS: Final = 2048
-"""Of the first chunk at most, for mean keys: they are read as one batch, whose buffers grow with it."""
+"""Tokens of the first chunk that mean keys are taken from at most: one batch, whose buffers grow with their number."""
 
 Chunks = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 Means = Mapping[int, F32]
 """By layer, (n_head_kv, head_dim_k)."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being measured, tokens read and tokens in all for that, counted once for each cache."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Sensitivity:
         side: "K" or "V".
         type: name of the type.
         centred: whether keys were stored less their mean.
-        kld: mean KL divergence from f16 with only this part of the cache stored so, in nats.
+        kld: mean KL divergence from f16 if only this part of the cache has this type, in nats.
     """
 
     layer: int
@@ -98,10 +96,10 @@ class Centring:
 
     Attributes:
         layer: number of the layer.
-        type: name of the type: the smallest, and where centring helps that, also the others.
+        type: name of the type: the smallest, and each other type in layers where centring helps the smallest.
         kld: mean KL divergence without centring, in nats.
         kld_centred: the same with it.
-        error: standard error of the difference of the two, from its values at single tokens.
+        error: standard error of the difference of the two, over tokens.
         helps: whether the difference exceeds twice its error; only then are the keys centred.
     """
 
@@ -120,21 +118,22 @@ class Tuning:
     Attributes:
         model: name of the model's file.
         policy: the policy, tied to the model.
-        budget: bits per value that it could spend, or None.
-        max_kld: mean KL divergence that it had to keep to on the held-out part, in nats, or None.
-        types: names of the types it could choose from, smallest first.
+        budget: bits per value that the policy could use, or None.
+        max_kld: limit of the mean KL divergence on the held-out part, in nats, or None.
+        types: names of the types to choose from, smallest first.
         tail: newest tokens kept in f16 in all measurements.
         n_ctx: tokens in a chunk.
-        n_tuning: chunks of the tuning part: the first ones.
-        n_held_out: chunks held out: those after them.
-        centring: by layer and type; empty if centring was not wanted or is not possible.
-        sensitivities: of every part and type.
-        predicted: mean KL divergence of the policy's types if what `sensitivities` says of parts adds up, in nats.
-        measured: what it is on the tuning part.
-        rows: on the held-out part: f16, the reference; "policy"; and single types in all layers, smallest first.
-        line: mean KL divergence that single types give at the policy's bits: that of the best one of so many bits, or
-            on the line through the nearest two, in bits and the logarithm of divergence; None outside of them.
-        notes: what a reader should know before trusting the policy.
+        n_tuning: chunks of the tuning part, which are the first ones.
+        n_held_out: chunks of the held-out part, which follow.
+        centring: measurements by layer and type; empty if centring was not wanted or is not possible.
+        sensitivities: measurements of every part and type.
+        predicted: mean KL divergence of the policy if the divergences in `sensitivities` add up, in nats.
+        measured: mean KL divergence of the policy on the tuning part, in nats.
+        rows: figures on the held-out part: f16, the reference; "policy"; and single types in all layers, smallest
+            first.
+        line: mean KL divergence of single types at the policy's bits: of the best single type with the same bits, or
+            on the line through the two nearest ones, in bits and the logarithm of divergence; None outside of them.
+        notes: limits of the policy that a reader should know.
     """
 
     model: str
@@ -161,7 +160,7 @@ def tune(
     *,
     budget: float | None = None,
     max_kld: float | None = None,
-    types: Sequence[str] = TUNED_TYPES,
+    types: Sequence[str] = CANDIDATE_TYPES,
     centre: bool | None = None,
     tail: int = DEFAULT_TAIL,
     n_ctx: int | None = None,
@@ -173,71 +172,78 @@ def tune(
 ) -> Tuning:
     """Measures a model's layers and makes a policy for its cache.
 
-    With a budget, what comes back is the best on the tuning part of: the policy by sensitivities, the same without
-    centring, and every single type that fits the budget. So it can be one type everywhere; a note says so.
+    With a budget, the result is the best of these on the tuning part: the policy made from sensitivities, the same
+    policy without centring, and every single type within the budget. So it can be a single type; then a note says so.
 
-    With max_kld it is the smallest on the way from the smallest types to the largest ones, in the order of gain per
-    byte, whose divergence on the held-out part is at most max_kld, found by bisection. The order of steps does not
-    know the held-out part, the place where they end does.
+    With max_kld, types grow from the smallest ones in the order of gain per byte, and bisection finds the first policy
+    on this way whose divergence on the held-out part, which decides nothing else, is at most max_kld.
 
-    It reads the tuning part once for each part of the cache and type, and a little more: of n layers and three types,
-    6 n times, and n times more to see whether centring helps; where it does, twice for each further type. Memory is
-    that of `compare` with n_parallel + 1 caches.
+    The tuning part is read once for each part of the cache and type, 6 n times with n layers and three types; n times
+    more to measure centring; and twice more for each further type of a layer that centring helps. Memory is that of
+    `compare` with n_parallel + 1 caches.
 
     Args:
         path: a GGUF file.
-        text: what to read, as for `compare`; at least two chunks.
+        text: the text to read, as for `compare`; at least two chunks.
         budget: bits per value, averaged over the whole cache (`CachePolicy.bits`).
-        max_kld: mean KL divergence from f16 on the held-out part, in nats. Give this or a budget.
+        max_kld: largest mean KL divergence from f16 on the held-out part, in nats. Give either this or a budget.
         types: names of at least two cache types to choose from.
-        centre: whether keys may be stored less their mean, where that helps. None: if the model allows it.
-        tail: newest tokens kept in f16, as the policy will be used.
+        centre: whether keys may be stored less their mean where that helps. None: if the model allows it.
+        tail: newest tokens kept in f16; the policy should be used with the same tail.
         n_ctx: tokens in a chunk, as for `compare`.
         n_chunks: chunks to read at most, both parts together; None means DEFAULT_CHUNKS.
-        n_batch: tokens llama.cpp is given at once.
-        n_threads: threads; None means as many as there are processors.
+        n_batch: tokens per call of llama.cpp.
+        n_threads: threads; None means the number of processors.
         n_parallel: caches read at once, beside the reference. Fewer save memory; the reference is read more often.
-        progress: called after every batch.
+        progress: called after every batch with the name of the step, tokens read and tokens in all, over all caches.
 
     Raises:
-        ArgumentError: budget and max_kld both or neither; a budget below the smallest type; a max_kld below what the
-            largest gives; fewer than two types, one given twice or unknown; centre=True with a model whose keys
-            cannot be centred; a number out of its range; no text for a model that is not the demo model.
+        ArgumentError: both or neither of budget and max_kld, or one that no policy reaches; fewer than two types, an
+            unknown type, or a type given twice; centre=True with a model whose keys cannot be centred; a number out of
+            its range; no text for a model that is not the demo model.
         TextError: the text is empty or has fewer than two chunks.
         CacheTypeError: the model cannot have one of the types.
         UnsupportedError: the model has no KV cache, or keeps V within K (MLA).
         TqggufError: as `compare`.
     """
     kinds = _kinds(types)
-    for name, value in (("n_batch", n_batch), ("n_parallel", n_parallel), ("n_chunks", n_chunks)):
+    for name, value, least in (("n_batch", n_batch, 1), ("n_parallel", n_parallel, 1), ("n_chunks", n_chunks, 2)):
         if value is not None:
-            check_count(name, value, 2 if name == "n_chunks" else 1)
+            check_count(name, value, least)
+    check_tail(tail)
     info = read_model_info(path)
-    if not info.layers or info.mla:
-        reason = "keeps V within K (MLA)" if info.mla else "has no KV cache"
-        raise UnsupportedError(f"{info.path.name}: architecture {info.architecture} {reason}; nothing to tune")
-    for kind in kinds:
-        refuse_impossible(info, resolve(kind.name, info.n_layer))
+    _refuse_untunable(info, kinds, centre)
     _check_goal(budget, max_kld, kinds, info)
-    if centre and info.centring_obstacle:
-        raise ArgumentError(f"{info.path.name}: {info.centring_obstacle}")
     n_ctx, n_chunks = context_length(info, n_ctx), n_chunks or DEFAULT_CHUNKS
     own = text is None
     if text is None:
         text = own_text(info, n_ctx, n_chunks)
     refuse_short(text, n_ctx)
-    check_tail(tail)
     f16 = NamedCache("f16", resolve("f16", info.n_layer))
     with contextlib.closing(load(path, f16, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
-        chunks = text_chunks(model, text, n_ctx, n_chunks, own)
-        if len(chunks) < 2:
-            raise TextError(
-                f"the text has less than two chunks of {n_ctx:,} tokens, one to tune on and one held out: "
-                f"give a longer text or a shorter context"
-            )
-        n_tuning = (len(chunks) + 1) // 2
-        bench = _Bench(model, f16, chunks[:n_tuning], chunks[n_tuning:], tail, n_parallel, progress)
-        return _Tuner(bench, kinds, centre).run(budget, max_kld)
+        halves = _halves(text_chunks(model, text, n_ctx, n_chunks, own))
+        return _Tuner(_Bench(model, f16, *halves, tail, n_parallel, progress), kinds, centre).run(budget, max_kld)
+
+
+def _refuse_untunable(info: ModelInfo, kinds: Sequence[CacheType], centre: bool | None) -> None:
+    if not info.layers or info.mla:
+        reason = "keeps V within K (MLA)" if info.mla else "has no KV cache"
+        raise UnsupportedError(f"{info.path.name}: architecture {info.architecture} {reason}; nothing to tune")
+    for kind in kinds:
+        refuse_impossible(info, resolve(kind.name, info.n_layer))
+    if centre and info.centring_obstacle:
+        raise ArgumentError(f"{info.path.name}: {info.centring_obstacle}")
+
+
+def _halves(chunks: Chunks) -> tuple[Chunks, Chunks]:
+    """The tuning part and the held-out part of a text."""
+    if len(chunks) < 2:
+        raise TextError(
+            f"the text has less than two chunks of {chunks.shape[1]:,} tokens, one to tune on and one held out: "
+            f"give a longer text or a shorter context"
+        )
+    n_tuning = (len(chunks) + 1) // 2
+    return chunks[:n_tuning], chunks[n_tuning:]
 
 
 def log_line(a: tuple[float, float], b: tuple[float, float], bits: float) -> float:
@@ -280,7 +286,7 @@ def _check_goal(budget: float | None, max_kld: float | None, kinds: Sequence[Cac
 
 @dataclass(frozen=True)
 class _Bench:
-    """A loaded model and both parts of the text, (n_chunks, n_ctx) tokens each."""
+    """A loaded model and the two parts of the text, (n_chunks, n_ctx) tokens each."""
 
     model: Llama
     f16: NamedCache
@@ -291,11 +297,11 @@ class _Bench:
     progress: Progress | None
 
     def named(self, label: str, policy: CachePolicy) -> NamedCache:
-        """A cache to measure, with the tail that all have."""
+        """A cache to measure, with the common tail."""
         return NamedCache(label, policy, self.tail if policy.ours else 0)
 
     def read(self, title: str, caches: Sequence[NamedCache], chunks: Chunks) -> list[Reader]:
-        """The reference and then every cache, after they have read the chunks."""
+        """The readers of the reference and of every cache, after they have read the chunks."""
         done: list[Reader] = []
         groups = [caches[i : i + self.n_parallel] for i in range(0, len(caches), self.n_parallel)]
         total = chunks.size * (len(groups) + len(caches))
@@ -310,16 +316,16 @@ class _Bench:
         return done
 
     def klds(self, title: str, policies: Sequence[CachePolicy], rotate: bool = True) -> list[Array]:
-        """Divergence of every policy at the scored tokens of the tuning part, (n_scored) each."""
+        """The divergence of every policy at each scored token of the tuning part, (n_scored)."""
         caches = [replace(self.named("policy", policy), rotate=rotate) for policy in policies]
         return [np.concatenate(reader.kld) for reader in self.read(title, caches, self.tuning)[1:]]
 
     def qualities(self, title: str, caches: Sequence[NamedCache]) -> list[TypeQuality]:
-        """The reference's figures and every cache's on the held-out part."""
+        """The figures of the reference and of every cache on the held-out part."""
         readers = self.read(title, caches, self.held_out)
         return [reader.quality(self.model.model_info, self.held_out.shape[1], self.held_out.size) for reader in readers]
 
-    def _from(self, title: str, before: int, total: int) -> Callable[[int, int], None] | None:
+    def _from(self, title: str, before: int, total: int) -> CountProgress | None:
         report = self.progress
         return (lambda done, _: report(title, before + done, total)) if report else None
 
@@ -340,9 +346,9 @@ class _Tuner:
         # Parts of the cache, in the order of `options`.
         self.parts = [(layer.index, side) for side in "KV" for layer in self.info.layers]
         self.names = tuple(kind.name for kind in kinds)
-        # In a policy with types of ours stock types are not rotated, so that is how their parts must be measured.
+        # llama.cpp does not rotate stock types beside pqo and pqt types, so they are measured without rotation.
         self.rotate = not any(kind.ours for kind in kinds)
-        names = [*self.names, *(name for name in UNIFORM_TYPES if self._fits(name))]
+        names = [*self.names, *(name for name in BASELINE_TYPES if self._fits(name))]
         self.uniform = [
             self.bench.named(name, resolve(name, self.info.n_layer))
             for name in sorted(dict.fromkeys(names), key=lambda name: cache_type(name).bits)
@@ -350,7 +356,7 @@ class _Tuner:
 
     def run(self, budget: float | None, max_kld: float | None) -> Tuning:
         single: list[TypeQuality] = []
-        if max_kld is not None:  # before hours are spent on what cannot be
+        if max_kld is not None:  # a goal that cannot be reached is refused before hours are spent
             single = self.bench.qualities("single types", self.uniform)
             self._refuse_below_largest(single, max_kld)
         centring = self._centre()
@@ -363,8 +369,8 @@ class _Tuner:
             policy = self._smallest(max_kld, options, single)
             measured = float(self.bench.klds("policy on the tuning part", [policy])[0].mean())
         policy = replace(policy, model_hash=self.hash, tail=self.bench.tail)
-        own = [self.bench.named("policy", policy)]
-        rows = self.bench.qualities("held-out part", own if single else [*own, *self.uniform])
+        measured_caches = [self.bench.named("policy", policy), *([] if single else self.uniform)]
+        rows = self.bench.qualities("held-out part", measured_caches)
         rows += single[1:]
         line = self._judge(rows[1], rows[2:])
         if centring and not self.helped:
@@ -391,7 +397,7 @@ class _Tuner:
     # ---- What parts cost ----
 
     def _centre(self) -> tuple[Centring, ...]:
-        """Where centring helps; sets `means` and `helped`."""
+        """Measures where centring helps; sets `means` and `helped`."""
         if not self.centre:
             return ()
         layers = [layer.index for layer in self.info.layers]
@@ -427,7 +433,7 @@ class _Tuner:
         )
 
     def _options(self, sensitivities: Collection[Sensitivity]) -> list[list[Option]]:
-        """The options of each part, in the order of `parts`; they come in that order, too."""
+        """The options of each part, in the order of `parts`, which is that of the sensitivities too."""
         sizes = {("K", x.index): x.n_head_kv * x.head_dim_k for x in self.info.layers}
         sizes |= {("V", x.index): x.n_head_kv * x.head_dim_v for x in self.info.layers}
         return [
@@ -439,13 +445,13 @@ class _Tuner:
 
     def _within(self, budget: float, options: Sequence[Sequence[Option]]) -> tuple[CachePolicy, float]:
         """The best policy within a budget of bits per value, and its mean divergence on the tuning part."""
-        # A budget that is meant to be met exactly must not miss a byte to rounding.
+        # Rounding must not take a byte away from a budget that is met exactly.
         n_bytes = math.floor(budget * self.info.values_per_token / 8 + 1e-6)
         policy = self._policy(allocate(options, n_bytes))
         others = [x for x in self.uniform if x.label in self.names and x.policy.bytes_per_token(self.info) <= n_bytes]
         candidates = [policy, *([replace(policy, k_means={})] if policy.k_means else [])]
         klds = [float(kld.mean()) for kld in self.bench.klds("policies", [*candidates, *(x.policy for x in others)])]
-        best = int(np.argmin(klds))  # of equal ones the first: the policy
+        best = int(np.argmin(klds))  # the policy is first, so it wins a tie
         if best >= len(candidates):
             name = others[best - len(candidates)].label
             self.notes.append(f"no mixture of types measured better than {name} in all layers, so that is the policy")
@@ -462,10 +468,11 @@ class _Tuner:
         """The smallest policy whose divergence on the held-out part is at most max_kld.
 
         Args:
-            single: the reference and the single types on the held-out part; one of the latter must keep to it.
+            single: figures of the reference and the single types on the held-out part; at least one single type must
+                have a divergence of at most max_kld.
         """
         way = [self._policy(chosen) for chosen in allocations(options)]
-        low, high = 0, len(way)  # way[high] keeps to it, or is beyond the end
+        low, high = 0, len(way)  # way[high] is good, or beyond the end
         while low < high:
             middle = (low + high) // 2
             cache = self.bench.named("policy", way[middle])
@@ -487,7 +494,7 @@ class _Tuner:
             )
 
     def _judge(self, policy: TypeQuality, single: Sequence[TypeQuality]) -> float | None:
-        """`Tuning.line`, and notes on how the policy stands to it."""
+        """Returns `Tuning.line` and notes how the policy compares with it."""
         same = [row for row in single if row.bits <= policy.bits and row.kld.mean < policy.kld.mean]
         if same:
             self.notes.append(
@@ -527,7 +534,7 @@ class _Tuner:
         return CachePolicy(tuple(types["K"]), tuple(types["V"]), means)
 
     def _alone(self, layer: int, side: str, name: str) -> CachePolicy:
-        """A policy with one part of the cache in a type and all else as f16."""
+        """A policy with one part of the cache in a type and everything else in f16."""
         types = {other: ["f16"] * self.info.n_layer for other in "KV"}
         types[side][layer] = name
         return CachePolicy(tuple(types["K"]), tuple(types["V"]))

@@ -12,6 +12,17 @@ from typing import Any, Final
 
 from ..config import CacheType
 from ..errors import ModelFileError
+from .architectures import (
+    HYBRID,
+    INTERVAL,
+    NO_CACHE,
+    NOT_MODELLED,
+    RECURRENT,
+    SWA_FROM_PATTERN,
+    SWA_IGNORED,
+    SWA_PERIOD,
+    SWA_WINDOW,
+)
 from .header import GgufHeader, read_header
 
 __all__ = ["CELL_PADDING", "KVLayer", "ModelInfo", "centring_obstacle", "read_model_info"]
@@ -21,57 +32,6 @@ CELL_PADDING: Final = 256
 
 MOST_LAYERS: Final = 512
 """llama.cpp ends the process over a file with more (LLAMA_MAX_LAYERS)."""
-
-# Architectures with sliding windows whose period llama.cpp knows by itself: (period, does the period begin dense).
-_SWA_PERIOD: Final = {
-    "afmoe": (4, False),
-    "cohere2": (4, False),
-    "cohere2moe": (4, True),
-    "exaone-moe": (4, False),
-    "gemma2": (2, False),
-    "gemma3": (6, False),
-    "gemma3n": (5, False),
-    "gpt-oss": (2, False),
-    "laguna": (4, True),
-    "llama4": (4, False),
-    "mellum": (4, False),
-    "muse-glimmer": (4, False),
-    "olmo2": (4, False),
-    "plamo3": (8, False),
-    "smallthinker": (4, True),
-}
-_SWA_FROM_PATTERN: Final = {"gemma4", "granite_swa", "maple", "mimo2", "spark2_5", "step35"}
-_SWA_WINDOW: Final = {"gemma2": 4096, "llama4": 8192}
-_SWA_IGNORED: Final = {"llama", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2"}
-
-_NO_CACHE: Final = {
-    *("bert", "jina-bert-v2", "jina-bert-v3", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert", "modern-bert"),
-    *("gemma-embedding", "wavtokenizer-dec", "dream", "llada", "llada-moe", "rnd1"),
-}
-_RECURRENT: Final = {"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"}
-_INTERVAL: Final = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
-_HYBRID: Final = {
-    *("jamba", "falcon-h1", "plamo2", "granitehybrid", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe"),
-    *("kimi-linear", *_INTERVAL),
-}
-_NOT_MODELLED: Final = {
-    "bailingmoe3": "hybrid linear attention",
-    "deepseek32": "a sparse-attention index beside the cache",
-    "deepseek4": "a compressed cache of several parts",
-    "dflash": "a draft model's shared cache",
-    "dots3note": "a sparse-attention index beside the cache",
-    "exaone4": "windows that depend on the model's size",
-    "gemma4-assistant": "a cache shared with another model",
-    "glm-dsa": "a sparse-attention index beside the cache",
-    "glm5-next": "hybrid linear attention",
-    "hy_v4": "a sparse-attention index beside the cache",
-    "kimi-k3": "hybrid linear attention",
-    "minimax-m3": "a sparse-attention index beside the cache",
-    "nanbeige": "layers that are repeated",
-    "qwen4exp": "a sparse-attention index beside the cache",
-    "t5": "an encoder with a cross-attention cache",
-    "t5encoder": "an encoder without a cache",
-}
 
 
 @dataclass(frozen=True)
@@ -269,7 +229,7 @@ class _Keys:
         n_embd = self.integer("embedding_length")
         if not 0 < n_layer <= MOST_LAYERS:
             raise self.error(f"key {self.arch}.block_count is {n_layer}, must be between 1 and {MOST_LAYERS}")
-        recurrent = self.arch in _RECURRENT
+        recurrent = self.arch in RECURRENT
         heads = self.per_layer("attention.head_count", n_layer, [0] * n_layer if recurrent else None)
         n_head = next((n for n in heads if n), 0)
         notes: list[str] = []
@@ -277,8 +237,8 @@ class _Keys:
             self.integer("attention.key_length_mla", 0)
         )  # llama.cpp, saving a model, writes 0 where there is none
         layers: tuple[KVLayer, ...] = ()
-        exact = self.arch not in _NOT_MODELLED
-        if self.arch in _NO_CACHE:
+        exact = self.arch not in NOT_MODELLED
+        if self.arch in NO_CACHE:
             notes.append(f"architecture {self.arch} has no KV cache")
         elif recurrent:
             notes.append(f"architecture {self.arch} is recurrent: it keeps a state of fixed size and no KV cache")
@@ -287,7 +247,7 @@ class _Keys:
                 raise self.error(f"key {self.arch}.attention.head_count is 0 in every layer")
             layers = self.layers(n_layer, n_embd, n_head, heads, mla, notes)
             if not exact:
-                notes.append(f"not modelled for {self.arch}: {_NOT_MODELLED[self.arch]}; figures are lower bounds")
+                notes.append(f"not modelled for {self.arch}: {NOT_MODELLED[self.arch]}; figures are lower bounds")
             if self.get("attention.sliding_window", 0) and not self.swa_known():
                 exact = False
                 notes.append(f"the file names a sliding window, but how {self.arch} uses it is not modelled")
@@ -345,8 +305,8 @@ class _Keys:
 
     def has_kv(self, n_layer: int, heads_kv: list[int], notes: list[str]) -> list[bool]:
         has = [n > 0 for n in heads_kv]
-        if self.arch in _INTERVAL:
-            interval = self.integer("full_attention_interval", _INTERVAL[self.arch]) or 1
+        if self.arch in INTERVAL:
+            interval = self.integer("full_attention_interval", INTERVAL[self.arch]) or 1
             recurrent = self.get("attention.recurrent_layers", [(i + 1) % interval != 0 for i in range(n_layer)])
             if not isinstance(recurrent, list) or len(recurrent) < n_layer:
                 raise self.error(f"key {self.arch}.attention.recurrent_layers has fewer than {n_layer} entries")
@@ -363,20 +323,20 @@ class _Keys:
         if first_shared < n_layer:
             has = [kv and i < first_shared for i, kv in enumerate(has)]
             notes.append(f"layers {first_shared} to {n_layer - 1} read the cache of earlier layers")
-        if self.arch in _HYBRID:
+        if self.arch in HYBRID:
             notes.append("hybrid: the other layers keep a recurrent state of fixed size, which is not compressed")
         elif not all(n > 0 for n in heads_kv):
             notes.append(f"{sum(1 for n in heads_kv if not n)} layers have no attention")
         return has
 
     def swa_known(self) -> bool:
-        return self.arch in {*_SWA_PERIOD, *_SWA_FROM_PATTERN, *_SWA_IGNORED, *_NOT_MODELLED, "lfm2", "lfm2moe"}
+        return self.arch in {*SWA_PERIOD, *SWA_FROM_PATTERN, *SWA_IGNORED, *NOT_MODELLED, "lfm2", "lfm2moe"}
 
     def windows(self, n_layer: int, heads_kv: list[int]) -> list[int]:
-        window = self.integer("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
+        window = self.integer("attention.sliding_window", SWA_WINDOW.get(self.arch, 0))
         if self.arch == "llama4" and window:
             window = 8192
-        if not window or self.arch in _SWA_IGNORED:
+        if not window or self.arch in SWA_IGNORED:
             return [0] * n_layer
         if self.arch in ("lfm2", "lfm2moe"):
             return [window if n else 0 for n in heads_kv]
@@ -385,9 +345,9 @@ class _Keys:
             if len(pattern) < n_layer:
                 raise self.error(f"key {self.arch}.attention.sliding_window_pattern has fewer than {n_layer} entries")
             return [window if flag else 0 for flag in pattern[:n_layer]]
-        if self.arch not in _SWA_PERIOD:
+        if self.arch not in SWA_PERIOD:
             return [0] * n_layer
-        period, dense_first = _SWA_PERIOD[self.arch]
+        period, dense_first = SWA_PERIOD[self.arch]
         period = pattern if isinstance(pattern, int) else period
         if period == 0:
             return [window] * n_layer

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any, Final, TypeVar
 
-from .._native import import_llama_cpp, library_path
+from .._native import import_llama_cpp
+from .._native.libggml import address, base, ffi
 
 __all__ = ["CALLED_BY_C", "Control", "Progress", "called_by_c"]
 
@@ -48,8 +49,8 @@ class Control:
         self.flag = ctypes.c_bool(False)
         self.failure: BaseException | None = None
         self.on_load = llama_cpp.llama_progress_callback(self._loaded)
-        is_set = ctypes.CDLL(str(library_path("ggml-base"))).tq_ggml_is_set
-        self.on_step = llama_cpp.ggml_abort_callback(ctypes.cast(is_set, ctypes.c_void_p).value)
+        is_set = ffi().addressof(base(), "tq_ggml_is_set")
+        self.on_step = llama_cpp.ggml_abort_callback(address(is_set))
 
     @property
     def stopped(self) -> bool:

@@ -14,7 +14,7 @@ from .._native import import_llama_cpp
 
 __all__ = ["take_back"]
 
-llama_cpp: Any = import_llama_cpp()  # here, not for each token: it looks at all libraries of the process, for 4 ms
+llama_cpp: Any = import_llama_cpp()
 
 
 def take_back(context: Any, n_tokens: int) -> bool:

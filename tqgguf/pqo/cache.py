@@ -3,26 +3,67 @@
 from __future__ import annotations
 
 import operator
+import re
 import threading
+from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from .._native import library
-from ..config import MODES, CacheConfig
+from ..config import CacheConfig
 from ..errors import ArgumentError, CacheClosedError
-from .codec import as_float32
+from .device_array import Tensor
+from .store_cuda import CudaStore
+from .store_host import HostStore
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from .device_array import Tensor
-
 __all__ = ["PqoCache"]
 
 Floats = npt.NDArray[np.floating[Any]]
+
+
+class Store(Protocol):
+    """Where the blocks of all layers are: in host memory, or on a GPU. Layers, shapes and counts are checked before.
+
+    Attributes:
+        place: for `repr`.
+    """
+
+    place: str
+
+    def take(self, x: Any, name: str, borrowed: ExitStack) -> Any:
+        """An argument as the other methods take it, with its shape; `borrowed` gives it back."""
+
+    def n_tokens(self, layer: int) -> int:
+        """Tokens in a layer."""
+
+    def append(self, layer: int, k: Any, v: Any) -> None:
+        """Appends tokens, or none on failure."""
+
+    def extend(self, layer: int, k: Any, v: Any, like: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Appends tokens and returns the whole layer decoded, in the dtype and on the device of `like`."""
+
+    def decode(self, layer: int, k: Any, v: Any, q: Any, scale: float, like: Any) -> Any:
+        """Appends one token and attends to the whole layer; the output is like `like`."""
+
+    def dequantize(self, layer: int) -> tuple[Any, Any]:
+        """The whole layer decoded."""
+
+    def truncate(self, layer: int, n_tokens: int) -> None:
+        """Keeps the first n_tokens tokens."""
+
+    def reset(self) -> None:
+        """Empties every layer and gives its memory back."""
+
+    def memory_usage(self) -> int:
+        """Bytes allocated for blocks."""
+
+    def free(self) -> None:
+        """Frees everything."""
 
 
 class PqoCache:
@@ -34,8 +75,20 @@ class PqoCache:
 
     A cache may be shared between threads: calls on one cache wait for each other, different caches run in parallel.
 
-    With `device="cuda"` or `"cuda:1"` the blocks lie in that GPU's memory, and tensors that are there can be given: see
-    `tqgguf.pqo.store_cuda.CudaPqoCache`, which is what such a call makes.
+    With `device="cuda"` or `"cuda:1"` the blocks lie in that GPU's memory, with the same bytes. Arguments may then be
+    tensors on the device, of float32, float16 or bfloat16 and with any strides, from every library that has DLPack or
+    the CUDA array interface; they are read where they are. Results are `DeviceArray`s, which these libraries take
+    without a copy: `torch.from_dlpack(out)`. A NumPy array is copied to the device, and what belongs to it comes back
+    as a NumPy array: `prefill` gives keys as it got k, `decode` gives its output as it got q. `dequantize` gives
+    DeviceArrays.
+
+    Work on a GPU is put on the stream and not waited for, unless NumPy arrays are involved. Tensors whose library works
+    on another stream are ordered by DLPack, inputs before the work and outputs after it; they must not be overwritten,
+    or freed, before the work is done (PyTorch: `Tensor.record_stream`).
+
+    Attention on a GPU is exact to 2e-3 of the output, where the CPU's kernels are exact to 1e-3 or better. The CPU's
+    cache refuses NaN and infinity in q and scores that overflow. So does a GPU's if q is a NumPy array; with a tensor
+    that would mean to wait for the device, so the token is appended and the output holds NaN.
 
     Args:
         config: shape and codec.
@@ -50,33 +103,22 @@ class PqoCache:
         UnsupportedError: no driver, no device that this build has code for, or a head that its kernels do not take.
     """
 
-    def __new__(cls, config: CacheConfig, device: str = "cpu", *, stream: int | None = None) -> Self:
-        if cls is PqoCache and str(device) != "cpu":
-            from .store_cuda import CudaPqoCache
-
-            return object.__new__(CudaPqoCache)  # type: ignore[return-value]  # of class PqoCache, no Self narrower
-        return object.__new__(cls)
-
     def __init__(self, config: CacheConfig, device: str = "cpu", *, stream: int | None = None) -> None:
         if not isinstance(config, CacheConfig):
             raise ArgumentError(f"config must be a CacheConfig, not {config.__class__.__name__}")
         self._lock = threading.RLock()
-        self._cache: Any = None
+        self._store: Store | None = None
         self.config = config
-        self._create(str(device), stream)
-
-    def _create(self, device: str, stream: int | None) -> None:
-        if device != "cpu":
-            raise ArgumentError(f"device = {device!r} given; for that derive {type(self).__name__} from CudaPqoCache")
-        if stream is not None:
-            raise ArgumentError(f"stream = {stream} given; a cache in host memory has none")
-        config = self.config
-        self._native = library()
-        ffi, lib = self._native.ffi, self._native.lib
-        fields = (config.bits, config.head_dim, config.n_head_kv, config.n_layer, MODES.index(config.mode))
-        handle = ffi.new("tq_cache **")
-        self._native.check(lib.tq_cache_new(ffi.new("tq_cache_config *", fields), handle))
-        self._cache = ffi.gc(handle[0], lib.tq_cache_free)
+        if str(device) == "cpu":
+            if stream is not None:
+                raise ArgumentError(f"stream = {stream} given; a cache in host memory has none")
+            self._store = HostStore(config)
+            return
+        match = re.fullmatch(r"cuda(?::(\d{1,4}))?", str(device))
+        if match is None:
+            raise ArgumentError(f"unknown device {str(device)!r}; valid devices are cpu, cuda and cuda:N, N from 0 on")
+        number = None if stream is None else _integer(stream, "stream")
+        self._store = CudaStore(config, int(match.group(1) or 0), number)
 
     @overload
     def prefill(self, layer: int, k: Floats, v: Floats) -> tuple[Floats, Floats]: ...
@@ -101,21 +143,13 @@ class PqoCache:
             OutOfMemoryError, MemoryError: nothing was appended.
             CacheClosedError: the cache is closed.
         """
-        with self._lock:
-            handle, index = self._open(), self._layer(layer)
-            k32, v32 = self._tokens(k, "k"), self._tokens(v, "v")
-            if k32.shape != v32.shape:
-                raise ArgumentError(
-                    f"k and v must hold the same number of tokens, shapes are {k32.shape} and {v32.shape}"
-                )
-            before = self.seq_len(index)
-            if before == 0:
-                self._append(handle, index, k32, v32, None, None)
+        with self._lock, ExitStack() as borrowed:
+            store, index = self._open(), self._layer(layer)
+            views = self._tokens(k, v, borrowed)
+            if store.n_tokens(index) == 0:
+                store.append(index, *views)
                 return k, v
-            k_out = np.empty((before + len(k32), *k32.shape[1:]), dtype=np.float32)
-            v_out = np.empty_like(k_out)
-            self._append(handle, index, k32, v32, k_out, v_out)
-            return k_out.astype(k.dtype, copy=False), v_out.astype(v.dtype, copy=False)
+            return store.extend(index, *views, (k, v))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Appends tokens to a layer and returns nothing, which spares decoding what was there before.
@@ -130,14 +164,9 @@ class PqoCache:
             OutOfMemoryError: nothing was appended.
             CacheClosedError: the cache is closed.
         """
-        with self._lock:
-            handle, index = self._open(), self._layer(layer)
-            k32, v32 = self._tokens(k, "k"), self._tokens(v, "v")
-            if k32.shape != v32.shape:
-                raise ArgumentError(
-                    f"k and v must hold the same number of tokens, shapes are {k32.shape} and {v32.shape}"
-                )
-            self._append(handle, index, k32, v32, None, None)
+        with self._lock, ExitStack() as borrowed:
+            store, index = self._open(), self._layer(layer)
+            store.append(index, *self._tokens(k, v, borrowed))
 
     @overload
     def decode(self, layer: int, k: Tensor, v: Tensor, q: Floats, scale: float) -> Floats: ...
@@ -164,41 +193,37 @@ class PqoCache:
             OutOfMemoryError: nothing was appended.
             CacheClosedError: the cache is closed.
         """
-        with self._lock:
-            handle, index = self._open(), self._layer(layer)
-            k32, v32 = self._token(k, "k"), self._token(v, "v")
-            q32 = as_float32(q, "q")
+        with self._lock, ExitStack() as borrowed:
+            store, index = self._open(), self._layer(layer)
             n_kv, head_dim = self.config.n_head_kv, self.config.head_dim
-            if q32.ndim != 2 or q32.shape[1] != head_dim:
-                raise ArgumentError(f"q must have shape (n_head, {head_dim}), not {q32.shape}")
-            if len(q32) == 0 or len(q32) % n_kv:
-                raise ArgumentError(f"q has {len(q32)} heads, must be a positive multiple of n_head_kv, {n_kv}")
-            out = np.empty_like(q32)
-            native = self._native
-            pointers = [native.ffi.from_buffer("float[]", a) for a in (k32, v32, q32)]
-            target = native.ffi.from_buffer("float[]", out, require_writable=True)
-            native.check(native.lib.tq_cache_decode(handle, index, *pointers, len(q32), as_scale(scale), target))
-            return out.astype(q.dtype, copy=False)
+            views = [store.take(x, name, borrowed) for x, name in ((k, "k"), (v, "v"))]
+            for view, name in zip(views, "kv", strict=True):
+                if view.shape != (n_kv, head_dim):
+                    raise ArgumentError(f"{name} must have shape {(n_kv, head_dim)}, not {view.shape}")
+            query = store.take(q, "q", borrowed)
+            if len(query.shape) != 2 or query.shape[1] != head_dim:
+                raise ArgumentError(f"q must have shape (n_head, {head_dim}), not {query.shape}")
+            n_head = query.shape[0]
+            if n_head == 0 or n_head % n_kv:
+                raise ArgumentError(f"q has {n_head} heads, must be a positive multiple of n_head_kv, {n_kv}")
+            return store.decode(index, views[0], views[1], query, _scale(scale), q)
 
     def dequantize(self, layer: int) -> tuple[Any, Any]:
         """The whole layer decoded.
 
         Returns:
-            K and V, each (seq_len, n_head_kv, head_dim) float32, in NumPy arrays.
+            K and V, each (seq_len, n_head_kv, head_dim) float32, in NumPy arrays, or in DeviceArrays on a GPU.
+
+        Raises:
+            OutOfMemoryError: no device memory for them.
         """
         with self._lock:
-            handle, index = self._open(), self._layer(layer)
-            k_out = np.empty((self.seq_len(index), self.config.n_head_kv, self.config.head_dim), dtype=np.float32)
-            v_out = np.empty_like(k_out)
-            native = self._native
-            targets = [native.ffi.from_buffer("float[]", a, require_writable=True) for a in (k_out, v_out)]
-            native.check(native.lib.tq_cache_dequantize(handle, index, *targets))
-            return k_out, v_out
+            return self._open().dequantize(self._layer(layer))
 
     def seq_len(self, layer: int = 0) -> int:
         """Tokens in a layer."""
         with self._lock:
-            return self._count(self._open(), self._layer(layer))
+            return self._open().n_tokens(self._layer(layer))
 
     def truncate(self, layer: int, n_tokens: int) -> None:
         """Keeps the first n_tokens tokens of a layer, and its memory.
@@ -207,33 +232,33 @@ class PqoCache:
             ArgumentError: n_tokens is negative, or more than the layer has.
         """
         with self._lock:
-            handle, index = self._open(), self._layer(layer)
-            count, have = as_integer(n_tokens, "n_tokens"), self.seq_len(index)
+            store, index = self._open(), self._layer(layer)
+            count, have = _integer(n_tokens, "n_tokens"), store.n_tokens(index)
             if not 0 <= count <= have:
                 raise ArgumentError(f"n_tokens is {count}, must be between 0 and {have}, the tokens in layer {index}")
-            self._keep(handle, index, count)
+            store.truncate(index, count)
 
     def reset(self) -> None:
         """Empties every layer and gives its memory back; the cache remains usable."""
         with self._lock:
-            self._native.check(self._native.lib.tq_cache_reset(self._open()))
+            self._open().reset()
 
     def memory_usage(self) -> int:
-        """Bytes allocated for blocks, headroom included."""
+        """Bytes allocated for blocks, headroom included; on a GPU not results that live, nor scratch of some MB."""
         with self._lock:
-            return int(self._native.lib.tq_cache_memory_usage(self._open()))
+            return self._open().memory_usage()
 
     def close(self) -> None:
         """Frees everything. Any later use raises CacheClosedError; closing again does nothing."""
         with self._lock:
-            if self._cache is not None:
-                self._free(self._cache)
-                self._cache = None
+            if self._store is not None:
+                self._store.free()
+                self._store = None
 
     @property
     def closed(self) -> bool:
         """Whether `close()` was called."""
-        return self._cache is None
+        return self._store is None
 
     def __enter__(self) -> Self:
         self._open()
@@ -245,68 +270,45 @@ class PqoCache:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<PqoCache {self.config}{' closed' if self.closed else ''}>"
+        return f"<PqoCache {self.config}{self._store.place if self._store else ' closed'}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         raise TypeError("a PqoCache holds native memory and cannot be pickled or copied")
 
-    def _open(self) -> Any:
-        if self._cache is None:
+    def _open(self) -> Store:
+        if self._store is None:
             raise CacheClosedError("this PqoCache is closed")
-        return self._cache
+        return self._store
 
     def _layer(self, layer: int) -> int:
-        index = as_integer(layer, "layer")
+        index = _integer(layer, "layer")
         if not 0 <= index < self.config.n_layer:
             raise ArgumentError(f"layer is {index}, must be between 0 and {self.config.n_layer - 1}")
         return index
 
-    def _count(self, handle: Any, index: int) -> int:
-        return self._native.check(self._native.lib.tq_cache_seq_len(handle, index))
-
-    def _keep(self, handle: Any, index: int, n_tokens: int) -> None:
-        self._native.check(self._native.lib.tq_cache_truncate(handle, index, n_tokens))
-
-    def _free(self, handle: Any) -> None:
-        self._native.ffi.release(handle)
-
-    def _tokens(self, x: Tensor, name: str) -> npt.NDArray[np.float32]:
-        values, shape = as_float32(x, name), (self.config.n_head_kv, self.config.head_dim)
-        if values.ndim != 3 or values.shape[1:] != shape:
-            raise ArgumentError(f"{name} must have shape (n_tokens, {shape[0]}, {shape[1]}), not {values.shape}")
-        return values
-
-    def _token(self, x: Tensor, name: str) -> npt.NDArray[np.float32]:
-        values, shape = as_float32(x, name), (self.config.n_head_kv, self.config.head_dim)
-        if values.shape != shape:
-            raise ArgumentError(f"{name} must have shape {shape}, not {values.shape}")
-        return values
-
-    def _append(
-        self,
-        handle: Any,
-        layer: int,
-        k: npt.NDArray[np.float32],
-        v: npt.NDArray[np.float32],
-        k_out: npt.NDArray[np.float32] | None,
-        v_out: npt.NDArray[np.float32] | None,
-    ) -> None:
-        ffi = self._native.ffi
-        inputs = [ffi.from_buffer("float[]", a) for a in (k, v)]
-        outputs = [
-            ffi.NULL if a is None else ffi.from_buffer("float[]", a, require_writable=True) for a in (k_out, v_out)
-        ]
-        self._native.check(self._native.lib.tq_cache_prefill(handle, layer, *inputs, len(k), *outputs))
+    def _tokens(self, k: Any, v: Any, borrowed: ExitStack) -> tuple[Any, Any]:
+        """k and v of as many tokens, (n_tokens, n_head_kv, head_dim)."""
+        heads = (self.config.n_head_kv, self.config.head_dim)
+        views = []
+        for x, name in ((k, "k"), (v, "v")):
+            views.append(view := self._open().take(x, name, borrowed))
+            if len(view.shape) != 3 or view.shape[1:] != heads:
+                raise ArgumentError(f"{name} must have shape (n_tokens, {heads[0]}, {heads[1]}), not {view.shape}")
+        if views[0].shape != views[1].shape:
+            raise ArgumentError(
+                f"k and v must hold the same number of tokens, shapes are {views[0].shape} and {views[1].shape}"
+            )
+        return views[0], views[1]
 
 
-def as_integer(value: Any, name: str) -> int:
+def _integer(value: Any, name: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
         raise ArgumentError(f"{name} must be an integer, not {value.__class__.__name__}") from None
 
 
-def as_scale(value: Any) -> float:
+def _scale(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:

@@ -1,22 +1,21 @@
-"""The stand-alone PQO cache in the memory of a GPU."""
+"""The blocks of a `PqoCache` in the memory of a GPU."""
 
 from __future__ import annotations
 
 import math
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .._native import library
 from .._native.cuda import LEGACY_STREAM, PER_THREAD_STREAM, Memory, Queue, cuda_library
-from ..config import MODES
+from ..config import MODES, CacheConfig
 from ..errors import ArgumentError
-from .cache import PqoCache, as_integer, as_scale
-from .device_array import FLOAT32, Borrowed, DeviceArray, Dtype, Tensor, borrow
+from .device_array import FLOAT32, Borrowed, DeviceArray, Dtype, borrow
 
-__all__ = ["CudaPqoCache"]
+__all__ = ["CudaStore"]
 
 
 @dataclass
@@ -29,179 +28,106 @@ class _Layer:
     capacity: int = 0
 
 
-class CudaPqoCache(PqoCache):
-    """What `PqoCache(config, device="cuda")` makes: the same methods, the same bytes, in device memory.
+class CudaStore:
+    """See `tqgguf.pqo.cache.Store`.
 
-    Arguments may be tensors on the device, of float32, float16 or bfloat16 and with any strides, from every library
-    that has DLPack or the CUDA array interface; they are read where they are. Results are then `DeviceArray`s, which
-    these libraries take without a copy: `torch.from_dlpack(out)`. A NumPy array is copied to the device, and what
-    belongs to it comes back as a NumPy array: `prefill` gives keys as it got k, `decode` gives its output as it got q.
-    `dequantize` gives DeviceArrays.
-
-    Work is put on the stream given to the constructor and not waited for, unless NumPy arrays are involved. Tensors
-    whose library works on another stream are ordered by DLPack, inputs before the work and outputs after it; they must
-    not be overwritten, or freed, before the work is done (PyTorch: `Tensor.record_stream`).
-
-    Attention is exact to 2e-3 of the output, where the CPU's kernels are exact to 1e-3 or better. The CPU's cache
-    refuses NaN and infinity in q and scores that overflow. So does this one if q is a NumPy array; with a tensor that
-    would mean to wait for the device, so the token is appended and the output holds NaN.
-
-    `memory_usage` counts blocks, as ever. Besides there are the results that live, and scratch of up to some MB.
+    Work is put on the stream and not waited for, unless NumPy arrays are involved. Tensors whose library works on
+    another stream are ordered by DLPack, inputs before the work and outputs after it.
     """
 
-    def _create(self, device: str, stream: int | None) -> None:
-        match = re.fullmatch(r"cuda(?::(\d{1,4}))?", device)
-        if match is None:
-            raise ArgumentError(f"unknown device {device!r}; valid devices are cpu, cuda and cuda:N, N from 0 on")
-        number = LEGACY_STREAM if stream is None else as_integer(stream, "stream") or LEGACY_STREAM
+    def __init__(self, config: CacheConfig, device: int, stream: int | None) -> None:
+        number = stream or LEGACY_STREAM
         if not 0 < number < 2**64:
             raise ArgumentError(f"stream is {number}, must be a cudaStream_t as a number")
         if number == PER_THREAD_STREAM:
             raise ArgumentError(
                 "stream is 2, the per-thread default stream, which is another one in each thread: give another"
             )
-        self._native_cuda = cuda_library()
-        self._queue: Queue = self._native_cuda.queue(int(match.group(1) or 0), number)
-        self._token_bytes = self.config.bytes_per_token // 2
+        self._config, self._native = config, cuda_library()
+        self._queue: Queue = self._native.queue(device, number)
+        self.place = f" on cuda:{self._queue.index} ({self._queue.name})"
+        self._token_bytes = config.bytes_per_token // 2
         self._work: Memory | None = None
         with self._queue.current():  # refuses head sizes that attention cannot take, before anything is stored
-            arguments = self._attention(_Layer(), 1, self.config.n_head_kv, 1.0)
-            self._native_cuda.check(self._native_cuda.lib.tq_cuda_attn_supported(arguments))
-        self._cache = [_Layer() for _ in range(self.config.n_layer)]
+            arguments = self._attention(_Layer(), 1, config.n_head_kv, 1.0)
+            self._native.check(self._native.lib.tq_cuda_attn_supported(arguments))
+        self._layers = [_Layer() for _ in range(config.n_layer)]
 
-    def prefill(self, layer: int, k: Tensor, v: Tensor) -> tuple[Any, Any]:
-        with self._lock, ExitStack() as borrowed:
-            target = self._open()[self._layer(layer)]
-            views = self._borrow_tokens(k, v, borrowed)
-            before = target.n_tokens
-            if before == 0:
-                self._store(target, *views)
-                return k, v
-            total, heads = before + views[0].shape[0], views[0].shape[1:]
-            outs = [DeviceArray(self._queue, (total, *heads), view.kind) for view in views]
-            self._store(target, *views)
-            try:
-                self._decode_layer(target, outs)
-                results = [
-                    out.numpy() if isinstance(x, np.ndarray) else out for x, out in zip((k, v), outs, strict=True)
-                ]
-            except BaseException:
-                target.n_tokens = before
-                raise
-            return results[0], results[1]
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        with self._lock, ExitStack() as borrowed:
-            target = self._open()[self._layer(layer)]
-            self._store(target, *self._borrow_tokens(k, v, borrowed))
-
-    def decode(self, layer: int, k: Tensor, v: Tensor, q: Tensor, scale: float) -> Any:
-        with self._lock, ExitStack() as borrowed:
-            target = self._open()[self._layer(layer)]
-            n_kv, head_dim = self.config.n_head_kv, self.config.head_dim
-            one = (n_kv, head_dim)
-            factor = as_scale(scale)
-            with self._queue.current():
-                views = []
-                for x, name in ((k, "k"), (v, "v")):
-                    view = self._borrow(x, name, borrowed)
-                    if view.shape != one:
-                        raise ArgumentError(f"{name} must have shape {one}, not {view.shape}")
-                    views.append(view)
-                query = self._borrow(q, "q", borrowed)
-            if len(query.shape) != 2 or query.shape[1] != head_dim:
-                raise ArgumentError(f"q must have shape (n_head, {head_dim}), not {query.shape}")
-            n_head = query.shape[0]
-            if n_head == 0 or n_head % n_kv:
-                raise ArgumentError(f"q has {n_head} heads, must be a positive multiple of n_head_kv, {n_kv}")
-            if not math.isfinite(factor) or abs(factor) > float(np.finfo(np.float32).max):
-                raise ArgumentError(f"scale = {factor:g} given; it must be a finite float32")
-            if isinstance(q, np.ndarray):
-                _refuse_infinite(q)
-            views = [Borrowed(x.name, x.pointer, (1, *x.shape), (0, *x.strides), x.kind) for x in views]
-            before = target.n_tokens
-            try:
-                if not isinstance(q, np.ndarray):
-                    return self._attend(target, views, query, query.kind, factor)
-                values = self._attend(target, views, query, FLOAT32, factor).numpy()
-                if not np.isfinite(values).all():
-                    raise ArgumentError(
-                        f"q and scale = {factor:g} are so large that their scores overflow; nothing was appended"
-                    )
-                return values.astype(q.dtype, copy=False)
-            except BaseException:
-                target.n_tokens = before
-                raise
-
-    def dequantize(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
-        """The whole layer decoded: K and V, each (seq_len, n_head_kv, head_dim) float32, as DeviceArrays.
-
-        Raises:
-            OutOfMemoryError: no device memory for them.
-        """
-        with self._lock:
-            source = self._open()[self._layer(layer)]
-            shape = (source.n_tokens, self.config.n_head_kv, self.config.head_dim)
-            outs = [DeviceArray(self._queue, shape, FLOAT32) for _ in range(2)]
-            self._decode_layer(source, outs)
-            return outs[0], outs[1]
-
-    def reset(self) -> None:
-        with self._lock:
-            for layer in self._open():
-                layer.k = layer.v = None
-                layer.n_tokens = layer.capacity = 0
-            self._work = None
-
-    def memory_usage(self) -> int:
-        with self._lock:
-            return sum(2 * layer.capacity * self._token_bytes for layer in self._open())
-
-    def __repr__(self) -> str:
-        place = f"cuda:{self._queue.index} ({self._queue.name})"
-        return f"<PqoCache {self.config} on {place}{' closed' if self.closed else ''}>"
-
-    # ---- What PqoCache asks for ----
-
-    def _count(self, handle: Any, index: int) -> int:
-        count: int = handle[index].n_tokens
-        return count
-
-    def _keep(self, handle: Any, index: int, n_tokens: int) -> None:
-        handle[index].n_tokens = n_tokens
-
-    def _free(self, handle: Any) -> None:
-        self.reset()
-
-    # ---- Inputs ----
-
-    def _borrow(self, x: Tensor, name: str, borrowed: ExitStack) -> Borrowed:
-        view = borrow(x, name, self._queue)
+    def take(self, x: Any, name: str, borrowed: ExitStack) -> Borrowed:
+        with self._queue.current():
+            view = borrow(x, name, self._queue)
         borrowed.callback(view.release)
         return view
 
-    def _borrow_tokens(self, k: Tensor, v: Tensor, borrowed: ExitStack) -> list[Borrowed]:
-        heads = (self.config.n_head_kv, self.config.head_dim)
-        views = []
-        with self._queue.current():
-            for x, name in ((k, "k"), (v, "v")):
-                view = self._borrow(x, name, borrowed)
-                if len(view.shape) != 3 or view.shape[1:] != heads:
-                    raise ArgumentError(f"{name} must have shape (n_tokens, {heads[0]}, {heads[1]}), not {view.shape}")
-                views.append(view)
-        if views[0].shape != views[1].shape:
-            raise ArgumentError(
-                f"k and v must hold the same number of tokens, shapes are {views[0].shape} and {views[1].shape}"
-            )
-        return views
+    def n_tokens(self, layer: int) -> int:
+        return self._layers[layer].n_tokens
+
+    def append(self, layer: int, k: Borrowed, v: Borrowed) -> None:
+        self._store(self._layers[layer], k, v)
+
+    def extend(self, layer: int, k: Borrowed, v: Borrowed, like: tuple[Any, Any]) -> tuple[Any, Any]:
+        target = self._layers[layer]
+        before = target.n_tokens
+        shape = (before + k.shape[0], *k.shape[1:])
+        outs = [DeviceArray(self._queue, shape, view.kind) for view in (k, v)]
+        self._store(target, k, v)
+        try:
+            self._decode_layer(target, outs)
+            results = [out.numpy() if isinstance(x, np.ndarray) else out for x, out in zip(like, outs, strict=True)]
+        except BaseException:
+            target.n_tokens = before
+            raise
+        return results[0], results[1]
+
+    def decode(self, layer: int, k: Borrowed, v: Borrowed, q: Borrowed, scale: float, like: Any) -> Any:
+        if not math.isfinite(scale) or abs(scale) > float(np.finfo(np.float32).max):
+            raise ArgumentError(f"scale = {scale:g} given; it must be a finite float32")
+        on_host = isinstance(like, np.ndarray)
+        if on_host:
+            _refuse_infinite(like)
+        target = self._layers[layer]
+        token = [Borrowed(x.name, x.pointer, (1, *x.shape), (0, *x.strides), x.kind) for x in (k, v)]
+        before = target.n_tokens
+        try:
+            if not on_host:
+                return self._attend(target, token, q, q.kind, scale)
+            values = self._attend(target, token, q, FLOAT32, scale).numpy()
+            if not np.isfinite(values).all():
+                raise ArgumentError(
+                    f"q and scale = {scale:g} are so large that their scores overflow; nothing was appended"
+                )
+            return values.astype(like.dtype, copy=False)
+        except BaseException:
+            target.n_tokens = before
+            raise
+
+    def dequantize(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
+        source = self._layers[layer]
+        shape = (source.n_tokens, self._config.n_head_kv, self._config.head_dim)
+        k_out, v_out = (DeviceArray(self._queue, shape, FLOAT32) for _ in range(2))
+        self._decode_layer(source, [k_out, v_out])
+        return k_out, v_out
+
+    def truncate(self, layer: int, n_tokens: int) -> None:
+        self._layers[layer].n_tokens = n_tokens
+
+    def reset(self) -> None:
+        self._layers = [_Layer() for _ in self._layers]
+        self._work = None
+
+    def memory_usage(self) -> int:
+        return sum(2 * layer.capacity * self._token_bytes for layer in self._layers)
+
+    def free(self) -> None:
+        self.reset()
 
     # ---- Work ----
 
     def _view(self, pointer: int, number: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
         """A tq_cuda_view: sizes and strides innermost first, four of each."""
-        ffi = self._native_cuda.ffi
+        ffi = self._native.ffi
         pad = 4 - len(shape)
-        mode = MODES.index(self.config.mode)
+        mode = MODES.index(self._config.mode)
         return ffi.new(
             "tq_cuda_view *",
             (ffi.cast("void *", pointer), number, mode, [*shape[::-1], *[1] * pad], [*strides[::-1], *[0] * pad]),
@@ -209,16 +135,16 @@ class CudaPqoCache(PqoCache):
 
     def _blocks(self, memory: Memory, first: int, n_tokens: int) -> Any:
         """A view of tokens' blocks."""
-        kind = self.config.type
-        shape = (n_tokens, self.config.n_head_kv * self.config.head_dim)
+        kind = self._config.type
+        shape = (n_tokens, self._config.n_head_kv * self._config.head_dim)
         start = memory.pointer + first * self._token_bytes
         return self._view(start, kind.number, shape, (self._token_bytes, kind.bytes))
 
     def _reserve(self, layer: _Layer, n_tokens: int) -> None:
-        """Makes room for n_tokens tokens in all, a quarter and 128 more. On failure nothing has changed."""
+        """Makes room for n_tokens tokens in all. On failure nothing has changed."""
         if n_tokens <= layer.capacity:
             return
-        capacity = n_tokens + n_tokens // 4 + 128
+        capacity = int(library().lib.tq_cache_capacity(n_tokens))
         new = [Memory(self._queue, capacity * self._token_bytes) for _ in range(2)]
         if layer.k is not None and layer.v is not None and layer.n_tokens > 0:
             for old, target in zip((layer.k, layer.v), new, strict=True):
@@ -233,7 +159,7 @@ class CudaPqoCache(PqoCache):
         with self._queue.current():
             self._reserve(layer, layer.n_tokens + n_tokens)
             assert layer.k is not None and layer.v is not None
-            native = self._native_cuda
+            native = self._native
             for x, memory in ((k, layer.k), (v, layer.v)):
                 source = self._view(x.pointer, x.kind.number, x.shape, x.strides)
                 target = self._blocks(memory, layer.n_tokens, n_tokens)
@@ -243,7 +169,7 @@ class CudaPqoCache(PqoCache):
     def _decode_layer(self, layer: _Layer, outs: list[DeviceArray]) -> None:
         if layer.n_tokens == 0 or layer.k is None or layer.v is None:
             return
-        native = self._native_cuda
+        native = self._native
         with self._queue.current():
             for memory, out in zip((layer.k, layer.v), outs, strict=True):
                 source = self._blocks(memory, 0, layer.n_tokens)
@@ -255,8 +181,8 @@ class CudaPqoCache(PqoCache):
 
     def _attention(self, layer: _Layer, n_kv: int, n_head: int, scale: float) -> Any:
         """A tq_attn but for the pointers to q and out."""
-        native = self._native_cuda
-        ffi, config = native.ffi, self.config
+        native = self._native
+        ffi, config = native.ffi, self._config
         arguments = ffi.new("tq_attn *")
         row, head_bytes = self._token_bytes // config.n_head_kv, 4 * config.head_dim
         for operand, memory in ((arguments.k, layer.k), (arguments.v, layer.v)):
@@ -273,7 +199,7 @@ class CudaPqoCache(PqoCache):
 
     def _attend(self, layer: _Layer, token: list[Borrowed], q: Borrowed, kind: Dtype, scale: float) -> DeviceArray:
         """Appends a token, (1, n_head_kv, head_dim), and attends; on failure the layer's count may be one too large."""
-        native, queue = self._native_cuda, self._queue
+        native, queue = self._native, self._queue
         ffi, lib = native.ffi, native.lib
         n_head, n_kv = q.shape[0], layer.n_tokens + 1
         with queue.current():

@@ -1,10 +1,14 @@
-"""The OpenAI-compatible server that llama_cpp brings, around a `tqgguf.Llama`, with the figures of its cache.
+"""The OpenAI-compatible server of llama_cpp around a `tqgguf.Llama`, with the figures of its cache.
 
-Upstream's application is used as it is but for three names that are replaced: `LlamaProxy`, whose models are loaded
-beforehand here, `get_event_publisher`, which lets an error in the middle of a stream, and a client that goes away, end
-in a traceback, and waits without end for one that takes nothing, and what `RouteErrorHandler` says of errors; and but
-for its rule that any web page may use it. Requests are checked before they come to it (`server_request`). Importing
-this module needs the packages of `tqgguf[server]`.
+Three things in upstream's application are replaced:
+
+- `LlamaProxy`: the model is loaded before the application is made.
+- `get_event_publisher`: upstream's ends in a traceback if a stream fails or its client goes away, and waits for ever
+  for a client that reads nothing.
+- `RouteErrorHandler`: errors get the messages and the status of `request.error_answer`.
+
+Its rule that any web page may use the server is replaced by one that allows pages of this machine. `Requests` checks
+requests before upstream's application gets them. Importing this module needs the packages of `tqgguf[server]`.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from .._native import import_llama_cpp
-from ..errors import ArgumentError, StoppedError, UnsupportedError, WorkerError
+from ..errors import ArgumentError, StoppedError, TqggufError, UnsupportedError, WorkerError
 
 import_llama_cpp()
 try:
@@ -34,6 +38,7 @@ try:
     from fastapi.middleware import Middleware
     from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import JSONResponse
+    from jinja2 import TemplateError
     from llama_cpp.server import app as upstream
     from llama_cpp.server.errors import RouteErrorHandler
     from llama_cpp.server.settings import ModelSettings, ServerSettings
@@ -41,7 +46,7 @@ try:
     from starlette.exceptions import HTTPException as AnyHTTPException
 
     from .reload import Reloading
-    from .request import Requests, error_body, host_of, told
+    from .request import Requests, error_answer, error_body, host_of
 except ImportError as error:
     raise UnsupportedError(
         f"the server needs a package that is missing, {error.name}: pip install 'tqgguf[server]'"
@@ -57,26 +62,26 @@ _logger = logging.getLogger("uvicorn.error")
 
 PROMETHEUS: Final = "text/plain; version=0.0.4; charset=utf-8"
 LOCAL_ORIGINS: Final = r"https?://([a-z0-9-]+\.)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-"""Web pages that may always use the server: this machine's own."""
+"""Web pages that may always use the server: those of this machine."""
 PATIENCE: Final = 10
-"""Seconds that a stream waits for its client to take more of it, in which others wait, too."""
+"""Seconds that a stream waits for its client to read; other requests wait for that long, too."""
 GRACE: Final = 1
-"""Seconds that open connections have to end when the server does; what they wait for is stopped at once."""
+"""Seconds that connections have to close when the server ends; computations stop at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheFigures:
-    """What `/cache` says.
+    """The figures that `/cache` gives.
 
     Attributes:
-        model: the name clients know it by.
-        tokens_used: in the cache now.
-        bytes_used: of blocks, by these tokens.
-        cache: types and sizes, as allocated.
-        requests: answered, by HTTP status.
-        requests_in_progress: being answered or waiting; there is one context, so one is answered at a time.
-        tokens_read: computed since the start, prompts and answers; those found in the cache are not.
-        lost: which workers are lost, so that requests get status 503; "" if none is.
+        model: the name that clients know the model by.
+        tokens_used: tokens in the cache now.
+        bytes_used: bytes of the blocks of these tokens.
+        cache: types and sizes of the cache.
+        requests: numbers of requests answered, by HTTP status.
+        requests_in_progress: requests that are answered or wait; one is answered at a time.
+        tokens_read: tokens of prompts and answers computed since the start, without those found in the cache.
+        lost: the workers that are lost, for which requests get status 503; "" if none is.
     """
 
     model: str
@@ -122,7 +127,7 @@ def _label(text: str) -> str:
 
 @dataclasses.dataclass
 class _Counts:
-    """All on the thread of the event loop."""
+    """Counters, used on the thread of the event loop only."""
 
     answered: Counter[str] = dataclasses.field(default_factory=Counter)
     in_progress: int = 0
@@ -140,27 +145,39 @@ def create_app(
     """The application: upstream's routes, and `/cache` and `/metrics`.
 
     Args:
-        model: what answers. One request at a time; others wait for their turn, none is cut short.
-        name: what clients know the model by; its file's name if None.
-        api_key: what clients must send, or None.
+        model: the model that answers. It answers one request at a time; others wait for their turn.
+        name: the name that clients know the model by; None for the name of its file.
+        api_key: the key that clients must send, or None.
         origins: web pages that may use the server, such as "https://chat.example"; "*" for all. Those of this machine
-            may.
-        local: whether it is to be called by names of this machine alone, and by those in `origins`.
-        grammars: whether clients may send grammars, JSON schemas and tools. There are some over which llama.cpp
-            computes without end.
+            always may.
+        local: whether requests may only name hosts of this machine and those in `origins`.
+        grammars: whether clients may send grammars, JSON schemas and tools. llama.cpp computes without end on some.
 
     Returns:
         A FastAPI application.
 
     Raises:
-        ArgumentError: an origin is none.
+        ArgumentError: one of `origins` is not an origin.
     """
     anywhere = "*" in origins
     hosts = None if anywhere or not local else {host_of(origin) for origin in origins}
+    name = name or model.model_info.path.stem
+    app = _upstream_app(model, name, api_key)
+    counts = _Counts()
+    allowed: dict[str, Any] = {"allow_origins": ["*"] if anywhere else origins, "allow_methods": ["*"]}
+    app.add_middleware(CORSMiddleware, allow_origin_regex=LOCAL_ORIGINS, allow_headers=["*"], **allowed)
+    # Inside the CORS middleware, so that web pages can read a refusal, too.
+    limits = {"n_ctx": model.n_ctx(), "n_vocab": model.n_vocab(), "hosts": hosts, "grammars": grammars}
+    app.user_middleware.append(Middleware(Requests, name=name, counts=counts, **limits))
+    app.user_middleware.append(Middleware(Reloading, model=model, api_key=api_key))
+    _add_figures(app, model, name, counts)
+    return app
+
+
+def _upstream_app(model: Llama, name: str, api_key: str | None) -> Any:
+    """Upstream's application without its CORS middleware, for a model that is loaded."""
 
     class Proxy(upstream.LlamaProxy):  # type: ignore[misc]
-        """Upstream's, around a model that is loaded."""
-
         @staticmethod
         def load_llama_from_model_settings(settings: Any) -> Llama:
             return model
@@ -170,86 +187,58 @@ def create_app(
                 raise WorkerError(model.lost)
             return model
 
-    RouteErrorHandler.error_message_wrapper = lambda _self, error, body=None: told(error)
-    name = name or model.model_info.path.stem
+    RouteErrorHandler.error_message_wrapper = lambda _self, error, body=None: error_answer(error)
     stock, upstream.LlamaProxy = upstream.LlamaProxy, Proxy
     upstream.get_event_publisher = _publish
     try:
         app = upstream.create_app(
-            # Otherwise a stream ends, half done, when another request comes.
+            # By default a new request ends the stream of another one.
             server_settings=ServerSettings(interrupt_requests=False, api_key=api_key),
             model_settings=[ModelSettings(model=model.model_path, model_alias=name)],
         )
     finally:
         upstream.LlamaProxy = stock
     proxy = upstream._llama_proxy
-    counts = _Counts()
     app.title = "tqgguf"
     app.user_middleware[:] = [other for other in app.user_middleware if other.cls is not CORSMiddleware]
-    allowed: dict[str, Any] = {"allow_origins": ["*"] if anywhere else origins, "allow_methods": ["*"]}
-    app.add_middleware(CORSMiddleware, allow_origin_regex=LOCAL_ORIGINS, allow_headers=["*"], **allowed)
-    # Inside the other, so that what they refuse can be read by web pages, too.
-    limits = {"n_ctx": model.n_ctx(), "n_vocab": model.n_vocab(), "hosts": hosts, "grammars": grammars}
-    app.user_middleware.append(Middleware(Requests, name=name, counts=counts, **limits))
-    app.user_middleware.append(Middleware(Reloading, model=model, api_key=api_key))
     app.add_exception_handler(AnyHTTPException, _http_error)
-    # Upstream makes a client that asks for the models wait until the answer that is being computed has come.
+    # In upstream's version, a request for the list of models waits until the answer being computed has ended.
     app.dependency_overrides[upstream.get_llama_proxy] = lambda: proxy
     app.dependency_overrides[upstream.authenticate] = _authentication(api_key)
+    return app
+
+
+def _add_figures(app: Any, model: Llama, name: str, counts: _Counts) -> None:
+    """Adds `/cache` and `/metrics`."""
     allocated = model.cache_info()
 
     def figures() -> CacheFigures:
         lost = model.lost
         used = 0 if lost else model.n_tokens  # a number of Python's: llama.cpp may be computing in another thread
-        return CacheFigures(
-            name,
-            used,
-            used * allocated.bytes_per_token,
-            dataclasses.replace(
-                allocated,
-                cells_used=used,
-                layers=tuple(
-                    dataclasses.replace(layer, cells_used=min(used, layer.cells)) for layer in allocated.layers
-                ),
-            ),
-            dict(counts.answered),
-            counts.in_progress,
-            model.n_tokens_read,
-            lost,
-        )
+        layers = tuple(dataclasses.replace(layer, cells_used=min(used, layer.cells)) for layer in allocated.layers)
+        cache = dataclasses.replace(allocated, cells_used=used, layers=layers)
+        n_bytes = used * allocated.bytes_per_token
+        requests = dict(counts.answered)
+        return CacheFigures(name, used, n_bytes, cache, requests, counts.in_progress, model.n_tokens_read, lost)
 
-    def as_json() -> Response:
-        return Response(json.dumps(dataclasses.asdict(figures())), media_type="application/json")
+    options: dict[str, Any] = {"methods": ["GET", "HEAD"], "dependencies": [Depends(upstream.authenticate)]}
 
-    def as_prometheus() -> Response:
-        return Response(figures().prometheus(), media_type=PROMETHEUS)
-
-    @app.api_route(
-        "/cache",
-        methods=["GET", "HEAD"],
-        dependencies=[Depends(upstream.authenticate)],
-        summary="The KV cache, its size and its use",
-    )  # type: ignore[untyped-decorator]
+    @app.api_route("/cache", summary="The KV cache, its size and its use", **options)  # type: ignore[untyped-decorator]
     async def cache(request: Request, format: str | None = None) -> Response:
         wanted = format or ("prometheus" if "text/plain" in request.headers.get("accept", "") else "json")
-        if wanted not in ("json", "prometheus"):
-            return Response(f"format is {wanted!r}, must be json or prometheus\n", 400, media_type="text/plain")
-        return as_json() if wanted == "json" else as_prometheus()
+        if wanted == "json":
+            return Response(json.dumps(dataclasses.asdict(figures())), media_type="application/json")
+        if wanted == "prometheus":
+            return await metrics()
+        return Response(f"format is {wanted!r}, must be json or prometheus\n", 400, media_type="text/plain")
 
-    @app.api_route(
-        "/metrics",
-        methods=["GET", "HEAD"],
-        dependencies=[Depends(upstream.authenticate)],
-        summary="The same, for Prometheus",
-    )  # type: ignore[untyped-decorator]
+    @app.api_route("/metrics", summary="The same, for Prometheus", **options)  # type: ignore[untyped-decorator]
     async def metrics() -> Response:
-        return as_prometheus()
-
-    return app
+        return Response(figures().prometheus(), media_type=PROMETHEUS)
 
 
 def _authentication(api_key: str | None) -> Any:
-    """In the place of upstream's `authenticate`, which takes longer the more of a key is right."""
+    """A replacement of upstream's `authenticate`, whose time depends on how much of a key is right."""
 
     async def authenticate(request: Request) -> None:
         given = await upstream.bearer_scheme(request)
@@ -261,18 +250,18 @@ def _authentication(api_key: str | None) -> Any:
 
 
 def _http_error(request: Request, error: Any) -> Response:
-    """A path that is not there, a method that is not allowed, a key that is wrong: as OpenAI's interface has it."""
+    """The answer to an unknown path, a wrong method or a wrong key, in the form of OpenAI's interface."""
     message = (
         f"{request.method} {request.url.path}: {error.detail}" if error.status_code in (404, 405) else error.detail
     )
-    body = {"error": error_body(message, "invalid_request_error")}
+    body = {"error": error_body(message, error.status_code)}
     return JSONResponse(body, error.status_code, error.headers)
 
 
 async def _publish(
     request: Any, inner_send_chan: Any, body: Any, body_model: Any, llama_call: Any, kwargs: Any
 ) -> None:
-    """Sends the parts of a streamed answer; in the place of upstream's function of the same arguments."""
+    """Sends the parts of a streamed answer; a replacement of upstream's function of the same arguments."""
     async with inner_send_chan, contextlib.asynccontextmanager(upstream.get_llama_proxy)() as proxy:
         chunks = None
         try:
@@ -281,17 +270,15 @@ async def _publish(
             async for chunk in iterate_in_threadpool(chunks):
                 await _send(inner_send_chan, json.dumps(chunk))
             await _send(inner_send_chan, "[DONE]")
-        except (anyio.BrokenResourceError, TimeoutError):
-            pass  # the client has gone, or sleeps
-        except StoppedError:
-            pass  # so has the server
-        except Exception as error:
-            # The status has been sent; clients of OpenAI's interface know an error among the parts.
+        except (anyio.BrokenResourceError, TimeoutError, StoppedError):
+            pass  # the client has gone or does not read, or the server ends
+        except (TqggufError, TemplateError, ValueError, RuntimeError, MemoryError) as error:
+            # The status has been sent already; clients of OpenAI's interface understand an error among the parts.
             with contextlib.suppress(anyio.BrokenResourceError):
-                await inner_send_chan.send({"data": json.dumps({"error": told(error)[1]})})
+                await inner_send_chan.send({"data": json.dumps({"error": error_answer(error)[1]})})
         finally:
             if chunks is not None:
-                with anyio.CancelScope(shield=True):  # frees the sampler now and not when garbage is collected
+                with anyio.CancelScope(shield=True):  # frees the sampler now, not when garbage is collected
                     await run_in_threadpool(chunks.close)
 
 
@@ -304,17 +291,17 @@ async def _send(channel: Any, part: str) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, so that a port that is taken is told before a model is loaded.
+    """A bound socket. Binding comes before the model is loaded, so that a port in use is reported at once.
 
     Raises:
-        ArgumentError: the address cannot be had.
+        ArgumentError: the address cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        bound.listen(128)  # clients that come while the model is loaded wait
+        bound.listen(128)  # clients wait while the model is loaded
     except OSError as error:
         of_the_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
         advice = (
@@ -327,9 +314,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: Any, model: Llama, bound: socket.socket) -> None:
-    """Answers on a socket until SIGINT or SIGTERM, which stop what is computed, and end the process if need be."""
-    # What nothing stops, such as a worker that hangs or a grammar without end, would hold its thread, and this process.
-    last = threading.Timer(2 * GRACE, os._exit, (0,))
+    """Answers requests on a socket until SIGINT or SIGTERM, which stop the computation.
+
+    A computation that does not stop, such as one on a worker that hangs, ends the process with status 1.
+    """
+    last = threading.Timer(2 * GRACE, os._exit, (1,))
     last.daemon = True
 
     class Server(uvicorn.Server):  # type: ignore[misc]
@@ -337,14 +326,14 @@ def serve(app: Any, model: Llama, bound: socket.socket) -> None:
             model.stop()
             if last.ident is None:
                 last.start()
-            _logger.setLevel(logging.CRITICAL)  # streams that end here without their last part are no errors
+            _logger.setLevel(logging.CRITICAL)  # streams that end without their last part are no errors now
             super().handle_exit(sig, frame)
 
     server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
     ending = threading.current_thread() is threading.main_thread()
 
     def end(number: int, frame: Any) -> None:
-        """Until uvicorn takes signals itself; and when it is done, for it raises what ended it once more."""
+        """The handler before and after uvicorn's own; uvicorn raises the signal that ended it once more."""
         server.should_exit = True
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM) if ending}

@@ -1,19 +1,19 @@
-"""A server whose model lies on workers, once one is lost: it says so, and loads the model again when they are back."""
+"""A server whose model is on workers: after the loss of a worker it answers 503 until the model can be loaded again."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-from fastapi import Response
+from fastapi.responses import JSONResponse
 from llama_cpp.server import app as upstream
 from starlette.concurrency import run_in_threadpool
 
 from ..errors import TqggufError
+from .request import error_body
 
 if TYPE_CHECKING:
     from ..model.llama import Llama
@@ -27,14 +27,14 @@ RETRY: Final = 1.0
 
 
 class Reloading:
-    """ASGI middleware for a model on workers: once one is lost, requests get status 503 until it could be loaded again.
+    """ASGI middleware: if the model has lost a worker, a request loads it again, or gets status 503 if that fails.
 
-    Each request tries that, but not more often than every RETRY seconds.
+    A request that comes within RETRY seconds of a failed attempt gets the status at once.
 
     Args:
-        app: what answers.
-        model: of the application; a request that was waiting for it gets an error of its own.
-        api_key: what clients must send, or None. Who does not is left to the application, which says so.
+        app: the application that answers.
+        model: the model of the application.
+        api_key: the key that clients must send, or None. The application refuses requests without it.
     """
 
     def __init__(self, app: Any, model: Llama, api_key: str | None) -> None:
@@ -47,22 +47,20 @@ class Reloading:
             async with self.lock:
                 message = await self._reload()
             if message:
-                headers = {"retry-after": f"{RETRY:g}"}
-                error = {"message": message, "type": "server_error", "param": None, "code": None}
-                body = json.dumps({"error": error})
-                await Response(body, 503, headers, "application/json")(scope, receive, send)
+                body = {"error": error_body(message, 503)}
+                await JSONResponse(body, 503, {"retry-after": f"{RETRY:g}"})(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
     def _authorized(self, scope: Any) -> bool:
-        """Whether the application will take the request, which otherwise refuses it."""
+        """Whether the request has the key, without which the application refuses it."""
         return self.authorization is None or (b"authorization", self.authorization) in scope["headers"]
 
     async def _reload(self) -> str:
-        """Loads the model again if that is needed and due; why it is still lost, or ""."""
+        """Loads the model again if that is needed and due; returns why it is still lost, or ""."""
         lost = self.model.lost
         if lost and time.monotonic() - self.tried >= RETRY:
-            async with contextlib.asynccontextmanager(upstream.get_llama_proxy)():  # nobody else computes
+            async with contextlib.asynccontextmanager(upstream.get_llama_proxy)():  # no other request computes
                 try:
                     await run_in_threadpool(self.model.reload)
                     _logger.warning("the model was loaded again on its workers")

@@ -1,8 +1,8 @@
-"""What reaches the server: bodies are read, checked and put into the words that llama_cpp's server knows, and what is
-wrong is told in the form of OpenAI's interface, with a status that says whose fault it is.
+"""Requests and errors of the server. Bodies are checked and translated into the fields that llama_cpp's server knows;
+errors get the form of OpenAI's interface and a status that tells a client's mistake from an error of the server.
 
-Without this llama_cpp's server answers 500 to every mistake of a client, and drops fields it does not know: a client
-that limits an answer by `max_completion_tokens`, as OpenAI's does now, would get one without end.
+Without this module llama_cpp's server answers 500 to every mistake of a client and ignores fields it does not know. A
+client that limits an answer by `max_completion_tokens`, as OpenAI's does now, would get an answer without a limit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import ipaddress
 import json
 import logging
 import math
-import re
 from collections.abc import Collection
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -21,75 +20,78 @@ from jinja2 import TemplateError
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
-from ..errors import ArgumentError, OutOfMemoryError, StoppedError, WorkerError
+from ..errors import ArgumentError, StoppedError, TqggufError, WorkerError
 
-__all__ = ["RefusedError", "Requests", "error_body", "host_of", "is_loopback", "told"]
+__all__ = ["RefusedError", "Requests", "error_answer", "error_body", "host_of", "is_loopback"]
 
 _logger = logging.getLogger("uvicorn.error")
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 GRAMMARS: Final = ("functions", "grammar", "tools")
-"""Fields that are a grammar, or that llama_cpp makes one of."""
+"""Fields that are a grammar, or that llama_cpp turns into one."""
 BYTES_PER_TOKEN: Final = 64
-"""Of a body, for each token of the context; text has 4 to 6. A longer prompt cannot fit, and need not be tokenized."""
+"""The most bytes of a body for each token of the context. Text has 4 to 6, so the prompt of a longer body cannot fit
+and need not be tokenized."""
+
+_ANSWERS: Final[tuple[tuple[type[Exception], int, str], ...]] = (
+    (StoppedError, 503, "the server is shutting down"),
+    (WorkerError, 503, "{error}"),
+    (ArgumentError, 400, "{error}"),
+    (TqggufError, 500, "{kind}: {error}"),
+    (TemplateError, 400, "the model's chat template cannot take these messages: {error}"),
+    (ValueError, 400, "{error}"),  # llama_cpp raises it for a request that it cannot answer
+    (Exception, 500, "{kind}: {error}"),
+)
+"""Status and message for each kind of error; the first kind that an error is an instance of counts."""
 
 
-class RefusedError(Exception):
-    """A request that is not let through.
+class RefusedError(TqggufError):
+    """A request that is refused.
 
     Args:
         message: what is wrong with it.
-        param: the field it is about.
-        status: of the answer.
-        code: a word for programs.
+        param: the field with the mistake.
+        status: status of the answer.
     """
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.param, self.status, self.code = param, status, code
+        self.param, self.status = param, status
 
 
-def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's interface has it."""
-    return {"message": message, "type": kind, "param": param, "code": code}
+def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """An error in the form of OpenAI's interface."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"message": message, "type": kind, "param": param, "code": None}
 
 
-def told(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Status and body for what went wrong while a request was answered; what is no fault of the client is logged."""
-    invalid = "invalid_request_error"
+def error_answer(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body of the answer to a request that failed. An error of the server is logged."""
     if isinstance(error, RefusedError):
-        return error.status, error_body(str(error), invalid, error.param, error.code)
-    if isinstance(error, StoppedError):
-        return 503, error_body("the server is shutting down", "server_error")
+        return error.status, error_body(str(error), error.status, error.param)
+    if isinstance(error, RequestValidationError):
+        message, field = _field(list(error.errors()))
+        return 400, error_body(message, 400, field)
+    status, message = next((status, text) for kind, status, text in _ANSWERS if isinstance(error, kind))
     if isinstance(error, WorkerError):
         _logger.error(str(error))
-        return 503, error_body(str(error), "server_error")
-    if isinstance(error, RequestValidationError):
-        said, field = _field(list(error.errors()))
-        return 400, error_body(said, invalid, field)
-    if match := re.search(r"Requested tokens \((\d+)\) exceed context window of (\d+)", str(error)):
-        said = f"the prompt has {match[1]} tokens, the context has room for {match[2]}: shorten it"
-        return 400, error_body(said, invalid, None, "context_length_exceeded")
-    if isinstance(error, TemplateError):
-        return 400, error_body(f"the model's chat template cannot take these messages: {error}", invalid, "messages")
-    if isinstance(error, ValueError) and not isinstance(error, OutOfMemoryError):
-        return 400, error_body(str(error), invalid)  # which llama_cpp raises for what it cannot do
-    _logger.error("a request failed", exc_info=error)
-    return 500, error_body(f"{type(error).__name__}: {error}", "server_error")
+    elif status == 500:
+        _logger.error("a request failed", exc_info=error)
+    return status, error_body(message.format(kind=type(error).__name__, error=error), status)
 
 
 class Requests:
-    """ASGI middleware: lets requests of the OpenAI interface through, checked, and counts them.
+    """ASGI middleware that checks and counts the requests of OpenAI's interface.
 
     Args:
-        app: what answers.
-        name: of the model, for requests that name none.
-        counts: where requests are counted; see `server.Counts`.
+        app: the application that answers.
+        name: name of the model, for requests that name none.
+        counts: the counters (`_Counts` of `app`).
         n_ctx: tokens of the context.
         n_vocab: tokens of the vocabulary.
-        hosts: names by which the server may be called; None for any. On a machine's own address this keeps web pages
-            out whose names were made to point there (DNS rebinding).
-        grammars: whether clients may send grammars, and what grammars are made of.
+        hosts: host names that a request may name; None for any. A server for its own machine must refuse other names,
+            because a web page can let its own name point to this machine (DNS rebinding).
+        grammars: whether clients may send grammars, JSON schemas and tools.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Requests:
                 if scope["method"] == "POST" and path.startswith(("/v1/", "/extras/")):
                     receive = await self._body(scope, headers, receive)
             except RefusedError as refused:
-                status, body = told(refused)
+                status, body = error_answer(refused)
                 await JSONResponse({"error": body}, status)(scope, receive, counting_send)
                 return
             if receive is not None:
@@ -143,16 +145,16 @@ class Requests:
         try:
             name = urlsplit(f"//{given}").hostname or ""
         except ValueError:
-            raise RefusedError(f"the header host is {given!r}, which is no name or address") from None
+            raise RefusedError(f"the header host is {given!r}, must be a name or an address") from None
         if given and not (name in self.hosts or is_loopback(name)):
             raise RefusedError(
-                f"this server listens on this machine only, and was called {given!r}: call it localhost, or start it "
-                f"with --origin http://{given}",
+                f"this server is for this machine only and was called by the name {given!r}: call it localhost, or "
+                f"start it with --origin http://{given}",
                 status=403,
             )
 
     async def _body(self, scope: Any, headers: Headers, receive: Any) -> Any:
-        """Reads a body, and returns a `receive` that gives it back checked; None if the client has gone."""
+        """Reads and checks a body; returns a `receive` that gives it back, or None if the client has gone."""
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise RefusedError(f"content-type is {kind!r}, must be application/json", status=415)
@@ -165,7 +167,7 @@ class Requests:
             more = message.get("more_body", False)
             if len(body) > self.most:
                 raise RefusedError(
-                    f"the body has more than {self.most:,} bytes, which no prompt that fits the context needs",
+                    f"the body has more than {self.most:,} bytes: no prompt that fits the context needs so many",
                     status=413,
                 )
         try:
@@ -178,7 +180,7 @@ class Requests:
         async def again() -> Any:
             return waiting.pop() if waiting else await receive()
 
-        # The length has changed; Starlette reads to the end and does not look, but what comes after might.
+        # The length has changed. Starlette ignores it and reads to the end; applications behind it may not.
         scope["headers"] = [
             (name, str(len(checked)).encode() if name == b"content-length" else value)
             for name, value in scope["headers"]
@@ -186,40 +188,40 @@ class Requests:
         return again
 
     def _checked(self, path: str, data: Any) -> Any:
-        """A body in llama_cpp's words.
+        """A body with the fields that llama_cpp knows.
 
         Raises:
-            RefusedError: it asks for what this server does not do, and what llama_cpp would pass over.
+            RefusedError: the request asks for something that this server does not do, or that llama_cpp ignores.
         """
         if not isinstance(data, dict):
             raise RefusedError(f"the body is {_short(data)}, must be a JSON object")
         if not path.startswith("/v1/"):
             return data
         if path == "/v1/embeddings":
-            raise RefusedError("this server gives answers and no embeddings", status=404)
+            raise RefusedError("this server gives answers, no embeddings", status=404)
         for name in ("n", "best_of"):
             if data.get(name) not in (None, 1):
                 raise RefusedError(f"{name} is {_short(data[name])}, must be 1: this server gives one answer", name)
         if data.get("logprobs") not in (None, False) or data.get("top_logprobs") not in (None, 0):
             raise RefusedError(
-                "log probabilities are not to be had here: the logits of all tokens, which llama_cpp takes them from, "
-                "are not kept",
+                "this server gives no log probabilities: llama_cpp takes them from the logits of all tokens, which are "
+                "not kept",
                 "logprobs",
             )
         stop = data.get("stop")
         if stop == "" or (isinstance(stop, list) and "" in stop):
-            raise RefusedError("stop holds an empty text, which ends every answer before it begins", "stop")
+            raise RefusedError("stop holds an empty text, which would end every answer before it begins", "stop")
         form = data.get("response_format")
         schema = {"response_format"} if isinstance(form, dict) and form.keys() - {"type"} else set()
         if not self.grammars and (given := schema | {name for name in GRAMMARS if data.get(name)}):
-            raise RefusedError(f"{min(given)} is not taken by this server (--no-grammars)", min(given))
+            raise RefusedError(f"this server does not take {min(given)} (--no-grammars)", min(given))
         if data.get("logit_bias") and data.get("min_tokens"):
             raise RefusedError(
-                "logit_bias and min_tokens cannot be combined: llama_cpp would pass over both", "logit_bias"
+                "logit_bias and min_tokens cannot be combined: llama_cpp would ignore both", "logit_bias"
             )
         self._check_bias(data)
         if data.get("model") is None:
-            data["model"] = self.name  # answers say it; llama_cpp would name the path of the file
+            data["model"] = self.name  # answers repeat it; llama_cpp would give the path of the file
         if path.endswith("/chat/completions"):
             if "max_completion_tokens" in data:
                 limit = data.pop("max_completion_tokens")
@@ -253,10 +255,10 @@ def _number(digits: str) -> float:
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:
-    """Messages with texts in one piece, which every chat template takes, and roles that llama_cpp knows."""
+    """Messages whose content is one text, which every chat template takes, and whose roles llama_cpp knows."""
     if not isinstance(messages, list) or not messages:
         raise RefusedError(f"messages is {_short(messages)}, must be a list of at least one message", "messages")
-    said = []
+    checked = []
     for i, message in enumerate(messages):
         where = f"messages.{i}"
         if not isinstance(message, dict):
@@ -266,12 +268,12 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
             raise RefusedError(f"{where}.role is {_short(role)}, must be one of {', '.join(ROLES)}", f"{where}.role")
         if isinstance(content, list):
             content = "\n".join(_part(part, f"{where}.content.{j}") for j, part in enumerate(content))
-        elif content is None and role == "assistant":  # one that calls tools
+        elif content is None and role == "assistant":  # it calls tools
             content = ""
         elif not isinstance(content, str):
             raise RefusedError(f"{where}.content is {_short(content)}, must be a text", f"{where}.content")
-        said.append({**message, "role": "system" if role == "developer" else role, "content": content})
-    return said
+        checked.append({**message, "role": "system" if role == "developer" else role, "content": content})
+    return checked
 
 
 def _part(part: Any, where: str) -> str:
@@ -283,7 +285,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _field(errors: list[Any]) -> tuple[str, str]:
-    """What pydantic found wrong, and with which field; of the kinds of message the one whose role was given."""
+    """The mistake that pydantic found, and its field. Of the kinds of message, the one with the given role counts."""
     others = {error["loc"][:4] for error in errors if error["loc"][-1] == "role"}
     error = next((error for error in errors if error["loc"][:4] not in others), errors[0])
     parts = [str(part) for part in error["loc"] if part != "body" and not str(part).startswith("ChatCompletion")]
@@ -294,13 +296,13 @@ def _field(errors: list[Any]) -> tuple[str, str]:
 
 
 def _short(value: Any) -> str:
-    """A value as JSON, its beginning if it is long."""
+    """A value as JSON, cut off if it is long."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name or address can only mean the machine itself."""
+    """Whether a name or an address always means the machine itself."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
@@ -310,10 +312,10 @@ def is_loopback(name: str) -> bool:
 
 
 def host_of(origin: str) -> str:
-    """The name in an origin such as https://chat.example.
+    """The host name in an origin such as https://chat.example.
 
     Raises:
-        ArgumentError: it is no origin.
+        ArgumentError: the text is not an origin.
     """
     parts = urlsplit(origin)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query or parts.username:

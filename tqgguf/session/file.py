@@ -28,22 +28,31 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from .._native import abi_version_expected, import_llama_cpp
-from ..cache.policy import model_hash
+from .._util import check_folder, write_whole
+from ..cache.policy import CachePolicy, model_hash
 from ..config import CACHE_TYPES
 from ..errors import ArgumentError, OutOfMemoryError, SessionError, StateFileError, UnsupportedError
-from ..whole_file import check_folder, write_whole
+from ..gguf.info import ModelInfo
 from .state import cell_positions
 
-if TYPE_CHECKING:
-    from ..gguf.info import ModelInfo
-    from ..model.llama import Llama
-
-__all__ = ["SESSION_VERSION", "Session", "check_target", "is_session", "read_session", "read_state", "restore", "save"]
+__all__ = [
+    "SESSION_VERSION",
+    "Owner",
+    "Session",
+    "check_target",
+    "is_session",
+    "load",
+    "put",
+    "read_body",
+    "read_session",
+    "save",
+]
 
 SESSION_VERSION: Final = 1
 """Of the layout above; another one is refused."""
@@ -89,6 +98,21 @@ class Session:
     extra: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Owner:
+    """What a session belongs to.
+
+    Attributes:
+        info: of the model.
+        policy: types and mean keys of its KV cache.
+        settings: see `Session`.
+    """
+
+    info: ModelInfo
+    policy: CachePolicy
+    settings: dict[str, Any]
+
+
 def read_session(path: str | Path) -> Session:
     """Reads the header of a session file, and checks that the file is as long as the header says.
 
@@ -114,7 +138,7 @@ def is_session(path: str | Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def read_state(path: str | Path, info: ModelInfo) -> tuple[Session, memoryview]:
+def read_body(path: str | Path, info: ModelInfo) -> tuple[Session, memoryview]:
     """Header of a session file, and llama.cpp's state in it (as `llama_state_seq_get_data` wrote it); loads no model.
 
     Raises:
@@ -196,9 +220,9 @@ def _parse(text: bytes, path: Path) -> Session:
 # ---- What a session belongs to ----
 
 
-def _identity(model: Llama) -> dict[str, Any]:
+def _identity(owner: Owner) -> dict[str, Any]:
     """What must be the same when a session is loaded, by the names of `Session`."""
-    policy, info = model.cache_policy, model.model_info
+    policy, info = owner.policy, owner.info
     layers = [layer.index for layer in info.layers] or range(policy.n_layer)
     types_k = tuple(policy.types_k[i] for i in layers)
     types_v = tuple(policy.types_v[i] for i in layers)
@@ -211,31 +235,16 @@ def _identity(model: Llama) -> dict[str, Any]:
         "types_v": types_v,
         "type_numbers": {name: CACHE_TYPES[name].number for name in sorted({*types_k, *types_v})},
         "k_means": means.hexdigest() if policy.k_means else "",
-        "settings": _settings(model),
+        "settings": owner.settings,
         "codec": abi_version_expected(),
         "state": int(import_llama_cpp().LLAMA_STATE_SEQ_VERSION),
     }
 
 
-def _settings(model: Llama) -> dict[str, Any]:
-    params = model.context_params
-    names = ["rope_scaling_type", "rope_freq_base", "rope_freq_scale", "flash_attn_type", "yarn_orig_ctx"]
-    names += ["yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"]
-    settings: dict[str, Any] = {name: getattr(params, name) for name in names}
-    # Models with LongRoPE turn keys otherwise in a context longer than the one they were first trained for.
-    first = model.metadata.get(f"{model.model_info.architecture}.rope.scaling.original_context_length")
-    settings["long_rope"] = first is not None and model.n_ctx() > int(first)
-    settings["kv_overrides"] = {key: str(value) for key, value in (model.kv_overrides or {}).items()}
-    if model.lora_path:
-        lora = Path(model.lora_path)
-        settings["lora"] = [lora.name, lora.stat().st_size, model.lora_scale]
-    return settings
-
-
-def _refuse_other(session: Session, model: Llama, path: Path) -> None:
-    """Raises SessionError, naming both sides, unless a session belongs to this model and its cache."""
-    _refuse_other_model(session, model.model_info, path)
-    mine = _identity(model)
+def _refuse_other(session: Session, owner: Owner, n_ctx: int, path: Path) -> None:
+    """Raises SessionError, naming both sides, unless a session belongs to its owner and fits into n_ctx tokens."""
+    _refuse_other_model(session, owner.info, path)
+    mine = _identity(owner)
     for side, theirs, ours in (("K", session.types_k, mine["types_k"]), ("V", session.types_v, mine["types_v"])):
         if theirs != ours:
             raise SessionError(
@@ -256,9 +265,9 @@ def _refuse_other(session: Session, model: Llama, path: Path) -> None:
         if then != now:
             then_, now_ = f"{name}={then!r:.80}", f"{name}={now!r}"
             raise SessionError(f"{path} was saved with {then_}, this model was loaded with {now_}")
-    if session.n_tokens > model.input_ids.size:
+    if session.n_tokens > n_ctx:
         raise SessionError(
-            f"{path} holds {session.n_tokens:,} tokens, the context has {model.input_ids.size:,}: "
+            f"{path} holds {session.n_tokens:,} tokens, the context has {n_ctx:,}: "
             f"load the model with n_ctx={session.n_tokens} or more"
         )
 
@@ -292,34 +301,42 @@ def check_target(path: str | Path) -> None:
         raise ArgumentError(f"{path} exists and is no session: it is not overwritten")
 
 
-def save(model: Llama, path: str | Path, extra: Mapping[str, Any]) -> Session:
-    """See `Llama.save_session`."""
-    check_target(path)
+def save(
+    path: str | Path, context: Any, tokens: npt.NDArray[np.intc], owner: Owner, extra: Mapping[str, Any]
+) -> Session:
+    """See `Llama.save_session`.
+
+    Args:
+        path: the file, which `check_target` allowed.
+        context: a `llama_context` pointer, whose cache holds `tokens` in sequence 0.
+        tokens: (n_tokens), all that were read.
+        owner: what the session belongs to.
+        extra: to be kept beside it.
+    """
     llama_cpp = import_llama_cpp()
-    memory = llama_cpp.llama_get_memory(model.ctx)
+    memory = llama_cpp.llama_get_memory(context)
     # Cells of tokens that the model does not count any more, as after an answer that was cut short.
-    llama_cpp.llama_memory_seq_rm(memory, 0, model.n_tokens, -1)
-    if (last := llama_cpp.llama_memory_seq_pos_max(memory, 0)) != model.n_tokens - 1:
-        raise SessionError(f"cannot save: the cache ends at token {last}, the model counts {model.n_tokens}")
+    llama_cpp.llama_memory_seq_rm(memory, 0, len(tokens), -1)
+    if (last := llama_cpp.llama_memory_seq_pos_max(memory, 0)) != len(tokens) - 1:
+        raise SessionError(f"cannot save: the cache ends at token {last}, the model counts {len(tokens)}")
     try:
-        size = llama_cpp.llama_state_seq_get_size(model.ctx, 0)
+        size = llama_cpp.llama_state_seq_get_size(context, 0)
         state = (ctypes.c_uint8 * size)()
     except MemoryError:
         raise OutOfMemoryError(f"no memory for a copy of the cache of {size:,} bytes, which saving needs") from None
-    with model.watched():
-        n_written = llama_cpp.llama_state_seq_get_data(model.ctx, state, size, 0)
+    n_written = llama_cpp.llama_state_seq_get_data(context, state, size, 0)
     if size == 0 or n_written != size:
         raise SessionError("llama.cpp could not write the state of its cache")
-    tokens = model.input_ids[: model.n_tokens].astype("<i4").tobytes()
-    digest = hashlib.sha256(tokens)
+    numbers = tokens.astype("<i4").tobytes()
+    digest = hashlib.sha256(numbers)
     digest.update(state)
     session = Session(
-        model=model.model_info.name,
-        n_tokens=model.n_tokens,
+        model=owner.info.name,
+        n_tokens=len(tokens),
         n_state_bytes=size,
         sha256=digest.hexdigest(),
         extra=dict(extra),
-        **_identity(model),
+        **_identity(owner),
     )
     try:
         header = json.dumps(asdict(session)).encode()
@@ -328,37 +345,47 @@ def save(model: Llama, path: str | Path, extra: Mapping[str, Any]) -> Session:
     if len(header) > _LARGEST_HEADER:
         raise ArgumentError(f"extra takes {len(header):,} bytes as JSON; a session holds {_LARGEST_HEADER:,} at most")
     head = _HEAD.pack(_MAGIC, SESSION_VERSION, len(header), hashlib.sha256(header).digest())
-    write_whole(path, (head, header, tokens, state), what="session", private=True)  # it is a conversation
+    write_whole(path, (head, header, numbers, state), what="session", private=True)  # it is a conversation
     return session
 
 
 # ---- Loading ----
 
 
-def restore(model: Llama, path: str | Path) -> Session:
-    """See `Llama.load_session`."""
+def load(path: str | Path, owner: Owner, n_ctx: int, n_vocab: int) -> tuple[Session, npt.NDArray[np.int32], memoryview]:
+    """Reads a session that a context shall take up; see `Llama.load_session`.
+
+    Args:
+        path: a file that `save` wrote.
+        owner: what the session must belong to.
+        n_ctx: tokens of the context.
+        n_vocab: tokens of the vocabulary.
+
+    Returns:
+        The header, the tokens, and llama.cpp's state, for `put`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        SessionError: no session, damaged, of another version or owner, or longer than the context.
+        OutOfMemoryError: no memory to read it into.
+    """
     file_path = Path(path)
     with _open(file_path) as file:
         session = _read_header(file, file_path)
-        _refuse_other(session, model, file_path)
+        _refuse_other(session, owner, n_ctx, file_path)
         body = _read_body(file, session, file_path)
     tokens = np.frombuffer(body, "<i4", session.n_tokens)
-    if session.n_tokens and not 0 <= tokens.min() <= tokens.max() < model.n_vocab():
-        raise SessionError(f"{path} is damaged: it names tokens beyond the {model.n_vocab():,} of the vocabulary")
-    _refuse_positions(memoryview(body)[4 * session.n_tokens :], session, model, file_path)
-    model.reset()
-    if not _set_state(model, body, session):
-        model.reset()
-        raise SessionError(f"llama.cpp refused the cache in {path}; the model is empty now")
-    model.input_ids[: session.n_tokens] = tokens
-    model.n_tokens = session.n_tokens
-    return session
+    if session.n_tokens and not 0 <= tokens.min() <= tokens.max() < n_vocab:
+        raise SessionError(f"{path} is damaged: it names tokens beyond the {n_vocab:,} of the vocabulary")
+    state = memoryview(body)[4 * session.n_tokens :]
+    _refuse_positions(state, session, owner.info, file_path)
+    return session, tokens, state
 
 
-def _refuse_positions(state: memoryview, session: Session, model: Llama, path: Path) -> None:
+def _refuse_positions(state: memoryview, session: Session, info: ModelInfo, path: Path) -> None:
     """Raises SessionError if a cell is of no token of the session. llama.cpp takes what it is given."""
     try:
-        positions = cell_positions(state, model.model_info)
+        positions = cell_positions(state, info)
     except (StateFileError, UnsupportedError):
         return  # of a layout that is not modelled here, or damaged: llama.cpp checks its counts, types and sizes
     wrong = positions[(positions < 0) | (positions >= session.n_tokens)]
@@ -366,11 +393,12 @@ def _refuse_positions(state: memoryview, session: Session, model: Llama, path: P
         raise SessionError(f"{path} is damaged: it has a cell of token {wrong[0]}, and {session.n_tokens:,} tokens")
 
 
-def _set_state(model: Llama, body: bytearray, session: Session) -> bool:
+def put(context: Any, state: memoryview, n_tokens: int) -> bool:
+    """Puts a state that `load` read into an empty context; whether llama.cpp took it, all n_tokens tokens."""
     llama_cpp = import_llama_cpp()
-    state = (ctypes.c_uint8 * session.n_state_bytes).from_buffer(body, 4 * session.n_tokens)
-    if llama_cpp.llama_state_seq_set_data(model.ctx, state, session.n_state_bytes, 0) != session.n_state_bytes:
+    data = (ctypes.c_uint8 * len(state)).from_buffer(state)
+    if llama_cpp.llama_state_seq_set_data(context, data, len(state), 0) != len(state):
         return False
-    memory = llama_cpp.llama_get_memory(model.ctx)
+    memory = llama_cpp.llama_get_memory(context)
     first, last = llama_cpp.llama_memory_seq_pos_min(memory, 0), llama_cpp.llama_memory_seq_pos_max(memory, 0)
-    return bool(last == session.n_tokens - 1 and (first >= 0 or not session.n_tokens))
+    return bool(last == n_tokens - 1 and (first >= 0 or not n_tokens))

@@ -1,7 +1,7 @@
 /* features_x86.h: what an x86-64 processor has and the operating system saves, asked of the processor itself.
  *
- * __builtin_cpu_supports would ask the compiler's runtime library, and that of Zig, which the wheel is linked with, finds
- * nothing. */
+ * __builtin_cpu_supports would ask the compiler's runtime library, and that of Zig, which the wheel is linked with,
+ * finds nothing. */
 #ifndef TQI_FEATURES_X86_H
 #define TQI_FEATURES_X86_H
 

@@ -1,45 +1,40 @@
-/* rows_f16.h: attention steps over the f16 rows of a tail, and how such rows are rounded, for any width of vector.
- *
- * The including file defines lanes of f32: VF (type), VF_LANES (1, 4, 8 or 16), vf_zero(), vf_set1(x), vf_load(p), vf_store(p, a),
- * vf_load_f16(p), vf_store_f16(p, a) (rounds to nearest even), vf_clamp(a, limit), vf_fma(a, b, c) = a b + c, vf_sum(a); and
- * INLINE. The rows are few beside the blocks of a cache and are read in f32: what they cost is the conversion. */
-#include "kernels.h"
-
+/* rows_f16.h: attention steps over the f16 rows of a tail, and conversion from and to f16, over the vocabulary of
+ * vector.h. The rows are few beside the blocks of a cache, and converting them is most of what they cost. */
 INLINE void scores_f16_rows(int n_q, const uint8_t * k, size_t stride, int n_tok, const float * q, int dim, float * s,
                             int ld) {
     for (int t = 0; t < n_tok; ++t) {
         const uint16_t * row = (const uint16_t *) (const void *) (k + (size_t) t * stride);
-        VF sum[TQI_MAX_FUSED];
+        vec sum[TQI_MAX_FUSED];
         for (int i = 0; i < n_q; ++i) {
-            sum[i] = vf_zero();
+            sum[i] = v_set1(0.0f);
         }
-        for (int j = 0; j < dim; j += VF_LANES) {
-            const VF x = vf_load_f16(row + j);
+        for (int j = 0; j < dim; j += LANES) {
+            const vec x = v_load_f16(row + j);
             for (int i = 0; i < n_q; ++i) {
-                sum[i] = vf_fma(x, vf_load(q + i * dim + j), sum[i]);
+                sum[i] = v_fma(x, v_load(q + i * dim + j), sum[i]);
             }
         }
         for (int i = 0; i < n_q; ++i) {
-            s[i * ld + t] = vf_sum(sum[i]);
+            s[i * ld + t] = v_sum(sum[i]);
         }
     }
 }
 
 INLINE void accumulate_f16_rows(int n_q, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld, int dim,
                                 float * o) {
-    for (int j = 0; j < dim; j += VF_LANES) {
-        VF sum[TQI_MAX_FUSED];
+    for (int j = 0; j < dim; j += LANES) {
+        vec sum[TQI_MAX_FUSED];
         for (int i = 0; i < n_q; ++i) {
-            sum[i] = vf_load(o + i * dim + j);
+            sum[i] = v_load(o + i * dim + j);
         }
         for (int t = 0; t < n_tok; ++t) {
-            const VF x = vf_load_f16((const uint16_t *) (const void *) (v + (size_t) t * stride) + j);
+            const vec x = v_load_f16((const uint16_t *) (const void *) (v + (size_t) t * stride) + j);
             for (int i = 0; i < n_q; ++i) {
-                sum[i] = vf_fma(x, vf_set1(p[i * ld + t]), sum[i]);
+                sum[i] = v_fma(x, v_set1(p[i * ld + t]), sum[i]);
             }
         }
         for (int i = 0; i < n_q; ++i) {
-            vf_store(o + i * dim + j, sum[i]);
+            v_store(o + i * dim + j, sum[i]);
         }
     }
 }
@@ -58,7 +53,17 @@ static void accumulate_f16(const uint8_t * v, size_t stride, int n_tok, const fl
 }
 
 static void narrow(const float * x, int64_t n, uint16_t * y) {
-    for (int64_t i = 0; i < n; i += VF_LANES) {
-        vf_store_f16(y + i, vf_clamp(vf_load(x + i), TQI_F16_MAX));
+    for (int64_t i = 0; i < n; i += LANES) {
+        v_store_f16(y + i, v_max(v_min(v_load(x + i), v_set1(TQI_F16_MAX)), v_set1(-TQI_F16_MAX)));
+    }
+}
+
+static void widen(const uint16_t * x, int64_t n, float * y) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        v_store(y + i, v_load_f16(x + i));
+    }
+    for (; i < n; ++i) {
+        y[i] = f16_to_f32(tqi_load_u16(x + i));
     }
 }

@@ -32,13 +32,13 @@ static void step(const float * distance, float * cost, int * origin) {
     memcpy(cost, next, sizeof next);
 }
 
-/* The closed path of the least distance, near enough, and that distance. distances[i]: what it costs to put value i into each
- * subset.
+/* The closed path of the least distance, near enough, and that distance. distances[i]: what it costs to put value i
+ * into each subset.
  *
- * Viterbi's algorithm finds the best path out of a given state, so a closed path takes eight runs, one for each state. Instead
- * a first run, from value 16 around to value 15 and free at both ends, tells in which state the best path is between values
- * 31 and 0; a second run from value 0 closes the path there. That costs 0.8 % in NMSE against all eight runs, for a quarter of
- * the work. */
+ * Viterbi's algorithm finds the best path out of a given state, so a closed path takes eight runs, one for each state.
+ * Instead a first run, from value 16 around to value 15 and free at both ends, tells in which state the best path is
+ * between values 31 and 0; a second run from value 0 closes the path there. That costs 0.8 % in NMSE against all eight
+ * runs, for a quarter of the work. */
 static uint32_t closed_path(const float (*distances)[TQI_SUBSETS], float * distance) {
     float cost[TQI_STATES] = { 0 };
     int origin[TQ_BLOCK][TQI_STATES], cut[TQI_STATES];
@@ -116,9 +116,14 @@ static float search_path(const tqi_codec * codec, const float * y, uint32_t * t)
     return sum / tqi_sum32(vv);
 }
 
-void tqi_trellis_search_portable(const tqi_codec * codec, const float * y, int64_t n_blocks, uint8_t * blocks) {
-    for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
+void tqi_trellis_encode_portable(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, x += TQ_BLOCK, blocks += codec->block_bytes) {
         uint32_t t = 0;
+        float y[TQ_BLOCK];
+        for (int i = 0; i < TQ_BLOCK; ++i) {
+            y[i] = tqi_sanitize(x[i]);
+        }
+        tqi_transform(codec->signs, y);
         const uint16_t d = tqi_f32_to_f16(tqi_sanitize(search_path(codec, y, &t)));
         const float inverse = 1.0f / tqi_f16_to_f32(d);
         int32_t e[TQ_BLOCK];

@@ -1,20 +1,14 @@
-/* trellis_search.h: the encoder of the trellis types for vector instructions, written once over a few operations that the
- * including file defines. It computes what trellis_portable.c computes, operation by operation: same bytes.
+/* trellis_search.h: the encoder of the trellis types, over the vocabulary of vector.h. It computes what
+ * trellis_portable.c computes, operation by operation: the same bytes.
  *
- * In the search a lane is a candidate scale, so that nothing moves between lanes: the costs of the eight states are eight
- * vectors. TQI_CANDIDATES lanes are a block's; with more lanes several blocks are searched at once.
- *
- *   lanes  LANES floats: lanes_set1, _load, _store, _add, _sub, _mul, _min, _max
- *          lanes_per_block(x, stride): lane j holds x[j / TQI_CANDIDATES * stride]
- *          lanes_lookup(table, index): table is eight floats, index a vector of words below 8
- *   words  LANES 32-bit integers: words_zero, words_add, words_store
- *          words_bits(w): lane j holds bit j of w
- *          words_count(n, a, b): n + 1 where a < b, else n
- *   truth  LANES truth values: truth_less(a, b), truth_equal(a, b), truth_select(which, yes, no), truth_lane(&which, j) */
+ * In the search a lane is a candidate scale, so that nothing moves between lanes: the costs of the eight states are
+ * eight vectors. A block takes TQI_CANDIDATES lanes; with 16 lanes two blocks are searched at once. */
+#include "block.h"
+#include "transform.h"
+#include "trellis.h"
 
 #define N_BLOCKS (LANES / TQI_CANDIDATES)
 #define MAX_SUBSET (TQI_MAX_LEVELS / TQI_SUBSETS) /* levels in a subset: 4 or 8 */
-#define UNROLL _Pragma("GCC unroll 8")            /* so that arrays of vectors become registers */
 
 /* The codebook by subset. */
 typedef struct {
@@ -37,31 +31,31 @@ static subset_tables load_subsets(const tqi_codec * codec) {
 }
 
 /* What it costs to put every value into each subset, squared distances in units of the candidate's scale. */
-INLINE void measure(int n, const subset_tables * c, const float * y, lanes inverse, lanes (*distance)[TQI_SUBSETS]) {
+INLINE void measure(int n, const subset_tables * c, const float * y, vec inverse, vec (*distance)[TQI_SUBSETS]) {
     for (int u = 0; u < TQI_SUBSETS; ++u) {
         for (int i = 0; i < TQ_BLOCK; ++i) {
-            const lanes x = lanes_mul(lanes_per_block(y + i, TQ_BLOCK), inverse);
-            words e = words_zero();
+            const vec x = v_mul(v_per_block(y + i, TQ_BLOCK), inverse);
+            words e = w_zero();
             for (int j = 0; j < n - 1; ++j) {
-                e = words_count(e, lanes_set1(c->boundaries[u][j]), x);
+                e = w_count(e, v_less(v_set1(c->boundaries[u][j]), x));
             }
-            const lanes difference = lanes_sub(x, lanes_lookup(c->levels[u], e));
-            distance[i][u] = lanes_mul(difference, difference);
+            const vec difference = v_sub(x, v_lookup(c->levels[u], e));
+            distance[i][u] = v_mul(difference, difference);
         }
     }
 }
 
-/* One value further: cost[s] becomes that of the best path into state s. Two states lead there, 2 * (s % 4) and the one after
- * it; one[s], if wanted: where it is the latter. */
-INLINE void step(const lanes * distance, lanes * cost, truth * one) {
-    lanes next[TQI_STATES];
+/* One value further: cost[s] becomes that of the best path into state s. Two states lead there, 2 * (s % 4) and the one
+ * after it; one[s], if wanted: where it is the latter. */
+INLINE void step(const vec * distance, vec * cost, truth * one) {
+    vec next[TQI_STATES];
     UNROLL
     for (int s = 0; s < TQI_STATES; ++s) {
         const int from = 2 * (s % 4), u = 2 * (s >> 2 ^ (s >> 1 & 1)) + (s & 1);
-        const lanes p = lanes_add(cost[from], distance[u]), q = lanes_add(cost[from + 1], distance[u ^ 2]);
-        next[s] = lanes_min(q, p);
+        const vec p = v_add(cost[from], distance[u]), q = v_add(cost[from + 1], distance[u ^ 2]);
+        next[s] = v_min(q, p);
         if (one) {
-            one[s] = truth_less(q, p);
+            one[s] = v_less(q, p);
         }
     }
     UNROLL
@@ -71,19 +65,19 @@ INLINE void step(const lanes * distance, lanes * cost, truth * one) {
 }
 
 /* The state between values 31 and 0 that the best path around the block, free at both ends, goes through. */
-INLINE lanes closing_state(const lanes (*distance)[TQI_SUBSETS]) {
-    lanes cost[TQI_STATES], cut[TQI_STATES];
+INLINE vec closing_state(const vec (*distance)[TQI_SUBSETS]) {
+    vec cost[TQI_STATES], cut[TQI_STATES];
     UNROLL
     for (int s = 0; s < TQI_STATES; ++s) {
-        cost[s] = lanes_set1(0.0f);
-        cut[s] = lanes_set1((float) s);
+        cost[s] = v_set1(0.0f);
+        cut[s] = v_set1((float) s);
     }
     for (int i = TQI_CUT; i < TQ_BLOCK; ++i) {
         step(distance[i], cost, NULL);
     }
     for (int i = 0; i < TQI_CUT; ++i) {
         truth one[TQI_STATES];
-        lanes before[TQI_STATES];
+        vec before[TQI_STATES];
         step(distance[i], cost, one);
         UNROLL
         for (int s = 0; s < TQI_STATES; ++s) {
@@ -91,39 +85,39 @@ INLINE lanes closing_state(const lanes (*distance)[TQI_SUBSETS]) {
         }
         UNROLL
         for (int s = 0; s < TQI_STATES; ++s) {
-            cut[s] = truth_select(one[s], before[2 * (s % 4) + 1], before[2 * (s % 4)]);
+            cut[s] = v_select(one[s], before[2 * (s % 4) + 1], before[2 * (s % 4)]);
         }
     }
     UNROLL
     for (int s = 1; s < TQI_STATES; ++s) {
-        const truth better = truth_less(cost[s], cost[0]);
-        cost[0] = lanes_min(cost[s], cost[0]);
-        cut[0] = truth_select(better, cut[s], cut[0]);
+        const truth better = v_less(cost[s], cost[0]);
+        cost[0] = v_min(cost[s], cost[0]);
+        cut[0] = v_select(better, cut[s], cut[0]);
     }
     return cut[0];
 }
 
 /* The distance of the best path that begins and ends in that state, and the choices along it. */
-INLINE lanes close_path(const lanes (*distance)[TQI_SUBSETS], lanes closing, truth (*one)[TQI_STATES]) {
-    lanes cost[TQI_STATES];
+INLINE vec close_path(const vec (*distance)[TQI_SUBSETS], vec closing, truth (*one)[TQI_STATES]) {
+    vec cost[TQI_STATES];
     UNROLL
     for (int s = 0; s < TQI_STATES; ++s) {
-        cost[s] = truth_select(truth_equal(closing, lanes_set1((float) s)), lanes_set1(0.0f), lanes_set1(TQI_FAR));
+        cost[s] = v_select(v_equal(closing, v_set1((float) s)), v_set1(0.0f), v_set1(TQI_FAR));
     }
     for (int i = 0; i < TQ_BLOCK; ++i) {
         step(distance[i], cost, one[i]);
     }
     UNROLL
     for (int s = 1; s < TQI_STATES; ++s) {
-        cost[0] = truth_select(truth_equal(closing, lanes_set1((float) s)), cost[s], cost[0]);
+        cost[0] = v_select(v_equal(closing, v_set1((float) s)), cost[s], cost[0]);
     }
     return cost[0];
 }
 
 /* The subset of LANES values from value i on. */
 INLINE words subsets_at(uint32_t t, int i) {
-    const words high = words_bits(tqi_subset_high(t) >> i);
-    return words_add(words_bits(tqi_subset_low(t) >> i), words_add(high, high));
+    const words high = w_bits(tqi_subset_high(t) >> i);
+    return w_add(w_bits(tqi_subset_low(t) >> i), w_add(high, high));
 }
 
 /* The scale that fits the levels on path t best, which are those nearest to y * inverse. */
@@ -131,54 +125,43 @@ INLINE float fit(int n, const subset_tables * c, const float * y, float inverse,
     float yv[TQ_BLOCK], vv[TQ_BLOCK];
     for (int i = 0; i < TQ_BLOCK; i += LANES) {
         const words u = subsets_at(t, i);
-        const lanes yi = lanes_load(y + i), x = lanes_mul(yi, lanes_set1(inverse));
-        lanes v = lanes_lookup(c->level_row[0], u);
+        const vec yi = v_load(y + i), x = v_mul(yi, v_set1(inverse));
+        vec v = v_lookup(c->level_row[0], u);
         for (int j = 1; j < n; ++j) {
-            v = truth_select(truth_less(lanes_lookup(c->boundary_row[j - 1], u), x), lanes_lookup(c->level_row[j], u),
-                             v);
+            v = v_select(v_less(v_lookup(c->boundary_row[j - 1], u), x), v_lookup(c->level_row[j], u), v);
         }
-        lanes_store(yv + i, lanes_mul(yi, v));
-        lanes_store(vv + i, lanes_mul(v, v));
+        v_store(yv + i, v_mul(yi, v));
+        v_store(vv + i, v_mul(v, v));
     }
     const float sum = tqi_sum32(yv);
     return sum / tqi_sum32(vv);
 }
 
-INLINE void put_block(int n, const subset_tables * c, const float * y, uint16_t d, uint32_t t, uint8_t * block) {
+INLINE void put_block(int n, const subset_tables * c, const float * y, uint16_t d, uint32_t t, uint8_t * to) {
     int32_t e[TQ_BLOCK];
-    const lanes inverse = lanes_set1(1.0f / tqi_f16_to_f32(d));
+    const vec inverse = v_set1(1.0f / tqi_f16_to_f32(d));
     for (int i = 0; i < TQ_BLOCK; i += LANES) {
         const words u = subsets_at(t, i);
-        const lanes x = lanes_mul(lanes_load(y + i), inverse);
-        words k = words_zero();
+        const vec x = v_mul(v_load(y + i), inverse);
+        words k = w_zero();
         for (int j = 0; j < n - 1; ++j) {
-            k = words_count(k, lanes_lookup(c->boundary_row[j], u), x);
+            k = w_count(k, v_less(v_lookup(c->boundary_row[j], u), x));
         }
-        words_store(e + i, k);
+        w_store(e + i, k);
     }
-    tqi_trellis_put(n == MAX_SUBSET ? 4 : 3, d, t, e, block);
+    tqi_trellis_put(n == MAX_SUBSET ? 4 : 3, d, t, e, to);
 }
 
 INLINE int block_candidates(const tqi_codec * codec, const float * y, float * scale) {
-    lanes max = lanes_load(y), min = max;
-    float highest[LANES], lowest[LANES];
-    for (int i = LANES; i < TQ_BLOCK; i += LANES) {
-        max = lanes_max(max, lanes_load(y + i));
-        min = lanes_min(min, lanes_load(y + i));
-    }
-    lanes_store(highest, max);
-    lanes_store(lowest, min);
-    for (int j = 1; j < LANES; ++j) {
-        highest[0] = highest[j] > highest[0] ? highest[j] : highest[0];
-        lowest[0] = lowest[j] < lowest[0] ? lowest[j] : lowest[0];
-    }
-    return tqi_trellis_candidates(codec, highest[0], lowest[0], scale);
+    float min, max;
+    find_range(load_block(y), &min, &max);
+    return tqi_trellis_candidates(codec, max, min, scale);
 }
 
 /* N_BLOCKS blocks at y, of which the first n_used are stored. */
 INLINE void encode_blocks(int n, const tqi_codec * codec, const subset_tables * c, const float * y, int n_used,
                           uint8_t * blocks) {
-    lanes distance[TQ_BLOCK][TQI_SUBSETS];
+    vec distance[TQ_BLOCK][TQI_SUBSETS];
     truth one[TQ_BLOCK][TQI_STATES];
     float scale[LANES], inverse[LANES], closing[LANES], error[LANES];
     int some[N_BLOCKS];
@@ -188,11 +171,11 @@ INLINE void encode_blocks(int n, const tqi_codec * codec, const subset_tables * 
     for (int j = 0; j < LANES; ++j) {
         inverse[j] = 1.0f / scale[j];
     }
-    measure(n, c, y, lanes_load(inverse), distance);
-    const lanes cut = closing_state((const lanes(*)[TQI_SUBSETS]) distance);
-    const lanes d = lanes_load(scale);
-    lanes_store(closing, cut);
-    lanes_store(error, lanes_mul(close_path((const lanes(*)[TQI_SUBSETS]) distance, cut, one), lanes_mul(d, d)));
+    measure(n, c, y, v_load(inverse), distance);
+    const vec cut = closing_state((const vec(*)[TQI_SUBSETS]) distance);
+    const vec d = v_load(scale);
+    v_store(closing, cut);
+    v_store(error, v_mul(close_path((const vec(*)[TQI_SUBSETS]) distance, cut, one), v_mul(d, d)));
     for (int b = 0; b < n_used; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
         int best = b * TQI_CANDIDATES;
         for (int j = best + 1; j < (b + 1) * TQI_CANDIDATES; ++j) {
@@ -201,9 +184,26 @@ INLINE void encode_blocks(int n, const tqi_codec * codec, const subset_tables * 
         uint32_t t = 0;
         for (int i = TQ_BLOCK - 1, s = (int) closing[best]; i >= 0; --i) {
             t |= (uint32_t) (s >> 2) << i;
-            s = 2 * (s % 4) + truth_lane(&one[i][s], best);
+            s = 2 * (s % 4) + v_lane(&one[i][s], best);
         }
         const uint16_t h = some[b] ? tqi_f32_to_f16(tqi_sanitize(fit(n, c, y, inverse[best], t))) : 0;
         put_block(n, c, y, h, t, blocks);
+    }
+}
+
+static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    const subset_tables c = load_subsets(codec);
+    for (int64_t b = 0; b < n_blocks; b += N_BLOCKS, blocks += N_BLOCKS * codec->block_bytes) {
+        const int n = n_blocks - b < N_BLOCKS ? 1 : N_BLOCKS;
+        float y[N_BLOCKS * TQ_BLOCK];
+        for (int i = 0; i < N_BLOCKS; ++i) { /* an odd last block twice */
+            const float * from = x + (b + (i < n ? i : 0)) * TQ_BLOCK;
+            store_block(y + i * TQ_BLOCK, transform_block(codec->signs, sanitize(load_block(from))));
+        }
+        if (codec->bits == 3) {
+            encode_blocks(4, codec, &c, y, n, blocks);
+        } else {
+            encode_blocks(8, codec, &c, y, n, blocks);
+        }
     }
 }

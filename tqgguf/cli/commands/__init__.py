@@ -1,1 +1,1 @@
-"""One module a command: its arguments, and what it calls."""
+"""One module for each command: it parses the options and calls the library."""

@@ -1,4 +1,4 @@
-"""`tqgguf chat`: a conversation in the terminal, which a session file can keep."""
+"""`tqgguf chat`: a conversation in the terminal, which can be kept in a session file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..interrupt import stopping
 from ..options import add_chat_format_option, add_model_options, check_template, load_model, positive
 from ..prompt import Prompt
 from ..render.format import cache_line, in_words, sparkline
-from ..render.live import LiveView, PlainView
+from ..render.live import LiveView, PlainView, answer_pieces
 from ..render.progress import Bar
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from ...session.file import Session
 
 COMMANDS: Final = {
-    "/save FILE": "keeps the conversation and its cache in a session file",
-    "/load FILE": "takes up a session",
-    "/system TEXT": "sets the system message; without TEXT, takes it away",
+    "/save FILE": "saves the conversation and its cache in a session file",
+    "/load FILE": "continues the conversation of a session file",
+    "/system TEXT": "sets the system message; without TEXT, removes it",
     "/regen": "answers the last message again",
     "/cache": "shows the cache",
     "/clear": "forgets the conversation",
@@ -33,7 +33,7 @@ COMMANDS: Final = {
 }
 HINT: Final = "/help lists the commands, /exit ends; Ctrl-C stops an answer"
 LOST: Final = "The conversation is kept: when the worker is back, /regen loads the model again and answers."
-KEYS: Final = 'A line that ends with \\ goes on in the next; """ begins and ends a message of several lines.'
+KEYS: Final = 'A line that ends with \\ continues on the next line; """ begins and ends a message of several lines.'
 
 
 def add_parser(commands: Any) -> None:
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
         "--session",
         type=Path,
         metavar="FILE",
-        help="take up the conversation in this file, if it exists, and save it there after every answer",
+        help="continue the conversation in this file, if it exists, and save it there after every answer",
     )
     parser.add_argument(
         "--live", action="store_true", help="show tokens, bytes, speed and K's scales under each answer"
@@ -81,10 +81,10 @@ def call(args: argparse.Namespace) -> int:
 
 
 def conversation_of(session: Session, path: Path) -> list[dict[str, str]]:
-    """The messages that a session keeps.
+    """The messages of a session.
 
     Raises:
-        SessionError: it was not saved by `tqgguf chat`.
+        SessionError: the session was not saved by `tqgguf chat`.
     """
     messages = session.extra.get("messages")
     roles = ("system", "user", "assistant")
@@ -93,7 +93,7 @@ def conversation_of(session: Session, path: Path) -> list[dict[str, str]]:
         and message.keys() == {"role", "content"}
         and message["role"] in roles
         and isinstance(message["content"], str)
-        and not re.search("[\ud800-\udfff]", message["content"])  # of which no text is made
+        and not re.search("[\ud800-\udfff]", message["content"])  # surrogates, which are no text
         for message in messages
     ):
         raise SessionError(f"{path} is a session, but holds no conversation: it was not saved by `tqgguf chat`")
@@ -101,17 +101,17 @@ def conversation_of(session: Session, path: Path) -> list[dict[str, str]]:
 
 
 class Conversation:
-    """Reads a message, streams the answer, keeps both.
+    """Reads a message, streams the answer, and keeps both.
 
     Args:
         model: a loaded model.
         system: system message, or None.
         n_predict: most tokens in an answer; None for as many as the context holds.
         temperature: 0 is greedy.
-        seed: of the sampler; None is random.
-        session: a file to resume from if it exists, and to save to after every answer.
-        view: where answers go.
-        bar: the progress bar that the model reports to, taken away if an answer is stopped.
+        seed: seed of the sampler; None is random.
+        session: a file to continue, if it exists, and to save to after every answer.
+        view: shows the answers.
+        bar: the progress bar of the model, which is removed if an answer is stopped.
     """
 
     def __init__(
@@ -163,13 +163,13 @@ class Conversation:
                     break
             elif line:
                 if self.messages and self.messages[-1]["role"] == "user":
-                    self.messages.pop()  # a worker was lost before it was answered
+                    self.messages.pop()  # not answered, because a worker was lost
                 self.messages.append({"role": "user", "content": line})
                 self.answer()
         return 0 if self.keep() and not self.model.lost else 1
 
     def command(self, line: str) -> bool:
-        """Obeys a command; False ends the conversation."""
+        """Runs a command; returns False if it ends the conversation."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         try:
@@ -186,7 +186,7 @@ class Conversation:
                 self.show_cache()
             elif name == "/system":
                 self.set_system(rest)
-                print(f"system message {'set' if rest else 'taken away'}: from the next answer on", file=sys.stderr)
+                print(f"system message {'set' if rest else 'removed'}: from the next answer on", file=sys.stderr)
             elif name == "/regen":
                 self.regenerate()
             elif name in ("/save", "/load") and not rest:
@@ -202,17 +202,17 @@ class Conversation:
             print(f"tqgguf: error: {in_words(error)}", file=sys.stderr)
         return True
 
-    # ---- What the commands do ----
+    # ---- Commands ----
 
     def set_system(self, text: str) -> None:
-        """Sets the system message; what is in the cache behind it is read again with the next answer."""
+        """Sets the system message; the next answer reads the messages behind it again."""
         self.messages = [message for message in self.messages if message["role"] != "system"]
         if text:
             self.messages.insert(0, {"role": "system", "content": text})
         self.unsaved = True
 
     def regenerate(self) -> None:
-        """Answers the last message again; with a seed, with the next one."""
+        """Answers the last message again; a seed is increased by one."""
         if self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         if not self.messages or self.messages[-1]["role"] != "user":
@@ -223,7 +223,11 @@ class Conversation:
         self.answer()
 
     def show_cache(self) -> None:
-        """Prints the figures of the cache."""
+        """Prints the figures of the cache.
+
+        Raises:
+            TqggufError: as `k_scales`.
+        """
         from ...diagnostics.scales import k_scales
 
         info = self.model.cache_info()
@@ -242,7 +246,7 @@ class Conversation:
         """Saves the conversation and its cache.
 
         Raises:
-            SessionError: it is this conversation's own file, and somebody else has written to it since.
+            SessionError: another program has changed this conversation's own file.
         """
         from ...session.file import read_session
 
@@ -257,7 +261,7 @@ class Conversation:
             self.known = read_session(path)
 
     def load(self, path: Path) -> None:
-        """Takes up a conversation; if that fails, the present one goes on."""
+        """Continues a saved conversation; if that fails, the present one goes on."""
         from ...session.file import read_session
 
         messages = conversation_of(read_session(path), path)
@@ -271,7 +275,7 @@ class Conversation:
         print(f"resumed {path}: {turns} answers, {session.n_tokens:,} tokens", file=sys.stderr)
 
     def keep(self) -> bool:
-        """Saves to the session file, if there is one and anything changed; False if that failed."""
+        """Saves changes to the session file, if there is one; returns False if that fails."""
         if self.session and self.unsaved:
             try:
                 self.save(self.session)
@@ -282,31 +286,27 @@ class Conversation:
         return True
 
     def revive(self) -> None:
-        """Loads the model again if it has lost a worker; the conversation is read again with the next answer.
+        """Loads the model again if it has lost a worker; the next answer reads the conversation again.
 
         Raises:
-            TqggufError: it cannot be loaded yet.
+            TqggufError: the model cannot be loaded yet.
         """
         if self.model.lost:
             self.model.reload()
 
     def answer(self) -> None:
-        """Streams the answer to the last message; a stopped one is kept as far as it came.
+        """Streams the answer to the last message. The beginning of a stopped answer is kept.
 
-        If a worker is lost, so is the answer, but not the message nor what was said before.
+        If a worker is lost, the answer is lost, but the messages before it are kept.
         """
         text, finish = "", None
         self.view.begin()
         try:
             with stopping(self.model):
                 self.revive()
-                for chunk in self.model.create_chat_completion(
-                    self.messages, stream=True, seed=self.seed, **self.options
-                ):
-                    finish = chunk["choices"][0]["finish_reason"] or finish
-                    piece = chunk["choices"][0]["delta"].get("content") or ""
-                    if not text:
-                        piece = piece.lstrip()
+                options = {**self.options, "stream": True, "seed": self.seed}
+                for piece, reason in answer_pieces(self.model.create_chat_completion(self.messages, **options)):
+                    finish = reason or finish
                     if piece:
                         text += piece
                         self.view.write(piece)
@@ -324,7 +324,7 @@ class Conversation:
                 return
             if not isinstance(error, ValueError):
                 raise
-            # llama_cpp says so when the conversation no longer fits the context.
+            # llama_cpp raises it if the conversation no longer fits the context.
             self.messages.pop()
             advice = "; /clear makes room, and --ctx gives more of it" if "context window" in str(error) else ""
             print(f"tqgguf: {error}{advice}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`tqgguf demo`: the model that comes with the package answers a question from a compressed cache."""
+"""`tqgguf demo`: the bundled model answers a question from a compressed cache."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from ...errors import ModelNotFoundError, TqggufError
 from ..options import add_cache_options, chosen_cache
 from ..render.format import cache_line, to_json
+from ..render.live import answer_pieces
 from .chat import Conversation
 
 QUESTION = "What is the capital of France?"
@@ -18,7 +19,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "demo",
-        help="see it work, with the model that comes along",
+        help="see it work, with the bundled model",
         description="Asks the bundled model a question and shows what its KV cache takes; then offers a chat.",
         epilog="example: tqgguf demo --cache pqo4",
     )
@@ -40,11 +41,11 @@ def call(args: argparse.Namespace) -> int:
     pieces: list[str] = []
     try:
         messages = [{"role": "user", "content": QUESTION}]
-        for chunk in model.create_chat_completion(messages, temperature=0.0, max_tokens=32, stream=True):
-            piece = chunk["choices"][0]["delta"].get("content") or ""
-            pieces.append(piece if any(pieces) else piece.lstrip())
+        chunks = model.create_chat_completion(messages, temperature=0.0, max_tokens=32, stream=True)
+        for piece, _ in answer_pieces(chunks):
+            pieces.append(piece)
             if not args.json:
-                print(pieces[-1], end="", flush=True)
+                print(piece, end="", flush=True)
     except ValueError as error:
         raise TqggufError(str(error)) from error
     info = model.cache_info()

@@ -11,7 +11,7 @@ from ...errors import ArgumentError, StoppedError, TqggufError
 from ..interrupt import stopping
 from ..options import add_model_options, load_model, positive
 from ..render.format import cache_line, to_json
-from ..render.live import PlainView
+from ..render.live import PlainView, answer_pieces
 from ..render.progress import Bar
 
 
@@ -52,17 +52,12 @@ def call(args: argparse.Namespace) -> int:
                 if raw
                 else model.create_chat_completion([{"role": "user", "content": args.prompt}], **options)
             )
-            for chunk in stream:
-                choice = chunk["choices"][0]
-                piece = choice["text"] if raw else choice["delta"].get("content") or ""
-                finish = choice["finish_reason"] or finish
-                if not pieces:
-                    piece = piece.lstrip()
-                if not piece:
-                    continue
-                pieces.append(piece)
-                if not args.json:
-                    view.write(piece)
+            for piece, reason in answer_pieces(stream):
+                finish = reason or finish
+                if piece:
+                    pieces.append(piece)
+                    if not args.json:
+                        view.write(piece)
     except StoppedError:
         raise KeyboardInterrupt from None
     except ValueError as error:

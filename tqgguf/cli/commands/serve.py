@@ -27,26 +27,26 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", help="a GGUF file")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="port; 0: any free one (default: 8000)")
-    parser.add_argument("--name", help="what clients know the model by (default: its file's name)")
-    parser.add_argument("--api-key", type=api_key, metavar="KEY", help="what clients must send")
+    parser.add_argument("--name", help="name of the model for clients (default: its file's name)")
+    parser.add_argument("--api-key", type=api_key, metavar="KEY", help="key that clients must send")
     parser.add_argument(
         "--origin",
         action="append",
         default=[],
         metavar="URL",
-        help="web pages that may use the server besides those of this machine, such as https://chat.example; can be "
+        help="web page that may use the server besides those of this machine, such as https://chat.example; can be "
         "given several times; * for all",
     )
     parser.add_argument(
         "--no-grammars",
         action="store_true",
-        help="refuse grammars, JSON schemas and tools, some of which would keep it busy without end: for strangers",
+        help="refuse grammars, JSON schemas and tools: with some of them an answer never ends. Use it for strangers",
     )
     parser.add_argument(
         "--prompt-cache",
         type=positive,
         metavar="MIB",
-        help="also keep the caches of earlier requests, so much in all (default: only that of the last request)",
+        help="keep the caches of earlier requests, up to this size in all (default: only that of the last request)",
     )
     add_chat_format_option(parser)
     add_model_options(parser, sampling=False)
@@ -85,7 +85,7 @@ def call(args: argparse.Namespace) -> int:
         print(cache_line(model.cache_info()), file=sys.stderr)
         if not is_loopback(host) and not args.api_key:
             print(
-                "tqgguf: note: whoever reaches this machine can use it: --api-key makes them prove themselves",
+                "tqgguf: note: everyone who can reach this machine can use the server: --api-key asks for a key",
                 file=sys.stderr,
             )
         print(f"listening on http://{f'[{host}]' if ':' in host else host}:{number}/v1 (Ctrl-C ends)", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`tqgguf worker`: holds a part of other machines' models, and of their caches."""
+"""`tqgguf worker`: holds a part of another machine's model and of its cache."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..options import port, threads
 from ..render.format import size
 
 DEFAULT_PORT: Final = 50052
-"""llama.cpp's own."""
+"""The default of llama.cpp."""
 
 PATIENCE: Final = 5.0
-"""Seconds that llama.cpp has to begin to listen."""
+"""Seconds within which llama.cpp must begin to listen."""
 
 _NEWS: Final = {b"Accepted client connection": "a client has come", b"Client connection closed": "the client has gone"}
-"""What llama.cpp prints when, and what is said of it."""
+"""Lines that llama.cpp prints, and what is said instead."""
 
 
 def add_parser(commands: Any) -> None:
@@ -65,8 +65,8 @@ def call(args: argparse.Namespace) -> int:
     for name, description, n_bytes in rpc.serving():
         cores = f", threads: {n_threads}" if name == "CPU" else ""
         _say(f"{name}: {description}, {size(n_bytes)}{cores}")
-    ours = ", ".join(name for name, kind in CACHE_TYPES.items() if kind.ours)
-    _say(f"cache types {ours} and llama.cpp's own; protocol {major}.{minor}.{patch}, tqgguf's part {version}")
+    pqo_types = ", ".join(name for name, kind in CACHE_TYPES.items() if kind.ours)
+    _say(f"cache types {pqo_types} and llama.cpp's own; protocol {major}.{minor}.{patch}, tqgguf's part {version}")
     if host.startswith("127."):
         _say(TRUST)
     else:
@@ -92,7 +92,7 @@ def call(args: argparse.Namespace) -> int:
     if failed.is_set() or not ended.is_set():
         raise TqggufError(f"llama.cpp does not listen on {host}:{number}; its own message is above")
     sys.stderr.flush()
-    os._exit(0)  # the thread that serves is in the midst of llama.cpp, which cannot be asked to stop
+    os._exit(0)  # the serving thread is inside llama.cpp, which has no way to stop it
 
 
 def _say(text: str) -> None:
@@ -100,17 +100,17 @@ def _say(text: str) -> None:
 
 
 def _relay(reader: int) -> None:
-    """Says what llama.cpp prints of clients that come and go; the rest has been said."""
+    """Reports clients that llama.cpp says have come or gone; its other lines are not needed."""
     with os.fdopen(reader, "rb") as lines:
         while lines.readline().strip() not in (b"Client connection closed", b""):
-            pass  # of llama.cpp's start, and of our own `_listening`
+            pass  # lines of llama.cpp's start and of the connection of `_listening`
         for line in lines:
             if news := _NEWS.get(line.strip()):
                 _say(news)
 
 
 def _listening(host: str, number: int, ended: threading.Event) -> bool:
-    """Whether it takes connections; waits until it does or has ended."""
+    """Waits until the worker takes connections or has ended; returns whether it takes them."""
     end = time.monotonic() + PATIENCE
     while not ended.is_set() and time.monotonic() < end:
         with contextlib.suppress(OSError), socket.create_connection((host, number), timeout=PATIENCE):
@@ -120,7 +120,7 @@ def _listening(host: str, number: int, ended: threading.Event) -> bool:
 
 
 def _address(host: str) -> str:
-    """The IPv4 address of this machine that llama.cpp shall listen on; it takes no names."""
+    """The IPv4 address to listen on. llama.cpp takes no names."""
     try:
         return str(socket.getaddrinfo(host, None, family=socket.AF_INET)[0][4][0])
     except (OSError, UnicodeError) as error:
@@ -135,7 +135,7 @@ def _folder(path: str | None) -> str | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArgumentError(f"--keep-weights {path} is no folder and cannot be made one: {error.strerror}") from None
+        raise ArgumentError(f"--keep-weights {path} is not a folder and cannot be created: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise ArgumentError(f"--keep-weights {path}: no permission to write there")
     return str(folder.resolve())

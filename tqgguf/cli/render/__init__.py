@@ -1,1 +1,1 @@
-"""What commands print: tables, bars, plots, pages."""
+"""Output of the commands: tables, progress bars, pictures, pages."""

@@ -28,12 +28,12 @@ def size(n_bytes: int) -> str:
 
 
 def printable(text: str) -> str:
-    """A text without the characters that a terminal obeys: a model's name or its answers are not to move the cursor."""
+    """A text without control characters, with which a model's name or answer could move the cursor."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says; of one of the system's, the file and the reason, without its number."""
+    """The message of an error; of an OSError the file and the reason, without the number."""
     if isinstance(error, OSError) and not isinstance(error, TqggufError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
@@ -52,26 +52,15 @@ def to_json(data: Any) -> str:
     return json.dumps(data, indent=2, default=plain)
 
 
-def print_table(table: Any, *, fold: bool = False) -> None:
-    """Prints a table; into a file or a pipe without the blanks with which rich fills its lines.
-
-    Args:
-        table: of rich.
-        fold: whether it is as wide as the terminal, and text is folded. Otherwise it has its full width, also where the
-            terminal is narrower: a figure cut short would be a wrong one.
-    """
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not fold:
-        console.width = max(console.width, Console(width=1000).measure(table).maximum)
-    if console.is_terminal:
-        console.print(table)
-        return
-    with console.capture() as capture:
-        console.print(table)
-    for line in capture.get().splitlines():
-        print(line.rstrip())
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers for a reader: "0-5, 7"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def cache_line(info: CacheInfo) -> str:
@@ -91,7 +80,7 @@ def cache_line(info: CacheInfo) -> str:
 
 
 def sparkline(values: Sequence[float], encoding: str = "utf-8") -> str:
-    """Values from 0 up as a row of bars, the largest full; of ASCII signs where bars cannot be written."""
+    """Values from 0 up as a row of bars, the largest full; ASCII characters if the encoding has no bars."""
     bars = "▁▂▃▄▅▆▇█"
     try:
         bars.encode(encoding)

@@ -1,11 +1,13 @@
-"""Answers as they come: plain text anywhere, and on a terminal a line of live figures about the cache below it."""
+"""Answers while they are generated: plain text, and on a terminal also a line of live figures about the cache."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ...errors import TqggufError
 from .format import printable, size, sparkline
 
 if TYPE_CHECKING:
@@ -14,11 +16,22 @@ if TYPE_CHECKING:
     from ...model.llama import Llama
 
 
+def answer_pieces(chunks: Iterable[Any]) -> Iterator[tuple[str, str | None]]:
+    """The texts of a streamed answer without white space at its beginning, each with the reason if the answer ends."""
+    begun = False
+    for chunk in chunks:
+        choice = chunk["choices"][0]
+        piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        yield piece, choice["finish_reason"]
+
+
 class PlainView:
     """Streams an answer to stdout.
 
     Attributes:
-        speed: tokens per second of the newest answer, the reading of the prompt not counted; 0: none yet.
+        speed: tokens per second of the newest answer, without the time for the prompt; 0 before the first answer.
     """
 
     def __init__(self, model: Llama) -> None:
@@ -28,11 +41,11 @@ class PlainView:
         self._first, self._start = 0, 0.0
 
     def begin(self) -> None:
-        """An answer will come."""
+        """Begins an answer."""
         self._start = 0.0
 
     def write(self, piece: str) -> None:
-        """A part of it has come."""
+        """Shows a part of the answer."""
         if not self._start:
             self._first, self._start = self.model.n_tokens, time.perf_counter()
         elif self.model.n_tokens > self._first:
@@ -40,7 +53,7 @@ class PlainView:
         self._show(printable(piece) if self._terminal else piece)
 
     def end(self) -> None:
-        """It has ended."""
+        """Ends the answer."""
         print(flush=True)
 
     def _show(self, piece: str) -> None:
@@ -48,7 +61,7 @@ class PlainView:
 
 
 class LiveView(PlainView):
-    """The same, with figures below; on anything but a terminal they follow each answer on stderr."""
+    """The same with figures below; in a file or a pipe the figures follow each answer on stderr."""
 
     def __init__(self, model: Llama) -> None:
         from rich.console import Console
@@ -62,12 +75,12 @@ class LiveView(PlainView):
         self._scales: tuple[float, ...] = ()
 
     def begin(self) -> None:
-        """An answer will come."""
+        """Begins an answer."""
         super().begin()
         self._line = ""
 
     def end(self) -> None:
-        """It has ended."""
+        """Ends the answer."""
         from ...diagnostics.scales import k_scales
 
         if self._live is not None:
@@ -76,7 +89,10 @@ class LiveView(PlainView):
             self.console.print(self._line, soft_wrap=True)
         else:
             super().end()
-        self._scales = tuple(k_scales(self.model).values())
+        try:
+            self._scales = tuple(k_scales(self.model).values())
+        except TqggufError as error:
+            self._errors.print(f"tqgguf: note: K's scales are not shown: {error}", soft_wrap=True)
         self._errors.print(self.figures(), style="dim", soft_wrap=True)
 
     def figures(self) -> str:
@@ -86,8 +102,8 @@ class LiveView(PlainView):
         f16 = info.f16_bytes * used // info.n_ctx
         parts = [f"{used:,}/{info.n_ctx:,} tokens"]
         if f16:
-            ours = info.bytes_per_token * used
-            parts.append(f"{size(ours)}, f16 {size(f16)} ({ours / f16:.0%})")
+            n_bytes = info.bytes_per_token * used
+            parts.append(f"{size(n_bytes)}, f16 {size(f16)} ({n_bytes / f16:.0%})")
         if self.speed:
             parts.append(f"{self.speed:.1f} tokens/s")
         if self._scales:
@@ -98,13 +114,13 @@ class LiveView(PlainView):
         if not self._moving:
             super()._show(piece)
             return
-        if self._live is None:  # only now: while the prompt is read, its bar has the terminal
+        if self._live is None:  # not earlier, because the progress bar uses the terminal while the prompt is read
             from rich.live import Live
 
             self._live = Live(console=self.console, transient=True, refresh_per_second=8, get_renderable=self._render)
             self._live.start()
         *lines, self._line = (self._line + piece).split("\n")
-        for line in lines:  # whole lines scroll by above the figures
+        for line in lines:  # whole lines scroll above the figures
             self.console.print(line, soft_wrap=True)
 
     def _render(self) -> RenderableType:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..._util import check_folder
 from ...config import CACHE_TYPES
 from ...errors import ArgumentError, UnsupportedError
 
@@ -16,23 +16,20 @@ FORMATS: Final = (".png", ".svg", ".pdf")
 
 _INK: Final = "#1f2933"
 _STOCK: Final = "#7b8794"
-_OURS: Final = "#d64550"
+_PQO: Final = "#d64550"
 _GRID: Final = "#e4e7eb"
 
 
 def check_plot(path: Path) -> None:
-    """Says before anything is measured why the picture could not be drawn afterwards.
+    """Refuses a picture that cannot be written, before anything is measured.
 
     Raises:
-        ArgumentError: the name ends in none of FORMATS, or its folder does not exist.
+        ArgumentError: the name does not end in one of FORMATS, or its folder does not exist or cannot be written to.
         UnsupportedError: matplotlib is not installed.
     """
     if path.suffix.lower() not in FORMATS:
         raise ArgumentError(f"cannot draw {path}: the name must end in {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise ArgumentError(f"cannot draw {path}: folder {path.absolute().parent} does not exist")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ArgumentError(f"cannot draw {path}: no permission to write there")
+    check_folder(path, f"cannot draw {path}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -47,9 +44,9 @@ def plot(comparison: Comparison, path: Path) -> None:
 def figure_of(comparison: Comparison) -> Any:
     """The picture: mean divergence (log axis) over bytes per token, a labelled point for each cache but the reference.
 
-    Bytes are those that the cache takes for a chunk, tail included, divided by its tokens.
-    Points of the same size are labelled right and left in turn, in order of divergence; labels that would still cover
-    each other move up and down.
+    Bytes per token are the bytes of the cache for a chunk, with the tail, divided by the tokens of the chunk. Points of
+    the same size have their labels right and left in turn, in the order of divergence. Labels that still cover each
+    other move up and down.
     """
     from matplotlib.figure import Figure
 
@@ -114,7 +111,7 @@ def _separate(figure: Any, labels: list[Any]) -> None:
     labels = sorted(labels, key=lambda label: label.xy[1])
     for _ in range(100):
         figure.draw_without_rendering()
-        boxes = [Text.get_window_extent(label) for label in labels]  # without its line
+        boxes = [Text.get_window_extent(label) for label in labels]  # without the line to its point
         moved = False
         for i, low in enumerate(boxes):
             for j in range(i + 1, len(boxes)):
@@ -130,23 +127,23 @@ def _separate(figure: Any, labels: list[Any]) -> None:
 
 
 def _point(axes: Any, row: TypeQuality, x: float, side: int) -> Any:
-    """One cache: a point, its error bar, and a label to the right (side 1) or left (-1), which is returned."""
-    ours = row.type not in CACHE_TYPES or CACHE_TYPES[row.type].ours
-    color = _OURS if ours else _STOCK
+    """Draws a point with its error bar and a label to the right (side 1) or left (-1); returns the label."""
+    is_pqo = row.type not in CACHE_TYPES or CACHE_TYPES[row.type].ours
+    color = _PQO if is_pqo else _STOCK
     error = min(2 * row.kld.mean_error, 0.9 * row.kld.mean)  # a log axis has no room below zero
     axes.errorbar(
         x,
         row.kld.mean,
         yerr=[[error], [2 * row.kld.mean_error]],
         fmt="o",
-        # Stock types are rings around the dots of ours, so that equal figures hide neither.
-        markersize=7 if ours else 11,
-        markerfacecolor=color if ours else "white",
+        # Stock types are rings and the others dots, so that neither hides the other at equal figures.
+        markersize=7 if is_pqo else 11,
+        markerfacecolor=color if is_pqo else "white",
         markeredgecolor=color,
-        markeredgewidth=0 if ours else 1.6,
+        markeredgewidth=0 if is_pqo else 1.6,
         ecolor=color,
         elinewidth=1.2,
-        zorder=3 if ours else 2,
+        zorder=3 if is_pqo else 2,
     )
     return axes.annotate(
         row.type,
@@ -156,7 +153,7 @@ def _point(axes: Any, row: TypeQuality, x: float, side: int) -> Any:
         arrowprops={"arrowstyle": "-", "color": _STOCK, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
         horizontalalignment="left" if side > 0 else "right",
         verticalalignment="center",
-        color=color if ours else _INK,
-        fontsize=11 if ours else 10,
-        fontweight="bold" if ours else "normal",
+        color=color if is_pqo else _INK,
+        fontsize=11 if is_pqo else 10,
+        fontweight="bold" if is_pqo else "normal",
     )

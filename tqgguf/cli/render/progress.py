@@ -1,4 +1,4 @@
-"""One progress bar at a time, on a terminal's stderr, for what a model reports while it loads and reads."""
+"""The progress bar on a terminal's stderr, for everything that reports its progress."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PATIENCE: Final = 0.5
-"""Seconds before a bar appears: what is done by then needs none."""
+"""Seconds before a bar appears; shorter work needs no bar."""
 
 
 class Bar:
-    """A `progress` for `Llama`: called with (title, done, total), it shows a bar until done is total."""
+    """A `progress` for `Llama` and `tune`: called with (title, done, total), it shows a bar until done equals total."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._title, self._start = "", 0.0
         self._terminal: TextIO | None = None
         if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            # llama_cpp points file descriptor 2 elsewhere while it loads quietly: a copy made before stays.
+            # llama_cpp redirects file descriptor 2 while it loads quietly; a copy of it still is the terminal.
             number = os.dup(sys.stderr.fileno())
             self._terminal = os.fdopen(number, "w", encoding=sys.stderr.encoding, errors="replace")
 
@@ -47,7 +47,7 @@ class Bar:
             self._bar.update(self._bar.task_ids[0], completed=done)
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
         self._bar, self._title = None, ""

@@ -1,0 +1,129 @@
+/* layout.h: what attention's kernels keep in shared memory and where it lies. The plan asks for as much, and the
+ * kernels find their way in it, by the same functions. Offsets are bytes from the beginning, where the table of K's
+ * levels is. */
+#ifndef TQI_LAYOUT_H
+#define TQI_LAYOUT_H
+
+#include "internal.h"
+
+#define TQI_ATTENTION_THREADS 256
+/* Blocks of threads that registers leave room for on a multiprocessor. With three, 80 registers each, the compiler
+ * spills 104 bytes and computes addresses again and again: 473 instructions per tile of a warp instead of 412 (pqo3,
+ * heads of 128, sm_90). */
+#define TQI_ATTENTION_BLOCKS 2
+#define TQI_WARPS (TQI_ATTENTION_THREADS / 32)
+#define TQI_MAX_TILE 128 /* keys */
+#define TQI_MERGE_THREADS 128
+/* Of one K block's part of eight query vectors: the fragments of 32 lanes, 16 bytes each. */
+#define TQI_FRAGMENTS_BYTES 512
+
+TQI_HD constexpr int tqi_round_up(int n, int unit) {
+    return (n + unit - 1) / unit * unit;
+}
+
+/* ---- Tables of levels (slices.cuh) ---- */
+
+struct tqi_table {
+    int entries, spacing; /* bytes from one entry to the next */
+};
+
+TQI_HD constexpr tqi_table tqi_table_of(int type) {
+    return type == TQ_TYPE_PQO3                           ? tqi_table{ 64, 256 }
+           : type == TQ_TYPE_PQO4 || type == TQ_TYPE_PQT3 ? tqi_table{ 256, 128 }
+           : type == TQ_TYPE_PQT4                         ? tqi_table{ 32, 128 }
+                                                          : tqi_table{ 0, 0 };
+}
+
+TQI_HD constexpr int tqi_table_bytes(int type) {
+    return tqi_table_of(type).entries * tqi_table_of(type).spacing;
+}
+
+/* ---- A warp by itself (attention_warp.cuh) ---- */
+
+#define TQI_WARP_TILE 16                          /* keys that a warp takes at once, */
+#define TQI_WARP_STEP (TQI_WARPS * TQI_WARP_TILE) /* and from one of its tiles to the next */
+/* Where warps leave results: four floats of each lane, 2 * blocks times. With one more, reading meets no bank twice,
+ * either. */
+#define TQI_PART_STRIDE 33
+
+/* Bytes from row to row in a stage: a constant, so that loads need one address, and no bank is met twice for K
+ * (check_operand). */
+TQI_HD constexpr int tqi_warp_stride(int blocks) {
+    return blocks == 4 ? 80 : 48;
+}
+
+struct tqi_warp_layout {
+    int v_table;
+    int q;             /* (n_tiles, blocks, 32 lanes): fragments */
+    int scale, slope;  /* (vectors) */
+    int bases, totals; /* (vectors, warps) */
+    int stages;        /* (warps, n_stages): rows of K, rows of V, (vectors, 16) of the mask; at the end results */
+    int v_in_stage, mask_in_stage, stage_bytes;
+};
+
+/* K and V of `blocks` blocks of 32 values; 8 n_tiles query vectors. */
+TQI_HD constexpr tqi_warp_layout tqi_warp_layout_of(int k_type, int v_type, int blocks, int n_tiles) {
+    const int n_vec = 8 * n_tiles;
+    tqi_warp_layout l{};
+    l.v_table = k_type == v_type ? 0 : tqi_table_bytes(k_type);
+    l.q = l.v_table + tqi_table_bytes(v_type);
+    l.scale = l.q + n_tiles * blocks * TQI_FRAGMENTS_BYTES;
+    l.slope = l.scale + 4 * n_vec;
+    l.bases = l.slope + 4 * n_vec;
+    l.totals = l.bases + 4 * n_vec * TQI_WARPS;
+    l.stages = l.totals + 4 * n_vec * TQI_WARPS;
+    l.v_in_stage = TQI_WARP_TILE * tqi_warp_stride(blocks);
+    l.mask_in_stage = 2 * l.v_in_stage;
+    l.stage_bytes = l.mask_in_stage + 2 * n_vec * TQI_WARP_TILE;
+    return l;
+}
+
+TQI_HD constexpr int tqi_warp_shared_bytes(const tqi_warp_layout & l, int blocks, int n_stages) {
+    const int stages = TQI_WARPS * n_stages * l.stage_bytes, results = TQI_WARPS * 2 * blocks * TQI_PART_STRIDE * 16;
+    return l.stages + (stages > results ? stages : results);
+}
+
+/* ---- A block of threads together (attention.cuh) ---- */
+
+struct tqi_block_layout {
+    int v_table;
+    int q;                               /* (n_tiles, n_blocks of K, 32 lanes): fragments */
+    int scores;                          /* (vectors, tqi_scores_stride) floats */
+    int weights;                         /* (vectors, tqi_weights_stride) f16 */
+    int factors, max, sum, scale, slope; /* (vectors) floats */
+    int stages;                          /* rows of K, rows of V; at the end sums */
+    int v_in_stage, stage_bytes;
+};
+
+/* Scores and weights per query vector: a few more than keys in a tile, so that no bank is met twice. */
+TQI_HD constexpr int tqi_scores_stride(int tile) {
+    return tile + 4;
+}
+TQI_HD constexpr int tqi_weights_stride(int tile) {
+    return tile + 8;
+}
+
+/* Floats per query vector while parts are added: (units, 8 dimensions of a slice, 8 lanes g), and four so that the
+ * lanes of a warp, g and t, write to different banks. */
+TQI_HD constexpr int tqi_sum_stride(int n_blocks) {
+    return (n_blocks + 1) / 2 * 64 + 4;
+}
+
+/* ---- Tails (tail.cuh) ---- */
+
+#define TQI_TAIL_ATTENTION_THREADS 128
+#define TQI_TAIL_SLOTS 32                     /* rows of a tail per block of threads */
+#define TQI_TAIL_ENTRIES (2 * TQI_TAIL_SLOTS) /* a row's owner in K, and its owner in V if that is another token */
+
+enum {
+    TQI_TAIL_AT_TOKENS = 0,                                         /* (entries) */
+    TQI_TAIL_AT_OWNED = TQI_TAIL_AT_TOKENS + 4 * TQI_TAIL_ENTRIES,  /* (entries): 1 if K has a row of it, 2 if V has */
+    TQI_TAIL_AT_WEIGHTS = TQI_TAIL_AT_OWNED + 4 * TQI_TAIL_ENTRIES, /* (8, entries): scores, then weights */
+    TQI_TAIL_AT_Q = TQI_TAIL_AT_WEIGHTS + 8 * 4 * TQI_TAIL_ENTRIES  /* (8, DK) */
+};
+
+TQI_HD constexpr int tqi_tail_shared_bytes(int head_dim_k) {
+    return TQI_TAIL_AT_Q + 8 * 4 * head_dim_k;
+}
+
+#endif

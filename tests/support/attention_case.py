@@ -1,0 +1,227 @@
+"""Calls of attention that the tests of the CPU's and the CUDA kernels share: random inputs, and the oracle's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tqgguf import reference
+from tqgguf.config import CACHE_TYPES
+
+Array = npt.NDArray[Any]
+PADDING = 0xEE
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Shapes follow tqgguf.h; n_kv_stream divides n_stream.
+
+    Attributes:
+        n_kv_stream: streams of K and V; 0: n_stream.
+        offset: bytes that K and V, and scratch on the CPU, are off.
+        gap: bytes between tokens.
+        head_major: whether a head's tokens lie side by side.
+        tail, first: recent and first rows of the precise tail, where the type may have one.
+        spread: tokens of V differ in magnitude (the standard deviation of its logarithm); channel 0 of q stands out.
+        poison: where NaN (q) or infinities (k, v: their last token, as it is stored) are put after the oracle has been
+            asked; sinks: all are -infinity.
+    """
+
+    k_type: str = "pqo3"
+    v_type: str = "pqo3"
+    head_dim_k: int = 64
+    head_dim_v: int = 64
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_q: int = 1
+    n_kv: int = 100
+    n_stream: int = 1
+    n_kv_stream: int = 0
+    n_threads: int = 1
+    mask: str = "none"
+    n_mask_head: int = 1
+    n_mask_stream: int = 1
+    sinks: bool = False
+    softcap: float = 0.0
+    max_bias: float = 0.0
+    offset: int = 0
+    gap: int = 0
+    head_major: bool = False
+    tail: int = 0
+    first: int = 0
+    spread: float = 0.0
+    q_scale: float = 1.0
+    v_scale: float = 1.0
+    mode: str = "search"
+    poison: str = ""
+    seed: int = 0
+
+
+@dataclass
+class Operand:
+    """K or V: its bytes (n_stream, n_kv, n_head, row bytes), and the values that they and the tail stand for.
+
+    The tail has rows (n_stream, tail + first, n_head, head_dim) and their owners (n_stream, tail + first).
+    """
+
+    type: str
+    head_dim: int
+    data: npt.NDArray[np.uint8]
+    values: npt.NDArray[np.float32]
+    tail: tuple[npt.NDArray[np.float16], npt.NDArray[np.int32]] | None = None
+
+
+@dataclass
+class Inputs:
+    """What a call is given, and the output it should have, (n_stream, n_q, n_head, head_dim_v)."""
+
+    q: npt.NDArray[np.float32]
+    k: Operand
+    v: Operand
+    mask: npt.NDArray[np.float16] | None
+    sinks: npt.NDArray[np.float32] | None
+    want: npt.NDArray[np.float64]
+
+
+Encode = Callable[..., npt.NDArray[np.uint8]]
+
+
+def store(x: npt.NDArray[np.float32], type: str, mode: str, encode: Encode) -> Operand:
+    """x as a cache has it."""
+    if type in ("f32", "f16"):
+        plain = x.astype(type.replace("f", "float"))
+        return Operand(type, x.shape[-1], plain.view(np.uint8), plain.astype(np.float32))
+    row_bytes = CACHE_TYPES[type].row_bytes(x.shape[-1])
+    data = encode(x, type, mode).reshape(*x.shape[:-1], row_bytes)
+    return Operand(type, x.shape[-1], data, reference.decode(data, type, mode).reshape(x.shape))
+
+
+def add_tail(rng: Any, exact: npt.NDArray[np.float32], operand: Operand, case: Case) -> None:
+    """A tail of tokens written in an order of chance, some of them disowned."""
+    n_stream, n_kv, *shape = exact.shape
+    rows = np.full((n_stream, case.tail + case.first, *shape), np.nan, dtype=np.float16)
+    owner = np.zeros(rows.shape[:2], dtype=np.int32)
+    for s in range(n_stream):
+        for t in rng.permutation(n_kv) if rng.random() < 0.5 else np.arange(n_kv):
+            row = case.tail + t if t < case.first else t % case.tail
+            rows[s, row] = reference.encode_tail(exact[s, t], case.mode)
+            owner[s, row] = t + 1
+        owner[s, rng.random(owner.shape[1]) < 0.2] = 0
+        for row in np.flatnonzero(owner[s]):
+            operand.values[s, owner[s, row] - 1] = reference.decode_tail(rows[s, row], case.mode)
+    operand.tail = rows, owner
+
+
+def make_mask(rng: Any, case: Case) -> npt.NDArray[np.float16] | None:
+    mask = np.zeros((case.n_mask_stream, case.n_mask_head, case.n_q, case.n_kv), dtype=np.float16)
+    if case.mask == "causal":
+        rows, columns = np.arange(case.n_q)[:, None], np.arange(case.n_kv)[None]
+        mask[..., columns > rows + case.n_kv - case.n_q] = -np.inf
+    elif case.mask == "window":
+        mask[..., : case.n_kv // 2] = -np.inf
+    elif case.mask == "holes":
+        mask[rng.random(mask.shape) < 0.4] = -np.inf
+    elif case.mask == "values":
+        mask[:] = -np.abs(rng.standard_normal(mask.shape)) * 3
+    elif case.mask == "all":
+        mask[..., : (case.n_q + 1) // 2, :] = -np.inf
+    elif case.mask == "last":
+        mask[..., -1] = -np.inf
+    else:
+        assert case.mask == "none"
+        return None
+    return mask
+
+
+def poison(case: Case, inputs: Inputs) -> None:
+    """Puts in what must not be seen, or must be."""
+    for name, x in (("k", inputs.k), ("v", inputs.v)):
+        if case.poison == name:  # f16: every value, otherwise the scale of the first block
+            last = x.data[:, -1, :, : None if x.type == "f16" else 2]
+            last[:] = np.tile(np.array([0, 0x7C], np.uint8), last.shape[-1] // 2)
+    if case.poison == "q":
+        inputs.q[..., 3] = np.nan
+    if case.poison == "sinks" and inputs.sinks is not None:
+        inputs.sinks[:] = -np.inf
+
+
+def make_inputs(case: Case, encode: Encode = reference.encode) -> Inputs:
+    rng = np.random.default_rng(case.seed)
+    n_kv_stream = case.n_kv_stream or case.n_stream
+
+    def normal(*shape: int) -> npt.NDArray[np.float32]:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    q = normal(case.n_stream, case.n_head, case.n_q, case.head_dim_k) * np.float32(case.q_scale)
+    q[..., 0] *= 1 + 5 * case.spread
+    sizes = np.exp(case.spread * normal(n_kv_stream, case.n_kv, 1, 1)) * np.float32(case.v_scale)
+    shape = (n_kv_stream, case.n_kv, case.n_head_kv)
+    k_exact, v_exact = normal(*shape, case.head_dim_k), sizes * normal(*shape, case.head_dim_v)
+    k, v = store(k_exact, case.k_type, case.mode, encode), store(v_exact, case.v_type, case.mode, encode)
+    for exact, x in ((k_exact, k), (v_exact, v)):
+        if case.tail and CACHE_TYPES[x.type].ours:
+            add_tail(rng, exact, x, case)
+    sinks = normal(case.n_head) if case.sinks else None
+    mask = make_mask(rng, case)
+    seen = None if case.poison == "sinks" else sinks  # of -infinity they are none
+    want = [
+        reference.attention(
+            q[s].swapaxes(0, 1),
+            k.values[s * n_kv_stream // case.n_stream],
+            v.values[s * n_kv_stream // case.n_stream],
+            case.head_dim_k**-0.5,
+            mask=None if mask is None else mask[s % case.n_mask_stream],
+            sinks=seen,
+            softcap=case.softcap,
+            max_bias=case.max_bias,
+        )
+        for s in range(case.n_stream)
+    ]
+    inputs = Inputs(q, k, v, mask, sinks, np.array(want))
+    poison(case, inputs)
+    return inputs
+
+
+def lay_out(x: Operand, case: Case) -> tuple[npt.NDArray[np.uint8], tuple[int, int, int]]:
+    """An operand's memory, and its strides by stream, token and head."""
+    n_stream, n_kv, n_head, n_bytes = x.data.shape
+    if case.head_major:
+        stored = np.full((n_stream, n_head, n_kv, n_bytes + case.gap), PADDING, np.uint8)
+        stored[..., :n_bytes] = x.data.swapaxes(1, 2)
+        return stored, (stored.strides[0], stored.strides[2], stored.strides[1])
+    stored = np.full((n_stream, n_kv, n_head * n_bytes + case.gap), PADDING, np.uint8)
+    stored[..., : n_head * n_bytes] = x.data.reshape(n_stream, n_kv, n_head * n_bytes)
+    return stored, (*stored.strides[:2], n_bytes)
+
+
+def arguments(ffi: Any, case: Case, inputs: Inputs, out: Array, put: Callable[[Array, int], Any]) -> Any:
+    """The tq_attn of a case, but for args.out. put(array, offset) copies an array into memory that is off by offset."""
+    args = ffi.new("tq_attn *")
+    args.q.data, args.q.type = put(inputs.q, 0), CACHE_TYPES["f32"].number
+    args.q.head_dim, args.q.n_head, args.q.n_stream = case.head_dim_k, case.n_head, case.n_stream
+    args.q.stride_stream, args.q.stride_head, args.q.stride_token = inputs.q.strides[:3]
+    for target, x in ((args.k, inputs.k), (args.v, inputs.v)):
+        target.type, target.mode = CACHE_TYPES[x.type].number, reference.MODES.index(case.mode)
+        target.head_dim, target.n_head, target.n_stream = x.head_dim, case.n_head_kv, len(x.data)
+        stored, (target.stride_stream, target.stride_token, target.stride_head) = lay_out(x, case)
+        target.data = put(stored, case.offset if CACHE_TYPES[x.type].ours or case.offset % 2 == 0 else 0)
+        if x.tail:
+            rows, owner = x.tail
+            target.tail.data, target.tail.owner = put(rows, 0), put(owner, 0)
+            target.tail.n_recent, target.tail.n_first = case.tail, case.first
+            target.tail.stride_stream, target.tail.stride_row, target.tail.stride_head = rows.strides[:3]
+            target.tail.owner_stride_stream = owner.strides[0]
+    args.n_q, args.n_kv = case.n_q, case.n_kv
+    if inputs.mask is not None:
+        args.mask = put(inputs.mask, 0)
+        args.n_mask_head, args.n_mask_stream = case.n_mask_head, case.n_mask_stream
+        args.mask_stride_stream, args.mask_stride_head, args.mask_stride_row = inputs.mask.strides[:3]
+    if inputs.sinks is not None:
+        args.sinks = put(inputs.sinks, 0)
+    args.scale, args.max_bias, args.softcap = case.head_dim_k**-0.5, case.max_bias, case.softcap
+    args.out_stride_stream, args.out_stride_row, args.out_stride_head = out.strides[:3]
+    return args

@@ -1,0 +1,99 @@
+"""What llama.cpp is told beside its parameters while a thread makes a context, and the list of the tensors it made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..cache.policy import CachePolicy
+from ..cache.tensors import CacheTensor
+from .libggml import base, ffi
+
+__all__ = ["aborts_to_stderr", "policy_applied", "rotation_allowed", "tail_set", "tensors_listed"]
+
+
+@contextlib.contextmanager
+def policy_applied(policy: CachePolicy) -> Iterator[None]:
+    """While it lasts, contexts that this thread makes follow the policy (native/ggml/tq_ggml_policy.h)."""
+    if policy.uniform:
+        yield
+        return
+    means = {layer: np.ascontiguousarray(mean, dtype=np.float32) for layer, mean in policy.k_means.items()}
+    layers = ffi().new("struct tq_ggml_layer_policy[]", policy.n_layer)
+    for i, layer in enumerate(layers):
+        layer.type_k, layer.type_v = (kind.number for kind in policy.types(i))
+        if i in means:
+            layer.k_mean, layer.n_mean = ffi().from_buffer("float[]", means[i]), means[i].size
+    base().tq_ggml_policy_set(layers, policy.n_layer)
+    try:
+        yield
+    finally:
+        base().tq_ggml_policy_set(ffi().NULL, 0)
+
+
+@contextlib.contextmanager
+def tail_set(n: int) -> Iterator[None]:
+    """While it lasts, contexts that this thread makes keep n tokens in f16 (native/ggml/tq_ggml_tail.h)."""
+    before = base().tq_ggml_tail_get()
+    base().tq_ggml_tail_set(n)
+    try:
+        yield
+    finally:
+        base().tq_ggml_tail_set(before)
+
+
+@contextlib.contextmanager
+def rotation_allowed(allowed: bool) -> Iterator[None]:
+    """While it lasts, contexts that this thread makes may rotate stock quantized types, or may not."""
+    base().tq_ggml_policy_set_rotation(allowed)
+    try:
+        yield
+    finally:
+        base().tq_ggml_policy_set_rotation(True)
+
+
+@contextlib.contextmanager
+def tensors_listed() -> Iterator[list[CacheTensor]]:
+    """Yields a list that is empty at first: at the end it holds the cache tensors of all contexts this thread made."""
+    made: list[CacheTensor] = []
+    base().tq_ggml_cache_list_begin()
+    try:
+        yield made
+        notes = ffi().new("struct tq_ggml_cache_tensor[]", base().tq_ggml_cache_list(ffi().NULL, 0))
+        base().tq_ggml_cache_list(notes, len(notes))
+        for note in notes:
+            fields = {name: getattr(note, name) for name in CacheTensor.__dataclass_fields__}
+            fields["device"] = ffi().string(note.device).decode()
+            made.append(CacheTensor(**{**fields, "side": "KV"[note.side], "rotated": bool(note.rotated)}))
+    finally:
+        base().tq_ggml_cache_list_end()
+
+
+@contextlib.contextmanager
+def aborts_to_stderr(verbose: bool) -> Iterator[None]:
+    """While it lasts, what ggml says when it ends the process comes to stderr, which a quiet load turns off.
+
+    llama.cpp ends the process where it meets what it had ruled out, as an odd model can make it. Any of its threads may
+    call the function of Python that says so: the one that waits for them in C has released the interpreter's lock.
+
+    Args:
+        verbose: whether stderr stays on. Then ggml's own way is left alone, which adds a backtrace.
+    """
+    if verbose or sys.stderr is None:  # closed when Python began: another file may have its number
+        yield
+        return
+    with open(os.dup(2), "wb", buffering=0) as stderr:
+
+        @ffi().callback("ggml_abort_callback_t")  # type: ignore[untyped-decorator]
+        def tell(message: object) -> None:
+            stderr.write(b"\ntqgguf: error: llama.cpp ended this process: " + ffi().string(message) + b"\n")
+
+        before = base().ggml_set_abort_callback(tell)
+        try:
+            yield
+        finally:
+            base().ggml_set_abort_callback(before)

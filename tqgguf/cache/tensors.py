@@ -1,0 +1,157 @@
+"""The tensors of a KV cache: what llama.cpp made (native/ggml/tq_ggml_cache.h), compared with what it was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..config import CACHE_TYPES
+from ..errors import CacheTypeError
+from ..gguf.info import KVLayer, ModelInfo
+from .policy import CachePolicy
+from .tail import tail_rows, tail_width
+
+__all__ = ["CacheShape", "CacheTensor", "check_tensors"]
+
+_NAMES = {kind.number: kind.name for kind in CACHE_TYPES.values()}
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """K or V of one layer, as llama.cpp has it.
+
+    Attributes:
+        layer: number of the layer.
+        side: "K" or "V".
+        type: ggml's number of the type.
+        n_embd: values of a cell.
+        n_cells: cells of a stream.
+        n_stream: streams: 1, or one for each sequence.
+        bytes: of the tensor, without its tail.
+        n_mean: values that are subtracted from each key; 0: none are.
+        tail_recent: rows of the tail for the newest cells of a stream.
+        tail_first: rows of the tail for the first cells of a stream.
+        tail_bytes: of the tail, in all streams.
+        device: llama.cpp's name of the device it lies on.
+        rotated: whether it is rotated by a Hadamard matrix before it is stored.
+    """
+
+    layer: int
+    side: str
+    type: int
+    n_embd: int
+    n_cells: int
+    n_stream: int
+    bytes: int
+    n_mean: int
+    tail_recent: int
+    tail_first: int
+    tail_bytes: int
+    device: str
+    rotated: bool
+
+    @property
+    def type_name(self) -> str:
+        """Name of the type."""
+        return _NAMES.get(self.type, f"type {self.type}")
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How a context lays out its cache.
+
+    Attributes:
+        n_ctx: tokens of all sequences together.
+        n_ubatch: tokens computed at once.
+        n_seq: sequences.
+        unified: whether they share one stream, instead of a stream for each.
+        swa_full: whether layers with a sliding window keep all tokens nevertheless.
+        tail: newest tokens kept in f16 where a type is one of tqgguf.
+        rotate: whether llama.cpp may rotate K and V.
+    """
+
+    n_ctx: int
+    n_ubatch: int
+    n_seq: int
+    unified: bool
+    swa_full: bool
+    tail: int
+    rotate: bool = True
+
+    @property
+    def n_stream(self) -> int:
+        """Streams of the cache."""
+        return 1 if self.unified else self.n_seq
+
+    def cells(self, layer: KVLayer) -> int:
+        """Cells of a layer in each stream."""
+        return layer.cells(self.n_ctx, self.n_ubatch, self.n_seq, self.unified, self.swa_full)
+
+
+def check_tensors(made: Sequence[CacheTensor], info: ModelInfo, policy: CachePolicy, shape: CacheShape) -> None:
+    """Compares every tensor that llama.cpp made with the one it was asked for.
+
+    Of an architecture whose cache tqgguf does not model, the number of tensors and their sizes are not known: there the
+    type, the mean, the tail and the rotation of those that were made are compared.
+
+    Raises:
+        CacheTypeError: a tensor is missing, is one too many, or differs; the message names layer, side, what was asked
+            for and what llama.cpp made.
+    """
+    layers = {layer.index: layer for layer in info.layers}
+    wanted = [
+        (layer.index, side)
+        for layer in info.layers
+        for side, width in (("K", layer.head_dim_k), ("V", layer.head_dim_v))
+        if width
+    ]
+    found = [(tensor.layer, tensor.side) for tensor in made]
+    where = "llama.cpp made another KV cache than it was asked for"
+    for layer, side in wanted:
+        if (layer, side) not in found:
+            asked = policy.types(layer)["KV".index(side)].name
+            raise CacheTypeError(f"{where}: layer {layer}, {side}: asked for {asked}, got no {side}")
+    if info.exact and (more := _surplus(found, wanted)):
+        raise CacheTypeError(f"{where}: layer {more[0]}, {more[1]}: asked for none, got one")
+    for tensor in made:
+        if not 0 <= tensor.layer < policy.n_layer:
+            raise CacheTypeError(
+                f"{where}: layer {tensor.layer}, {tensor.side}: the policy has {policy.n_layer} layers"
+            )
+        for what, want, got in _differences(tensor, layers.get(tensor.layer) if info.exact else None, policy, shape):
+            if want != got:
+                raise CacheTypeError(
+                    f"{where}: layer {tensor.layer}, {tensor.side}: asked for {what} {want}, got {got}"
+                )
+
+
+def _surplus(found: Iterable[tuple[int, str]], wanted: Iterable[tuple[int, str]]) -> tuple[int, str] | None:
+    left = list(wanted)
+    for each in found:
+        if each not in left:
+            return each
+        left.remove(each)
+    return None
+
+
+def _differences(
+    tensor: CacheTensor, layer: KVLayer | None, policy: CachePolicy, shape: CacheShape
+) -> Iterable[tuple[str, object, object]]:
+    """What is compared: a word for it, what was asked for, what was made; layer: None if its sizes are not known."""
+    kind = policy.types(tensor.layer)["KV".index(tensor.side)]
+    yield "type", kind.name, tensor.type_name
+    n_embd, cells = tensor.n_embd, tensor.n_cells
+    if layer:
+        n_embd = layer.n_head_kv * (layer.head_dim_k if tensor.side == "K" else layer.head_dim_v)
+        cells = shape.cells(layer)
+        yield "values of a token", n_embd, tensor.n_embd
+        yield "cells", cells, tensor.n_cells
+        yield "streams", shape.n_stream, tensor.n_stream
+    yield "bytes", tensor.n_stream * cells * kind.row_bytes(n_embd), tensor.bytes
+    mean = policy.k_means.get(tensor.layer) if tensor.side == "K" else None
+    yield "values of a mean key", 0 if mean is None else mean.size, tensor.n_mean
+    rows = tail_rows(kind, shape.tail, cells)
+    yield "rows of a tail", rows, (tensor.tail_recent, tensor.tail_first)
+    yield "bytes of a tail", tensor.n_stream * sum(rows) * tail_width(n_embd), tensor.tail_bytes
+    if kind.ours or mean is not None or not shape.rotate:
+        yield "rotation", False, tensor.rotated

@@ -1,0 +1,101 @@
+"""The command line: it parses the arguments, calls a command, and turns its errors into messages.
+
+Data goes to stdout, progress and errors to stderr. The exit status is 0 for success, 1 for a failure, 2 for a usage
+error, and 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, Final
+
+from .. import __version__
+from ..errors import TqggufError
+from .render.format import in_words, printable
+
+__all__ = ["main"]
+
+COMMANDS: Final = ("run", "chat", "serve", "worker", "fit", "inspect", "compare", "tune", "demo", "doctor")
+"""Modules of `commands`, each with a function `add_parser`, in the order of `tqgguf --help`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    _accept_any_terminal()
+    try:
+        from .interrupt import prompt_interrupt
+
+        args = _parser().parse_args(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _note  # type: ignore[assignment]
+            # A command with a handler of its own lets Ctrl-C stop an answer, which a slow batch must not turn into the
+            # end of the program.
+            with contextlib.nullcontext() if getattr(args, "own_interrupt", False) else prompt_interrupt():
+                status: int = args.call(args)
+        _flush()
+        return status
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing more is written, not even when the interpreter exits.
+        _silence()
+        return 1
+    except KeyboardInterrupt:
+        _say("\ntqgguf: interrupted")
+        return 130
+    except (TqggufError, OSError, MemoryError) as error:
+        _say(f"tqgguf: error: {in_words(error)}")
+        return 1
+    except SystemExit:  # argparse, after a help text or a usage error
+        try:
+            _flush()
+        except BrokenPipeError:
+            _silence()
+        raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tqgguf",
+        description="GGUF models in llama.cpp with the KV cache compressed to 3.5 or 4.5 bits per value.",
+        epilog="Try `tqgguf demo`, then `tqgguf chat model.gguf`. `tqgguf COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"tqgguf {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:  # imported here, because it takes a tenth of a second in which Ctrl-C must work already
+        importlib.import_module(f".commands.{name}", __package__).add_parser(commands)
+    return parser
+
+
+def _accept_any_terminal() -> None:
+    """Replaces characters that the terminal's encoding lacks, which would be a traceback otherwise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _silence() -> None:
+    """Sends the rest of the output nowhere."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text: str) -> None:
+    """Writes a line to stderr, unless it is closed."""
+    with contextlib.suppress(OSError, ValueError):
+        print(printable(text), file=sys.stderr)
+
+
+def _note(message: Warning | str, *_where: Any) -> None:
+    """Shows a warning without the line of code that raised it."""
+    _say(f"tqgguf: note: {message}")

@@ -1,0 +1,63 @@
+"""What `tqgguf fit` prints."""
+
+from __future__ import annotations
+
+import shlex
+
+from ...cache.tail import DEFAULT_TAIL
+from ...diagnostics.fit import Fit, FitRow
+from .format import size
+from .table import new_table, print_facts, print_table, print_text
+
+
+def print_fit(result: Fit) -> None:
+    """Prints the model's facts, a row for each cache, and what to take."""
+    info = result.info
+    setup = result.setup
+    sequences = f", for {setup.n_seq} sequences {'together' if setup.unified else 'apart'}" if setup.n_seq > 1 else ""
+    advice = " (--ctx asks for more)" if result.n_ctx == info.n_ctx_train * setup.n_seq else ""
+    memory = size(result.memory) + (f", and {size(result.vram)} of video memory" if result.vram else "")
+    print_facts(
+        (
+            ("model", f"{info.name} ({info.architecture}), weights {size(result.weights)}"),
+            ("memory", memory),
+            ("context", f"{result.n_ctx:,} tokens wanted{sequences}; trained for {info.n_ctx_train:,}{advice}"),
+            *(("note", note) for note in info.notes),
+        )
+    )
+    print()
+    states = any(row.plan and row.plan.state for row in result.rows)
+    titles = ["cache", "context", "KV cache", *(["states"] if states else []), "compute", "main memory"]
+    titles += ["layers on GPU", "video memory"] if result.vram else []
+    table = new_table(*titles)
+    for row in result.rows:
+        table.add_row(*_cells(result, row, states), style="bold" if row is result.recommended else "")
+    print_table(table)
+    for row in result.rows:
+        if row.obstacle:
+            print_text(f"{row.cache}: {row.obstacle}")
+    for note in result.notes:
+        print_text(f"Note: {note}.")
+    print()
+    best = result.recommended
+    if best is None:
+        print_text(f"Nothing to recommend: {result.reason}. Give more memory, or take a smaller model.")
+        return
+    print_text(f"Recommended: {best.cache}, {best.n_ctx:,} tokens: {result.reason}.")
+    if setup.n_seq == 1 and setup.swa_full and not result.vram:  # the settings of `tqgguf chat`
+        k, _, v = best.cache.partition("/")
+        types = ["--cache-k", k, "--cache-v", v] if v and not best.cache.endswith(".gguf") else ["--cache", best.cache]
+        tail = [] if setup.tail == DEFAULT_TAIL else ["--tail", str(setup.tail)]
+        command = ["tqgguf", "chat", str(info.path), *types, *tail, "--ctx", str(best.n_ctx)]
+        print_text("  " + shlex.join(command), wrap=False)
+
+
+def _cells(result: Fit, row: FitRow, states: bool) -> list[str]:
+    if row.plan is None:
+        return [row.cache, "cannot be used"]
+    if not row.n_ctx:
+        return [row.cache, "does not fit", size(row.plan.cache)]
+    cells = [row.cache, f"{row.n_ctx:,}", size(row.plan.cache)]
+    cells += [size(row.plan.state)] if states else []
+    cells += [size(row.plan.compute), size(row.memory)]
+    return cells + ([str(row.n_gpu_layers), size(row.vram)] if result.vram else [])

@@ -1,0 +1,161 @@
+"""What `Llama` is given, checked before anything is loaded, and what of it changes what a cache holds."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from .._native import import_llama_cpp
+from .._util import machine_memory
+from ..cache.policy import (
+    CachePolicy,
+    PolicySpec,
+    base_types,
+    cache_words,
+    needs_flash,
+    refuse_impossible,
+    resolve,
+)
+from ..cache.tail import check_tail, warn_unread
+from ..config import parse_cache
+from ..errors import ArgumentError, ModelNotFoundError, OutOfMemoryError
+from ..gguf.info import ModelInfo, read_model_info
+from .workers import check_split
+
+__all__ = ["Request", "cache_settings", "checked_request"]
+
+_STOCK_OPTIONS: Final = frozenset(inspect.signature(import_llama_cpp().Llama.__init__).parameters) - {
+    *("self", "model_path", "kwargs")
+}
+_LIMITS: Final = {
+    "n_ctx": (0, 2**31 - 1),
+    "n_batch": (1, 2**31 - 1),
+    "n_ubatch": (1, 2**31 - 1),
+    "n_threads": (1, 512),
+    "n_threads_batch": (1, 512),
+    "seed": (0, 2**32 - 1),
+}
+"""Beyond these llama.cpp ends the process, or takes the number modulo 2^32."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    Attributes:
+        info: what the model's file says.
+        policy: types of the KV cache.
+        tail: newest tokens kept in f16 where a type is one of tqgguf.
+        options: for the stock constructor.
+        workers: as given to `Llama`; empty: the model lies here.
+        types_on_workers: whether the workers must know the types of tqgguf.
+    """
+
+    info: ModelInfo
+    policy: CachePolicy
+    tail: int
+    options: dict[str, Any]
+    workers: tuple[str, ...]
+    types_on_workers: bool
+
+    @property
+    def vocab_only(self) -> bool:
+        """Whether no weights are loaded, so that there is no cache."""
+        return bool(self.options.get("vocab_only"))
+
+    @property
+    def tail_used(self) -> int:
+        """Newest tokens kept in f16: 0 where no type is one of tqgguf."""
+        return self.tail if self.policy.ours else 0
+
+
+def checked_request(
+    model_path: str | Path,
+    cache: PolicySpec,
+    tail: Any,
+    flash_attn: bool | None,
+    rpc: Sequence[str] | None,
+    options: Mapping[str, Any],
+) -> Request:
+    """Checks the arguments of `Llama`, which describes them and what is raised."""
+    kwargs = dict(options)
+    for name in ("type_k", "type_v"):
+        if kwargs.pop(name, None) is not None:
+            raise ArgumentError(f"{name} is set by cache: give cache=(K type, V type) by name instead")
+    if not isinstance(model_path, (str, os.PathLike)):
+        raise ArgumentError(f"model_path must be a path, not {model_path!r}")
+    _check_options(kwargs)
+    n_tail = check_tail(tail)
+    if isinstance(cache, (str, tuple, list)) and not str(cache).endswith(".gguf"):
+        parse_cache(cache)  # a wrong name is told before the file is opened
+    info = read_model_info(model_path)
+    policy = resolve(cache, info.n_layer)
+    with_flash = needs_flash(policy)
+    if flash_attn is False and with_flash:
+        raise ArgumentError(
+            f"flash_attn=False cannot be combined with {cache_words(policy)}: "
+            f"a quantized V, and every type of tqgguf, needs flash attention"
+        )
+    if not kwargs.get("vocab_only"):
+        refuse_impossible(info, policy)
+        if rpc is None:
+            _refuse_too_long(info, policy, kwargs)
+    warn_unread(n_tail if policy.ours else 0, info.architecture)
+    workers: tuple[str, ...] = ()
+    if rpc is not None:
+        check_split(rpc, info, kwargs)
+        workers = () if kwargs.get("vocab_only") else tuple(rpc)
+    k, v = base_types(policy, info)
+    kwargs |= {"type_k": k.number, "type_v": v.number, "flash_attn": with_flash if flash_attn is None else flash_attn}
+    here = kwargs.get("offload_kqv") is False  # then no worker sees a cache
+    return Request(info, policy, n_tail, kwargs, workers, policy.ours and not here)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises ArgumentError for options that the stock class would swallow and numbers that llama.cpp cannot take."""
+    for name, value in options.items():
+        if name not in _STOCK_OPTIONS:
+            near = difflib.get_close_matches(name, [*sorted(_STOCK_OPTIONS), "cache"], n=1)
+            raise ArgumentError(f"Llama has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if name in _LIMITS and value is not None:
+            low, high = _LIMITS[name]
+            if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
+                raise ArgumentError(f"{name} is {value!r}, must be an integer between {low} and {high}")
+    lora = options.get("lora_path")
+    if lora is not None and not Path(lora).is_file():
+        raise ModelNotFoundError(f"lora_path {lora} does not exist or is no file")
+
+
+def _refuse_too_long(info: ModelInfo, policy: CachePolicy, options: Mapping[str, Any]) -> None:
+    """Raises OutOfMemoryError for a context whose cache exceeds all memory, which llama.cpp would try to fill."""
+    n_ctx = options.get("n_ctx", 512) or info.n_ctx_train
+    have = machine_memory()
+    if have is None or (options.get("n_gpu_layers") and options.get("offload_kqv", True)):
+        return
+    need = policy.bytes(info, n_ctx, 0, swa_full=options.get("swa_full") is not False)
+    if need > have:
+        raise OutOfMemoryError(
+            f"the KV cache of {n_ctx:,} tokens of {info.path.name} takes {need:,} bytes, this machine has {have:,}: "
+            f"take a shorter context (`tqgguf fit` says how long it can be)"
+        )
+
+
+def cache_settings(model: Any) -> dict[str, Any]:
+    """The options of a loaded model's context that change what its cache holds, for the sessions it saves."""
+    params = model.context_params
+    names = ["rope_scaling_type", "rope_freq_base", "rope_freq_scale", "flash_attn_type", "yarn_orig_ctx"]
+    names += ["yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"]
+    settings: dict[str, Any] = {name: getattr(params, name) for name in names}
+    # Models with LongRoPE turn keys otherwise in a context longer than the one they were first trained for.
+    first = model.metadata.get(f"{model.model_info.architecture}.rope.scaling.original_context_length")
+    settings["long_rope"] = first is not None and model.n_ctx() > int(first)
+    settings["kv_overrides"] = {key: str(value) for key, value in (model.kv_overrides or {}).items()}
+    if model.lora_path:
+        lora = Path(model.lora_path)
+        settings["lora"] = [lora.name, lora.stat().st_size, model.lora_scale]
+    return settings
