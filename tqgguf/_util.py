@@ -15,8 +15,6 @@ from typing import Any
 
 from .errors import ArgumentError
 
-__all__ = ["check_count", "check_folder", "machine_memory", "replacing", "warn", "write_whole"]
-
 
 def check_count(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
     """The value as an integer; a NumPy integer will do.

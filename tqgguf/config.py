@@ -8,19 +8,6 @@ from typing import Any, Final, Literal
 
 from .errors import ArgumentError
 
-__all__ = [
-    "CACHE_TYPES",
-    "MEASURED_TYPES",
-    "MODES",
-    "PREFERRED_TYPES",
-    "CacheConfig",
-    "CacheSpec",
-    "CacheType",
-    "Mode",
-    "cache_type",
-    "parse_cache",
-]
-
 Mode = Literal["search", "maxnorm", "l2norm"]
 """How the scale of a block is found (docs/formats.md)."""
 MODES: Final[tuple[Mode, ...]] = ("search", "maxnorm", "l2norm")

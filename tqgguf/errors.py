@@ -2,24 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ArgumentError",
-    "CacheClosedError",
-    "CacheTypeError",
-    "LibraryError",
-    "ModelFileError",
-    "ModelNotFoundError",
-    "OutOfMemoryError",
-    "PolicyError",
-    "SessionError",
-    "StateFileError",
-    "StoppedError",
-    "TextError",
-    "TqggufError",
-    "UnsupportedError",
-    "WorkerError",
-]
-
 
 class TqggufError(Exception):
     """Base of all errors that tqgguf raises on purpose."""

@@ -16,8 +16,6 @@ from ..errors import LibraryError
 from .libggml import address, base, ffi, library_of, pointer
 from .library import LIB_DIR, library_path
 
-__all__ = ["VARIABLE", "chosen", "cpu_backend_path", "cpu_function", "cpu_variants", "load_backends", "score"]
-
 VARIABLE: Final = "TQGGUF_CPU"
 """Environment variable that names the variant to take, instead of the best one."""
 

@@ -9,8 +9,6 @@ from typing import Any, Final
 from ..errors import ArgumentError
 from .cuda import CudaLibrary
 
-__all__ = ["Managed", "new_capsule"]
-
 _NAMES: Final = {False: b"dltensor", True: b"dltensor_versioned"}
 _USED: Final = {False: b"used_dltensor", True: b"used_dltensor_versioned"}
 

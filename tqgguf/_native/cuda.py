@@ -16,8 +16,6 @@ from typing import Any, Final
 from ..errors import ArgumentError, LibraryError, OutOfMemoryError, TqggufError, UnsupportedError
 from .library import PACKAGE_DIR, SUFFIX, declarations, library_path, read_header
 
-__all__ = ["CudaLibrary", "Memory", "Queue", "cuda_library", "cuda_library_path"]
-
 LEGACY_STREAM: Final = 1
 """cudaStreamLegacy: the stream that is everybody's unless told otherwise, by a number that DLPack uses, too."""
 

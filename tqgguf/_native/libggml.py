@@ -14,8 +14,6 @@ from ..config import CACHE_TYPES
 from ..errors import LibraryError
 from .library import LIB_DIR, declarations, header_path, library_path, read_header
 
-__all__ = ["address", "base", "ffi", "library_of", "pointer", "verify"]
-
 _HEADERS: Final = tuple(f"tq_ggml_{part}.h" for part in ("policy", "tail", "cache", "python", "rpc"))
 _STRUCTS: Final = (
     *("tq_ggml_cache_tensor", "tq_ggml_layer_policy"),

@@ -10,20 +10,6 @@ from .bindings import import_llama_cpp
 from .libggml import address, base, ffi, library_of, pointer
 from .library import library_path
 
-__all__ = [
-    "Protocol",
-    "add_worker",
-    "device_name",
-    "hold",
-    "local_gpus",
-    "n_alive",
-    "n_lost",
-    "protocol",
-    "release",
-    "serve",
-    "serving",
-]
-
 Protocol = tuple[int, int, int, int]
 """llama.cpp's RPC protocol, major, minor and patch, and the version of ours (tq_ggml_rpc.h; 0: one without)."""
 

@@ -13,8 +13,6 @@ from ..cache.policy import CachePolicy
 from ..cache.tensors import CacheTensor
 from .libggml import base, ffi
 
-__all__ = ["aborts_to_stderr", "policy_applied", "rotation_allowed", "tail_set", "tensors_listed"]
-
 
 @contextlib.contextmanager
 def policy_applied(policy: CachePolicy) -> Iterator[None]:

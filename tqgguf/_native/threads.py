@@ -12,8 +12,6 @@ from .backends import cpu_function
 from .bindings import import_llama_cpp
 from .libggml import ffi, library_of, pointer
 
-__all__ = ["kept_threads", "without_openmp"]
-
 _POLL: Final = 1
 """How long a thread without work looks out for some before it sleeps: 2 ms on an Intel Xeon, more where a pause takes
 longer; the next token of an answer comes in that time. With llama.cpp's own 50 it is 85 ms after each answer in which

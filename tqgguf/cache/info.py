@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from ..config import CACHE_TYPES
 from .tensors import CacheTensor
 
-__all__ = ["CacheInfo", "LayerCacheInfo", "cache_info"]
-
 
 @dataclass(frozen=True)
 class LayerCacheInfo:

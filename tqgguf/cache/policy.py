@@ -27,20 +27,6 @@ from ..gguf.header import read_header
 from ..gguf.info import ModelInfo, read_model_info
 from .tail import tail_bytes
 
-__all__ = [
-    "POLICY_VERSION",
-    "CachePolicy",
-    "PolicySpec",
-    "base_types",
-    "cache_words",
-    "model_hash",
-    "needs_flash",
-    "policy_from_ranges",
-    "read_policy",
-    "refuse_impossible",
-    "resolve",
-]
-
 POLICY_VERSION: Final = 1
 """Of the file format; another one is refused."""
 

@@ -14,8 +14,6 @@ from ..config import CACHE_TYPES, CacheType
 from ..errors import ArgumentError
 from ..gguf.info import KVLayer
 
-__all__ = ["DEFAULT_TAIL", "MAX_TAIL"]
-
 DEFAULT_TAIL: Final = 128
 """Newest tokens kept in f16 unless told otherwise."""
 

@@ -11,8 +11,6 @@ from ..gguf.info import KVLayer, ModelInfo
 from .policy import CachePolicy
 from .tail import tail_rows, tail_width
 
-__all__ = ["CacheShape", "CacheTensor", "check_tensors"]
-
 _NAMES = {kind.number: kind.name for kind in CACHE_TYPES.values()}
 
 

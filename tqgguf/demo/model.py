@@ -14,31 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypedDict
 
-__all__ = [
-    "CAPITALS",
-    "CAPITAL_QUESTIONS",
-    "CHAT_TEMPLATE",
-    "CHAT_TURN_TOKENS",
-    "CODE_WORDS",
-    "FACT_FORM",
-    "FILLER_SENTENCES",
-    "GREEDY_PROMPTS",
-    "KINDS",
-    "MODEL_NAME",
-    "MODEL_PATH",
-    "NAMES",
-    "RECALL_QUESTION",
-    "Fact",
-    "Message",
-    "RecallCase",
-    "capital_answer",
-    "capital_correct",
-    "capital_question",
-    "chat_text",
-    "recall_correct",
-    "recall_prompt",
-]
-
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())

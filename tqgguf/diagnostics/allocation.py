@@ -15,8 +15,6 @@ from itertools import pairwise
 
 from ..errors import ArgumentError
 
-__all__ = ["Option", "allocate", "allocations"]
-
 
 @dataclass(frozen=True)
 class Option:

@@ -20,19 +20,6 @@ from ..errors import ArgumentError, CacheTypeError
 from ..gguf.info import ModelInfo, read_model_info
 from .capture import AttentionInputs, capture_attention
 
-__all__ = [
-    "OUTLIER_FACTOR",
-    "AttentionQuality",
-    "HeadError",
-    "HeadFacts",
-    "LayerAttention",
-    "attention_error",
-    "attention_quality",
-    "hadamard",
-    "head_facts",
-    "rotation_sizes",
-]
-
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating[Any]]

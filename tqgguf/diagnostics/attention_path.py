@@ -2,8 +2,8 @@
 
 The rules are those of `llm_graph_context::build_attn_mha` (flash attention or not), of
 `ggml_compute_forward_flash_attn_ext_f16` of the CPU backend, which gives nodes with a type of tqgguf to native/ggml,
-and of `tqi_plan_make` in native/src/attention_plan.c (fused or tiled). llama.cpp plans the context, so that a cache which it
-refuses is reported with its reason.
+and of `tqi_plan_make` in native/src/attention_plan.c (fused or tiled). llama.cpp plans the context, so that a cache which
+it refuses is reported with its reason.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from ..errors import TqggufError
 from ..gguf.header import read_header
 from ..gguf.info import ModelInfo, read_model_info
 from .plan import Setup, planned_model
-
-__all__ = ["MAX_FUSED", "AttentionPath", "LayerPath", "attention_path"]
 
 MAX_FUSED: Final = 8
 """TQI_MAX_FUSED of native/src/kernels.h, which no function of libtqgguf gives: query vectors that the fused kernels

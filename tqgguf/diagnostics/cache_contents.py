@@ -30,8 +30,6 @@ from ..session.state import CacheState, StoredRows, parse_state, read_state
 from .attention import hadamard, head_facts, rotation_sizes
 from .scales import block_scales
 
-__all__ = ["CacheContents", "HeadContents", "TensorContents", "inspect_cache", "inspect_session"]
-
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 

@@ -28,8 +28,6 @@ from ..model.context import make_context
 from ..model.control import called_by_c
 from ..model.llama import Llama
 
-__all__ = ["AttentionInputs", "capture_attention", "mean_keys"]
-
 llama_cpp: Any = import_llama_cpp()
 
 T = TypeVar("T")

@@ -31,30 +31,6 @@ from ..errors import ArgumentError, TextError, TqggufError
 from ..gguf.info import ModelInfo, read_model_info
 from ..model.llama import Llama
 
-__all__ = [
-    "DEFAULT_CHUNKS",
-    "DEFAULT_CONTEXT",
-    "MIN_CONTEXT",
-    "Comparison",
-    "Divergence",
-    "NamedCache",
-    "Reader",
-    "Trial",
-    "TypeQuality",
-    "compare",
-    "compare_trial",
-    "compared_caches",
-    "context_length",
-    "further_context",
-    "kl_divergence",
-    "load",
-    "log_softmax",
-    "own_text",
-    "read_chunks",
-    "read_text",
-    "text_chunks",
-]
-
 llama_cpp: Any = import_llama_cpp()
 _TokenPointer: Final = ctypes.POINTER(ctypes.c_int32)
 _FlagPointer: Final = ctypes.POINTER(ctypes.c_int8)

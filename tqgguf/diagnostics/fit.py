@@ -21,8 +21,6 @@ from ..gguf.header import read_header
 from ..gguf.info import CELL_PADDING, ModelInfo
 from .plan import ContextPlan, PlannedModel, Setup, planned_model
 
-__all__ = ["Fit", "FitRow", "fit"]
-
 MAX_SEQUENCES: Final = 256
 """LLAMA_MAX_SEQ of llama.cpp."""
 

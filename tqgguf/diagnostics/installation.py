@@ -19,8 +19,6 @@ from .._native import backends
 from .._native.cuda import cuda_library, cuda_library_path
 from ..errors import TqggufError
 
-__all__ = ["UPSTREAM_VERSION", "Check", "Installation", "installation"]
-
 UPSTREAM_VERSION: Final = "0.3.36"
 """The release of llama-cpp-python that llama.cpp and the bindings come from, pinned in patches/upstream.toml."""
 

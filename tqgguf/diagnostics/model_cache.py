@@ -12,8 +12,6 @@ from ..config import PREFERRED_TYPES, cache_type
 from ..errors import ArgumentError
 from ..gguf.info import ModelInfo, read_model_info
 
-__all__ = ["CacheRow", "ModelCache", "model_cache"]
-
 
 @dataclass(frozen=True)
 class CacheRow:

@@ -24,8 +24,6 @@ from ..errors import OutOfMemoryError
 from ..gguf.info import ModelInfo, read_model_info
 from ..model.context import LoadLog, captured_log, load_error, load_lock, make_context
 
-__all__ = ["ContextPlan", "PlannedModel", "Setup", "planned_model"]
-
 llama_cpp: Any = import_llama_cpp()
 
 N_BATCH: Final = 512

@@ -25,8 +25,6 @@ from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..model.llama import Llama
 from .compare import CountProgress, Trial, load
 
-__all__ = ["DEPTHS", "Recall", "RecallScore", "needle_prompt", "recall", "recall_trial"]
-
 DEPTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Places of the facts asked for, as fractions of the prompt: 0 is its first fact, 1 its last."""
 

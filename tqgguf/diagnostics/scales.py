@@ -19,8 +19,6 @@ from ..session.state import parse_state
 if TYPE_CHECKING:
     from ..model.llama import Llama
 
-__all__ = ["block_scales", "k_scales"]
-
 
 def k_scales(model: Llama) -> dict[int, float]:
     """The mean absolute scale of the blocks of K, by layer; nothing for layers whose K has no blocks or no cells.

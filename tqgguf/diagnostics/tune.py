@@ -45,16 +45,6 @@ from .compare import (
     text_chunks,
 )
 
-__all__ = [
-    "BASELINE_TYPES",
-    "CANDIDATE_TYPES",
-    "Centring",
-    "Sensitivity",
-    "Tuning",
-    "log_line",
-    "tune",
-]
-
 CANDIDATE_TYPES: Final = ("pqt3", "pqt4", "q8_0")
 """The types that `tune` chooses from by default: the most precise ones at 3.5 and 4.5 bits, and one for parts that need
 more. pqo3 and pqo4 take the same bytes and less time, but cost more divergence."""

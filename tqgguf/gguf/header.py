@@ -16,8 +16,6 @@ from typing import Any, Final
 
 from ..errors import ModelFileError, ModelNotFoundError
 
-__all__ = ["GgufHeader", "GgufTensor", "read_header"]
-
 LONGEST_ARRAY: Final = 4096
 """Longer arrays (vocabularies) are stepped over; what a KV cache depends on has an entry per layer at most."""
 

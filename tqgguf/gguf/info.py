@@ -25,8 +25,6 @@ from .architectures import (
 )
 from .header import GgufHeader, read_header
 
-__all__ = ["CELL_PADDING", "KVLayer", "ModelInfo", "centring_obstacle", "read_model_info"]
-
 CELL_PADDING: Final = 256
 """llama.cpp rounds the number of KV cells up to a multiple of this."""
 

@@ -21,8 +21,6 @@ from ..errors import OutOfMemoryError, TqggufError
 from ..gguf.info import ModelInfo
 from .control import called_by_c
 
-__all__ = ["LoadLog", "Making", "cache_of", "captured_log", "load_error", "load_lock", "make_context", "making"]
-
 llama_cpp: Any = import_llama_cpp()
 
 LoadLog = list[tuple[int, str]]

@@ -10,8 +10,6 @@ from typing import Any, Final, TypeVar
 from .._native import import_llama_cpp
 from .._native.libggml import address, base, ffi
 
-__all__ = ["CALLED_BY_C", "Control", "Progress", "called_by_c"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 Progress = Callable[[str, int, int], None]

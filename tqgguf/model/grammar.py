@@ -17,8 +17,6 @@ from typing import Any, Final
 from .._native import import_llama_cpp
 from ..errors import ArgumentError
 
-__all__ = ["MAX_REPEATS", "check_grammar", "check_schemas"]
-
 llama_cpp: Any = import_llama_cpp()
 
 MAX_BYTES: Final = 1 << 18

@@ -15,8 +15,6 @@ from typing import Final, TypeVar
 
 from ..errors import ArgumentError, OutOfMemoryError
 
-__all__ = ["longest_stretch", "on_large_stack"]
-
 T = TypeVar("T")
 
 LONGEST: Final = 1 << 20

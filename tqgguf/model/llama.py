@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._native import import_llama_cpp
-from ..cache.info import CacheInfo, LayerCacheInfo, cache_info
+from ..cache.info import CacheInfo, cache_info
 from ..cache.policy import CachePolicy, PolicySpec, refuse_impossible, resolve
 from ..cache.tail import DEFAULT_TAIL, check_tail
 from ..errors import SessionError
@@ -19,8 +19,6 @@ from .control import Control, Progress
 from .options import cache_settings, checked_request
 from .stock import GuardedLlama
 from .workers import Workers
-
-__all__ = ["CacheInfo", "LayerCacheInfo", "Llama"]
 
 llama_cpp: Any = import_llama_cpp()
 

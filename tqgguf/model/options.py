@@ -27,8 +27,6 @@ from ..errors import ArgumentError, ModelNotFoundError, OutOfMemoryError
 from ..gguf.info import ModelInfo, read_model_info
 from .workers import check_split
 
-__all__ = ["Request", "cache_settings", "checked_request"]
-
 _STOCK_OPTIONS: Final = frozenset(inspect.signature(import_llama_cpp().Llama.__init__).parameters) - {
     *("self", "model_path", "kwargs")
 }

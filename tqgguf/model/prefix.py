@@ -12,8 +12,6 @@ from typing import Any
 
 from .._native import import_llama_cpp
 
-__all__ = ["take_back"]
-
 llama_cpp: Any = import_llama_cpp()
 
 

@@ -36,8 +36,6 @@ from .options import Request
 from .prefix import take_back
 from .workers import Workers
 
-__all__ = ["GuardedLlama"]
-
 llama_cpp: Any = import_llama_cpp()
 _Stock: Any = llama_cpp.Llama
 _Sampler: Any = llama_cpp._internals.LlamaSampler

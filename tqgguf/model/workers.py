@@ -20,8 +20,6 @@ from .._native.rpc import Protocol, add_worker, device_name, hold, local_gpus, n
 from ..errors import ArgumentError, WorkerError
 from ..gguf.info import ModelInfo
 
-__all__ = ["MAX_WORKERS", "TRUST", "Workers", "check_split", "free_port", "parse_workers"]
-
 MAX_WORKERS: Final = 16
 """llama.cpp's limit of devices."""
 

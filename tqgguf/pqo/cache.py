@@ -21,8 +21,6 @@ from .store_host import HostStore
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["PqoCache"]
-
 Floats = npt.NDArray[np.floating[Any]]
 
 

@@ -11,8 +11,6 @@ from .._native import library
 from ..config import CACHE_TYPES, MODES, CacheType
 from ..errors import ArgumentError
 
-__all__ = ["dequantize", "quantize"]
-
 _OURS = tuple(sorted(name for name, kind in CACHE_TYPES.items() if kind.ours))
 
 

@@ -14,8 +14,6 @@ from .._native.capsule import Managed, new_capsule
 from .._native.cuda import LEGACY_STREAM, Memory, Queue
 from ..errors import ArgumentError, UnsupportedError
 
-__all__ = ["Borrowed", "DeviceArray", "SupportsCudaArray", "SupportsDLPack", "Tensor", "borrow"]
-
 
 class SupportsDLPack(Protocol):
     """A tensor of PyTorch, CuPy, JAX or another library that has DLPack."""

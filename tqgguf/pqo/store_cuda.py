@@ -15,8 +15,6 @@ from ..config import MODES, CacheConfig
 from ..errors import ArgumentError
 from .device_array import FLOAT32, Borrowed, DeviceArray, Dtype, borrow
 
-__all__ = ["CudaStore"]
-
 
 @dataclass
 class _Layer:

@@ -12,8 +12,6 @@ from .._native import library
 from ..config import MODES, CacheConfig
 from .codec import as_float32
 
-__all__ = ["HostStore"]
-
 F32 = npt.NDArray[np.float32]
 
 

@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     from ..cache.info import CacheInfo
     from ..model.llama import Llama
 
-__all__ = ["CacheFigures", "create_app", "listen", "serve"]
-
 _logger = logging.getLogger("uvicorn.error")
 
 PROMETHEUS: Final = "text/plain; version=0.0.4; charset=utf-8"

@@ -18,8 +18,6 @@ from .request import error_body
 if TYPE_CHECKING:
     from ..model.llama import Llama
 
-__all__ = ["RETRY", "Reloading"]
-
 _logger = logging.getLogger("uvicorn.error")
 
 RETRY: Final = 1.0

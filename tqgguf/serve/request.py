@@ -22,8 +22,6 @@ from starlette.responses import JSONResponse
 
 from ..errors import ArgumentError, StoppedError, TqggufError, WorkerError
 
-__all__ = ["RefusedError", "Requests", "error_answer", "error_body", "host_of", "is_loopback"]
-
 _logger = logging.getLogger("uvicorn.error")
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")

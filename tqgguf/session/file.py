@@ -41,19 +41,6 @@ from ..errors import ArgumentError, OutOfMemoryError, SessionError, StateFileErr
 from ..gguf.info import ModelInfo
 from .state import cell_positions
 
-__all__ = [
-    "SESSION_VERSION",
-    "Owner",
-    "Session",
-    "check_target",
-    "is_session",
-    "load",
-    "put",
-    "read_body",
-    "read_session",
-    "save",
-]
-
 SESSION_VERSION: Final = 1
 """Of the layout above; another one is refused."""
 

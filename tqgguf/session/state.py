@@ -23,8 +23,6 @@ from ..config import CACHE_TYPES, CacheType
 from ..errors import StateFileError, UnsupportedError
 from ..gguf.info import KVLayer, ModelInfo
 
-__all__ = ["CacheState", "StoredRows", "cell_positions", "parse_state", "read_state"]
-
 U8 = npt.NDArray[np.uint8]
 
 _SESSION: Final = (0x6767736E, 10)
