@@ -103,6 +103,7 @@ static int check_rows(const tq_cuda_index * rows, const tq_cuda_view * plain, co
 static int check_both(const tq_cuda_view * src, const tq_cuda_index * rows, const tq_cuda_view * dst, bool encode,
                       const tqi_codec ** from, const tqi_codec ** to, tqi_rows * r) {
     int64_t n_src, n_dst;
+    memset(r, 0, sizeof *r);
     if (check_view("source", src, from, &n_src) != TQ_OK || check_view("target", dst, to, &n_dst) != TQ_OK) {
         return TQ_E_ARGUMENT;
     }
@@ -119,7 +120,6 @@ static int check_both(const tq_cuda_view * src, const tq_cuda_index * rows, cons
     if (rows != NULL && check_rows(rows, encode ? src : dst, encode ? dst : src) != TQ_OK) {
         return TQ_E_ARGUMENT;
     }
-    memset(r, 0, sizeof *r);
     r->src = *src;
     r->dst = *dst;
     r->n_blocks = (encode ? n_src : n_dst) / TQ_BLOCK;
