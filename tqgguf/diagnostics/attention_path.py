@@ -2,8 +2,8 @@
 
 The rules are those of `llm_graph_context::build_attn_mha` (flash attention or not), of
 `ggml_compute_forward_flash_attn_ext_f16` of the CPU backend, which gives nodes with a type of tqgguf to native/ggml,
-and of `tqi_plan_make` in native/src/attention_plan.c (fused or tiled). llama.cpp plans the context, so that a cache which
-it refuses is reported with its reason.
+and of `tqi_plan_make` in native/src/attention_plan.c (fused or tiled). llama.cpp plans the context, so that a cache
+which it refuses is reported with its reason.
 """
 
 from __future__ import annotations
