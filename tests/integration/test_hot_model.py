@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import program
 import pytest
 
 import tqgguf
 from tqgguf.demo import model as demo
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "quality" / "hot_model.py"
+make_hot = program.load("benchmarks/quality/hot_model.py").make_hot
 TEXT = b"What is the capital of France? It is a city on the river Seine, and its name is"
 
 pytestmark = pytest.mark.model
-
-
-@pytest.fixture(scope="module")
-def hot_model() -> Any:
-    spec = importlib.util.spec_from_file_location("hot_model", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def logits(path: Path, cache: str) -> Any:
@@ -36,10 +27,10 @@ def logits(path: Path, cache: str) -> Any:
         return np.array(model.scores[: model.n_tokens])
 
 
-def test_it_computes_the_same_and_has_hot_keys(hot_model: Any, tmp_path: Path) -> None:
+def test_it_computes_the_same_and_has_hot_keys(tmp_path: Path) -> None:
     plain, hot = tmp_path / "plain.gguf", tmp_path / "hot.gguf"
-    hot_model.make_hot(demo.MODEL_PATH, plain, 1, 2)
-    hot_model.make_hot(demo.MODEL_PATH, hot, 64, 2)
+    make_hot(demo.MODEL_PATH, plain, 1, 2)
+    make_hot(demo.MODEL_PATH, hot, 64, 2)
     exact = logits(plain, "f32")
     assert np.array_equal(logits(hot, "f32"), exact)
     # Powers of two pass through every product, so that only a cache whose blocks share a scale notices them.
@@ -51,7 +42,7 @@ def test_it_computes_the_same_and_has_hot_keys(hot_model: Any, tmp_path: Path) -
     ("scale", "pairs", "message"),
     [(3, 2, "must be a power of two"), (0, 2, "must be a power of two"), (2, 0, "0 pairs"), (2, 999, "999 pairs")],
 )
-def test_what_is_refused(hot_model: Any, tmp_path: Path, scale: float, pairs: int, message: str) -> None:
+def test_what_is_refused(tmp_path: Path, scale: float, pairs: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        hot_model.make_hot(demo.MODEL_PATH, tmp_path / "hot.gguf", scale, pairs)
+        make_hot(demo.MODEL_PATH, tmp_path / "hot.gguf", scale, pairs)
     assert not (tmp_path / "hot.gguf").exists()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "common" / "real_sources.py"
 
 
 @pytest.fixture
@@ -17,12 +14,7 @@ def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The module, with an empty folder and a pip that has no index."""
     monkeypatch.setenv("TQGGUF_REAL", str(tmp_path / "real"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    spec = importlib.util.spec_from_file_location("real_sources", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "real_sources", module)  # where its dataclasses look for their names
-    spec.loader.exec_module(module)
-    return module
+    return program.load("benchmarks/common/real_sources.py")
 
 
 def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(sources: Any, tmp_path: Path) -> None:
