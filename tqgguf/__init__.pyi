@@ -4,6 +4,7 @@ from .cache.policy import CachePolicy, read_policy
 from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
 from .diagnostics.cache_contents import CacheContents, inspect_cache, inspect_session
 from .diagnostics.compare import Comparison, Divergence, TypeQuality, compare
+from .diagnostics.continuation import Continuation, ContinuationQuality, continuation
 from .diagnostics.fit import Fit, fit
 from .diagnostics.recall import Recall, RecallScore, recall
 from .diagnostics.tune import Tuning, tune
@@ -44,6 +45,8 @@ __all__ = [
     "CacheType",
     "CacheTypeError",
     "Comparison",
+    "Continuation",
+    "ContinuationQuality",
     "DeviceArray",
     "Divergence",
     "Fit",
@@ -70,6 +73,7 @@ __all__ = [
     "WorkerError",
     "__version__",
     "compare",
+    "continuation",
     "dequantize",
     "fit",
     "inspect_cache",

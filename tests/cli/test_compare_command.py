@@ -54,6 +54,24 @@ def test_json(compare: Command, tmp_path: Path) -> None:
     assert found["rows"][0]["kld"]["max"] == 0 < found["rows"][1]["kld"]["median"] < found["rows"][1]["kld"]["p99"]
 
 
+def test_generate(compare: Command) -> None:
+    options = ("--cache", "f16,q8_0,pqo3", "--tail", "0", "--generate", "20", *QUICK)
+    done = compare(MODEL, *options)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.partition("own 1 x 20 tokens after 236 of text")[2]
+    rows = [line.split() for line in table.splitlines() if line.split()]
+    assert [span for span in rows[1] if "-" in span] == ["1-4", "5-8", "9-12", "13-16", "17-20"]
+    assert [row[0] for row in rows if row[-1] in ("0/1", "1/1")] == ["q8_0", "pqo3"]
+    data = json.loads(compare(MODEL, *options, "--json").stdout)["continuation"]
+    assert [len(row["agreed"]) for row in data["rows"]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("n", "words"), [("0", "n_generate is 0"), ("200", "at most half of the context")])
+def test_generate_too_few_or_too_many(compare: Command, n: str, words: str) -> None:
+    done = compare(MODEL, "--generate", n, *QUICK)
+    assert done.returncode and words in done.stderr and not done.stdout
+
+
 def test_plot(compare: Command, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     done = compare(MODEL, *QUICK, "--plot", "picture.svg")
@@ -187,4 +205,4 @@ def test_attention_takes_types_alone(compare: Command) -> None:
 def test_attention_goes_with_no_other_measurement(compare: Command) -> None:
     done = compare(str(demo.MODEL_PATH), "--attention", "--recall")
     assert done.returncode == 2
-    assert "--attention goes with none of --recall, --plot, --chunks" in done.stderr
+    assert "--attention goes with none of --recall, --generate, --plot, --chunks" in done.stderr

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,6 +237,30 @@ def compare_trial(
     progress: CountProgress | None,
 ) -> Comparison:
     """`compare`, with what it measures resolved before."""
+    with reading(trial, text, n_chunks, n_batch, n_threads) as (model, readers, chunks):
+        read_chunks(model, readers, chunks, progress)
+        return Comparison(
+            model=trial.info.path.name,
+            n_ctx=trial.n_ctx,
+            n_chunks=len(chunks),
+            n_scored=len(chunks) * (trial.n_ctx - 1 - trial.n_ctx // 2),
+            n_threads=model.n_threads_batch,
+            rows=tuple(reader.quality(trial.info, trial.n_ctx, chunks.size) for reader in readers),
+            notes=(*_notes(trial.info, trial.n_ctx, text is None), *_policy_notes(trial.caches)),
+        )
+
+
+@contextlib.contextmanager
+def reading(
+    trial: Trial, text: str | None, n_chunks: int | None, n_batch: int, n_threads: int | None
+) -> Iterator[tuple[Llama, list[Reader], npt.NDArray[np.int32]]]:
+    """The model, a reader for each cache, and the text's tokens (n_chunks, n_ctx).
+
+    Without a text the demo model gets its own. Memory is given back at the end.
+
+    Raises:
+        As `compare`.
+    """
     check_count("n_batch", n_batch)
     if n_chunks is not None:
         check_count("n_chunks", n_chunks)
@@ -254,16 +278,7 @@ def compare_trial(
         chunks = text_chunks(model, text, n_ctx, n_chunks, own)
         readers = [Reader(named[0], model.ctx)]
         readers += [Reader(cache, stack.enter_context(further_context(model, cache))) for cache in named[1:]]
-        read_chunks(model, readers, chunks, progress)
-        return Comparison(
-            model=info.path.name,
-            n_ctx=n_ctx,
-            n_chunks=len(chunks),
-            n_scored=len(chunks) * (n_ctx - 1 - n_ctx // 2),
-            n_threads=model.n_threads_batch,
-            rows=tuple(reader.quality(info, n_ctx, chunks.size) for reader in readers),
-            notes=(*_notes(info, n_ctx, own), *_policy_notes(named)),
-        )
+        yield model, readers, chunks
 
 
 def compared_caches(
@@ -410,7 +425,8 @@ def refuse_short(text: Any, n_ctx: int) -> None:
 
 
 def text_chunks(model: Llama, text: str, n_ctx: int, n_chunks: int | None, special: bool) -> npt.NDArray[np.int32]:
-    """Tokens (n_chunks, n_ctx) of a text, with control tokens parsed if `special`.
+    """Tokens (n_chunks, n_ctx) of a text, with control tokens parsed if `special`; each chunk begins with BOS if the
+    model wants one.
 
     Raises:
         TextError: the text has fewer than n_ctx tokens.
@@ -422,7 +438,10 @@ def text_chunks(model: Llama, text: str, n_ctx: int, n_chunks: int | None, speci
             f"the text has {len(tokens):,} tokens, but a context of {n_ctx:,} needs as many: "
             f"give a longer text or a shorter context"
         )
-    return tokens[: min(there, n_chunks or there) * n_ctx].reshape(-1, n_ctx)
+    chunks = tokens[: min(there, n_chunks or there) * n_ctx].reshape(-1, n_ctx)
+    if llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(model.model)):
+        chunks[:, 0] = model.token_bos()
+    return chunks
 
 
 def _notes(info: ModelInfo, n_ctx: int, own: bool) -> tuple[str, ...]:
@@ -500,7 +519,6 @@ class Reader:
         """The figures of all n_tokens read, in chunks of n_ctx."""
         nll, kld = np.concatenate(self.nll), np.concatenate(self.kld)
         perplexity = math.exp(nll.mean())
-        median, p99, p999 = (float(x) for x in np.quantile(kld, (0.5, 0.99, 0.999)))
         n_bytes = self.cache.policy.bytes(info, n_ctx, self.cache.tail, self.cache.n_ubatch)
         f16 = resolve("f16", info.n_layer).bytes(info, n_ctx, 0, self.cache.n_ubatch)
         return TypeQuality(
@@ -511,10 +529,16 @@ class Reader:
             bytes=n_bytes,
             perplexity=perplexity,
             perplexity_error=perplexity * standard_error(nll),
-            kld=Divergence(float(kld.mean()), standard_error(kld), median, p99, p999, float(kld.max())),
+            kld=divergence(kld),
             same_top=float(np.concatenate(self.same_top).mean()),
             tokens_per_second=n_tokens / self.seconds,
         )
+
+
+def divergence(kld: Array) -> Divergence:
+    """The figures of the divergences (n)."""
+    median, p99, p999 = (float(x) for x in np.quantile(kld, (0.5, 0.99, 0.999)))
+    return Divergence(float(kld.mean()), standard_error(kld), median, p99, p999, float(kld.max()))
 
 
 def standard_error(values: Array) -> float:
@@ -527,23 +551,20 @@ def read_chunks(
 ) -> None:
     """Lets every reader read the chunks (n_chunks, n_ctx) batch by batch and scores it against the first reader."""
     n_ctx, n_batch, n_vocab = chunks.shape[1], model.n_batch, model.n_vocab()
-    wants_bos = llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(model.model))
     scored = np.zeros(n_ctx, np.int8)
     scored[n_ctx // 2 : -1] = 1
     done, total = 0, chunks.size * len(readers)
     for reader in readers:
         reader.warm_up(chunks[0, :1])
     for chunk in chunks:
-        tokens, following = chunk.copy(), np.roll(chunk, -1)  # the last token has no next one and is not scored
-        if wants_bos:
-            tokens[0] = model.token_bos()
+        following = np.roll(chunk, -1)  # the last token has no next one and is not scored
         for reader in readers:
             reader.forget()
         for start in range(0, n_ctx, n_batch):
             batch = slice(start, start + n_batch)
             for reader in readers:
-                reader.decode(tokens[batch], scored[batch])
-                done += len(tokens[batch])
+                reader.decode(chunk[batch], scored[batch])
+                done += len(chunk[batch])
                 if progress:
                     progress(done, total)
             _score(readers, following[batch][scored[batch] > 0], n_vocab)

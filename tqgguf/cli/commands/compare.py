@@ -51,6 +51,12 @@ def add_parser(commands: Any) -> None:
         help=f"newest tokens kept in f16; each pqo or pqt cache is measured with each N (default: {DEFAULT_TAIL})",
     )
     parser.add_argument("--recall", action="store_true", help="also ask for facts planted in prompts, and count")
+    parser.add_argument(
+        "--generate",
+        type=int,
+        metavar="N",
+        help="also let the reference continue each chunk by N tokens, the most probable ones, and all caches follow it",
+    )
     parser.add_argument("--plot", metavar="FILE", help="also draw KL divergence over bytes (.png, .svg, .pdf)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     add_attention_options(parser)
@@ -96,15 +102,16 @@ def tail_list(text: str) -> tuple[int, ...]:
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     from ...diagnostics.compare import compare_trial, own_text, read_text
+    from ...diagnostics.continuation import check_generate, continue_trial
     from ...diagnostics.recall import recall_trial
-    from ..render.compare import print_comparison, print_recall
+    from ..render.compare import print_comparison, print_continuation, print_recall
 
     if args.plot:
         check_plot(Path(args.plot))
     text = None if args.file is None else read_text(args.file)
     if args.attention:
-        if args.recall or args.plot or args.chunks or args.tail != (DEFAULT_TAIL,):
-            args.usage_error("--attention goes with none of --recall, --plot, --chunks, --tail")
+        if args.recall or args.generate or args.plot or args.chunks or args.tail != (DEFAULT_TAIL,):
+            args.usage_error("--attention goes with none of --recall, --generate, --plot, --chunks, --tail")
         types = [cache for cache in args.cache if isinstance(cache, str) and cache in CACHE_TYPES]
         if len(types) < len(args.cache):
             args.usage_error("--attention takes types in --cache, no pairs and no policy files")
@@ -112,6 +119,8 @@ def call(args: argparse.Namespace) -> int:
             text = own_text(read_model_info(args.model), args.ctx or ATTENTION_TOKENS, 1)
         return call_attention(args, text, types)
     trial = _trial(args)
+    if args.generate is not None:
+        check_generate(args.generate, trial.n_ctx)
     with contextlib.closing(Bar()) as bar:
         comparison = compare_trial(
             trial,
@@ -125,12 +134,25 @@ def call(args: argparse.Namespace) -> int:
         print(f"tqgguf: note: {note}", file=sys.stderr)
     if not args.json:  # before the questions, which may take as long again
         print_comparison(comparison)
-    recalled = None
+    continued = recalled = None
+    if args.generate:
+        with contextlib.closing(Bar()) as bar:
+            continued = continue_trial(
+                trial,
+                text,
+                args.generate,
+                n_chunks=args.chunks,
+                n_batch=args.batch,
+                n_threads=args.threads,
+                progress=partial(bar, "continuing"),
+            )
+        if not args.json:
+            print_continuation(continued)
     if args.recall:
         with contextlib.closing(Bar()) as bar:
             recalled = recall_trial(trial, n_threads=args.threads, progress=partial(bar, "asking"))
     if args.json:
-        print(to_json({"comparison": comparison, "recall": recalled}))
+        print(to_json({"comparison": comparison, "continuation": continued, "recall": recalled}))
     elif recalled:
         print_recall(recalled)
     if args.plot:  # last, so that the figures are printed even if the disk is full

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Sequence
 
 from ...diagnostics.compare import Comparison, TypeQuality
+from ...diagnostics.continuation import Continuation
 from ...diagnostics.recall import DEPTHS, Recall
 from .table import new_table, print_table
 
@@ -35,6 +38,29 @@ def print_qualities(rows: Sequence[TypeQuality]) -> None:
             *("" if row is rows[0] else f"{value:#.3g}" for value in divergence),
             "" if row is rows[0] else f"{row.same_top:.2%}",
             f"{row.tokens_per_second:,.0f}",
+        )
+    print_table(table)
+
+
+def print_continuation(result: Continuation) -> None:
+    """Prints a row for each cache that followed the reference's answers."""
+    reference, *others = result.rows
+    print(
+        f"\nthe reference's own {len(reference.agreed):,} x {result.n_generate:,} tokens after "
+        f"{result.n_prompt:,} of text, KL divergence by position in the answer\n"
+    )
+    edges = [result.n_generate * i // len(reference.by_position) for i in range(len(reference.by_position) + 1)]
+    spans = [f"{first + 1:,}-{last:,}" for first, last in itertools.pairwise(edges)]
+    table = new_table("cache", "mean KLD", "median", "99.9 %", *spans, "same top", "agree for", "same answers")
+    for row in others:
+        values = (row.kld.mean, row.kld.median, row.kld.p999, *row.by_position)
+        same = sum(n == result.n_generate for n in row.agreed)
+        table.add_row(
+            row.type,
+            *(f"{value:#.3g}" for value in values),
+            f"{row.same_top:.2%}",
+            f"{statistics.median(row.agreed):g}",
+            f"{same}/{len(row.agreed)}",
         )
     print_table(table)
 
