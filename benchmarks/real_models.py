@@ -1,0 +1,269 @@
+"""The figures of two real language models that README and docs quote: measured, saved, and written into the pages.
+
+    make real                                          # everything, about an hour on two quiet cores
+    python benchmarks/real_models.py quality speed     # some parts, then the tables anew
+    python benchmarks/real_models.py tables            # only the tables, from benchmarks/results/real_*.json
+    python benchmarks/real_models.py --short           # one chunk of text on one model, saved nowhere
+    python benchmarks/real_models.py --peer PATH/TO/llama-perplexity --types turbo3,turbo4
+
+Parts are programs of their own, with options of their own:
+    quality   benchmarks/quality/real_quality.py   divergence from f16, by model, text, context and cache
+    answers   benchmarks/quality/real_answers.py   answers token by token; look-ups, sums, copies
+    speed     benchmarks/speed/real_speed.py       tokens per second against the better f16
+
+A table of a page stands between `<!-- table NAME -->` and `<!-- end -->`; tests/docs checks that it is what the saved
+figures give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+sys.path.append(str(Path(__file__).parent / "common"))
+sys.path.append(str(Path(__file__).parent / "quality"))
+
+import peer
+import real_sources
+
+import tqgguf
+from tqgguf._util import write_whole
+from tqgguf.cache.policy import resolve
+
+HERE: Final = Path(__file__).parent
+ROOT: Final = HERE.parent
+
+PARTS: Final = {
+    "quality": "quality/real_quality.py",
+    "answers": "quality/real_answers.py",
+    "speed": "speed/real_speed.py",
+}
+PAGES: Final = ("README.md", "docs/real-models.md", "docs/faq.md")
+
+LEADING: Final = ("q8_0", "q5_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
+TAIL: Final = 128
+LENGTHS: Final = (2048, 8192, 32768)
+
+
+def results(part: str) -> Any:
+    """What a part saved."""
+    return json.loads((HERE / "results" / f"real_{part}.json").read_text(encoding="utf-8"))
+
+
+# ---- Tables ----
+
+
+def figure(value: float) -> str:
+    """Three digits that count, without the zero before the point: .0517, 1.24, 14.5."""
+    text = f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:.3g}"
+    return text.removeprefix("0") if value < 1 else text
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)).replace("| --- ", "|---")
+
+
+def facts(part: str) -> str:
+    """The machine and the command of a part."""
+    saved = results(part)
+    machine = saved["machine"]
+    return f"{machine['cores']} cores of an {machine['cpu']}, commit {machine['commit']}, {machine['date']}"
+
+
+def _runs(model: str, text: str | None = None, n_ctx: int | None = None) -> list[dict[str, Any]]:
+    """Runs of the quality part, those asked for."""
+    return [
+        run
+        for run in results("quality")["runs"]
+        if run["model"] == model and text in (None, run["text"]) and n_ctx in (None, run["n_ctx"])
+    ]
+
+
+def _row(rows: list[dict[str, Any]], key: str, name: str) -> dict[str, Any] | None:
+    return next((row for row in rows if row[key] == name), None)
+
+
+def leading_table() -> str:
+    """Bits with the tail by context, divergence on prose and decode speed, of both models: what README leads with."""
+    names = [model.name for model in real_sources.MODELS.values()]
+    short = [name.partition("-")[0] if "-" in name else " ".join(name.split()[:2]) for name in names]
+    shape = tqgguf.read_model_info(ROOT / "tqgguf/demo/demo.gguf")  # bits of the blocks are those of any head of 128
+    speeds = {model["model"]: model["rows"] for model in results("speed")["models"]}
+    head = ["cache", *(f"bits at {n:,}" for n in LENGTHS)]
+    for name in short:
+        head += [f"{name}: median KLD", "99.9 %", "decode"]
+    lines = []
+    for kind in LEADING:
+        for tail in (0, TAIL):
+            label = f"{kind}+{tail}" if tail else kind
+            cells = [f"**{label}**" if kind.startswith("pq") else label]
+            cells += [f"{bits(kind, tail, n, shape):.2f}" for n in LENGTHS]
+            for name in names:
+                found = _row(_runs(name, "prose", 2048)[0]["rows"], "type", label)
+                cells += [figure(found["kld"]["median"]), figure(found["kld"]["p999"])] if found else ["", ""]
+                speed = [
+                    row
+                    for row in speeds[name]
+                    if (row["test"], row["depth"], row["threads"], row["cache"]) == ("answer", 4096, 1, label)
+                ]
+                cells.append(f"{speed[0]['ratio']:.2f}" if speed else "")
+            if any(cells[4:]):
+                lines.append(cells)
+    return markdown(head, lines)
+
+
+def bits(kind: str, tail: int, n_ctx: int, info: tqgguf.ModelInfo) -> float:
+    """Bits per cached value of a context, the tail included."""
+    policy, f16 = resolve(kind, info.n_layer), resolve("f16", info.n_layer)
+    return 16 * policy.bytes(info, n_ctx, tail, 1) / f16.bytes(info, n_ctx, 0, 1)
+
+
+def quality_tables() -> str:
+    """A table for each model, text and context."""
+    return "\n\n".join(quality_table(run) for run in results("quality")["runs"])
+
+
+def quality_table(run: dict[str, Any]) -> str:
+    """One run of the quality part."""
+    f16 = _row(run["rows"], "type", "f16")
+    assert f16
+    title = (
+        f"**{run['model']}, {run['text']}, {run['n_ctx']:,} tokens**, {run['n_scored']:,} predictions; "
+        f"perplexity of f16 {f16['perplexity']:.2f}:"
+    )
+    head = ["cache", "bits", "mean KLD", "median", "99 %", "99.9 %", "same top", "perplexity"]
+    lines = []
+    for row in sorted(run["rows"], key=lambda row: -row["bits"]):
+        if row is not f16:
+            kld = [figure(row["kld"][key]) for key in ("mean", "median", "p99", "p999")]
+            cells = [row["type"], f"{row['bits']:.2f}", *kld, percent(row["same_top"]), f"{row['perplexity']:.2f}"]
+            lines.append(cells)
+    return f"{title}\n\n{markdown(head, lines)}"
+
+
+def continuation_tables() -> str:
+    """What happens to an answer: one table for each model and kind of answer."""
+    parts = []
+    for model in results("answers")["models"]:
+        for name, found in model["continuations"].items():
+            n, n_spans = found["n_generate"], len(found["rows"][0]["by_position"])
+            edges = [n * i // n_spans for i in range(n_spans + 1)]
+            spans = [f"{a + 1}-{b}" for a, b in itertools.pairwise(edges)]
+            head = ["cache", "mean KLD", *spans, "same top", "agrees for (median)", "same answers"]
+            lines = []
+            for row in found["rows"][1:]:
+                agreed = sorted(row["agreed"])
+                same = sum(value == n for value in agreed)
+                cells = [row["type"], figure(row["kld"]["mean"]), *map(figure, row["by_position"])]
+                cells += [percent(row["same_top"]), f"{agreed[len(agreed) // 2]}", f"{same} of {len(agreed)}"]
+                lines.append(cells)
+            title = f"**{model['model']}, {name}** ({n:,} tokens after {found['n_prompt']:,} of {found['text']}):"
+            parts.append(f"{title}\n\n{markdown(head, lines)}")
+    return "\n\n".join(parts)
+
+
+def task_tables() -> str:
+    """Right answers of each model: log-probability, and how many are the likeliest."""
+    parts = []
+    for model in results("answers")["models"]:
+        tasks = model["tasks"]
+        first = next(iter(tasks.values()))["rows"]
+        lines = []
+        for i, row in enumerate(first):
+            cells = [row["type"]]
+            for found in tasks.values():
+                mine = found["rows"][i]
+                cells += [f"{mine['log_probability']:.2f}", f"{mine['right']} of {mine['n']}"]
+            lines.append(cells)
+        head = ["cache", *(cell for name in tasks for cell in (f"{name}: log p", "right"))]
+        parts.append(f"**{model['model']}**:\n\n{markdown(head, lines)}")
+    return "\n\n".join(parts)
+
+
+def speed_tables() -> str:
+    """Tokens per second of each model."""
+    parts = []
+    for model in results("speed")["models"]:
+        tests = list(dict.fromkeys((row["test"], row["depth"], row["threads"]) for row in model["rows"]))
+        for kind, said in (("answer", "decode"), ("read", "prefill")):
+            mine = [test for test in tests if test[0] == kind]
+            head = ["cache", *(f"after {depth:,}, {n} thread{'s'[: n > 1]}" for _, depth, n in mine)]
+            lines = []
+            for cache in dict.fromkeys(row["cache"] for row in model["rows"]):
+                found = {(r["test"], r["depth"], r["threads"]): r for r in model["rows"] if r["cache"] == cache}
+                shown = [f"{found[t]['tokens_per_s']:.0f} ({found[t]['ratio']:.2f})" for t in mine]
+                lines.append([cache, *shown])
+            parts.append(f"**{model['model']}, {said}**:\n\n{markdown(head, lines)}")
+    return "\n\n".join(parts)
+
+
+TABLES: Final[dict[str, Callable[[], str]]] = {
+    "leading": leading_table,
+    "quality": quality_tables,
+    "continuations": continuation_tables,
+    "tasks": task_tables,
+    "speed": speed_tables,
+    **{f"machine of {part}": lambda part=part: f"Machine: {facts(part)}." for part in PARTS},
+}
+
+
+def with_tables(page: str) -> str:
+    """A page's text with every table in it as the saved figures give it."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise KeyError(f"no table {name!r}: there are {', '.join(TABLES)}")
+        return f"<!-- table {name} -->\n\n{TABLES[name]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table ([\w ]+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def write_tables() -> None:
+    """Writes the tables into the pages that have places for them."""
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text(encoding="utf-8")
+        if (new := with_tables(text)) != text:
+            write_whole(page, [new.encode()], what="the page")
+            print(f"wrote the tables of {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="quality, answers, speed, tables (default: all)")
+    parser.add_argument("--short", action="store_true", help="one chunk of prose on one model, saved nowhere")
+    peer.add_options(parser)
+    args = parser.parse_args()
+    if args.peer:
+        try:
+            peer.run(args)
+        except (peer.PeerError, real_sources.SourceError) as error:
+            sys.exit(f"real_models.py: {error}")
+        return
+    if unknown := set(args.parts) - {*PARTS, "tables"}:
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)} and tables")
+    for part in ["quality"] if args.short else args.parts or PARTS:
+        if part != "tables":
+            options = ["--short"] if args.short else []
+            done = subprocess.run([sys.executable, str(HERE / PARTS[part]), *options], check=False)
+            if done.returncode:
+                sys.exit(done.returncode)
+    if not args.short:
+        write_tables()
+
+
+if __name__ == "__main__":
+    main()
