@@ -58,6 +58,7 @@ conformance: conformance-fast conformance-neon conformance-upstream conformance-
 	$(BACKEND_OPS) -o FLASH_ATTN_EXT -p 'pq[ot]'
 	TQGGUF_STOCK_LIB=$(STOCK)/cmake/bin $(BIN)/python -m pytest -m stock
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/real_models.py --short
 
 conformance-fast: conformance-programs ## the same with a part of the attention cases, for CI
 	$(BUILD)/bin/conformance
@@ -149,6 +150,9 @@ soak: build/installed ## MINUTES=30 of mixed requests, 1,000 requests at once, 1
 	$(BIN)/python benchmarks/endurance/soak.py --minutes $(MINUTES)
 	$(BIN)/python benchmarks/endurance/serve_load.py
 	$(BIN)/python benchmarks/endurance/session_kill.py --kills 1000
+
+real: build/installed ## two real models: quality, answers and speed of each type, and the tables of the pages (an hour)
+	$(BIN)/python benchmarks/real_models.py
 
 report: $(VENV)/ready ## what becomes of the patches on other releases, which it downloads (patches/README.md)
 	$(BIN)/python patches/tool.py report --write
