@@ -118,7 +118,7 @@ INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * block
     for (int64_t b = 0; b < n_blocks; ++b) {
         const uint8_t (*at)[64] = pair_bytes_of(bits, b, n_blocks);
         const __m512i bytes = _mm512_zextsi128_si512(load_indices(bits, blocks, b, n_blocks));
-        const __m512 d = _mm512_set1_ps(tqi_block_scale(blocks + (size_t) b * TQI_BLOCK_BYTES(bits)));
+        const __m512 d = _mm512_set1_ps(block_scale(blocks + (size_t) b * TQI_BLOCK_BYTES(bits)));
         for (int h = 0; h < 2; ++h) {
             const __m512i word = _mm512_permutexvar_epi8(_mm512_loadu_si512(at[h]), bytes);
             const __m512 v = _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), levels);
