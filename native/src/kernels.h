@@ -9,6 +9,7 @@
 
 #define TQI_MAX_FUSED 8 /* query vectors that scores and accumulate take at once */
 #define TQI_AHEAD 64    /* rows; the next tile's, see attention.c */
+#define TQI_LINE 64     /* bytes of a cache line */
 #define TQI_LANES 16    /* gemm's n_col and softmax_columns' n_col are multiples of this */
 
 /* What differs between the PQO types and the trellis types. */
@@ -19,8 +20,8 @@ typedef struct {
     void (*unpack)(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
 
     /* scores and accumulate prefetch the rows TQI_AHEAD further on. With keys in memory rather than in a cache this
-     * decides their speed. The prefetches come in one burst per row: spread over the loop they would keep too few cache
-     * misses under way.
+     * decides their speed. The prefetches come in bursts: spread over the loop they would keep too few cache misses
+     * under way.
      *
      * s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok <= TQI_AHEAD rows, stride bytes apart; q: (n_q,
      * dim), transformed; s: (n_q, ld) */
@@ -118,7 +119,7 @@ static inline void tqi_decode(const tqi_kernels * kernel, const tqi_codec * code
 /* Asks for a row's cache lines; any address is harmless. Always inline: GCC takes a function that only prefetches for
  * one without effect, and drops calls of it. */
 static inline __attribute__((always_inline)) void tqi_prefetch(const uint8_t * row, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += 64) {
+    for (size_t at = 0; at < bytes; at += TQI_LINE) {
         __builtin_prefetch(row + at, 0, 2);
     }
 }

@@ -1,6 +1,7 @@
 /* avx2.c: the PQO types, and what does not depend on the type, in AVX2, FMA and F16C.
  *
- * encode and decode follow the portable order of operations exactly (no FMA there); the attention steps use FMA. */
+ * encode and decode follow the portable order of operations exactly (no FMA there but that of
+ * v_hadamard); the attention steps use FMA. */
 #include "vector_avx2.h"
 
 #include "features_x86.h"

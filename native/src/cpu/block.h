@@ -88,6 +88,12 @@ INLINE void find_range(block y, float * min, float * max) {
     *max = v_highest(high);
 }
 
+/* tqi_block_scale with the processor's conversion: portable code took a quarter of unpack. */
+INLINE float block_scale(const uint8_t * in) {
+    const uint16_t h = tqi_load_u16(in);
+    return f16_to_f32((h & 0x7c00u) == 0x7c00u ? 0 : h);
+}
+
 /* tqi_sanitize, value by value. */
 INLINE block sanitize(block x) {
     UNROLL

@@ -9,10 +9,8 @@
  * long */
 #include "block.h"
 
-/* A block's scale, as all decoders use it. */
 INLINE float scale_of(const uint8_t * in) {
-    const uint16_t h = tqi_load_u16(in);
-    return LEVEL_UNIT * f16_to_f32((h & 0x7c00u) == 0x7c00u ? 0 : h);
+    return LEVEL_UNIT * block_scale(in);
 }
 
 INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {

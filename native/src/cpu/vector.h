@@ -15,7 +15,8 @@
  *   v_round(a)                 to the nearest integer
  *   v_scale(keep, a, n)        a * 2^n where keep is true, else 0; n holds integers
  *   v_sum(a)                   sum in a halving tree, as tqi_sum32; v_highest(a): the largest value
- *   v_hadamard(a)              butterflies at distances 1, 2, ... LANES / 2: of each pair the sum, then the difference
+ *   v_hadamard(a)              butterflies at distances 1, 2, ... LANES / 2: of each pair the sum, then the difference;
+ *                              on x86 one FMA for both, which rounds alike because a product with 1 or -1 is exact
  *   v_lookup(table, index)     values of a table of eight floats
  *   v_per_block(p, stride)     lane j holds p[j / 8 * stride]
  *   v_less, v_not_less, v_equal(a, b)  truth values; with NaN only v_not_less is true

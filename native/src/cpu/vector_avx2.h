@@ -59,18 +59,18 @@ INLINE float v_highest(vec a) {
     return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
 }
 
-/* One stage of butterflies: the lanes with a minus get partner - self, the others self + partner. */
-INLINE vec v_stage(vec a, vec partner, vec minus) {
-    return _mm256_add_ps(partner, _mm256_xor_ps(a, minus));
+/* One stage of butterflies: the lanes whose sign is -1 get partner - self, the others self + partner. */
+INLINE vec v_stage(vec a, vec partner, vec sign) {
+    return v_fma(a, sign, partner);
 }
 
 INLINE vec v_hadamard(vec a) {
-    const vec minus1 = _mm256_setr_ps(0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f);
-    const vec minus2 = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
-    const vec minus4 = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
-    a = v_stage(a, _mm256_permute_ps(a, 0xb1), minus1);
-    a = v_stage(a, _mm256_permute_ps(a, 0x4e), minus2);
-    return v_stage(a, _mm256_permute2f128_ps(a, a, 1), minus4);
+    const vec sign1 = _mm256_setr_ps(1.0f, -1.0f, 1.0f, -1.0f, 1.0f, -1.0f, 1.0f, -1.0f);
+    const vec sign2 = _mm256_setr_ps(1.0f, 1.0f, -1.0f, -1.0f, 1.0f, 1.0f, -1.0f, -1.0f);
+    const vec sign4 = _mm256_setr_ps(1.0f, 1.0f, 1.0f, 1.0f, -1.0f, -1.0f, -1.0f, -1.0f);
+    a = v_stage(a, _mm256_permute_ps(a, 0xb1), sign1);
+    a = v_stage(a, _mm256_permute_ps(a, 0x4e), sign2);
+    return v_stage(a, _mm256_permute2f128_ps(a, a, 1), sign4);
 }
 
 INLINE int v_lane(const truth * which, int j) {

@@ -55,7 +55,7 @@ INLINE float v_sum(vec a) {
 
 /* One stage of butterflies: the lanes of the mask get partner - self, the others self + partner. */
 INLINE vec v_stage(vec a, vec partner, __mmask16 minus) {
-    return _mm512_mask_sub_ps(_mm512_add_ps(a, partner), minus, partner, a);
+    return v_fma(a, v_select(minus, v_set1(-1.0f), v_set1(1.0f)), partner);
 }
 
 INLINE vec v_hadamard(vec a) {
