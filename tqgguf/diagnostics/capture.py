@@ -113,6 +113,29 @@ def capture_attention(
         model.close()
 
 
+def read_attention(
+    model: Llama, tokens: Sequence[int], layers: Collection[int], read: Callable[[AttentionInputs], T]
+) -> dict[int, T]:
+    """What `read` makes of each layer's inputs of attention, for tokens that are read into a new cache as one batch.
+
+    Args:
+        model: any loaded model; its own cache does not change.
+        tokens: at least one.
+        layers: numbers of the layers wanted; each must have a KV cache of its own.
+        read: called while the graph waits, so that the inputs of one layer are held at a time.
+
+    Returns:
+        By layer, ascending.
+
+    Raises:
+        UnsupportedError: the model does not run flash attention.
+        TqggufError: llama.cpp could not run the tokens.
+    """
+    return _capture(
+        model, tokens, layers, "f32", lambda layer, node: read(_inputs(model.model_info, len(tokens), layer, node))
+    )
+
+
 def mean_keys(model: Llama, tokens: Sequence[int], layers: Collection[int]) -> dict[int, F32]:
     """The mean key of each KV head, after RoPE, over tokens that are read into a new cache as one batch.
 
