@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from .._native import library_path
-from ..cache.policy import CachePolicy, PolicySpec, resolve
-from ..cache.tail import DEFAULT_TAIL, check_tail
+from ..cache.policy import CachePolicy, PolicySpec, needs_tqgguf, resolve
+from ..cache.tail import check_tail
 from ..config import PREFERRED_TYPES
 from ..errors import ArgumentError, TqggufError
 from ..gguf.header import read_header
@@ -27,7 +27,9 @@ MAX_SEQUENCES: Final = 256
 FIRST_LOOK: Final = 2**18
 """Tokens of the first context to plan, unless fewer are wanted."""
 
-KEPT_ON_CPU: Final = "this build has no CUDA backend, so caches of tqgguf's types are counted in main memory"
+KEPT_ON_CPU: Final = (
+    "this build has no CUDA backend, so caches of tqgguf's types, and those with a tail, are counted in main memory"
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def fit(
     unified: bool = False,
     swa_full: bool = True,
     caches: Sequence[PolicySpec] = PREFERRED_TYPES,
-    tail: int = DEFAULT_TAIL,
+    tail: int | None = None,
 ) -> Fit:
     """Finds the longest context that fits for each cache, with the settings of `tqgguf.Llama`.
 
@@ -105,7 +107,8 @@ def fit(
         path: a GGUF file.
         memory: bytes of main memory.
         vram: bytes of video memory. As many layers as fit go there, weights and KV cache, the last ones first, as with
-            `n_gpu_layers`; a KV cache of tqgguf's types only if this build has a CUDA backend. Compute buffers are
+            `n_gpu_layers`; a KV cache of tqgguf's types, or with a tail, only if this build has a CUDA
+            backend. Compute buffers are
             counted on both sides. No GPU is asked: these figures are an estimate.
         n_ctx: tokens wanted, over all sequences; None means the trained context for each sequence.
         n_seq: sequences.
@@ -195,7 +198,7 @@ class _Fitter:
         if not self.vram:
             return _Place(plan, 0, everything, 0)
         caches = dict.fromkeys(range(len(self.layers)), 0)
-        if policy.ours and not library_path("ggml-cuda").is_file():
+        if needs_tqgguf(policy, self.setup.tail) and not library_path("ggml-cuda").is_file():
             self.kept_on_cpu = True
         else:
             for layer in self.info.layers:
