@@ -4,7 +4,6 @@
 #include "tq_ggml_tail.h"
 
 #include <stdio.h>
-#include <string.h>
 
 static _Thread_local char message[512];
 
@@ -57,21 +56,23 @@ const char * tq_ggml_graph_obstacle(struct ggml_cgraph * graph) {
             if (!dev) {
                 continue;
             }
-            const char * with = has_stock_tail(t) ? " with a precise tail" : "";
+            char type[64];
+            snprintf(type, sizeof(type), "%s%s", ggml_type_name(t->type),
+                     has_stock_tail(t) ? " with a precise tail" : "");
             if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META) {
                 snprintf(message, sizeof(message),
-                         "%s is of type %s%s, which is not cut into the devices' parts (split mode tensor); "
+                         "%s is of type %s, which is not cut into the devices' parts (split mode tensor); "
                          "choose split mode layer or another type",
-                         ggml_get_name(t), ggml_type_name(t->type), with);
+                         ggml_get_name(t), type);
                 return message;
             }
             const bool unknown = has_stock_tail(t) && !knows_tails(dev);
             if (unknown || !ggml_backend_dev_supports_op(dev, node)) {
                 snprintf(message, sizeof(message),
-                         "%s cannot do %s with %s, which is of type %s%s: %s; keep the KV cache on the CPU "
+                         "%s cannot do %s with %s, which is of type %s: %s; keep the KV cache on the CPU "
                          "(offload_kqv = False, --no-kv-offload) or choose other types",
-                         ggml_backend_dev_name(dev), ggml_op_desc(node), ggml_get_name(t), ggml_type_name(t->type),
-                         with, unknown ? "its backend knows no tail beside it" : reason_of(dev, node));
+                         ggml_backend_dev_name(dev), ggml_op_desc(node), ggml_get_name(t), type,
+                         unknown ? "its backend knows no tail beside it" : reason_of(dev, node));
                 return message;
             }
         }

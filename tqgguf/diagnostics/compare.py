@@ -350,7 +350,8 @@ def read_text(path: str | Path) -> str:
 def load(path: str | Path, cache: NamedCache, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
     """A model to measure: quiet, and with flash attention for every cache, so that only the types differ."""
     threads: dict[str, Any] = {"n_threads": n_threads, "n_threads_batch": n_threads}
-    options = {"n_ubatch": cache.n_ubatch, **threads, **options, "cache": cache.policy, "tail": cache.tail}
+    tail = cache.tail if cache.policy.quantized else None  # which further contexts may take for theirs
+    options = {"n_ubatch": cache.n_ubatch, **threads, **options, "cache": cache.policy, "tail": tail}
     return Llama(path, flash_attn=True, n_ctx=n_ctx, verbose=False, **options)
 
 
