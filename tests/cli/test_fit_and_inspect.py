@@ -99,6 +99,11 @@ def test_fit_with_video_memory(tqgguf: Command) -> None:
     said = "no CUDA backend" in " ".join(done.stdout.split())
     assert said is not library_path("ggml-cuda").is_file()
     assert "CUDA" not in tqgguf("fit", MODEL, "--memory", "6M", "--vram", "1G", "--cache", "f16").stdout
+    on_gpu, kept = (
+        tqgguf("fit", MODEL, "--memory", "32M", "--vram", "1G", "--cache", "q4_0", *tail).stdout
+        for tail in ([], ["--tail", "64"])
+    )
+    assert "tail of stock types" not in on_gpu and "tail of stock types is for the CPU" in " ".join(kept.split())
     assert "CUDA" not in tqgguf("fit", MODEL, "--memory", "1G").stdout
 
 

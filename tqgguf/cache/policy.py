@@ -121,6 +121,15 @@ class CachePolicy:
         """
         return max((kept(CACHE_TYPES[name], tail) for name in (*self.types_k, *self.types_v)), default=0)
 
+    def kept_by_stock(self, tail: int | None) -> bool:
+        """Whether a stock type has a tail, which is for the CPU alone.
+
+        Args:
+            tail: as for `Llama`.
+        """
+        kinds = (CACHE_TYPES[name] for name in (*self.types_k, *self.types_v))
+        return any(kept(kind, tail) for kind in kinds if not kind.ours)
+
     def bytes(
         self,
         info: ModelInfo,
