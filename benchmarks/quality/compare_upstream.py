@@ -25,8 +25,8 @@ from tqgguf.diagnostics.compare import read_text
 TYPES = ("f16", "q8_0", "q4_0", "pqo3")
 RELATIVE = 5e-4
 KLD_RELATIVE = 2e-3
-"""Half a unit of the third digit is 5e-4 to 5e-3. In a vocabulary of 262,144 the tokens 16 nats below the best one, which
-llama-perplexity clips, have enough probability together to move a divergence by 1e-3."""
+"""Half a unit of the third digit is 5e-4 to 5e-3. In a vocabulary of 262,144 the tokens 16 nats below the best one,
+which llama-perplexity clips, have enough probability together to move a divergence by 1e-3."""
 KLD_NOISE = 5e-6
 """Nats, for the 16 bits of the stored reference and the six decimals that llama-perplexity prints."""
 

@@ -1,7 +1,8 @@
-"""What the precise tail costs in speed: decode and prefill of a model of random weights, with and without, in turn.
+"""What the precise tail costs in speed: decode and prefill of a model, with and without, in turn.
 
-    python benchmarks/speed/tail.py            # saves results/tail.json
+    python benchmarks/speed/tail.py            # a model of random weights; saves results/tail.json
     python benchmarks/speed/tail.py --output - # prints only
+    python benchmarks/speed/tail.py --output - --model model.gguf --cache q4_0 q8_0 --depths 2000
 
 Each round reads a prompt of every depth from an empty cache, in batches as `tqgguf.Llama` cuts it, then decodes tokens
 behind it, with one cache after the other, so that slow and fast moments of the machine meet all of them. Figures are
@@ -44,7 +45,7 @@ def measure(
     options: dict[str, Any] = {"n_batch": 512, "n_threads": n_threads, "n_threads_batch": n_threads}
     model = tqgguf.Llama(path, cache=cache, tail=TAILS[0], n_ctx=max(depths) + n_decode, verbose=False, **options)
     contexts = {TAILS[0]: model.ctx, **{tail: model.add_context(cache, tail=tail) for tail in TAILS[1:]}}
-    tokens = np.random.default_rng(0).integers(0, SHAPE.n_vocab, max(depths) + n_decode).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, model.n_vocab(), max(depths) + n_decode).astype(np.int32)
     rows = []
     for depth in depths:
         prefill: dict[int, list[float]] = {tail: [] for tail in TAILS}
@@ -73,6 +74,7 @@ def measure(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a GGUF file in place of random weights")
     parser.add_argument("--cache", nargs="+", default=["pqo3", "pqo4"])
     parser.add_argument("--depths", nargs="+", type=int, default=[256, 2000, 8000])
     parser.add_argument("--tokens", type=int, default=64, help="decoded behind each prompt")
@@ -82,8 +84,9 @@ def main() -> int:
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "random.gguf"
-        random_model.write(path, SHAPE)
+        path = args.model or Path(folder) / "random.gguf"
+        if args.model is None:
+            random_model.write(path, SHAPE)
         for cache in args.cache:
             rows += measure(path, cache, args.depths, args.tokens, args.rounds, args.threads)
     print("cache  depth  tail  prefill tok/s  decode tok/s  speed against tail 0: prefill, decode")
@@ -93,7 +96,12 @@ def main() -> int:
             f"{r['decode_tokens_per_s']:12.1f}  {r['prefill_ratio']:.3f}  {r['decode_ratio']:.3f}"
         )
     if args.output != "-":
-        result = {"machine": machine.facts(), "arguments": sys.argv[1:], "shape": SHAPE.name, "rows": rows}
+        result = {
+            "machine": machine.facts(),
+            "arguments": sys.argv[1:],
+            "shape": args.model.name if args.model else SHAPE.name,
+            "rows": rows,
+        }
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

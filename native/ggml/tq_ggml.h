@@ -29,6 +29,20 @@ static inline bool tq_ggml_is_pqo(enum ggml_type type) {
     return type >= GGML_TYPE_PQO3 && type <= GGML_TYPE_PQT4;
 }
 
+/* Nodes that are ours, whatever the types: they write or read a cache that has a precise tail (tq_ggml_tail.h). */
+static inline bool tq_ggml_writes_tail(const struct ggml_tensor * node) {
+    return node->op == GGML_OP_SET_ROWS && node->src[3];
+}
+
+static inline bool tq_ggml_reads_tail(const struct ggml_tensor * node) {
+    return node->op == GGML_OP_FLASH_ATTN_EXT && (node->src[5] || node->src[7]);
+}
+
+/* A FLASH_ATTN_EXT node that libtqgguf computes. */
+static inline bool tq_ggml_attends(const struct ggml_tensor * node) {
+    return tq_ggml_is_pqo(node->src[1]->type) || tq_ggml_is_pqo(node->src[2]->type) || tq_ggml_reads_tail(node);
+}
+
 /* ---- libggml-base: the rows of ggml's table of types, and two of its switches over types ---- */
 
 #define TQ_GGML_TYPE_TRAITS(name, bytes)                                                                               \
@@ -81,7 +95,8 @@ void tq_ggml_cpu_vec_dot_pqt4(int n, float * s, size_t bs, const void * blocks, 
 /* Each operator is a pair: does it take this node, and compute it (called by every thread). Under use_ref upstream's
  * own loops run instead, over to_float, from_float and vec_dot above: test-backend-ops compares the two. */
 
-/* SET_ROWS from f32 or f16; split over threads by blocks, since a decode step stores a single row. */
+/* SET_ROWS from f32 or f16, into a type of ours or into one that has a tail; split over threads by blocks, since a decode
+ * step stores a single row. */
 bool tq_ggml_set_rows_used(const struct ggml_tensor * dst);
 void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
@@ -89,7 +104,7 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
 bool tq_ggml_dup_used(const struct ggml_tensor * dst);
 void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
-/* FLASH_ATTN_EXT with a type of ours on at least one side; the other may be any type that has to_float. */
+/* FLASH_ATTN_EXT with a type of ours or a tail on at least one side; the other may be any type that has to_float. */
 bool tq_ggml_flash_attn_ext_used(const struct ggml_tensor * dst);
 void tq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 /* Bytes of work buffer for n_tasks threads; 0 if the node is not ours. */

@@ -111,13 +111,31 @@ static void store(const struct ggml_tensor * t, int64_t i, int64_t n, const floa
 /* ---- SET_ROWS ---- */
 
 bool tq_ggml_set_rows_used(const struct ggml_tensor * dst) {
-    return tq_ggml_is_pqo(dst->type);
+    return tq_ggml_is_pqo(dst->type) || tq_ggml_writes_tail(dst);
+}
+
+/* Blocks of a stock type are those that upstream's loop writes: each depends on its own values alone. */
+static void encode(enum ggml_type type, const float * x, void * blocks, int64_t n) {
+    if (tq_ggml_is_pqo(type)) {
+        tq_ggml_encode(type, x, blocks, n);
+    } else {
+        ggml_get_type_traits_cpu(type)->from_float(x, blocks, n);
+    }
 }
 
 static int64_t row_number(const struct ggml_tensor * idx, int64_t i1, int64_t i2, int64_t i3) {
     const char * at = (const char *) idx->data + i1 * (int64_t) idx->nb[0] + i2 % idx->ne[1] * (int64_t) idx->nb[1] +
                       i3 % idx->ne[2] * (int64_t) idx->nb[2];
     return idx->type == GGML_TYPE_I64 ? *(const int64_t *) at : *(const int32_t *) at;
+}
+
+/* The same values for a row of the tail; of a stock type as a cache of f16 holds them. */
+static void encode_tail(enum ggml_type type, const float * x, int64_t n, uint16_t * row) {
+    if (!tq_ggml_is_pqo(type)) {
+        ggml_cpu_fp32_to_fp16(x, row, n);
+    } else if (tq_tail_encode((int) type, TQ_MODE_SEARCH, x, n, row) != TQ_OK) {
+        GGML_ABORT("%s", tq_last_error());
+    }
 }
 
 /* Writes the same rows into the tail that dst has, and makes them its owners. A row of the tail belongs to one thread,
@@ -153,9 +171,7 @@ static void set_tail(const struct ggml_compute_params * params, struct ggml_tens
         for (int64_t j = 0; j < src->ne[0]; j += TQ_RUN * TQ_GGML_BLOCK) {
             const int64_t m = MIN(src->ne[0] - j, TQ_RUN * TQ_GGML_BLOCK);
             load(src, i * src->ne[0] + j, m, x);
-            if (tq_tail_encode((int) dst->type, TQ_MODE_SEARCH, x, m, to + j) != TQ_OK) {
-                GGML_ABORT("%s", tq_last_error());
-            }
+            encode_tail(dst->type, x, m, to + j);
         }
         *(int32_t *) ((char *) owner->data + row * (int64_t) owner->nb[0] + stream * (int64_t) owner->nb[1]) =
             (int32_t) (token + 1);
@@ -196,11 +212,11 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
 
         int64_t run = MIN(end - b, n_blocks - i0);
         if (src->type == GGML_TYPE_F32) {
-            tq_ggml_encode(dst->type, (const float *) from + i0 * TQ_GGML_BLOCK, to, run * TQ_GGML_BLOCK);
+            encode(dst->type, (const float *) from + i0 * TQ_GGML_BLOCK, to, run * TQ_GGML_BLOCK);
         } else {
             run = MIN(run, TQ_RUN);
             ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) from + i0 * TQ_GGML_BLOCK, x, run * TQ_GGML_BLOCK);
-            tq_ggml_encode(dst->type, x, to, run * TQ_GGML_BLOCK);
+            encode(dst->type, x, to, run * TQ_GGML_BLOCK);
         }
         b += run;
     }
@@ -239,7 +255,7 @@ void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor *
 /* ---- FLASH_ATTN_EXT ---- */
 
 bool tq_ggml_flash_attn_ext_used(const struct ggml_tensor * dst) {
-    return tq_ggml_is_pqo(dst->src[1]->type) || tq_ggml_is_pqo(dst->src[2]->type);
+    return tq_ggml_attends(dst);
 }
 
 size_t tq_ggml_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_tasks) {

@@ -36,11 +36,11 @@ bool tq_ggml_cuda_used(const struct ggml_tensor * node) {
     const struct ggml_tensor * const * src = (const struct ggml_tensor * const *) node->src;
     switch (node->op) {
         case GGML_OP_SET_ROWS:
-            return tq_ggml_is_pqo(node->type);
+            return tq_ggml_is_pqo(node->type) || tq_ggml_writes_tail(node);
         case GGML_OP_GET_ROWS:
             return tq_ggml_is_pqo(src[0]->type);
         case GGML_OP_FLASH_ATTN_EXT:
-            return tq_ggml_is_pqo(src[1]->type) || tq_ggml_is_pqo(src[2]->type);
+            return tq_ggml_attends(node);
         case GGML_OP_DUP:
         case GGML_OP_CPY:
         case GGML_OP_CONT:
@@ -99,6 +99,20 @@ static tq_cuda_view by_tokens(const struct ggml_tensor * t) {
 }
 
 /* ---- What is supported ---- */
+
+/* The tail of a stock type is written and read on the CPU alone. */
+static bool tail_supported(const struct ggml_tensor * node) {
+    const bool writes = node->op == GGML_OP_SET_ROWS;
+    for (int i = 0; i < (writes ? 1 : 2); i++) {
+        const enum ggml_type type = writes ? node->type : node->src[1 + i]->type;
+        const bool tail = writes ? tq_ggml_writes_tail(node) : node->src[5 + 2 * i] != NULL;
+        if (tail && !tq_ggml_is_pqo(type)) {
+            return REFUSE("a precise tail beside %s is read and written on the CPU only (tail = 0: none)",
+                          ggml_type_name(type));
+        }
+    }
+    return true;
+}
 
 static bool rows_supported(const struct ggml_tensor * node, enum ggml_type values) {
     const struct ggml_tensor * ids = node->src[1];
@@ -169,11 +183,11 @@ bool tq_ggml_cuda_supported(const struct ggml_tensor * node) {
     }
     switch (node->op) {
         case GGML_OP_SET_ROWS:
-            return rows_supported(node, node->src[0]->type);
+            return tail_supported(node) && rows_supported(node, node->src[0]->type);
         case GGML_OP_GET_ROWS:
             return rows_supported(node, node->type);
         case GGML_OP_FLASH_ATTN_EXT:
-            return attention_supported(node);
+            return tail_supported(node) && attention_supported(node);
         default:
             return is_copy(node) && copy_supported(node);
     }

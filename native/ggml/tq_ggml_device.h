@@ -13,8 +13,8 @@
 extern "C" {
 #endif
 
-/* A sentence about the first node of the graph that writes or reads a tensor of ours on a device that does not support
- * it; it is the calling thread's until the next call. NULL if there is none such. The graph is as it was built: not yet
+/* A sentence about the first node of the graph that writes or reads a tensor of ours, or one of another type with a tail,
+ * on a device that does not support it; it is the calling thread's until the next call. NULL if there is none such. The graph is as it was built: not yet
  * split. Backends that know more than yes and no export tq_ggml_reason, a const char * (*)(void). */
 const char * tq_ggml_graph_obstacle(struct ggml_cgraph * graph);
 

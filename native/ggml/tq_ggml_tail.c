@@ -6,18 +6,20 @@
 
 #include <stdlib.h>
 
-static _Thread_local int32_t recent;
+static _Thread_local int32_t recent_of_ours;
+static _Thread_local int32_t recent_of_stock;
 
-void tq_ggml_tail_set(int32_t n_recent) {
-    recent = n_recent > 0 ? n_recent : 0;
+void tq_ggml_tail_set(int32_t n_ours, int32_t n_stock) {
+    recent_of_ours = n_ours;
+    recent_of_stock = n_stock;
 }
 
-int32_t tq_ggml_tail_get(void) {
-    return recent;
-}
-
-void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t) {
-    if (!t || !tq_ggml_is_pqo(t->type) || recent == 0) {
+void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t, bool flash) {
+    if (!t || !flash || ggml_blck_size(t->type) != TQ_GGML_BLOCK) {
+        return;
+    }
+    const int32_t recent = tq_ggml_is_pqo(t->type) ? recent_of_ours : recent_of_stock;
+    if (recent <= 0) {
         return;
     }
     const int64_t n_recent = recent < t->ne[1] ? recent : t->ne[1];

@@ -1,4 +1,8 @@
-/* tq_ggml_tail.h: the precise tail of a KV cache: rows of f16 for the tokens written last, beside the blocks of ours.
+/* tq_ggml_tail.h: the precise tail of a KV cache: rows of f16 for the tokens written last, beside their blocks.
+ *
+ * Types of ours may have one, and stock types of as many values to a block. The rows of ours are transformed as blocks
+ * are. The rows of a stock type are what an f16 cache would hold: rotated where llama.cpp rotates the cache. Attention
+ * that reads a tail is libtqgguf's on both, which decodes stock blocks tile by tile.
  *
  * A tensor of the cache, K or V of a layer, gets two companions in the same buffer: rows (n_embd_gqa, n_row, n_stream)
  * f16 and owner (n_row, n_stream) i32, as tq_attn_tail in tqgguf.h describes them. The cache's tensor is a leaf, so its
@@ -24,15 +28,15 @@ static_assert(GGML_MAX_SRC >= 9, "FLASH_ATTN_EXT takes the tails of K and V in s
 
 /* cffi: begin */
 
-/* How many recent tokens the KV caches that this thread makes from now on keep in f16; 0: none, and no first ones. */
-void tq_ggml_tail_set(int32_t n_recent);
-int32_t tq_ggml_tail_get(void);
+/* How many recent tokens the KV caches that this thread makes from now on keep in f16, in types of ours and in stock
+ * types; 0: none, and no first ones. */
+void tq_ggml_tail_set(int32_t n_ours, int32_t n_stock);
 
 /* cffi: end */
 
-/* Gives a cache tensor (n_embd_gqa, kv_size, n_stream) of ours its companions in ctx, if this thread wants a tail; t
- * may be NULL. */
-void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t);
+/* Gives a cache tensor (n_embd_gqa, kv_size, n_stream) its companions in ctx, if this thread wants a tail of its type;
+ * t may be NULL. flash: whether attention is FLASH_ATTN_EXT, which alone reads a tail. */
+void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t, bool flash);
 
 /* These cells of a stream own no rows any more, or none of its cells does. t: a cache tensor or NULL; cells: (n_cells).
  * */
@@ -40,7 +44,7 @@ void tq_ggml_tail_disown(struct ggml_tensor * t, int64_t stream, const uint32_t 
 void tq_ggml_tail_disown_stream(struct ggml_tensor * t, int64_t stream);
 
 static inline struct ggml_tensor * tq_ggml_tail_rows(const struct ggml_tensor * t) {
-    return t && t->op == GGML_OP_NONE && tq_ggml_is_pqo(t->type) ? t->src[0] : NULL;
+    return t && t->op == GGML_OP_NONE && ggml_blck_size(t->type) == TQ_GGML_BLOCK ? t->src[0] : NULL;
 }
 
 /* Rows of the tail that belong to the first cells of a stream of a cache tensor; the others are for the newest cells.

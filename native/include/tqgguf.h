@@ -114,7 +114,8 @@ typedef void (*tq_row_decoder)(const void * row, float * x, int64_t n);
  * when it is written, also goes to row tq_tail_row(t), and owner of that row becomes t + 1. Attention reads the row of
  * a token that owns one instead of its blocks; whatever else may have changed a token's blocks must set owner to 0. */
 typedef struct tq_attn_tail {
-    const void * data;     /* f16 bits as tq_tail_encode writes them, head_dim to a head; NULL: there is no tail */
+    const void * data;     /* f16 bits, head_dim to a head: as tq_tail_encode writes them, or of the values themselves
+                            * beside a type with a decoder; NULL: there is no tail */
     const int32_t * owner; /* (n_stream, n_recent + n_first) by owner_stride_stream: 1 + the row's token, 0: nobody's */
     int64_t n_recent;      /* rows that tokens take in turn, at least 1 */
     int64_t n_first;       /* rows of the first n_first tokens, after those */
@@ -142,7 +143,7 @@ typedef struct tq_attn_operand {
     size_t stride_token;
     size_t stride_head;
     size_t stride_stream;
-    tq_attn_tail tail; /* of K or V in a type of tqgguf; zeros: none */
+    tq_attn_tail tail; /* of K or V in a type of tqgguf or with a decoder; zeros: none */
 } tq_attn_operand;
 
 /* out[row, h] = sum_t softmax_t(score[h, row, t]) v[t, h / (n_head / n_head_kv)], with score = softcap(scale * <q, k>)

@@ -10,8 +10,10 @@ static int check_tail(const char * name, const tq_attn_operand * x, const tqi_co
     if (x->tail.data == NULL) {
         return TQ_OK;
     }
-    if (codec == NULL) {
-        return tqi_fail(TQ_E_ARGUMENT, "%s: a tail given beside type %d; only types of tqgguf have one", name, x->type);
+    if (codec == NULL && x->decoder == NULL) {
+        return tqi_fail(TQ_E_ARGUMENT,
+                        "%s: a tail given beside type %d; only types of tqgguf and those with a decoder have one", name,
+                        x->type);
     }
     if (x->tail.owner == NULL || x->tail.n_recent < 1 || x->tail.n_first < 0 || x->tail.n_recent > INT32_MAX ||
         x->tail.n_first > INT32_MAX) {

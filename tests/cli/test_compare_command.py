@@ -49,8 +49,7 @@ def test_json(compare: Command, tmp_path: Path) -> None:
     assert data["recall"] is None
     found = data["comparison"]
     assert (found["n_ctx"], found["n_chunks"], found["n_scored"], found["n_threads"]) == (256, 1, 127, 1)
-    assert [row["type"] for row in found["rows"]] == ["q8_0", "pqo4+64"]
-    assert found["rows"][1]["tail"] == 64
+    assert [(row["type"], row["tail"]) for row in found["rows"]] == [("q8_0+64", 64), ("pqo4+64", 64)]
     assert found["rows"][0]["kld"]["max"] == 0 < found["rows"][1]["kld"]["median"] < found["rows"][1]["kld"]["p99"]
 
 

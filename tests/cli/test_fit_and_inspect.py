@@ -51,6 +51,8 @@ def test_fit(tqgguf: Command) -> None:
     ("args", "ends"),
     [
         (["--cache", "pqo4/pqo3", "--tail", "0"], "--cache-k pqo4 --cache-v pqo3 --tail 0 --ctx 2048"),
+        (["--cache", "q4_0", "--tail", "64"], "--cache q4_0 --tail 64 --ctx 2048"),
+        (["--cache", "f16", "--tail", "64"], "--cache f16 --ctx 2048"),  # chat would refuse the tail
         (["--window-only"], None),  # what is counted is not what chat would take
         (["--vram", "1M"], None),
         (["--parallel", "2"], None),
@@ -84,7 +86,7 @@ def test_fit_with_a_context(tqgguf: Command) -> None:
 def test_fit_json(tqgguf: Command) -> None:
     data = json.loads(tqgguf("fit", MODEL, "--memory", "1G", "--parallel", "2", "--unified", "--json").stdout)
     assert data["weights"] == 6038528 and data["memory"] == 2**30 and data["n_ctx"] == 4096
-    assert data["setup"] == {"tail": 128, "n_seq": 2, "unified": True, "swa_full": True}
+    assert data["setup"] == {"tail": None, "n_seq": 2, "unified": True, "swa_full": True}
     for row in data["rows"]:
         assert row["memory"] == data["weights"] + sum(row["plan"].values())
     assert data["recommended"]["cache"] == "f16"
@@ -97,6 +99,11 @@ def test_fit_with_video_memory(tqgguf: Command) -> None:
     said = "no CUDA backend" in " ".join(done.stdout.split())
     assert said is not library_path("ggml-cuda").is_file()
     assert "CUDA" not in tqgguf("fit", MODEL, "--memory", "6M", "--vram", "1G", "--cache", "f16").stdout
+    on_gpu, kept = (
+        tqgguf("fit", MODEL, "--memory", "32M", "--vram", "1G", "--cache", "q4_0", *tail).stdout
+        for tail in ([], ["--tail", "64"])
+    )
+    assert "tail of stock types" not in on_gpu and "tail of stock types is for the CPU" in " ".join(kept.split())
     assert "CUDA" not in tqgguf("fit", MODEL, "--memory", "1G").stdout
 
 

@@ -52,6 +52,14 @@ def test_ways(cache: Any, decode: str, prefill: str, said: str) -> None:
     assert (way.decode, way.prefill) == (decode, prefill) and said in way.reason and way.layers == (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize("cache", ["q8_0", ("q4_0", "f16"), ("f16", "q5_1")])
+def test_stock_types_with_a_tail_take_another_way(cache: Any) -> None:
+    path = attention_path(demo.MODEL_PATH, cache, tail=16)
+    assert path.flash and path.obstacle is None and any("newest 16 tokens" in note for note in path.notes)
+    (way,) = path.paths
+    assert (way.decode, way.prefill) == ("tiled", "tiled") and "stock types with a tail" in way.reason
+
+
 def test_layers_with_types_of_their_own() -> None:
     ways = attention_path(demo.MODEL_PATH, {"default": "pqo3", "layers": {"0": "q8_0", "-1": ("pqo4", "q8_0")}}).paths
     assert [(way.layers, way.decode) for way in ways] == [((0,), "upstream rows"), ((1, 2), "fused"), ((3,), "tiled")]

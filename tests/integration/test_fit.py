@@ -94,7 +94,7 @@ def allocate(path: Path, cache: str, n_ctx: int, setup: Setup) -> Allocated:
 def test_a_plan_is_what_llama_cpp_allocates(architecture: Model, name: str, setup: Setup) -> None:
     path = architecture(name)
     with planned_model(path) as model:
-        for cache in ("f16", "pqo3") if model.info.layers else ("f16",):
+        for cache in ("f16", "pqo3", "q8_0") if model.info.layers else ("f16",):
             plan = model.context(resolve(cache, model.info.n_layer), 2000, setup)
             allocate(path, cache, 2000, setup).check(model.weights, plan)
 

@@ -88,6 +88,7 @@ def names(pair: list[Any]) -> list[str]:
     ("cache", "tail"),
     [
         *(("f16", 0), ("q8_0", 0), ("pqo3", 0), ("pqo3", 128), (("pqo4", "pqt3"), 0), (("pqo4", "pqt3"), 16)),
+        ("q4_0", 16),
         ({"default": "pqo3", "layers": {"0-1": "q8_0", "3": ("pqo4", "f16")}}, 8),
     ],
 )
@@ -119,9 +120,11 @@ def test_centred_keys(names: list[str]) -> None:
         assert not np.array_equal(logits(other), expected)
 
 
-def test_a_cache_that_is_kept_here(pair: list[Any], names: list[str]) -> None:
+@pytest.mark.parametrize("cache", ["pqo3", "q4_0"])
+def test_a_cache_that_is_kept_here(pair: list[Any], names: list[str], cache: str) -> None:
     before = [len(each.allocated) for each in pair]
-    with loaded(Plain, tail=128) as alone, loaded(tail=128, rpc=names, offload_kqv=False) as model:
+    options = {"cache": cache, "tail": 128}
+    with loaded(Plain, **options) as alone, loaded(rpc=names, offload_kqv=False, **options) as model:
         np.testing.assert_array_equal(logits(model), logits(alone))
         info = model.cache_info()
     assert {layer.device for layer in info.layers} == {"CPU"}
@@ -278,7 +281,7 @@ class Impostor:
         (GREETING.pack(28, 6, 2, 1, 0), r"speaks llama.cpp's RPC protocol 6\.2\.1, this tqgguf 7\.0\.0"),
         (GREETING.pack(28, 7, 0, 1, 1), r"protocol 7\.0\.1, this tqgguf 7\.0\.0"),
         (GREETING.pack(28, 7, 0, 0, 0), "is llama.cpp without the types of tqgguf: run `tqgguf worker` there"),
-        (GREETING.pack(28, 7, 0, 0, 9), "has version 9 of what tqgguf adds to llama.cpp's RPC, this tqgguf 1"),
+        (GREETING.pack(28, 7, 0, 0, 9), "has version 9 of what tqgguf adds to llama.cpp's RPC, this tqgguf 2"),
         (None, "takes the connection but does not answer within 0.3 s: it serves another client"),
     ],
 )
@@ -290,6 +293,22 @@ def test_what_a_greeting_tells(monkeypatch: pytest.MonkeyPatch, reply: bytes | N
     other.listener.close()
     assert other.name in str(caught.value)
     assert len(other.heard) == 33 and rpc.n_lost(other.name) == 0  # llama.cpp has not been told of it
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_worker_that_would_leave_out_the_tail_of_stock_types(version: int, worker: Callable[..., Any]) -> None:
+    """It would take the nodes for plain ones, and nobody would notice."""
+    other = Impostor(GREETING.pack(28, 7, 0, 0, version))
+    for cache in ("q4_0", ("f16", "q4_0")):
+        with (
+            pytest.raises(WorkerError, match=r"the types of tqgguf|has version 1"),
+            loaded(cache=cache, tail=8, rpc=[other.name]),
+        ):
+            pass
+    other.listener.close()
+    assert rpc.n_lost(other.name) == 0
+    with loaded(cache="q4_0", rpc=[worker().name]) as model, model.further_context("q4_0", tail=8):
+        assert model._workers.ours  # it was asked, now that it must know
 
 
 def test_a_greeting_that_comes_in_drops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +388,10 @@ def test_a_stock_worker(worker: Callable[..., Any], monkeypatch: pytest.MonkeyPa
         pass
     with loaded(cache="f16", rpc=[stock.name]) as model:
         assert "Paris" in answer(model)
-        with pytest.raises(WorkerError, match="without the types of tqgguf"), model.further_context("pqo3"):
+        for cache, tail in (("pqo3", None), ("q4_0", 8)):
+            with pytest.raises(WorkerError, match="without"), model.further_context(cache, tail=tail):
+                pass
+        with model.further_context("q4_0"):
             pass
         assert "Paris" in answer(model)
     with loaded(Plain) as alone, loaded(rpc=[stock.name], offload_kqv=False) as model:
@@ -548,7 +570,7 @@ def test_a_connection_that_breaks_anywhere(worker: Callable[..., Any], python: C
 
 def test_what_a_worker_is_told_is_right(python: Callable[..., Any]) -> None:
     """The header that other machines are built against: a change of either number must be meant."""
-    assert rpc.protocol() == (7, 0, 0, 1)
+    assert rpc.protocol() == (7, 0, 0, 2)
     done = python("-c", "import tqgguf._native.rpc as r; print(r.serving())")
     assert "CPU" in done.stdout or "CUDA" in done.stdout, done.stderr
 

@@ -167,7 +167,8 @@ def test_a_scale_that_is_not_finite_counts_as_zero(kernel: str, native: Any, n_q
 @pytest.mark.parametrize("tail", [1, 31, 64, 128, 1000])
 @pytest.mark.parametrize("n_q", [1, 3, 40])
 def test_a_tail_is_read_where_it_owns_a_token(kernel: str, native: Any, n_q: int, tail: int) -> None:
-    for k_type, v_type in (("pqo3", "pqo3"), ("pqo4", "pqt3"), ("pqt4", "f16"), ("f16", "pqo4")):
+    pairs = [("pqo3", "pqo3"), ("pqo4", "pqt3"), ("pqt4", "f16"), ("f16", "pqo4")]
+    for k_type, v_type in (*pairs, ("f32", "f32"), ("f32", "pqo3"), ("f16", "f32")):
         for n_stream in (1, 2):
             case = Case(k_type, v_type, n_q=n_q, n_kv=300, n_stream=n_stream, tail=tail, first=4, mask="holes")
             check_case(native, case)

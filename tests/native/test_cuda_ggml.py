@@ -335,15 +335,15 @@ def test_values_that_are_a_part_of_the_keys(ggml: Ggml, n_q: int) -> None:
 @pytest.mark.parametrize("n_tokens", [1, 30])
 def test_a_precise_tail(ggml: Ggml, types: tuple[str, str], n_tokens: int) -> None:
     """Written by SET_ROWS, three times for a row each, and read by both ways of attention."""
-    ggml.base.tq_ggml_tail_set(8)
+    ggml.base.tq_ggml_tail_set(8, 0)
     caches = []
     for i, type in enumerate(types):
         t = cache_of(ggml, type, 2, 64, 48, 2, i)
-        ggml.base.tq_ggml_tail_new(ggml.context, t)
+        ggml.base.tq_ggml_tail_new(ggml.context, t, ctypes.c_bool(True))
         if t.contents.src[1]:
             ggml.bytes_of(t.contents.src[1]).fill(0)
         caches.append(t)
-    ggml.base.tq_ggml_tail_set(0)
+    ggml.base.tq_ggml_tail_set(0, 0)
     for round in range(3):
         cells = np.random.default_rng(round).permutation(96)[:n_tokens].astype(np.int64)
         if round == 2:
@@ -390,6 +390,22 @@ def test_what_is_refused_is_named(ggml: Ggml) -> None:
     node = attention_node(ggml, k, k, ("pqo3", "pqo3"), (64, 64), 4, 2, 1, 64)
     node.contents.src[0].contents.nb[0] = 8
     assert "in one piece" in ggml.refusal(node)
+
+
+@pytest.mark.parametrize("types", [("q8_0", "f16"), ("f16", "q8_0"), ("pqo3", "q8_0")])
+def test_a_tail_beside_a_stock_type_is_refused(ggml: Ggml, types: tuple[str, str]) -> None:
+    k, v = (cache_of(ggml, type, 2, 64, 64, 1, i) for i, type in enumerate(types))
+    node = attention_node(ggml, k, v, types, (64, 64), 4, 2, 1, 64)
+    ours = "pqo3" in types
+    assert ggml.adapter.tq_ggml_cuda_used(node) == ours
+    side = types.index("q8_0")
+    node.contents.src[5 + 2 * side], node.contents.src[6 + 2 * side] = ggml.new("f16", 128, 8), ggml.new("i32", 8)
+    assert "tail beside q8_0 is read and written on the CPU only" in ggml.refusal(node)
+    cache = (k, v)[side]
+    node = ggml.call("set_rows", cache, ggml.new("f32", 128, 1), ggml.new("i64", 1))
+    assert not ggml.adapter.tq_ggml_cuda_used(node)
+    node.contents.src[3], node.contents.src[4] = ggml.new("f16", 128, 8), ggml.new("i32", 8)
+    assert "tail beside q8_0" in ggml.refusal(node)
 
 
 def test_a_cache_in_host_memory_is_left_to_the_cpu(ggml: Ggml) -> None:

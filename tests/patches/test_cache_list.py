@@ -66,14 +66,16 @@ def loaded(path: Path) -> Iterator[Any]:
 
 def made(
     model: Any,
-    types: str | list[str] = "f16",
+    types: str | list[str | tuple[str, str]] = "f16",
     *,
     tail: int = 0,
+    stock_tail: int = 0,
+    flash: bool = True,
     means: dict[int, int] | None = None,
     n_seq: int = 1,
     n_ctx: int = 512,
 ) -> list[Note]:
-    """The notes of a context whose K and V have one type, or a type for each layer.
+    """The notes of a context whose K and V have one type, or a type or a pair for each layer.
 
     Args:
         means: number of values of the mean key, by layer.
@@ -81,22 +83,22 @@ def made(
     params = api.llama_context_default_params()
     params.n_ctx = params.n_batch = n_ctx
     params.n_seq_max, params.kv_unified, params.swa_full = n_seq, False, False
-    params.flash_attn_type = 1
-    by_layer = [types] if isinstance(types, str) else types
-    params.type_k = params.type_v = number(by_layer[0])
-    layers = (LayerPolicy * len(by_layer))(*((number(t), number(t)) for t in by_layer))
+    params.flash_attn_type = int(flash)
+    by_layer = [(t, t) if isinstance(t, str) else t for t in ([types] if isinstance(types, str) else types)]
+    params.type_k, params.type_v = map(number, by_layer[0])
+    layers = (LayerPolicy * len(by_layer))(*((number(k), number(v)) for k, v in by_layer))
     kept = []
     for layer, n in (means or {}).items():
         kept.append((ctypes.c_float * n)(*np.ones(n)))
         layers[layer].k_mean, layers[layer].n_mean = kept[-1], n
     if not isinstance(types, str):
         base.tq_ggml_policy_set(layers, len(by_layer))
-    base.tq_ggml_tail_set(tail)
+    base.tq_ggml_tail_set(tail, stock_tail)
     base.tq_ggml_cache_list_begin()
     context = api.llama_init_from_model(model, params)
     found = notes()
     base.tq_ggml_cache_list_end()
-    base.tq_ggml_tail_set(0)
+    base.tq_ggml_tail_set(0, 0)
     base.tq_ggml_policy_set(None, 0)
     assert context
     api.llama_free(context)
@@ -106,7 +108,7 @@ def made(
 def test_each_tensor_is_noted_as_it_is(random_model: Callable[..., Path]) -> None:
     types = ["pqo3", "f16", "pqt4"]
     with loaded(random_model(n_layer=3)) as model:
-        found = made(model, types, tail=100, means={1: 128})
+        found = made(model, [*types], tail=100, means={1: 128})
     assert [(note.layer, note.side) for note in found] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     for note in found:
         kind, k_or_v = CACHE_TYPES[types[note.layer]], "kv"[note.side]
@@ -117,6 +119,17 @@ def test_each_tensor_is_noted_as_it_is(random_model: Callable[..., Path]) -> Non
         tail = (100, 4, 104 * (128 * 2 + 4)) if kind.ours else (0, 0, 0)
         assert (note.tail_recent, note.tail_first, note.tail_bytes) == tail
         assert (note.device, note.rotated) == (b"CPU", 0)
+
+
+def test_which_tensors_get_a_tail(random_model: Callable[..., Path]) -> None:
+    types = ["pqo3", "q8_0", "f16"]
+    with loaded(random_model(n_layer=3)) as model:
+        for tails, want in (((9, 0), (9, 0, 0)), ((9, 7), (9, 7, 0)), ((0, 7), (0, 7, 0)), ((-1, -1), (0, 0, 0))):
+            found = made(model, [*types], tail=tails[0], stock_tail=tails[1])
+            assert [note.tail_recent for note in found] == [n for n in want for _ in "kv"]
+        for flash, recent in ((True, [7, 0]), (False, [0, 0])):  # without flash attention nothing would read a tail
+            found = made(model, [("q8_0", "f16")] * 3, stock_tail=7, flash=flash)
+            assert [note.tail_recent for note in found] == recent * 3
 
 
 def test_a_tail_is_no_longer_than_its_stream_and_there_is_one_for_each(random_model: Callable[..., Path]) -> None:

@@ -92,7 +92,7 @@ class Made:
     """A device that supports the operations for which allowed says so, what it was asked, and a buffer on it."""
 
     def __init__(
-        self, base: Any, allowed: Callable[[str], bool], *, host: bool, kind: int, reason: bytes | None
+        self, base: Any, allowed: Callable[[str], bool], *, host: bool, kind: int, reason: bytes | None, rpc: bool
     ) -> None:
         self.names: list[str] = []
 
@@ -103,7 +103,8 @@ class Made:
         self.texts = [ctypes.create_string_buffer(text) for text in (b"Made0", reason or b"")]
         self.reason = REASON(lambda: ctypes.addressof(self.texts[1]))
         address = ctypes.cast(self.reason, ctypes.c_void_p).value if reason else None
-        proc = PROC_ADDRESS(lambda _, name: address if name == b"tq_ggml_reason" else None)
+        known = {b"tq_ggml_reason": address, b"ggml_backend_rpc_add_server": 1 if rpc else None}
+        proc = PROC_ADDRESS(lambda _, name: known.get(name))
         self.registry = Registry(0, (ctypes.c_void_p * 3)(), proc, None)
         self.device = Device(
             get_name=NAME(lambda _: ctypes.addressof(self.texts[0])),
@@ -134,7 +135,7 @@ class Ggml:
     def new(self, type: str, *ne: int) -> Any:
         return self.call("new_tensor_4d", ctypes.c_int(NUMBERS[type]), *[*ne, 1, 1, 1][:4])
 
-    def layer(self, types: tuple[str, str], buffer: Any, *, flash: bool) -> Any:
+    def layer(self, types: tuple[str, str], buffer: Any, *, flash: bool, tail: int) -> Any:
         """A graph that writes a cache in buffer, of 8 heads of 64, and reads it, as one of libllama does."""
         graph = ctypes.c_void_p(self.base.ggml_new_graph(self.context))
         heads = []
@@ -143,6 +144,9 @@ class Ggml:
             self.base.ggml_set_name(cache, name)
             assert cache.value
             ctypes.c_void_p.from_address(cache.value + 8).value = ctypes.addressof(buffer)  # behind ggml_tensor's type
+            self.base.tq_ggml_tail_set(tail, tail)
+            self.base.tq_ggml_tail_new(self.context, cache, ctypes.c_bool(flash))
+            self.base.tq_ggml_tail_set(0, 0)
             written = self.call("set_rows", cache, self.new("f32", 512, 3), self.new("i64", 3))
             self.base.ggml_build_forward_expand(graph, written)
             split = self.call("reshape_4d", cache, 64, 8, N_CELLS, 1)
@@ -163,12 +167,14 @@ def obstacle(
     host: bool = False,
     kind: int = GPU,
     reason: bytes | None = None,
+    rpc: bool = False,
     flash: bool = True,
+    tail: int = 0,
 ) -> tuple[str | None, list[str]]:
     """What is said of a graph, and what the device was asked."""
     ggml = Ggml()
-    made = Made(ggml.base, allowed, host=host, kind=kind, reason=reason)
-    said = ggml.base.tq_ggml_graph_obstacle(ggml.layer(types, made.buffer, flash=flash))
+    made = Made(ggml.base, allowed, host=host, kind=kind, reason=reason, rpc=rpc)
+    said = ggml.base.tq_ggml_graph_obstacle(ggml.layer(types, made.buffer, flash=flash, tail=tail))
     ggml.base.ggml_free(ggml.context)
     return (said.decode() if said else None), made.names
 
@@ -183,6 +189,24 @@ def test_all_that_works_on_a_cache_of_ours_is_asked_for() -> None:
 def test_stock_caches_and_those_in_memory_of_the_cpu_are_not_asked_for() -> None:
     assert obstacle(("f16", "q8_0"), lambda _: False) == (None, [])
     assert obstacle(("pqo3", "pqo3"), lambda _: False, host=True) == (None, [])
+
+
+def test_a_tail_beside_a_stock_type_is_refused_by_backends_that_do_not_know_it() -> None:
+    """They would say that they support the node, and leave the tail out."""
+    said, names = obstacle(("q4_0", "f16"), lambda _: True, tail=8)
+    assert said is not None and not names
+    for text in ("Made0 cannot do SET_ROWS with cache_k_l0", "type q4_0 with a precise tail", "knows no tail"):
+        assert text in said
+    assert obstacle(("q4_0", "f16"), lambda _: True, tail=8, flash=False) == (None, [])
+    assert obstacle(("q4_0", "f16"), lambda _: False, tail=8, host=True) == (None, [])
+    assert obstacle(("f16", "f16"), lambda _: False, tail=8) == (None, [])
+    for knows in ({"reason": b"because of the moon"}, {"rpc": True}):
+        said, names = obstacle(("f16", "q4_0"), lambda _: True, tail=8, **knows)
+        assert said is None and set(names) == {"SET_ROWS", "FLASH_ATTN_EXT"}
+    said, _ = obstacle(("f16", "q4_0"), lambda _: False, tail=8, reason=b"because of the moon")
+    assert said is not None and "q4_0 with a precise tail: because of the moon" in said
+    said, _ = obstacle(("f16", "q4_0"), lambda _: True, tail=8, kind=META)
+    assert said is not None and "q4_0 with a precise tail, which is not cut" in said
 
 
 @pytest.mark.parametrize("op", ["SET_ROWS", "FLASH_ATTN_EXT"])

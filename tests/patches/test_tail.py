@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,8 @@ from tqgguf.demo.model import MODEL_PATH
 api: Any = import_llama_cpp()
 
 N_CTX = 512
+STOCK = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+EITHER = pytest.mark.parametrize("cache", ["pqo3", "q4_0"])
 TOKENS = np.random.default_rng(0).integers(5, 400, N_CTX).astype(np.int32)
 
 
@@ -65,12 +70,76 @@ def state(context: Any, seq: int | None = None) -> Any:
     return buffer
 
 
-@pytest.mark.parametrize("cache", ["pqo3", "pqo4", "pqt3", "pqt4"])
-def test_a_tail_of_all_tokens_is_an_f16_cache(model: Any, cache: str) -> None:
+@pytest.mark.parametrize("cache", ["pqo3", "pqo4", "pqt3", "pqt4", *STOCK[1:], ("f16", "q4_0"), ("q4_0", "bf16")])
+def test_a_tail_of_all_tokens_is_an_f16_cache(model: Any, cache: Any) -> None:
     want = read(model.add_context("f16"), 0, 300)
     without = read(model.add_context(cache, tail=0), 0, 300)
     whole = read(model.add_context(cache, tail=N_CTX), 0, 300)
     assert moved(whole, want) < 3e-3 < moved(without, want) / 5
+
+
+@pytest.mark.parametrize("stock", STOCK)
+def test_rows_beside_a_stock_type_are_those_of_an_f16_cache(model: Any, stock: str) -> None:
+    # Beside pqo3 attention takes the same way through f16 as through a stock type.
+    def logits_of(*pair: str) -> npt.NDArray[np.float32]:
+        with model.further_context(pair, tail=N_CTX, rotate=False) as context:
+            return read(context, 0, 150)
+
+    np.testing.assert_array_equal(logits_of(stock, "pqo3"), logits_of("f16", "pqo3"))
+    np.testing.assert_array_equal(logits_of("pqo3", stock), logits_of("pqo3", "f16"))
+
+
+@pytest.mark.parametrize("stock", STOCK)
+def test_blocks_of_a_stock_type_are_the_same_with_a_tail(random_model: Callable[..., Path], stock: str) -> None:
+    # With one layer K and V depend on the tokens alone.
+    tokens = TOKENS[:90] % 250
+    with contextlib.closing(tqgguf.Llama(random_model(n_layer=1), cache="f16", n_ctx=N_CTX, verbose=False)) as model:
+        with_tail, without = (model.add_context(stock, tail=n) for n in (32, 0))
+        apart = moved(read(with_tail, 0, 90, batch=45, tokens=tokens), read(without, 0, 90, batch=45, tokens=tokens))
+        assert apart > 1e-4  # the tail was read
+        assert bytes(state(with_tail, 0)) == bytes(state(without, 0))
+
+
+def test_stock_types_have_a_tail_only_if_it_is_asked_for() -> None:
+    mixed = {"default": "pqo3", "layers": {"0-1": "q8_0", "2": ("q4_0", "f16")}}
+    for cache, tail, recent in (
+        ("q4_0", None, 0),
+        ("q4_0", 0, 0),
+        ("q4_0", 64, 64),
+        (mixed, None, 128),
+        (mixed, 64, 64),
+    ):
+        with contextlib.closing(tqgguf.Llama(MODEL_PATH, cache=cache, tail=tail, n_ctx=256, verbose=False)) as model:
+            info = model.cache_info()
+            sides = {"q4_0": 4 * [2 if tail else 0]}.get(str(cache), [2, 2, 1, 2] if tail else [0, 0, 0, 2])
+            assert info.tail == recent
+            assert [layer.tail_bytes for layer in info.layers] == [n * (recent + 4) * (128 * 2 + 4) for n in sides]
+            assert model.context_params.flash_attn_type == api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+
+
+def test_a_policy_of_both_kinds_reads_every_tail(model: Any) -> None:
+    mixed = {"default": "pqo3", "layers": {"0-1": "q4_0", "2": ("q4_0", "pqo3")}}
+    want = read(model.add_context("f16"), 0, 300)
+    some, most, all_ = (moved(read(model.add_context(mixed, tail=n), 0, 300), want) for n in (0, 128, N_CTX))
+    assert all_ < 3e-3 < most < some
+
+
+def test_a_tail_switches_flash_attention_on() -> None:
+    for k in ("q8_0", "iq4_nl"):
+        with contextlib.closing(tqgguf.Llama(MODEL_PATH, cache=(k, "f16"), tail=8, n_ctx=256, verbose=False)) as model:
+            assert model.cache_info().tail == 8
+        with pytest.raises(tqgguf.ArgumentError, match=r"flash_attn=False cannot be combined .* every tail needs"):
+            tqgguf.Llama(MODEL_PATH, cache=(k, "f16"), tail=8, flash_attn=False)
+
+
+@pytest.mark.parametrize("cache", ["f16", "f32", ("bf16", "f16")])
+def test_a_tail_that_has_no_blocks_beside_it(model: Any, cache: Any) -> None:
+    with pytest.raises(tqgguf.ArgumentError, match=r"tail is 64, but .* KV cache has no blocks"):
+        tqgguf.Llama(MODEL_PATH, cache=cache, tail=64)
+    with pytest.raises(tqgguf.ArgumentError, match="tail is 64"):
+        model.add_context(cache, tail=64)
+    with contextlib.closing(tqgguf.Llama(MODEL_PATH, cache=cache, tail=0, n_ctx=256, verbose=False)) as without:
+        assert without.cache_info().tail == 0
 
 
 def test_how_a_prompt_is_cut_changes_nothing_where_all_is_in_the_tail(model: Any) -> None:
@@ -79,8 +148,9 @@ def test_how_a_prompt_is_cut_changes_nothing_where_all_is_in_the_tail(model: Any
         assert moved(result, results[0]) < 3e-3  # 2e-4 to 3.2e-4: rounding to f16, as above
 
 
-def test_tokens_written_again_are_read_as_they_are_now(model: Any) -> None:
-    context = model.add_context("pqo3", tail=64)
+@EITHER
+def test_tokens_written_again_are_read_as_they_are_now(model: Any, cache: str) -> None:
+    context = model.add_context(cache, tail=64)
     read(context, 0, 200)
     memory = api.llama_get_memory(context)
     first = read(context, 200, 230)
@@ -90,12 +160,13 @@ def test_tokens_written_again_are_read_as_they_are_now(model: Any) -> None:
     np.testing.assert_array_equal(read(context, 200, 230), first)
 
 
-def test_restored_cells_own_no_rows(model: Any) -> None:
-    source = model.add_context("pqo3", tail=64)
+@EITHER
+def test_restored_cells_own_no_rows(model: Any, cache: str) -> None:
+    source = model.add_context(cache, tail=64)
     read(source, 0, 200)
     saved = state(source)
     kept = read(source, 200, 201)
-    fresh, used = model.add_context("pqo3", tail=64), model.add_context("pqo3", tail=64)
+    fresh, used = model.add_context(cache, tail=64), model.add_context(cache, tail=64)
     read(used, 0, 250, tokens=TOKENS[::-1])  # rows that the restored cells must not take for theirs
     for context in (fresh, used):
         assert api.llama_state_set_data(context, saved, len(saved)) > 0
@@ -104,11 +175,12 @@ def test_restored_cells_own_no_rows(model: Any) -> None:
     assert moved(kept, want) > 0.02
 
 
-def test_a_restored_sequence_owns_no_rows(model: Any) -> None:
-    source = model.add_context("pqo3", tail=64)
+@EITHER
+def test_a_restored_sequence_owns_no_rows(model: Any, cache: str) -> None:
+    source = model.add_context(cache, tail=64)
     read(source, 0, 200)
     saved = state(source, 0)
-    fresh, used = model.add_context("pqo3", tail=64), model.add_context("pqo3", tail=64)
+    fresh, used = model.add_context(cache, tail=64), model.add_context(cache, tail=64)
     read(used, 0, 250, tokens=TOKENS[::-1])
     api.llama_memory_clear(api.llama_get_memory(used), False)  # cells are free, rows still name them
     for context in (fresh, used):
@@ -116,8 +188,9 @@ def test_a_restored_sequence_owns_no_rows(model: Any) -> None:
     np.testing.assert_array_equal(read(used, 200, 201), read(fresh, 200, 201))
 
 
-def test_keys_that_a_context_shift_has_turned_own_no_rows(model: Any) -> None:
-    contexts = [model.add_context(("pqo3", "f16"), tail=64) for _ in range(2)]  # V in f16 has no tail
+@EITHER
+def test_keys_that_a_context_shift_has_turned_own_no_rows(model: Any, cache: str) -> None:
+    contexts = [model.add_context((cache, "f16"), tail=64) for _ in range(2)]  # V in f16 has no tail
     read(contexts[0], 0, 200)
     saved = state(contexts[0])
     assert api.llama_state_set_data(contexts[1], saved, len(saved)) > 0  # owns nothing
@@ -128,12 +201,13 @@ def test_keys_that_a_context_shift_has_turned_own_no_rows(model: Any) -> None:
     np.testing.assert_array_equal(read(contexts[0], 160, 161), read(contexts[1], 160, 161))
 
 
-def test_a_copied_stream_owns_no_rows(model: Any) -> None:
+@EITHER
+def test_a_copied_stream_owns_no_rows(model: Any, cache: str) -> None:
     contexts = []
     for _ in range(2):
         params = type(model.context_params).from_buffer_copy(model.context_params)
         params.n_seq_max, params.kv_unified = 2, False
-        params.type_k = params.type_v = CACHE_TYPES["pqo3"].number
+        params.type_k = params.type_v = CACHE_TYPES[cache].number
         params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         with tail_set(64):
             contexts.append(api.llama_init_from_model(model.model, params))
@@ -173,17 +247,18 @@ def test_cache_info_counts_the_tail() -> None:
     assert with_tail.tail_bytes == n_layer * (128 + 4) * (per_row + 2 * 4)
 
 
-def test_what_moves_takes_no_rows_of_others(model: Any) -> None:
+@EITHER
+def test_what_moves_takes_no_rows_of_others(model: Any, cache: str) -> None:
     # One stream, two sequences: sequence 1 is shifted, or restored, and sequence 0 must not notice.
     def fresh() -> Any:
-        context = model.add_context("pqo3", tail=N_CTX)
+        context = model.add_context(cache, tail=N_CTX)
         read(context, 0, 100)
         return context
 
     want = read(fresh(), 100, 101)
     params = type(model.context_params).from_buffer_copy(model.context_params)
     params.n_seq_max, params.kv_unified = 2, True
-    params.type_k = params.type_v = CACHE_TYPES["pqo3"].number
+    params.type_k = params.type_v = CACHE_TYPES[cache].number
     params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
     for change in ("shift", "restore"):
         with tail_set(N_CTX):

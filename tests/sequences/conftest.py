@@ -186,7 +186,9 @@ def opened() -> Iterator[Open]:
     with contextlib.ExitStack() as stack:
         loaded: dict[Path, Any] = {}
 
-        def open_context(path: Path, cache: Any = "pqo3", *, tail: int = 0, **params: Any) -> Context:
+        def open_context(
+            path: Path, cache: Any = "pqo3", *, tail: int = 0, rotate: bool = True, **params: Any
+        ) -> Context:
             if path not in loaded:
                 model = tqgguf.Llama(path, cache="f16", n_ctx=256, n_threads=1, verbose=False)
                 loaded[path] = model
@@ -200,7 +202,7 @@ def opened() -> Iterator[Open]:
             for name, value in ({"n_ctx": 512, "n_batch": 512, "n_ubatch": 512} | params).items():
                 assert hasattr(chosen, name)
                 setattr(chosen, name, value)
-            making = make_context(model.model, model.model_info, policy, chosen, tail=tail)
+            making = make_context(model.model, model.model_info, policy, chosen, tail=tail, rotate=rotate)
             return Context(stack.enter_context(making)[0])
 
         yield open_context

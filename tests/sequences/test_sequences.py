@@ -148,12 +148,10 @@ class Pair:
         n_cells = 512 if unified else 256
         self.n_seq, self.unified, self.weights = n_seq, unified, Weights(path)
         self.types = parse_cache(cache)
-        self.context = opened(
-            path, cache, tail=tail, n_ctx=n_cells * (1 if unified else n_seq), n_seq_max=n_seq, kv_unified=unified
-        )
-        self.tails = [min(tail, n_cells) if kind.ours else 0 for kind in self.types]
-        assert self.tails[0] == self.tails[1]
-        self.streams = [Stream(n_cells, self.tails[0]) for _ in range(1 if unified else n_seq)]
+        options = {"n_ctx": n_cells * (1 if unified else n_seq), "n_seq_max": n_seq, "kv_unified": unified}
+        self.context = opened(path, cache, tail=tail, rotate=False, **options)
+        assert all(kind.quantized for kind in self.types)  # so that both have the tail
+        self.streams = [Stream(n_cells, min(tail, n_cells)) for _ in range(1 if unified else n_seq)]
 
     def stream(self, sequence: int) -> Stream:
         return self.streams[0 if self.unified else sequence]
@@ -318,11 +316,16 @@ def run(pair: Pair, seed: int, n: int, tolerance: float) -> None:
                     raise AssertionError(f"{error}; done before: {', '.join(done)}") from None
 
 
+def tolerance_of(cache: Any, tail: int) -> float:
+    """llama.cpp's own attention over q4_0 rounds queries to 8 bits; the one that reads tails does not."""
+    return 2e-2 if cache == "q4_0" and not tail else 2e-3
+
+
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 @pytest.mark.parametrize("tail", [0, 64, 512])
-@pytest.mark.parametrize("cache", ["pqo3", ("pqo4", "pqo3"), "pqt4"], ids=str)
+@pytest.mark.parametrize("cache", ["pqo3", ("pqo4", "pqo3"), "pqt4", "q4_0", ("q4_0", "pqo3")], ids=str)
 def test_any_order_of_operations(opened: Any, path: Path, cache: Any, tail: int, unified: bool) -> None:
-    run(Pair(opened, path, cache, tail, unified), seed=1, n=25, tolerance=2e-3)
+    run(Pair(opened, path, cache, tail, unified), seed=1, n=25, tolerance=tolerance_of(cache, tail))
 
 
 @pytest.mark.slow
@@ -330,5 +333,5 @@ def test_any_order_of_operations(opened: Any, path: Path, cache: Any, tail: int,
 @pytest.mark.parametrize("tail", [0, 1, 20, 64, 130, 512])
 @pytest.mark.parametrize("seed", range(2, 12))
 def test_many_orders_of_operations(opened: Any, path: Path, seed: int, tail: int, unified: bool) -> None:
-    cache = ("pqo3", "pqo4", "pqt3", ("pqo4", "pqo3"))[seed % 4]
-    run(Pair(opened, path, cache, tail, unified), seed, n=80, tolerance=2e-3)
+    cache = ("pqo3", "pqo4", "pqt3", ("pqo4", "pqo3"), "q4_0")[seed % 5]
+    run(Pair(opened, path, cache, tail, unified), seed, n=80, tolerance=tolerance_of(cache, tail))

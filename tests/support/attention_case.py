@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ class Case:
         offset: bytes that K and V, and scratch on the CPU, are off.
         gap: bytes between tokens.
         head_major: whether a head's tokens lie side by side.
-        tail, first: recent and first rows of the precise tail, where the type may have one.
+        tail, first: recent and first rows of the precise tail, where the type may have one; f32 stands for a type that
+            tqgguf does not know, and has a decoder then.
         spread: tokens of V differ in magnitude (the standard deviation of its logarithm); channel 0 of q stands out.
         poison: where NaN (q) or infinities (k, v: their last token, as it is stored) are put after the oracle has been
             asked; sinks: all are -infinity.
@@ -108,11 +110,13 @@ def add_tail(rng: Any, exact: npt.NDArray[np.float32], operand: Operand, case: C
     for s in range(n_stream):
         for t in rng.permutation(n_kv) if rng.random() < 0.5 else np.arange(n_kv):
             row = case.tail + t if t < case.first else t % case.tail
-            rows[s, row] = reference.encode_tail(exact[s, t], case.mode)
+            # f32 loses nothing that a tail could keep: its rows are others, so that a row not read is noticed
+            rows[s, row] = exact[s, t] + 1 if operand.type == "f32" else reference.encode_tail(exact[s, t], case.mode)
             owner[s, row] = t + 1
         owner[s, rng.random(owner.shape[1]) < 0.2] = 0
         for row in np.flatnonzero(owner[s]):
-            operand.values[s, owner[s, row] - 1] = reference.decode_tail(rows[s, row], case.mode)
+            values = rows[s, row] if operand.type == "f32" else reference.decode_tail(rows[s, row], case.mode)
+            operand.values[s, owner[s, row] - 1] = values
     operand.tail = rows, owner
 
 
@@ -163,7 +167,7 @@ def make_inputs(case: Case, encode: Encode = reference.encode) -> Inputs:
     k_exact, v_exact = normal(*shape, case.head_dim_k), sizes * normal(*shape, case.head_dim_v)
     k, v = store(k_exact, case.k_type, case.mode, encode), store(v_exact, case.v_type, case.mode, encode)
     for exact, x in ((k_exact, k), (v_exact, v)):
-        if case.tail and CACHE_TYPES[x.type].ours:
+        if case.tail and x.type != "f16":
             add_tail(rng, exact, x, case)
     sinks = normal(case.n_head) if case.sinks else None
     mask = make_mask(rng, case)
@@ -198,6 +202,12 @@ def lay_out(x: Operand, case: Case) -> tuple[npt.NDArray[np.uint8], tuple[int, i
     return stored, (*stored.strides[:2], n_bytes)
 
 
+@functools.cache
+def decoder(ffi: Any) -> Any:
+    """A tq_row_decoder of rows of f32."""
+    return ffi.callback("tq_row_decoder", lambda row, x, n: ffi.memmove(x, row, 4 * n))
+
+
 def arguments(ffi: Any, case: Case, inputs: Inputs, out: Array, put: Callable[[Array, int], Any]) -> Any:
     """The tq_attn of a case, but for args.out. put(array, offset) copies an array into memory that is off by offset."""
     args = ffi.new("tq_attn *")
@@ -210,6 +220,8 @@ def arguments(ffi: Any, case: Case, inputs: Inputs, out: Array, put: Callable[[A
         stored, (target.stride_stream, target.stride_token, target.stride_head) = lay_out(x, case)
         target.data = put(stored, case.offset if CACHE_TYPES[x.type].ours or case.offset % 2 == 0 else 0)
         if x.tail:
+            if x.type == "f32":
+                target.type, target.decoder = 77, decoder(ffi)
             rows, owner = x.tail
             target.tail.data, target.tail.owner = put(rows, 0), put(owner, 0)
             target.tail.n_recent, target.tail.n_first = case.tail, case.first

@@ -133,8 +133,17 @@ def test_labels(tmp_path: Path) -> None:
         ("pqo3", 0),
         ("pqo3+64", 64),
         ("policy", 0),
+        ("policy+64", 64),
         ("policy (2)", 0),
         ("policy (2)+64", 64),
+    ]
+    usual = compared_caches(["f16", "q8_0", ranges, "pqo3", {"default": "q8_0", "layers": {"1": "pqt3"}}], 2)
+    assert [(cache.label, cache.tail, cache.kept, cache.n_ubatch) for cache in usual] == [
+        ("f16", 0, 0, 512),
+        ("q8_0", None, 0, 512),
+        ("policy", None, 0, 512),
+        ("pqo3+128", None, 128, 128),
+        ("policy (2)+128", None, 128, 128),
     ]
     CachePolicy(("pqo4", "pqo3"), ("pqo3", "pqo3")).write(tmp_path / "pqo3.gguf")
     named = compared_caches([tmp_path / "pqo3.gguf", "pqo3"], 2, tails=(0,))

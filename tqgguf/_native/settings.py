@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..cache.policy import CachePolicy
+from ..cache.tail import kept
 from ..cache.tensors import CacheTensor
+from ..config import CACHE_TYPES
 from .libggml import base, ffi
 
 
@@ -34,14 +36,13 @@ def policy_applied(policy: CachePolicy) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tail_set(n: int) -> Iterator[None]:
-    """While it lasts, contexts that this thread makes keep n tokens in f16 (native/ggml/tq_ggml_tail.h)."""
-    before = base().tq_ggml_tail_get()
-    base().tq_ggml_tail_set(n)
+def tail_set(n: int | None) -> Iterator[None]:
+    """While it lasts, contexts that this thread makes have a tail of n tokens (native/ggml/tq_ggml_tail.h)."""
+    base().tq_ggml_tail_set(*(kept(CACHE_TYPES[name], n) for name in ("pqo3", "q8_0")))
     try:
         yield
     finally:
-        base().tq_ggml_tail_set(before)
+        base().tq_ggml_tail_set(0, 0)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from ..config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
 from ..errors import ArgumentError, CacheTypeError, ModelFileError, ModelNotFoundError, PolicyError
 from ..gguf.header import read_header
 from ..gguf.info import ModelInfo, read_model_info
-from .tail import tail_bytes
+from .tail import kept, tail_bytes
 
 POLICY_VERSION: Final = 1
 """Of the file format; another one is refused."""
@@ -105,14 +105,36 @@ class CachePolicy:
 
     @property
     def ours(self) -> bool:
-        """Whether a layer has a type of tqgguf, so that there can be a tail."""
+        """Whether a layer has a type of tqgguf."""
         return any(CACHE_TYPES[name].ours for name in (*self.types_k, *self.types_v))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a layer has a quantized type, so that there can be a tail."""
+        return any(CACHE_TYPES[name].quantized for name in (*self.types_k, *self.types_v))
+
+    def kept(self, tail: int | None) -> int:
+        """Newest tokens that are kept in f16 beside the blocks of a layer; 0: none are.
+
+        Args:
+            tail: as for `Llama`.
+        """
+        return max((kept(CACHE_TYPES[name], tail) for name in (*self.types_k, *self.types_v)), default=0)
+
+    def kept_by_stock(self, tail: int | None) -> bool:
+        """Whether a stock type has a tail, which is for the CPU alone.
+
+        Args:
+            tail: as for `Llama`.
+        """
+        kinds = (CACHE_TYPES[name] for name in (*self.types_k, *self.types_v))
+        return any(kept(kind, tail) for kind in kinds if not kind.ours)
 
     def bytes(
         self,
         info: ModelInfo,
         n_ctx: int,
-        tail: int,
+        tail: int | None,
         n_ubatch: int = 512,
         *,
         n_seq: int = 1,
@@ -124,7 +146,7 @@ class CachePolicy:
         Args:
             info: the model.
             n_ctx: tokens of all sequences together.
-            tail: newest tokens kept in f16.
+            tail: newest tokens kept in f16, as for `Llama`.
             n_ubatch: tokens computed at once; they add to the cells of layers that keep their sliding window alone.
             n_seq: sequences that share the context.
             unified: whether all share one cache, instead of a part of the context for each.
@@ -339,10 +361,15 @@ def resolve(cache: PolicySpec, n_layer: int) -> CachePolicy:
     raise ArgumentError(f"cache must be a type, a pair of types, a policy or a policy file, not {cache!r}")
 
 
-def needs_flash(policy: CachePolicy) -> bool:
-    """Whether a cache works with flash attention alone: one with a type of tqgguf, or a quantized V."""
+def needs_flash(policy: CachePolicy, tail: int | None) -> bool:
+    """Whether a cache works with flash attention alone: one with a type of tqgguf, a quantized V, or a tail."""
     types = (policy.types(layer) for layer in range(policy.n_layer))
-    return any(k.ours or v.quantized for k, v in types)
+    return policy.kept(tail) > 0 or any(k.ours or v.quantized for k, v in types)
+
+
+def needs_tqgguf(policy: CachePolicy, tail: int | None) -> bool:
+    """Whether a stock llama.cpp would not do with a cache: one with a type of tqgguf, or a tail."""
+    return policy.ours or policy.kept(tail) > 0
 
 
 def base_types(policy: CachePolicy, info: ModelInfo) -> tuple[CacheType, CacheType]:
@@ -356,6 +383,15 @@ def cache_words(policy: CachePolicy) -> str:
         return "a KV cache with this policy"
     k, v = policy.uniform
     return f"a {k.name} KV cache" if k == v else f"a {k.name} (K) and {v.name} (V) KV cache"
+
+
+def refuse_idle_tail(policy: CachePolicy, tail: int | None) -> None:
+    """Raises ArgumentError if a tail is asked for beside types that are precise without one."""
+    if tail and not policy.quantized:
+        raise ArgumentError(
+            f"tail is {tail}, but {cache_words(policy)} has no blocks that a tail could improve: leave it out, "
+            f"or choose a quantized type"
+        )
 
 
 def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:

@@ -1,8 +1,11 @@
 """The precise tail: the newest tokens, and the first few, kept in f16 beside the blocks of a compressed cache.
 
-Each K or V of our types has a ring of f16 rows (native/ggml/tq_ggml_tail.h): a token that is written also takes a row,
-and attention reads that row as long as no later token has taken it. Tokens that come from a saved state, and keys that
-a context shift has turned, have blocks only.
+Each quantized K or V can have a ring of f16 rows (native/ggml/tq_ggml_tail.h): a token that is written also takes a
+row, and attention reads that row as long as no later token has taken it. Tokens that come from a saved state, and keys
+that a context shift has turned, have blocks only.
+
+A tail is asked for as a number of tokens, or as None: then types of tqgguf have one of DEFAULT_TAIL, and stock types
+have none, so that llama.cpp computes with them as it always does.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from ..errors import ArgumentError
 from ..gguf.info import KVLayer
 
 DEFAULT_TAIL: Final = 128
-"""Newest tokens kept in f16 unless told otherwise."""
+"""Newest tokens kept in f16 beside a type of tqgguf unless told otherwise."""
 
 MAX_TAIL: Final = 2**20
 
@@ -26,12 +29,14 @@ _FIRST: Final = 4
 """As TQ_GGML_TAIL_FIRST."""
 
 
-def check_tail(n: Any) -> int:
-    """The number of newest tokens to keep in f16.
+def check_tail(n: Any) -> int | None:
+    """The number of newest tokens to keep in f16, or None.
 
     Raises:
-        ArgumentError: not an integer from 0 to MAX_TAIL.
+        ArgumentError: neither None nor an integer from 0 to MAX_TAIL.
     """
+    if n is None:
+        return None
     if isinstance(n, bool) or not hasattr(n, "__index__") or not 0 <= n <= MAX_TAIL:
         raise ArgumentError(
             f"tail is {n!r}, must be an integer between 0 and {MAX_TAIL}: the newest tokens kept in f16"
@@ -39,8 +44,17 @@ def check_tail(n: Any) -> int:
     return int(n.__index__())
 
 
+def kept(kind: CacheType, n: int | None) -> int:
+    """The newest tokens that K or V of a type keeps in f16, where a tail of n was asked for."""
+    if not kind.quantized:
+        return 0
+    return (DEFAULT_TAIL if kind.ours else 0) if n is None else n
+
+
 def warn_unread(n: int, architecture: str) -> None:
-    """Warns if a tail of n tokens is kept for a model that reads it in a part of its layers only."""
+    """Warns if a tail of n tokens is kept for a model that reads it in a part of its layers only, or not at all."""
+    if n and architecture == "t5":
+        warn("T5's attention has a bias, and does not read the precise tail: tail=0 saves its memory")
     if n and architecture in READ_IN_PART:
         warn(
             f"layers with sparse attention do not read the precise tail, and {architecture} has them: "
@@ -58,9 +72,10 @@ def tail_batch(n: int, most: int) -> int:
     return min(most, max(n, 128)) if n else most
 
 
-def tail_rows(kind: CacheType, n: int, cells: int) -> tuple[int, int]:
+def tail_rows(kind: CacheType, n: int | None, cells: int) -> tuple[int, int]:
     """Rows of the tail of a K or V in a stream of so many cells: for the newest tokens, and for the first ones."""
-    return (min(n, cells), min(_FIRST, cells)) if n and kind.ours else (0, 0)
+    recent = kept(kind, n)
+    return (min(recent, cells), min(_FIRST, cells)) if recent else (0, 0)
 
 
 def tail_width(n_embd: int) -> int:
@@ -68,7 +83,7 @@ def tail_width(n_embd: int) -> int:
     return CACHE_TYPES["f16"].row_bytes(n_embd) + 4
 
 
-def tail_bytes(layer: KVLayer, k: CacheType, v: CacheType, n: int, cells: int) -> int:
+def tail_bytes(layer: KVLayer, k: CacheType, v: CacheType, n: int | None, cells: int) -> int:
     """Bytes of one layer's tails in a stream of so many cells."""
     return sum(
         sum(tail_rows(kind, n, cells)) * tail_width(layer.n_head_kv * width)

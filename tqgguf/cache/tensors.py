@@ -64,7 +64,7 @@ class CacheShape:
         n_seq: sequences.
         unified: whether they share one stream, instead of a stream for each.
         swa_full: whether layers with a sliding window keep all tokens nevertheless.
-        tail: newest tokens kept in f16 where a type is one of tqgguf.
+        tail: newest tokens kept in f16, as for `Llama`.
         rotate: whether llama.cpp may rotate K and V.
     """
 
@@ -73,7 +73,7 @@ class CacheShape:
     n_seq: int
     unified: bool
     swa_full: bool
-    tail: int
+    tail: int | None
     rotate: bool = True
 
     @property

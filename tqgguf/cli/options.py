@@ -112,8 +112,8 @@ def add_tail_option(group: argparse._ActionsContainer) -> None:
         "--tail",
         type=tail,
         metavar="N",
-        default=DEFAULT_TAIL,
-        help=f"newest tokens kept in f16 beside a pqo or pqt cache, 0 for none (default: {DEFAULT_TAIL})",
+        help=f"newest tokens kept in f16 beside a quantized cache, 0 for none (default: {DEFAULT_TAIL} beside pqo and "
+        "pqt types, none beside others)",
     )
 
 

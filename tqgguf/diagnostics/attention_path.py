@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from ..cache.policy import CachePolicy, PolicySpec, needs_flash, resolve
-from ..cache.tail import DEFAULT_TAIL
+from ..cache.tail import kept
 from ..config import CacheType
 from ..errors import TqggufError
 from ..gguf.header import read_header
@@ -73,7 +73,7 @@ class AttentionPath:
     notes: tuple[str, ...]
 
 
-def attention_path(path: str | Path, cache: PolicySpec = "pqo3", *, tail: int = DEFAULT_TAIL) -> AttentionPath:
+def attention_path(path: str | Path, cache: PolicySpec = "pqo3", *, tail: int | None = None) -> AttentionPath:
     """The code that would compute attention on the CPU with the settings of `Llama`. Loads no weights.
 
     Args:
@@ -87,13 +87,13 @@ def attention_path(path: str | Path, cache: PolicySpec = "pqo3", *, tail: int = 
     """
     info = read_model_info(path)
     policy = resolve(cache, info.n_layer)
-    flash = needs_flash(policy)
+    flash = needs_flash(policy, tail)
     obstacle = _obstacle(info, policy, flash, tail)
-    paths = () if obstacle else tuple(_paths(info, policy, flash))
+    paths = () if obstacle else tuple(_paths(info, policy, flash, tail))
     return AttentionPath(info, policy.words or str(cache), obstacle, flash, paths, tuple(_notes(info, policy, tail)))
 
 
-def _obstacle(info: ModelInfo, policy: CachePolicy, flash: bool, tail: int) -> str | None:
+def _obstacle(info: ModelInfo, policy: CachePolicy, flash: bool, tail: int | None) -> str | None:
     if flash and info.architecture in _NO_FLASH:
         return f"llama.cpp excludes architecture {info.architecture} from flash attention, which this cache needs"
     try:
@@ -104,16 +104,18 @@ def _obstacle(info: ModelInfo, policy: CachePolicy, flash: bool, tail: int) -> s
     return None
 
 
-def _paths(info: ModelInfo, policy: CachePolicy, flash: bool) -> Iterator[LayerPath]:
+def _paths(info: ModelInfo, policy: CachePolicy, flash: bool, tail: int | None) -> Iterator[LayerPath]:
     keyed = [
-        (_way(info, layer.n_head_kv, *policy.types(layer.index), flash), policy.types(layer.index), layer.index)
+        (_way(info, layer.n_head_kv, *policy.types(layer.index), flash, tail), policy.types(layer.index), layer.index)
         for layer in info.layers
     ]
     for (way, (k, v)), group in groupby(keyed, key=lambda item: item[:2]):
         yield LayerPath(tuple(index for *_, index in group), k.name, v.name, *way)
 
 
-def _way(info: ModelInfo, n_head_kv: int, k: CacheType, v: CacheType, flash: bool) -> tuple[str, str, str]:
+def _way(
+    info: ModelInfo, n_head_kv: int, k: CacheType, v: CacheType, flash: bool, tail: int | None
+) -> tuple[str, str, str]:
     """The code for one token, the code for many, and the reason."""
     if not flash:
         products = "upstream matrix products"
@@ -127,12 +129,14 @@ def _way(info: ModelInfo, n_head_kv: int, k: CacheType, v: CacheType, flash: boo
             return "tiled", "tiled", f"{group} query heads share a KV head, the fused kernels take {MAX_FUSED}"
         why = f"{both} of types of tqgguf, and {group} query heads share a KV head (fused takes {MAX_FUSED})"
         return "fused", "tiled", why
+    if kept(k, tail) or kept(v, tail):
+        return "tiled", "tiled", "stock types with a tail: tokens are decoded a tile at a time, from blocks or rows"
     if k.name == v.name and k.name in ("f16", "f32"):
         return "upstream split", "upstream tiled", "K and V are of one float type"
     return "upstream rows", "upstream rows", "stock types: quantized, or not the same for K and V, go row by row"
 
 
-def _notes(info: ModelInfo, policy: CachePolicy, tail: int) -> Iterator[str]:
+def _notes(info: ModelInfo, policy: CachePolicy, tail: int | None) -> Iterator[str]:
     header = read_header(info.path)
     softcap = header.metadata.get(f"{info.architecture}.attn_logit_softcapping")
     if isinstance(softcap, float) and softcap:
@@ -143,7 +147,7 @@ def _notes(info: ModelInfo, policy: CachePolicy, tail: int) -> Iterator[str]:
         yield "MLA: all query heads share one latent, and V is read from K"
     if any(layer.window for layer in info.layers):
         yield "layers with a sliding window skip the keys outside of it"
-    if tail and policy.ours:
-        yield f"the newest {tail} tokens and the first four are read in f16 (precise tail)"
+    if recent := policy.kept(tail):
+        yield f"the newest {recent} tokens and the first four are read in f16 (precise tail)"
     if policy.k_means:
         yield f"keys of {len(policy.k_means)} layers are stored less a mean"

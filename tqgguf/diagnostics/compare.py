@@ -24,7 +24,7 @@ import numpy.typing as npt
 from .._native import import_llama_cpp
 from .._util import check_count
 from ..cache.policy import CachePolicy, PolicySpec, refuse_impossible, resolve
-from ..cache.tail import DEFAULT_TAIL, check_tail, tail_batch
+from ..cache.tail import check_tail, tail_batch
 from ..config import MEASURED_TYPES
 from ..demo import model as demo
 from ..errors import ArgumentError, TextError, TqggufError
@@ -83,7 +83,7 @@ class TypeQuality:
         type: label of the cache (`NamedCache`): the name of its type, unless K and V or layers differ.
         bits: bits per cached value, over all layers and the tokens of a chunk, with the tail.
         bytes_per_token: bytes of K and V of all layers together, without the tail.
-        tail: newest tokens kept in f16; 0 for a cache of stock types.
+        tail: newest tokens kept in f16.
         bytes: bytes of the cache for a chunk, with the tail.
         perplexity: exp of the mean negative log-likelihood of the scored tokens.
         perplexity_error: its standard error, if tokens were independent.
@@ -135,19 +135,24 @@ class NamedCache:
         label: name of its type; "pqo4/pqo3" if K and V have different types; the name of a policy file without its
             suffix; "policy" for any other policy. "+N" follows if there is a tail of N tokens.
         policy: the type of every layer's K and V.
-        tail: newest tokens kept in f16; 0 for a cache of stock types.
+        tail: newest tokens kept in f16, as for `Llama`.
         rotate: whether llama.cpp may rotate stock quantized types, which it does by default.
     """
 
     label: str
     policy: CachePolicy
-    tail: int = 0
+    tail: int | None = 0
     rotate: bool = True
+
+    @property
+    def kept(self) -> int:
+        """Newest tokens that are kept in f16."""
+        return self.policy.kept(self.tail)
 
     @property
     def n_ubatch(self) -> int:
         """Tokens to compute at once, as `Llama.eval` does."""
-        return tail_batch(self.tail, UBATCH)
+        return tail_batch(self.kept, UBATCH)
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,9 @@ class Trial:
             refuse_impossible(self.info, cache.policy)
 
     @classmethod
-    def of(cls, path: str | Path, caches: Sequence[PolicySpec], tails: Sequence[int], n_ctx: int | None) -> Trial:
+    def of(
+        cls, path: str | Path, caches: Sequence[PolicySpec], tails: Sequence[int] | None, n_ctx: int | None
+    ) -> Trial:
         """The trial that the arguments of `compare` describe."""
         info = read_model_info(path)
         return cls(info, compared_caches(caches, info.n_layer, tails), context_length(info, n_ctx))
@@ -183,7 +190,7 @@ def compare(
     caches: Sequence[PolicySpec] = MEASURED_TYPES,
     text: str | None = None,
     *,
-    tails: Sequence[int] = (DEFAULT_TAIL,),
+    tails: Sequence[int] | None = None,
     n_ctx: int | None = None,
     n_chunks: int | None = None,
     n_batch: int = 512,
@@ -206,8 +213,9 @@ def compare(
             V, types by layer, a policy, or a policy file.
         text: the text to read; it is tokenized without control tokens. None takes a conversation about facts that the
             demo model was made for, with control tokens; any other model needs a text.
-        tails: numbers of newest tokens kept in f16. A cache with a type of tqgguf is measured with each of them. As in
-            `Llama`, the tail also decides how many tokens are computed at once.
+        tails: numbers of newest tokens kept in f16; a cache with a quantized type is measured with each of them. None
+            measures each cache once, with the tail that `Llama` gives it unless told otherwise. As in `Llama`, the tail
+            also decides how many tokens are computed at once.
         n_ctx: tokens in a chunk; None means DEFAULT_CONTEXT, or the trained context if that is less.
         n_chunks: chunks to read at most; None means the whole text (DEFAULT_CHUNKS of the demo model's own text).
         n_batch: tokens per call of llama.cpp; fewer save memory if the vocabulary is large.
@@ -282,7 +290,7 @@ def reading(
 
 
 def compared_caches(
-    caches: Sequence[PolicySpec], n_layer: int, tails: Sequence[int] = (DEFAULT_TAIL,)
+    caches: Sequence[PolicySpec], n_layer: int, tails: Sequence[int] | None = None
 ) -> tuple[NamedCache, ...]:
     """The caches of a comparison in a model of n_layer layers, the reference first, each with every tail it can have.
 
@@ -293,12 +301,12 @@ def compared_caches(
             caches; no tail, a tail given twice, or a tail that is not a number of tokens.
         PolicyError, ModelNotFoundError: as `resolve`.
     """
-    for name, value in (("caches", caches), ("tails", tails)):
+    for name, value in (("caches", caches), ("tails", () if tails is None else tails)):
         if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
             raise ArgumentError(f"{name} is {value!r}, must be a list")
-    lengths = [check_tail(tail) for tail in tails]
+    lengths = [None] if tails is None else [check_tail(tail) for tail in tails]
     if not lengths or len(set(lengths)) < len(lengths):
-        raise ArgumentError(f"tails are {list(tails)}, must be at least one and none twice")
+        raise ArgumentError(f"tails are {list(tails or ())}, must be at least one and none twice")
     found: dict[str, CachePolicy] = {}
     words: set[str] = set()
     for i, cache in enumerate(caches):
@@ -311,8 +319,9 @@ def compared_caches(
         found[f"{label} ({copies + 1})" if copies else label] = policy
     named: list[NamedCache] = []
     for label, policy in found.items():
-        possible = lengths if policy.ours else [0]
-        named += [NamedCache(f"{label}+{n}" if n else label, policy, n) for n in possible]
+        for tail in lengths if policy.quantized else [0]:
+            recent = policy.kept(tail)
+            named.append(NamedCache(f"{label}+{recent}" if recent else label, policy, tail))
     if len(named) < 2:
         raise ArgumentError(
             "a comparison needs at least two caches: the reference first, then those to compare with it"
@@ -356,7 +365,8 @@ def read_text(path: str | Path) -> str:
 def load(path: str | Path, cache: NamedCache, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
     """A model to measure: quiet, and with flash attention for every cache, so that only the types differ."""
     threads: dict[str, Any] = {"n_threads": n_threads, "n_threads_batch": n_threads}
-    options = {"n_ubatch": cache.n_ubatch, **threads, **options, "cache": cache.policy, "tail": cache.tail}
+    tail = cache.tail if cache.policy.quantized else None  # which further contexts may take for theirs
+    options = {"n_ubatch": cache.n_ubatch, **threads, **options, "cache": cache.policy, "tail": tail}
     return Llama(path, flash_attn=True, n_ctx=n_ctx, verbose=False, **options)
 
 
@@ -463,7 +473,7 @@ def _policy_notes(caches: Sequence[NamedCache]) -> list[str]:
     return [
         f"{cache.label} was tuned with a tail of {cache.policy.tail}"
         for cache in caches
-        if cache.policy.tail not in (None, cache.tail)
+        if cache.policy.tail not in (None, cache.kept)
     ]
 
 
@@ -525,7 +535,7 @@ class Reader:
             type=self.cache.label,
             bits=16 * n_bytes / f16 if f16 else 0.0,
             bytes_per_token=self.cache.policy.bytes_per_token(info),
-            tail=self.cache.tail,
+            tail=self.cache.kept,
             bytes=n_bytes,
             perplexity=perplexity,
             perplexity_error=perplexity * standard_error(nll),

@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from .._util import check_count
 from ..cache.policy import PolicySpec
-from ..cache.tail import DEFAULT_TAIL
 from ..config import MEASURED_TYPES
 from ..errors import ArgumentError
 from .compare import Array, CountProgress, Divergence, Reader, Trial, divergence, log_softmax, reading
@@ -34,7 +33,7 @@ class ContinuationQuality:
 
     Attributes:
         type: label of the cache, as in `compare`.
-        tail: newest tokens kept in f16; 0 for a cache without a tail.
+        tail: newest tokens kept in f16.
         kld: divergence from the reference over all tokens of all answers, in nats.
         by_position: its mean in each of `SPANS` equal parts of the answers, in order.
         same_top: share of tokens at which the most probable one is the reference's.
@@ -73,7 +72,7 @@ def continuation(
     text: str | None = None,
     *,
     n_generate: int,
-    tails: Sequence[int] = (DEFAULT_TAIL,),
+    tails: Sequence[int] | None = None,
     n_ctx: int | None = None,
     n_chunks: int | None = None,
     n_batch: int = 512,
@@ -189,7 +188,7 @@ def _quality(reader: Reader, n_generate: int) -> ContinuationQuality:
     agreed = np.where(same.all(axis=1), n_generate, same.argmin(axis=1))
     return ContinuationQuality(
         type=reader.cache.label,
-        tail=reader.cache.tail,
+        tail=reader.cache.kept,
         kld=divergence(kld.ravel()),
         by_position=tuple(float(part.mean()) for part in _spans(kld)),
         same_top=float(same.mean()),

@@ -14,7 +14,7 @@ from typing import Final
 
 from .._native import library_path
 from ..cache.policy import CachePolicy, PolicySpec, resolve
-from ..cache.tail import DEFAULT_TAIL, check_tail
+from ..cache.tail import check_tail
 from ..config import PREFERRED_TYPES
 from ..errors import ArgumentError, TqggufError
 from ..gguf.header import read_header
@@ -28,6 +28,7 @@ FIRST_LOOK: Final = 2**18
 """Tokens of the first context to plan, unless fewer are wanted."""
 
 KEPT_ON_CPU: Final = "this build has no CUDA backend, so caches of tqgguf's types are counted in main memory"
+STOCK_TAIL: Final = "the tail of stock types is for the CPU, so caches that have one are counted in main memory"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def fit(
     unified: bool = False,
     swa_full: bool = True,
     caches: Sequence[PolicySpec] = PREFERRED_TYPES,
-    tail: int = DEFAULT_TAIL,
+    tail: int | None = None,
 ) -> Fit:
     """Finds the longest context that fits for each cache, with the settings of `tqgguf.Llama`.
 
@@ -105,8 +106,9 @@ def fit(
         path: a GGUF file.
         memory: bytes of main memory.
         vram: bytes of video memory. As many layers as fit go there, weights and KV cache, the last ones first, as with
-            `n_gpu_layers`; a KV cache of tqgguf's types only if this build has a CUDA backend. Compute buffers are
-            counted on both sides. No GPU is asked: these figures are an estimate.
+            `n_gpu_layers`; a KV cache of tqgguf's types only if this build has a CUDA backend, and one of stock types
+            with a tail not at all. Compute buffers are counted on both sides. No GPU is asked: these figures are an
+            estimate.
         n_ctx: tokens wanted, over all sequences; None means the trained context for each sequence.
         n_seq: sequences.
         unified: whether the sequences share one cache, instead of a part for each.
@@ -145,7 +147,7 @@ def fit(
         fitter = _Fitter(model, setup, memory, vram, wanted)
         rows = tuple(fitter.row(cache) for cache in caches)
         recommended, reason = _recommend(rows, wanted)
-        notes = (KEPT_ON_CPU,) if fitter.kept_on_cpu else ()
+        notes = tuple(sorted(fitter.notes))
         return Fit(info, model.weights, memory, vram, wanted, setup, rows, recommended, reason, notes)
 
 
@@ -173,7 +175,7 @@ class _Fitter:
     def __init__(self, model: PlannedModel, setup: Setup, memory: int, vram: int, most: int) -> None:
         self.model, self.info, self.setup = model, model.info, setup
         self.memory, self.vram, self.most = memory, vram, most
-        self.kept_on_cpu = False
+        self.notes: set[str] = set()
         self.layers, self.copied = _layer_weights(model.info, model.weights) if vram else ([], 0)
 
     def row(self, cache: PolicySpec) -> FitRow:
@@ -195,8 +197,10 @@ class _Fitter:
         if not self.vram:
             return _Place(plan, 0, everything, 0)
         caches = dict.fromkeys(range(len(self.layers)), 0)
-        if policy.ours and not library_path("ggml-cuda").is_file():
-            self.kept_on_cpu = True
+        if policy.kept_by_stock(self.setup.tail):
+            self.notes.add(STOCK_TAIL)
+        elif policy.ours and not library_path("ggml-cuda").is_file():
+            self.notes.add(KEPT_ON_CPU)
         else:
             for layer in self.info.layers:
                 one = replace(self.info, layers=(layer,))

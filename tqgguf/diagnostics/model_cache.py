@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cache.policy import resolve
-from ..cache.tail import DEFAULT_TAIL, check_tail
+from ..cache.tail import check_tail
 from ..config import PREFERRED_TYPES, cache_type
 from ..errors import ArgumentError
 from ..gguf.info import ModelInfo, read_model_info
@@ -48,7 +48,7 @@ class ModelCache:
 
 
 def model_cache(
-    path: str | Path, contexts: Sequence[int] = (), types: Sequence[str] = PREFERRED_TYPES, *, tail: int = DEFAULT_TAIL
+    path: str | Path, contexts: Sequence[int] = (), types: Sequence[str] = PREFERRED_TYPES, *, tail: int | None = None
 ) -> ModelCache:
     """Computes the size of the cache that llama.cpp would allocate for `Llama` and one sequence, for each type.
 
@@ -56,7 +56,7 @@ def model_cache(
         path: a GGUF file.
         contexts: context lengths in tokens; without any, the context the model was trained for.
         types: names of cache types.
-        tail: newest tokens kept in f16 beside a type of tqgguf.
+        tail: newest tokens kept in f16, as for `Llama`.
 
     Raises:
         ArgumentError: a context that is not positive, or an unknown type.

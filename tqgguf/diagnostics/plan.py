@@ -45,13 +45,13 @@ class Setup:
     """How a context lays out its KV cache.
 
     Attributes:
-        tail: newest tokens kept in f16 where a type is ours.
+        tail: newest tokens kept in f16, as for `Llama`.
         n_seq: sequences.
         unified: whether they share one cache, instead of a part for each.
         swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
     """
 
-    tail: int = 0
+    tail: int | None = 0
     n_seq: int = 1
     unified: bool = False
     swa_full: bool = True

@@ -18,7 +18,6 @@ from typing import Any, Final
 
 from .._util import check_count
 from ..cache.policy import PolicySpec
-from ..cache.tail import DEFAULT_TAIL
 from ..config import MEASURED_TYPES
 from ..demo import model as demo
 from ..errors import ArgumentError, TqggufError, UnsupportedError
@@ -77,7 +76,7 @@ def recall(
     path: str | Path,
     caches: Sequence[PolicySpec] = MEASURED_TYPES,
     *,
-    tails: Sequence[int] = (DEFAULT_TAIL,),
+    tails: Sequence[int] | None = None,
     n_ctx: int | None = None,
     n_prompts: int = 10,
     n_predict: int = 32,

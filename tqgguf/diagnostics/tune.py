@@ -111,7 +111,7 @@ class Tuning:
         budget: bits per value that the policy could use, or None.
         max_kld: limit of the mean KL divergence on the held-out part, in nats, or None.
         types: names of the types to choose from, smallest first.
-        tail: newest tokens kept in f16 in all measurements.
+        tail: newest tokens kept in f16 in all measurements, where a cache has a tail.
         n_ctx: tokens in a chunk.
         n_tuning: chunks of the tuning part, which are the first ones.
         n_held_out: chunks of the held-out part, which follow.
@@ -152,7 +152,7 @@ def tune(
     max_kld: float | None = None,
     types: Sequence[str] = CANDIDATE_TYPES,
     centre: bool | None = None,
-    tail: int = DEFAULT_TAIL,
+    tail: int | None = None,
     n_ctx: int | None = None,
     n_chunks: int | None = None,
     n_batch: int = 512,
@@ -179,7 +179,7 @@ def tune(
         max_kld: largest mean KL divergence from f16 on the held-out part, in nats. Give either this or a budget.
         types: names of at least two cache types to choose from.
         centre: whether keys may be stored less their mean where that helps. None: if the model allows it.
-        tail: newest tokens kept in f16; the policy should be used with the same tail.
+        tail: newest tokens kept in f16, as for `Llama`; the policy should be used with the same tail.
         n_ctx: tokens in a chunk, as for `compare`.
         n_chunks: chunks to read at most, both parts together; None means DEFAULT_CHUNKS.
         n_batch: tokens per call of llama.cpp.
@@ -282,13 +282,13 @@ class _Bench:
     f16: NamedCache
     tuning: Chunks
     held_out: Chunks
-    tail: int
+    tail: int | None
     n_parallel: int
     progress: Progress | None
 
     def named(self, label: str, policy: CachePolicy) -> NamedCache:
         """A cache to measure, with the common tail."""
-        return NamedCache(label, policy, self.tail if policy.ours else 0)
+        return NamedCache(label, policy, self.tail)
 
     def read(self, title: str, caches: Sequence[NamedCache], chunks: Chunks) -> list[Reader]:
         """The readers of the reference and of every cache, after they have read the chunks."""
@@ -358,7 +358,8 @@ class _Tuner:
             assert max_kld is not None
             policy = self._smallest(max_kld, options, single)
             measured = float(self.bench.klds("policy on the tuning part", [policy])[0].mean())
-        policy = replace(policy, model_hash=self.hash, tail=self.bench.tail)
+        tail = DEFAULT_TAIL if self.bench.tail is None else self.bench.tail
+        policy = replace(policy, model_hash=self.hash, tail=tail)
         measured_caches = [self.bench.named("policy", policy), *([] if single else self.uniform)]
         rows = self.bench.qualities("held-out part", measured_caches)
         rows += single[1:]
@@ -371,7 +372,7 @@ class _Tuner:
             budget=budget,
             max_kld=max_kld,
             types=self.names,
-            tail=self.bench.tail,
+            tail=tail,
             n_ctx=self.bench.tuning.shape[1],
             n_tuning=len(self.bench.tuning),
             n_held_out=len(self.bench.held_out),

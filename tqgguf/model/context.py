@@ -82,13 +82,13 @@ class Making:
 
 @contextlib.contextmanager
 def making(
-    policy: CachePolicy, tail: int, *, rotate: bool = True, quiet: bool = False, verbose: bool = True
+    policy: CachePolicy, tail: int | None, *, rotate: bool = True, quiet: bool = False, verbose: bool = True
 ) -> Iterator[Making]:
     """What must hold while the calling thread lets llama.cpp make a context.
 
     Args:
         policy: types and mean keys of its KV cache.
-        tail: newest tokens kept in f16 where a type is one of tqgguf.
+        tail: newest tokens kept in f16, as for `Llama`.
         rotate: whether llama.cpp may rotate a cache of stock quantized types, as it does by itself.
         quiet: whether llama.cpp's log goes to nobody else.
         verbose: whether llama.cpp's stderr stays on.
@@ -112,7 +112,7 @@ def make_context(
     policy: CachePolicy,
     params: Any,
     *,
-    tail: int = 0,
+    tail: int | None = 0,
     rotate: bool = True,
     quiet: bool = False,
 ) -> Iterator[tuple[Any, Making]]:
@@ -123,7 +123,7 @@ def make_context(
         info: what its file says.
         policy: types and mean keys of the KV cache; `type_k` and `type_v` of params are set by it.
         params: the other `llama_context_params`; flash attention is switched on where the policy needs it.
-        tail: newest tokens kept in f16 where a type is one of tqgguf.
+        tail: newest tokens kept in f16, as for `Llama`.
         rotate: whether llama.cpp may rotate a cache of stock quantized types, as it does by itself.
         quiet: whether llama.cpp's log goes to nobody else.
 
@@ -136,7 +136,7 @@ def make_context(
         TqggufError: llama.cpp could not make the context; the message carries its own errors.
     """
     params.type_k, params.type_v = (kind.number for kind in base_types(policy, info))
-    if needs_flash(policy):
+    if needs_flash(policy, tail):
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     with making(policy, tail, rotate=rotate, quiet=quiet) as made:
         context = llama_cpp.llama_init_from_model(model, params)
@@ -149,7 +149,7 @@ def make_context(
         llama_cpp.llama_free(context)
 
 
-def cache_of(context: Any, params: Any, tail: int, rotate: bool = True) -> CacheShape:
+def cache_of(context: Any, params: Any, tail: int | None, rotate: bool = True) -> CacheShape:
     """The shape of the cache that a context of such parameters must have."""
     return CacheShape(
         n_ctx=llama_cpp.llama_n_ctx(context),

@@ -9,8 +9,8 @@ from typing import Any
 
 from .._native import import_llama_cpp
 from ..cache.info import CacheInfo, cache_info
-from ..cache.policy import CachePolicy, PolicySpec, refuse_impossible, resolve
-from ..cache.tail import DEFAULT_TAIL, check_tail
+from ..cache.policy import CachePolicy, PolicySpec, needs_tqgguf, refuse_idle_tail, refuse_impossible, resolve
+from ..cache.tail import check_tail
 from ..errors import SessionError
 from ..gguf.info import ModelInfo
 from ..session.file import Owner, Session, check_target, load, put, save
@@ -35,10 +35,12 @@ class Llama(GuardedLlama):
         cache: type of the KV cache: "pqo3", "pqo4", "pqt3", "pqt4", or a stock type ("f16", "q8_0", ...); a pair for K
             and V apart; or types by layer: `{"default": "pqo3", "layers": {"0-1": "q8_0", "-2:": "pqo4"}}`, a
             `CachePolicy`, or the path of a policy file. A policy measured on another model gives a warning.
-        tail: how many of the newest tokens are kept in f16 as well, and read from there, where a type is ours (and with
-            them those in the first four cells); 0 turns it off. Saved states do not hold them. `eval` reads a prompt in
-            batches of as many tokens: in longer ones most tokens would not find their neighbours in the tail.
-        flash_attn: None switches it on where the types need it. A quantized V, and every type of tqgguf, needs it.
+        tail: how many of the newest tokens are kept in f16 as well, and read from there, where a type is quantized (and
+            with them those in the first four cells); 0 turns it off. None means 128 for types of tqgguf and 0 for stock
+            types, whose tail is for the CPU alone. Saved states do not hold them. `eval` reads a prompt in batches of
+            as many tokens: in longer ones most tokens would not find their neighbours in the tail.
+        flash_attn: None switches it on where the cache needs it. A quantized V, every type of tqgguf, and every tail
+            needs it.
         rpc: workers (`tqgguf worker`), each "host:port", that hold the model's layers and their cache in its place; the
             first layers go to the first. For networks that are trusted only: nothing is encrypted, nobody is asked for
             a password. All layers lie on workers unless `n_gpu_layers` says how many; `tensor_split` says in which
@@ -52,8 +54,8 @@ class Llama(GuardedLlama):
 
     Raises:
         ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given,
-            `flash_attn=False` with types that need it, an option that the stock class does not have, or a number
-            that llama.cpp cannot take; more workers than layers.
+            `flash_attn=False` with a cache that needs it, a tail with types that are not quantized, an option that the
+            stock class does not have, or a number that llama.cpp cannot take; more workers than layers.
         WorkerError: a worker that cannot be reached, is of another version, lacks the types, or went away.
         ModelNotFoundError: no such file, or no such file as `lora_path` names.
         ModelFileError: not GGUF, truncated, or without the keys its architecture requires.
@@ -69,7 +71,7 @@ class Llama(GuardedLlama):
         model_path: str | Path,
         *,
         cache: PolicySpec = "pqo3",
-        tail: int = DEFAULT_TAIL,
+        tail: int | None = None,
         flash_attn: bool | None = None,
         rpc: Sequence[str] | None = None,
         progress: Progress | None = None,
@@ -135,18 +137,19 @@ class Llama(GuardedLlama):
             A `llama_context` pointer for llama_cpp's low-level functions.
 
         Raises:
-            ArgumentError: unknown cache type.
+            ArgumentError: unknown cache type, or a tail with types that are not quantized.
             CacheTypeError: the model cannot have this type, or llama.cpp did not use it.
             OutOfMemoryError: no memory for the KV buffers.
             TqggufError: llama.cpp could not make the context; the message carries its own errors.
         """
         policy = resolve(cache, self._request.info.n_layer)
         n_tail = self._request.tail if tail is None else check_tail(tail)
+        refuse_idle_tail(policy, tail)
         refuse_impossible(self._request.info, policy)
         params = type(self.context_params).from_buffer_copy(self.context_params)
         if n_ubatch is not None:
             params.n_ubatch = min(params.n_batch, n_ubatch)
-        if self._workers is not None and policy.ours and params.offload_kqv:
+        if self._workers is not None and needs_tqgguf(policy, n_tail) and params.offload_kqv:
             self._workers.need_types()
         making = make_context(self.model, self._request.info, policy, params, tail=n_tail, rotate=rotate)
         with making as (context, _):

@@ -18,6 +18,8 @@ from ..cache.policy import (
     base_types,
     cache_words,
     needs_flash,
+    needs_tqgguf,
+    refuse_idle_tail,
     refuse_impossible,
     resolve,
 )
@@ -48,15 +50,15 @@ class Request:
     Attributes:
         info: what the model's file says.
         policy: types of the KV cache.
-        tail: newest tokens kept in f16 where a type is one of tqgguf.
+        tail: newest tokens kept in f16, as given to `Llama`.
         options: for the stock constructor.
         workers: as given to `Llama`; empty: the model lies here.
-        types_on_workers: whether the workers must know the types of tqgguf.
+        types_on_workers: whether the workers must know the types of tqgguf, or a tail.
     """
 
     info: ModelInfo
     policy: CachePolicy
-    tail: int
+    tail: int | None
     options: dict[str, Any]
     workers: tuple[str, ...]
     types_on_workers: bool
@@ -68,8 +70,8 @@ class Request:
 
     @property
     def tail_used(self) -> int:
-        """Newest tokens kept in f16: 0 where no type is one of tqgguf."""
-        return self.tail if self.policy.ours else 0
+        """Newest tokens that are kept in f16."""
+        return self.policy.kept(self.tail)
 
 
 def checked_request(
@@ -93,17 +95,18 @@ def checked_request(
         parse_cache(cache)  # a wrong name is told before the file is opened
     info = read_model_info(model_path)
     policy = resolve(cache, info.n_layer)
-    with_flash = needs_flash(policy)
+    refuse_idle_tail(policy, n_tail)
+    with_flash = needs_flash(policy, n_tail)
     if flash_attn is False and with_flash:
         raise ArgumentError(
             f"flash_attn=False cannot be combined with {cache_words(policy)}: "
-            f"a quantized V, and every type of tqgguf, needs flash attention"
+            f"a quantized V, every type of tqgguf, and every tail needs flash attention"
         )
     if not kwargs.get("vocab_only"):
         refuse_impossible(info, policy)
         if rpc is None:
             _refuse_too_long(info, policy, kwargs)
-    warn_unread(n_tail if policy.ours else 0, info.architecture)
+    warn_unread(policy.kept(n_tail), info.architecture)
     workers: tuple[str, ...] = ()
     if rpc is not None:
         check_split(rpc, info, kwargs)
@@ -111,7 +114,7 @@ def checked_request(
     k, v = base_types(policy, info)
     kwargs |= {"type_k": k.number, "type_v": v.number, "flash_attn": with_flash if flash_attn is None else flash_attn}
     here = kwargs.get("offload_kqv") is False  # then no worker sees a cache
-    return Request(info, policy, n_tail, kwargs, workers, policy.ours and not here)
+    return Request(info, policy, n_tail, kwargs, workers, needs_tqgguf(policy, n_tail) and not here)
 
 
 def _check_options(options: dict[str, Any]) -> None:

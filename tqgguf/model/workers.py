@@ -229,7 +229,7 @@ def _check(name: str, theirs: Protocol, ours: bool) -> None:
     if theirs[3] == 0:
         raise WorkerError(
             f"worker {name} is llama.cpp without the types of tqgguf: run `tqgguf worker` there, or choose a cache of "
-            f"stock types"
+            f"stock types, without a tail"
         )
     if theirs[3] != mine[3]:
         raise WorkerError(

@@ -46,9 +46,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--tail",
         type=tail_list,
-        default=(DEFAULT_TAIL,),
         metavar="N,N",
-        help=f"newest tokens kept in f16; each pqo or pqt cache is measured with each N (default: {DEFAULT_TAIL})",
+        help="newest tokens kept in f16; each quantized cache is measured with each N "
+        f"(default: {DEFAULT_TAIL} beside pqo and pqt types, none beside others)",
     )
     parser.add_argument("--recall", action="store_true", help="also ask for facts planted in prompts, and count")
     parser.add_argument(
@@ -110,7 +110,7 @@ def call(args: argparse.Namespace) -> int:
         check_plot(Path(args.plot))
     text = None if args.file is None else read_text(args.file)
     if args.attention:
-        if args.recall or args.generate or args.plot or args.chunks or args.tail != (DEFAULT_TAIL,):
+        if args.recall or args.generate or args.plot or args.chunks or args.tail:
             args.usage_error("--attention goes with none of --recall, --generate, --plot, --chunks, --tail")
         types = [cache for cache in args.cache if isinstance(cache, str) and cache in CACHE_TYPES]
         if len(types) < len(args.cache):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from ...cache.tail import DEFAULT_TAIL
+from ...config import CACHE_TYPES
 from ...diagnostics.fit import Fit, FitRow
 from .format import size
 from .table import new_table, print_facts, print_table, print_text
@@ -47,7 +47,8 @@ def print_fit(result: Fit) -> None:
     if setup.n_seq == 1 and setup.swa_full and not result.vram:  # the settings of `tqgguf chat`
         k, _, v = best.cache.partition("/")
         types = ["--cache-k", k, "--cache-v", v] if v and not best.cache.endswith(".gguf") else ["--cache", best.cache]
-        tail = [] if setup.tail == DEFAULT_TAIL else ["--tail", str(setup.tail)]
+        unlike_f16 = any(kind not in CACHE_TYPES or CACHE_TYPES[kind].quantized for kind in best.cache.split("/"))
+        tail = [] if setup.tail is None or not unlike_f16 else ["--tail", str(setup.tail)]
         command = ["tqgguf", "chat", str(info.path), *types, *tail, "--ctx", str(best.n_ctx)]
         print_text("  " + shlex.join(command), wrap=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...config import CACHE_TYPES
 from ...diagnostics.tune import Tuning
 from .compare import print_qualities
 from .table import new_table, print_table
@@ -16,7 +17,7 @@ def print_tuning(tuning: Tuning, output: Path) -> None:
     print(
         f"{tuning.model}: chunks of {tuning.n_ctx:,} tokens; tuned on {_chunks(1, n)}, "
         f"measured on {_chunks(n + 1, n + tuning.n_held_out)}, which {held_out}"
-        + (f"; pqo and pqt caches with a tail of {tuning.tail} tokens in f16\n" if tuning.tail else "\n")
+        + (f"; {_tailed(tuning)} caches with a tail of {tuning.tail} tokens in f16\n" if tuning.tail else "\n")
     )
     policy, smallest = tuning.policy, tuning.types[0]
     table = new_table("layer", "K", f"KLD at {smallest}", "centred", "V", f"KLD at {smallest}")
@@ -45,6 +46,12 @@ def print_tuning(tuning: Tuning, output: Path) -> None:
     bits = 16 * policy_row.bytes_per_token / tuning.rows[0].bytes_per_token
     tail = f"; {policy_row.bits:.4g} with the tail, at {tuning.n_ctx:,} tokens" if policy_row.bits > bits else ""
     print(f"\nwritten to {output}: {bits:.4g} bits per value, {policy_row.bytes_per_token:,} bytes per token{tail}")
+
+
+def _tailed(tuning: Tuning) -> str:
+    """Which caches were measured with a tail."""
+    stock = any(row.tail and row.type in CACHE_TYPES and not CACHE_TYPES[row.type].ours for row in tuning.rows)
+    return "quantized" if stock else "pqo and pqt"
 
 
 def _chunks(first: int, last: int) -> str:
