@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from ..config import CACHE_TYPES
 from ..errors import CacheTypeError
@@ -27,6 +32,8 @@ class CacheTensor:
         n_stream: streams: 1, or one for each sequence.
         bytes: of the tensor, without its tail.
         n_mean: values that are subtracted from each key; 0: none are.
+        n_gain: values that each key is multiplied by; 0: it is not.
+        calibration_sum: of what the cache has as its mean and gain; see `calibration_sum`.
         tail_recent: rows of the tail for the newest cells of a stream.
         tail_first: rows of the tail for the first cells of a stream.
         tail_bytes: of the tail, in all streams.
@@ -42,6 +49,8 @@ class CacheTensor:
     n_stream: int
     bytes: int
     n_mean: int
+    n_gain: int
+    calibration_sum: int
     tail_recent: int
     tail_first: int
     tail_bytes: int
@@ -147,10 +156,29 @@ def _differences(
         yield "cells", cells, tensor.n_cells
         yield "streams", shape.n_stream, tensor.n_stream
     yield "bytes", tensor.n_stream * cells * kind.row_bytes(n_embd), tensor.bytes
-    mean = policy.k_means.get(tensor.layer) if tensor.side == "K" else None
+    mean, gain = (
+        vectors.get(tensor.layer) if tensor.side == "K" else None for vectors in (policy.k_means, policy.k_gains)
+    )
     yield "values of a mean key", 0 if mean is None else mean.size, tensor.n_mean
+    yield "values of a key gain", 0 if gain is None else gain.size, tensor.n_gain
+    yield "a calibration that sums up to", calibration_sum(mean, gain), tensor.calibration_sum
     rows = tail_rows(kind, shape.tail, cells)
     yield "rows of a tail", rows, (tensor.tail_recent, tensor.tail_first)
     yield "bytes of a tail", tensor.n_stream * sum(rows) * tail_width(n_embd), tensor.tail_bytes
-    if layer and (kind.ours or mean is not None or not shape.rotate):
+    if layer and policy.calibrated and tensor.side == "K":
+        yield "rotation", policy.rotates_k(layer) and shape.rotate and not _rotation_disabled(), tensor.rotated
+    elif layer and (kind.ours or not shape.rotate):
         yield "rotation", False, tensor.rotated
+
+
+def calibration_sum(*vectors: npt.NDArray[np.float32] | None) -> int:
+    """The values of a mean and a gain as one number (`tq_ggml_calibration_sum`): a change of one value changes it."""
+    values = [np.ascontiguousarray(x, np.float32).reshape(-1) for x in vectors if x is not None]
+    bits = np.concatenate(values).view(np.uint32).astype(np.uint64) if values else np.zeros(0, np.uint64)
+    return int((bits * (2 * np.arange(len(bits), dtype=np.uint64) + 1)).sum(dtype=np.uint64))
+
+
+def _rotation_disabled() -> bool:
+    """As llama.cpp reads its environment variable: a number other than 0."""
+    number = re.match(r"\s*[+-]?[0-9]+", os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""))
+    return number is not None and int(number[0]) != 0
