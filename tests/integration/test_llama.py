@@ -289,10 +289,10 @@ def test_a_cache_that_is_not_what_was_asked_for(
 ) -> None:
     """tests/patches/test_lies.py has libraries that make such caches."""
     one = np.ones((2, 64), np.float32)
-    policy = CachePolicy(("pqo4", "pqo3", "f16", "pqo3"), ("pqt3",) * 4, {3: one}, k_gains={0: one, 3: 2 * one})
+    policy = CachePolicy(("pqo4", "pqo3", "f16", "pqo3"), ("pqt3",) * 4, {1: one, 3: one}, k_gains={0: one, 3: 2 * one})
     with contextlib.closing(load(demo.MODEL_PATH, cache=policy)) as model:
-        assert [layer.centred for layer in model.cache_info().layers] == [False, False, False, True]
-        assert [layer.calibrated for layer in model.cache_info().layers] == [True, False, False, True]
+        assert [layer.centred for layer in model.cache_info().layers] == [False, True, False, True]
+        assert [layer.calibrated for layer in model.cache_info().layers] == [True, True, False, True]
         monkeypatch.setattr(context, "tensors_listed", lied(change))
         with pytest.raises(CacheTypeError, match=f"another KV cache than it was asked for: {said}"):
             load(demo.MODEL_PATH, cache=policy)

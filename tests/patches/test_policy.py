@@ -1,5 +1,5 @@
-"""Policies inside libllama: types by layer, and keys stored less their mean and times a gain. The models are random and tiny; each case
-runs in a process of its own.
+"""Policies inside libllama: types by layer, and keys stored less their mean and times a gain. The models are random and
+tiny; each case runs in a process of its own.
 """
 
 from __future__ import annotations
