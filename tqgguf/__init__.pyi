@@ -1,4 +1,5 @@
 from . import reference
+from .cache.calibration import Calibration, read_calibration
 from .cache.info import CacheInfo, LayerCacheInfo
 from .cache.policy import CachePolicy, read_policy
 from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
@@ -12,6 +13,7 @@ from .errors import (
     ArgumentError,
     CacheClosedError,
     CacheTypeError,
+    CalibrationError,
     LibraryError,
     ModelFileError,
     ModelNotFoundError,
@@ -26,6 +28,7 @@ from .errors import (
     WorkerError,
 )
 from .gguf.info import ModelInfo, read_model_info
+from .model.calibrate import calibrate
 from .model.llama import Llama
 from .pqo.cache import PqoCache
 from .pqo.codec import dequantize, quantize
@@ -44,6 +47,8 @@ __all__ = [
     "CachePolicy",
     "CacheType",
     "CacheTypeError",
+    "Calibration",
+    "CalibrationError",
     "Comparison",
     "Continuation",
     "ContinuationQuality",
@@ -72,6 +77,7 @@ __all__ = [
     "UnsupportedError",
     "WorkerError",
     "__version__",
+    "calibrate",
     "compare",
     "continuation",
     "dequantize",
@@ -80,6 +86,7 @@ __all__ = [
     "inspect_session",
     "parse_cache",
     "quantize",
+    "read_calibration",
     "read_model_info",
     "read_policy",
     "read_session",

@@ -31,6 +31,10 @@ class PolicyError(TqggufError, ValueError):
     """A cache policy is not well formed, is damaged, or cannot be applied to a model."""
 
 
+class CalibrationError(TqggufError, ValueError):
+    """A calibration is not well formed, is damaged, or belongs to another model."""
+
+
 class StateFileError(TqggufError, ValueError):
     """A saved state of llama.cpp is damaged, of another version, or does not belong to the model."""
 

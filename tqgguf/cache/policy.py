@@ -23,7 +23,7 @@ import numpy.typing as npt
 from .._util import replacing, warn
 from ..config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
 from ..errors import ArgumentError, CacheTypeError, ModelFileError, ModelNotFoundError, PolicyError
-from ..gguf.header import read_header
+from ..gguf.header import GgufHeader, read_header
 from ..gguf.info import KVLayer, ModelInfo, read_model_info
 from .tail import kept, tail_bytes
 
@@ -238,9 +238,7 @@ class CachePolicy:
                 writer.add_uint32(f"{_ARCHITECTURE}.tail", self.tail)
             writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
             writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
-            for name, vectors in (("k_mean", self.k_means), ("k_gain", self.k_gains)):
-                for layer, values in sorted(vectors.items()):
-                    writer.add_tensor(f"blk.{layer}.{name}", np.ascontiguousarray(values, dtype=np.float32))
+            add_vectors(writer, self.k_means, self.k_gains)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -314,6 +312,36 @@ def model_hash(model: str | Path | ModelInfo) -> str:
     return digest.hexdigest()
 
 
+Vectors = dict[int, npt.NDArray[np.float32]]
+"""By layer, (n_head_kv, head_dim_k)."""
+
+
+def add_vectors(
+    writer: Any, means: Mapping[int, npt.NDArray[np.float32]], gains: Mapping[int, npt.NDArray[np.float32]]
+) -> None:
+    """Adds means and gains to a file that a gguf.GGUFWriter writes."""
+    for name, vectors in (("k_mean", means), ("k_gain", gains)):
+        for layer, values in sorted(vectors.items()):
+            writer.add_tensor(f"blk.{layer}.{name}", np.ascontiguousarray(values, dtype=np.float32))
+
+
+def read_vectors(file: Path, header: GgufHeader, n_layer: int) -> tuple[Vectors, Vectors]:
+    """The means and gains of a file that `add_vectors` wrote for n_layer layers.
+
+    Raises:
+        PolicyError: it holds another tensor, or one twice.
+    """
+    vectors: dict[str, Vectors] = {"k_mean": {}, "k_gain": {}}
+    for tensor in header.tensors:
+        match = re.fullmatch(r"blk\.([0-9]{1,4})\.(k_mean|k_gain)", tensor.name)
+        layer, found_in = (int(match[1]), vectors[match[2]]) if match else (-1, {})
+        if (tensor.type, len(tensor.shape)) != (_F32, 2) or not 0 <= layer < n_layer or layer in found_in:
+            raise PolicyError(f"{file} holds the tensor {tensor.name!r:.80}: no policy for {n_layer} layers has that")
+        values = np.fromfile(file, "<f4", tensor.bytes // 4, offset=tensor.begin)
+        found_in[layer] = values.astype(np.float32).reshape(tensor.shape)
+    return vectors["k_mean"], vectors["k_gain"]
+
+
 def read_policy(path: str | Path) -> CachePolicy:
     """Reads a policy file.
 
@@ -337,25 +365,16 @@ def read_policy(path: str | Path) -> CachePolicy:
         types_k, types_v = found["types_k"], found["types_v"]
         if not (isinstance(types_k, list) and isinstance(types_v, list)):
             raise PolicyError(f"{file} has no types")
-        vectors: dict[str, dict[int, npt.NDArray[np.float32]]] = {"k_mean": {}, "k_gain": {}}
-        for tensor in header.tensors:
-            match = re.fullmatch(r"blk\.([0-9]{1,4})\.(k_mean|k_gain)", tensor.name)
-            layer, found_in = (int(match[1]), vectors[match[2]]) if match else (-1, {})
-            if (tensor.type, len(tensor.shape)) != (_F32, 2) or not 0 <= layer < len(types_k) or layer in found_in:
-                raise PolicyError(
-                    f"{file} holds the tensor {tensor.name!r:.80}: no policy for {len(types_k)} layers has that"
-                )
-            values = np.fromfile(file, "<f4", tensor.bytes // 4, offset=tensor.begin)
-            found_in[layer] = values.astype(np.float32).reshape(tensor.shape)
+        means, gains = read_vectors(file, header, len(types_k))
         hash_ = header.metadata.get(f"{_ARCHITECTURE}.model_hash")
         tail = header.metadata.get(f"{_ARCHITECTURE}.tail")
         return CachePolicy(
             tuple(types_k),
             tuple(types_v),
-            vectors["k_mean"],
+            means,
             hash_ if isinstance(hash_, str) else "",
             tail if isinstance(tail, int) else None,
-            k_gains=vectors["k_gain"],
+            k_gains=gains,
         )
     except ModelNotFoundError:
         what = "is no regular file" if file.exists() else "does not exist"

@@ -20,7 +20,7 @@ from .. import __version__
 from ..errors import TqggufError
 from .render.format import in_words, printable
 
-COMMANDS: Final = ("run", "chat", "serve", "worker", "fit", "inspect", "compare", "tune", "demo", "doctor")
+COMMANDS: Final = ("run", "chat", "serve", "worker", "fit", "inspect", "compare", "calibrate", "tune", "demo", "doctor")
 """Modules of `commands`, each with a function `add_parser`, in the order of `tqgguf --help`."""
 
 

@@ -106,6 +106,16 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add_tail_option(group)
 
 
+def add_calibration_option(group: argparse._ActionsContainer, what: str) -> None:
+    """Adds --calibration."""
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        default="off",
+        help=f"{what}: auto (measured once for a model, and kept), off, or a file of tqgguf calibrate (default: off)",
+    )
+
+
 def add_tail_option(group: argparse._ActionsContainer) -> None:
     """Adds --tail."""
     group.add_argument(
@@ -133,6 +143,7 @@ def add_text_options(parser: argparse.ArgumentParser, *, ctx: str = "", chunks: 
 def add_model_options(parser: argparse.ArgumentParser, *, sampling: bool = True) -> None:
     """Adds the cache options and --ctx, --threads; with sampling, also --seed, --temp."""
     add_cache_options(parser)
+    add_calibration_option(parser, "mean and gain of each channel of the keys, for less error in them")
     parser.add_argument(
         "--ctx", type=context, metavar="N", help=f"context in tokens (default: {DEFAULT_CONTEXT} at most)"
     )
@@ -246,6 +257,7 @@ def load_model(
                 path,
                 cache=chosen_cache(args),
                 tail=args.tail,
+                calibration=getattr(args, "calibration", None),
                 rpc=getattr(args, "rpc", None),
                 n_ctx=n_ctx,
                 n_threads=args.threads,

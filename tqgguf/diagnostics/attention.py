@@ -18,7 +18,8 @@ from .._native.ggml import round_trip
 from ..config import CACHE_TYPES, CacheType, cache_type
 from ..errors import ArgumentError, CacheTypeError
 from ..gguf.info import ModelInfo, read_model_info
-from .capture import AttentionInputs, capture_attention
+from ..model.reading import AttentionInputs
+from .capture import capture_attention
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,12 +23,14 @@ import numpy.typing as npt
 
 from .._native import import_llama_cpp
 from .._util import check_count
+from ..cache.calibration import Calibration
 from ..cache.policy import CachePolicy, PolicySpec, refuse_impossible, resolve
 from ..cache.tail import check_tail, tail_batch
 from ..config import MEASURED_TYPES
 from ..demo import model as demo
 from ..errors import ArgumentError, TextError, TqggufError
 from ..gguf.info import ModelInfo, read_model_info
+from ..model.calibrate import calibrated
 from ..model.llama import Llama
 
 llama_cpp: Any = import_llama_cpp()
@@ -133,7 +135,8 @@ class NamedCache:
 
     Attributes:
         label: name of its type; "pqo4/pqo3" if K and V have different types; the name of a policy file without its
-            suffix; "policy" for any other policy. "+N" follows if there is a tail of N tokens.
+            suffix; "policy" for any other policy. "+N" follows if there is a tail of N tokens, " calibrated" if it was
+            calibrated here.
         policy: the type of every layer's K and V.
         tail: newest tokens kept in f16, as for `Llama`.
         rotate: whether llama.cpp may rotate stock quantized types, which it does by default.
@@ -178,11 +181,17 @@ class Trial:
 
     @classmethod
     def of(
-        cls, path: str | Path, caches: Sequence[PolicySpec], tails: Sequence[int] | None, n_ctx: int | None
+        cls,
+        path: str | Path,
+        caches: Sequence[PolicySpec],
+        tails: Sequence[int] | None,
+        n_ctx: int | None,
+        calibration: Calibration | str | Path | None = None,
     ) -> Trial:
         """The trial that the arguments of `compare` describe."""
         info = read_model_info(path)
-        return cls(info, compared_caches(caches, info.n_layer, tails), context_length(info, n_ctx))
+        named = compared_caches(caches, info.n_layer, tails)
+        return cls(info, also_calibrated(info, named, calibration), context_length(info, n_ctx))
 
 
 def compare(
@@ -195,6 +204,7 @@ def compare(
     n_chunks: int | None = None,
     n_batch: int = 512,
     n_threads: int | None = None,
+    calibration: Calibration | str | Path | None = None,
     progress: CountProgress | None = None,
 ) -> Comparison:
     """Measures caches against the first of them.
@@ -220,6 +230,8 @@ def compare(
         n_chunks: chunks to read at most; None means the whole text (DEFAULT_CHUNKS of the demo model's own text).
         n_batch: tokens per call of llama.cpp; fewer save memory if the vocabulary is large.
         n_threads: threads; None means the number of processors.
+        calibration: as for `Llama`. Each cache with quantized keys, except the reference, is measured calibrated as
+            well.
         progress: called as progress(tokens read, tokens in all) after every batch; a token counts once for each cache.
 
     Raises:
@@ -231,7 +243,7 @@ def compare(
         OutOfMemoryError: no memory for the KV caches.
         TqggufError: llama.cpp failed, or gave logits that are not finite; otherwise as `Llama`.
     """
-    trial = Trial.of(path, caches, tails, n_ctx)
+    trial = Trial.of(path, caches, tails, n_ctx, calibration)
     return compare_trial(trial, text, n_chunks=n_chunks, n_batch=n_batch, n_threads=n_threads, progress=progress)
 
 
@@ -327,6 +339,25 @@ def compared_caches(
             "a comparison needs at least two caches: the reference first, then those to compare with it"
         )
     return tuple(named)
+
+
+def also_calibrated(
+    info: ModelInfo, named: Sequence[NamedCache], choice: Calibration | str | Path | None
+) -> tuple[NamedCache, ...]:
+    """The caches, and behind each that can be calibrated, except the reference, what it is with a calibration.
+
+    Raises:
+        CalibrationError: as `model.calibrate.calibrated`.
+    """
+    if choice in (None, "off"):
+        return tuple(named)
+    found = [named[0]]
+    for cache in named[1:]:
+        found.append(cache)
+        if not cache.policy.calibrated and any(cache.policy.types(layer.index)[0].quantized for layer in info.layers):
+            policy = calibrated(cache.policy, info, choice)
+            found.append(replace(cache, label=f"{cache.label} calibrated", policy=policy))
+    return tuple(found)
 
 
 def _label(cache: PolicySpec, policy: CachePolicy) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._util import check_count
+from ..cache.calibration import Calibration
 from ..cache.policy import PolicySpec
 from ..config import MEASURED_TYPES
 from ..errors import ArgumentError
@@ -79,6 +80,7 @@ def continuation(
     n_threads: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    calibration: Calibration | str | Path | None = None,
     progress: CountProgress | None = None,
 ) -> Continuation:
     """Lets the first cache continue each chunk of a text, and the others follow it token by token.
@@ -96,6 +98,7 @@ def continuation(
         temperature: 0 takes the most probable token each time; else tokens are drawn from the reference's distribution
             at this temperature. A long greedy answer of a small model repeats itself, which hides errors.
         seed: of the draw.
+        calibration: as in `compare`.
         progress: called as progress(tokens read or generated, in all) after every batch or token.
 
     Raises:
@@ -103,7 +106,7 @@ def continuation(
             number from 0 on; otherwise as `compare`.
         PolicyError, TextError, CacheTypeError, OutOfMemoryError, TqggufError: as `compare`.
     """
-    trial = Trial.of(path, caches, tails, n_ctx)
+    trial = Trial.of(path, caches, tails, n_ctx, calibration)
     return continue_trial(
         trial,
         text,

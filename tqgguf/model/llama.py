@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._native import import_llama_cpp
+from ..cache.calibration import Calibration
 from ..cache.info import CacheInfo, cache_info
 from ..cache.policy import CachePolicy, PolicySpec, needs_tqgguf, refuse_idle_tail, refuse_impossible, resolve
 from ..cache.tail import check_tail
@@ -45,6 +46,10 @@ class Llama(GuardedLlama):
             first layers go to the first. For networks that are trusted only: nothing is encrypted, nobody is asked for
             a password. All layers lie on workers unless `n_gpu_layers` says how many; `tensor_split` says in which
             proportions, otherwise their free memory does. `offload_kqv=False` keeps the cache here.
+        calibration: a mean and a gain for each channel of quantized keys, which lessen their error and change nothing
+            else. "auto": the one that is kept for this model; if there is none yet, the model reads a text of 1,024
+            tokens first, and it is kept in the user's cache folder. Or a `Calibration`, or the path of one
+            (`tqgguf calibrate`). None and "off": none.
         progress: called as progress(title, done, total) while the model is loaded, from 0 to 100, and while a prompt of
             more than one batch is read, in tokens. What it raises ends that, and is raised.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
@@ -56,6 +61,7 @@ class Llama(GuardedLlama):
         ArgumentError: unknown cache type (the message lists the valid ones), `type_k` or `type_v` given,
             `flash_attn=False` with a cache that needs it, a tail with types that are not quantized, an option that the
             stock class does not have, or a number that llama.cpp cannot take; more workers than layers.
+        CalibrationError: a calibration of another model, or damaged; nothing of the model may be calibrated.
         WorkerError: a worker that cannot be reached, is of another version, lacks the types, or went away.
         ModelNotFoundError: no such file, or no such file as `lora_path` names.
         ModelFileError: not GGUF, truncated, or without the keys its architecture requires.
@@ -74,17 +80,20 @@ class Llama(GuardedLlama):
         tail: int | None = None,
         flash_attn: bool | None = None,
         rpc: Sequence[str] | None = None,
+        calibration: Calibration | str | Path | None = None,
         progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self._arguments = (model_path, cache, tail, flash_attn, rpc, kwargs)
+        self._arguments = (model_path, cache, tail, flash_attn, rpc, calibration, kwargs)
         self._control = Control(progress)
         self._load()
 
     def _load(self) -> None:
         """Loads what the arguments name, for the first time or once more."""
-        request = checked_request(*self._arguments)
+        tell = self._control.progress
+        title = "calibrating"
+        request = checked_request(*self._arguments, (lambda done, total: tell(title, done, total)) if tell else None)
         self._control.failure = None
         workers = Workers(request.workers, request.types_on_workers) if request.workers else None
         self._open(request, workers, verbose=request.options.get("verbose", True))

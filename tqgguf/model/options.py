@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from .._native import import_llama_cpp
 from .._util import machine_memory
+from ..cache.calibration import Calibration
 from ..cache.policy import (
     CachePolicy,
     PolicySpec,
@@ -27,6 +28,7 @@ from ..cache.tail import check_tail, warn_unread
 from ..config import parse_cache
 from ..errors import ArgumentError, ModelNotFoundError, OutOfMemoryError
 from ..gguf.info import ModelInfo, read_model_info
+from .calibrate import calibrated
 from .workers import check_split
 
 _STOCK_OPTIONS: Final = frozenset(inspect.signature(import_llama_cpp().Llama.__init__).parameters) - {
@@ -80,9 +82,14 @@ def checked_request(
     tail: Any,
     flash_attn: bool | None,
     rpc: Sequence[str] | None,
+    calibration: Calibration | str | Path | None,
     options: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None = None,
 ) -> Request:
-    """Checks the arguments of `Llama`, which describes them and what is raised."""
+    """Checks the arguments of `Llama`, which describes them and what is raised; calibrates, if that is asked for.
+
+    `progress` is called as progress(layers done, layers in all) meanwhile.
+    """
     kwargs = dict(options)
     for name in ("type_k", "type_v"):
         if kwargs.pop(name, None) is not None:
@@ -106,6 +113,7 @@ def checked_request(
         refuse_impossible(info, policy)
         if rpc is None:
             _refuse_too_long(info, policy, kwargs)
+        policy = calibrated(policy, info, calibration, n_threads=kwargs.get("n_threads_batch"), progress=progress)
     warn_unread(policy.kept(n_tail), info.architecture)
     workers: tuple[str, ...] = ()
     if rpc is not None:

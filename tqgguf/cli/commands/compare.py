@@ -14,7 +14,7 @@ from ...cache.tail import DEFAULT_TAIL
 from ...config import CACHE_TYPES, MEASURED_TYPES
 from ...errors import TqggufError
 from ...gguf.info import read_model_info
-from ..options import add_text_options, cache_list, tail
+from ..options import add_calibration_option, add_text_options, cache_list, tail
 from ..render.format import to_json
 from ..render.plot import check_plot, plot
 from ..render.progress import Bar
@@ -50,6 +50,7 @@ def add_parser(commands: Any) -> None:
         help="newest tokens kept in f16; each quantized cache is measured with each N "
         f"(default: {DEFAULT_TAIL} beside pqo and pqt types, none beside others)",
     )
+    add_calibration_option(parser, "each cache with quantized keys is also measured with a calibration of them")
     parser.add_argument("--recall", action="store_true", help="also ask for facts planted in prompts, and count")
     parser.add_argument(
         "--generate",
@@ -162,14 +163,14 @@ def call(args: argparse.Namespace) -> int:
 
 def _trial(args: argparse.Namespace) -> Trial:
     """The model and its caches. A wrong list of caches is a usage error."""
-    from ...diagnostics.compare import Trial, compared_caches, context_length
+    from ...diagnostics.compare import Trial, also_calibrated, compared_caches, context_length
 
     info = read_model_info(args.model)
     try:
         caches = compared_caches(args.cache, info.n_layer, args.tail)
     except TqggufError as error:
         args.usage_error(f"argument --cache: {error}")
-    return Trial(info, caches, context_length(info, args.ctx))
+    return Trial(info, also_calibrated(info, caches, args.calibration), context_length(info, args.ctx))
 
 
 def call_attention(args: argparse.Namespace, text: str, types: Sequence[str] | None) -> int:

@@ -1,0 +1,244 @@
+"""Calibrating a model: what is measured, where it is kept, what it gains, and what of it is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tqgguf
+from tqgguf.cache.calibration import stored_calibration
+from tqgguf.demo import model as demo
+from tqgguf.errors import ArgumentError, CalibrationError, TextError
+from tqgguf.gguf.identity import model_identity
+from tqgguf.model.calibrate import key_statistics
+from tqgguf.model.reading import AttentionInputs
+
+pytestmark = pytest.mark.model
+
+DEMO = demo.MODEL_PATH
+
+
+@pytest.fixture(scope="module")
+def calibration() -> tqgguf.Calibration:
+    return tqgguf.calibrate(DEMO, n_tokens=512)
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return stored_calibration(model_identity(DEMO))
+
+
+# ---- What is measured ----
+
+
+def plain_statistics(q: Any, k: Any, scale: float) -> tuple[Any, Any, Any]:
+    """Mean of k, E (k - mean)^2 and E q^2 of one head, weighted by p (1 - p), pair by pair."""
+    n = len(q)
+    weights = np.zeros((n, n))
+    for i in range(n):
+        p = np.exp(scale * (k[: i + 1] @ q[i]))
+        p /= p.sum()
+        weights[i, : i + 1] = p * (1 - p)
+    of_keys, of_queries = weights.sum(axis=0), weights.sum(axis=1)
+    mean = of_keys @ k / of_keys.sum()
+    return mean, of_keys @ np.square(k - mean) / of_keys.sum(), of_queries @ np.square(q) / of_queries.sum()
+
+
+def test_the_statistics_are_those_of_a_plain_sum() -> None:
+    rng = np.random.default_rng(0)
+    n, dim = 300, 32
+    q, k = rng.standard_normal((n, 1, dim)).astype("f4"), rng.standard_normal((n, 1, dim)).astype("f4")
+    k[:, :, 3] += 5
+    mask = np.where(np.tri(n, dtype=bool), 0, -np.inf).astype("f4")
+    found = key_statistics(AttentionInputs(0, q, k, k, 0.2, mask, None, 0.0, 0.0))
+    for mine, plain in zip((found.mean, found.k2, found.q2), plain_statistics(q[:, 0], k[:, 0], 0.2), strict=True):
+        np.testing.assert_allclose(mine[0], plain, rtol=1e-4)
+    gain = found.gain(1.0)
+    assert np.log(gain).mean() == pytest.approx(0, abs=1e-6)
+    expected = (found.q2 / found.k2) ** 0.25
+    np.testing.assert_allclose(gain / gain[0, 0], expected / expected[0, 0], rtol=1e-3)
+
+
+def test_the_heads_of_a_group_count_together() -> None:
+    rng = np.random.default_rng(1)
+    n, dim = 64, 32
+    q, k = rng.standard_normal((n, 6, dim)).astype("f4"), rng.standard_normal((n, 2, dim)).astype("f4")
+    mask = np.where(np.tri(n, dtype=bool), 0, -np.inf).astype("f4")
+    whole = key_statistics(AttentionInputs(0, q, k, k, 0.2, mask, None, 0.0, 0.0))
+    for head in range(2):
+        part = AttentionInputs(0, q[:, 3 * head : 3 * head + 3], k[:, head : head + 1], k, 0.2, mask, None, 0.0, 0.0)
+        np.testing.assert_allclose(key_statistics(part).q2[0], whole.q2[head])
+        np.testing.assert_allclose(key_statistics(part).mean[0], whole.mean[head])
+
+
+def test_every_layer_is_calibrated(calibration: tqgguf.Calibration) -> None:
+    info = tqgguf.read_model_info(DEMO)
+    for vectors in (calibration.means, calibration.gains):
+        assert [(layer, values.shape) for layer, values in vectors.items()] == [
+            (layer.index, (layer.n_head_kv, layer.head_dim_k)) for layer in info.layers
+        ]
+    assert (calibration.model, calibration.n_tokens) == (model_identity(DEMO), 512)
+
+
+def test_it_makes_the_divergence_smaller(calibration: tqgguf.Calibration) -> None:
+    found = tqgguf.compare(
+        DEMO, ["f16", "pqt3"], tails=(0,), n_ctx=512, n_chunks=4, n_threads=1, calibration=calibration
+    )
+    kld = {row.type: row.kld.mean for row in found.rows}
+    assert list(kld) == ["f16", "pqt3", "pqt3 calibrated"]
+    assert kld["pqt3 calibrated"] < 0.85 * kld["pqt3"]  # measured: see docs/quality.md
+    assert found.rows[1].bytes == found.rows[2].bytes
+
+
+# ---- Where it is kept ----
+
+
+def test_a_file_holds_what_was_measured(calibration: tqgguf.Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "model.cal.gguf"
+    calibration.write(path)
+    again = tqgguf.read_calibration(path)
+    for mine, theirs in ((calibration.means, again.means), (calibration.gains, again.gains)):
+        assert mine.keys() == theirs.keys() and all((mine[layer] == theirs[layer]).all() for layer in mine)
+    assert (again.model, again.n_layer, again.n_tokens) == (calibration.model, calibration.n_layer, 512)
+
+
+def test_a_model_is_calibrated_once_and_then_loaded_with_it(cache_folder: Path) -> None:
+    titles: list[str] = []
+
+    def loaded() -> set[int]:
+        with contextlib.closing(
+            tqgguf.Llama(
+                DEMO,
+                cache="pqt3",
+                n_ctx=256,
+                verbose=False,
+                calibration="auto",
+                progress=lambda title, *_: titles.append(title),
+            )
+        ) as model:
+            assert model.cache_info().layers[0].calibrated
+            return set(model.cache_policy.k_gains)
+
+    layers = loaded()
+    assert "calibrating" in titles and cache_folder.is_file() and layers
+    titles.clear()
+    assert loaded() == layers and "calibrating" not in titles
+
+
+def test_a_damaged_one_is_measured_again(cache_folder: Path) -> None:
+    cache_folder.parent.mkdir(parents=True)
+    cache_folder.write_bytes(b"GGUF")
+    with pytest.warns(UserWarning, match="calibrated again"):
+        tqgguf.Llama(DEMO, cache="pqt3", n_ctx=256, verbose=False, calibration="auto").close()
+    assert tqgguf.read_calibration(cache_folder).n_tokens == 1024
+
+
+def test_a_folder_that_cannot_be_written(cache_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        model = tqgguf.Llama(DEMO, cache="pqt3", n_ctx=256, verbose=False, calibration="auto")
+    with contextlib.closing(model):
+        assert model.cache_policy.k_gains
+
+
+def test_the_command(python: Callable[..., Any], cache_folder: Path, tmp_path: Path) -> None:
+    done = python("-m", "tqgguf", "calibrate", str(DEMO), "--tokens", "256")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("means and gains of 4 layers, from 256 tokens, in ") and cache_folder.is_file()
+    options = ("--cache", "f16,pqo3", "--calibration", "auto", "--ctx", "256", "--chunks", "1", "--json")
+    done = python("-m", "tqgguf", "compare", str(DEMO), *options)
+    rows = json.loads(done.stdout)["comparison"]["rows"]
+    assert [row["type"] for row in rows] == ["f16", "pqo3+128", "pqo3+128 calibrated"]
+
+
+# ---- What is refused ----
+
+
+def test_a_calibration_of_another_model(
+    calibration: tqgguf.Calibration, random_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CalibrationError, match="measured on another model"):
+        tqgguf.Llama(random_model(), cache="pqt3", verbose=False, calibration=calibration)
+    path = tmp_path / "other.gguf"
+    replace(calibration, model="0" * 64).write(path)
+    with pytest.raises(CalibrationError, match=r"another model than demo\.gguf"):
+        tqgguf.Llama(DEMO, cache="pqt3", verbose=False, calibration=path)
+
+
+def test_one_byte_of_the_weights_makes_another_model(tmp_path: Path) -> None:
+    data = bytearray(DEMO.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.gguf").write_bytes(data)
+    assert model_identity(tmp_path / "model.gguf") != model_identity(DEMO)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("gains", np.nan, "must be positive and finite"),
+        ("gains", 0.0, "must be positive and finite"),
+        ("gains", 1e9, "must be positive and finite"),
+        ("means", np.inf, "must be finite"),
+    ],
+)
+def test_absurd_values(calibration: tqgguf.Calibration, tmp_path: Path, name: str, value: float, words: str) -> None:
+    vectors = {layer: values.copy() for layer, values in getattr(calibration, name).items()}
+    vectors[1][0, 0] = value
+    replace(calibration, **{name: vectors}).write(tmp_path / "bad.gguf")
+    with pytest.raises(CalibrationError, match=words):
+        tqgguf.read_calibration(tmp_path / "bad.gguf")
+
+
+def test_other_head_counts(calibration: tqgguf.Calibration) -> None:
+    halves = {layer: values[:1] for layer, values in calibration.gains.items()}
+    with pytest.raises(CalibrationError, match=r"does not suit demo\.gguf: layer 0"):
+        tqgguf.Llama(DEMO, cache="pqt3", verbose=False, calibration=replace(calibration, gains=halves))
+
+
+def test_no_calibration_file(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="does not exist"):
+        tqgguf.read_calibration(tmp_path / "none.gguf")
+    with pytest.raises(CalibrationError, match="no calibration"):
+        tqgguf.read_calibration(DEMO)
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\3")
+    with pytest.raises(CalibrationError, match="damaged"):
+        tqgguf.read_calibration(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"text": "short"}, TextError, "fewer than the 1,024 asked for"),
+        ({"n_tokens": 10}, ArgumentError, "n_tokens is 10, must be at least 64"),
+        ({"text": 5}, ArgumentError, "text is of type int"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        tqgguf.calibrate(DEMO, **options)
+
+
+def test_a_choice_that_is_none() -> None:
+    with pytest.raises(ArgumentError, match="calibration is 5"):
+        tqgguf.Llama(DEMO, cache="pqt3", verbose=False, calibration=5)  # type: ignore[arg-type]
+
+
+def test_a_model_of_which_nothing_can_be_calibrated(architecture: Callable[[str], Path]) -> None:
+    with pytest.raises(CalibrationError, match="it has no KV cache"):
+        tqgguf.calibrate(architecture("mamba"))
+    with pytest.raises(CalibrationError, match="MLA"):
+        tqgguf.calibrate(architecture("deepseek2"))
+
+
+def test_a_policy_with_gains_of_its_own(calibration: tqgguf.Calibration) -> None:
+    policy = calibration.applied(tqgguf.CachePolicy(("pqt3",) * 4, ("pqt3",) * 4), tqgguf.read_model_info(DEMO))
+    with pytest.raises(CalibrationError, match="of its own"):
+        tqgguf.Llama(DEMO, cache=policy, verbose=False, calibration=calibration)

@@ -1,0 +1,285 @@
+"""Measures a calibration of a model's keys: a mean and a gain for each channel, from one reading of a text.
+
+Softmax gives the same weights to q.k and to (q / D).(D (k - m)), for any m and any D > 0 of a KV head. The encoder
+spreads its error evenly over the channels of a block, so D makes it small where queries look. For a block whose
+channels have E q^2 and E (k - m)^2, the expected squared error of a score is proportional to
+
+    (sum_i D_i^2 E (k_i - m_i)^2) (sum_i E q_i^2 / D_i^2)
+
+which is least for D_i = (E q_i^2 / E (k_i - m_i)^2)^(1/4). An error of key j moves the softmax of a query by p_j (1 -
+p_j), so the expectations are weighted: a query by the sum of its p (1 - p), a key by the sum over the queries that see
+it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from .._native import import_llama_cpp
+from .._util import check_count, warn
+from ..cache.calibration import Calibration, read_calibration, stored_calibration
+from ..cache.policy import CachePolicy
+from ..errors import ArgumentError, CalibrationError, TextError
+from ..gguf.identity import model_identity
+from ..gguf.info import ModelInfo, read_model_info
+from ..reference import alibi_slopes
+from .context import captured_log, load_error, load_lock
+from .reading import AttentionInputs, Loaded, read_attention
+
+llama_cpp: Any = import_llama_cpp()
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+
+TEXT: Final = Path(__file__).with_name("calibration.txt")
+"""Prose, code, dialogue, tables and eight languages, about 2,000 tokens, written for this."""
+
+DEFAULT_TOKENS: Final = 1024
+FEWEST_TOKENS: Final = 64
+EXPONENT: Final = 0.75
+"""Of the best gain of the formula. Statistics of 1,024 tokens are not those of other text, so the gain is held back: on
+both models of docs/real-models.md 0.5 and 1 leave more error in other text (benchmarks/quality/calibration.py)."""
+
+QUERIES_AT_ONCE: Final = 256
+SMALLEST_SHARE: Final = 1e-4
+"""Of a head's mean energy, the least a channel is taken to have: a constant channel needs no infinite gain."""
+
+LARGEST_GAIN: Final = 256.0
+
+
+def calibrate(
+    path: str | Path,
+    text: str | None = None,
+    *,
+    n_tokens: int = DEFAULT_TOKENS,
+    n_threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Measures mean and gain of every channel of a model's keys in one reading of a text.
+
+    Any calibration leaves what a model computes as it is, up to rounding; a good one makes the error of quantized keys
+    smaller. Which text it is hardly matters.
+
+    Args:
+        path: a GGUF file.
+        text: any text; None for a built-in one of about 2,000 tokens.
+        n_tokens: its first tokens, which are read as one batch.
+        n_threads: threads; None for all processors.
+        progress: called as progress(layers done, layers in all).
+
+    Raises:
+        ArgumentError: n_tokens below FEWEST_TOKENS.
+        TextError: the text has fewer tokens.
+        CalibrationError: nothing of the model may be calibrated: it has no KV cache, or keeps V within K (MLA).
+        UnsupportedError: the model does not run flash attention.
+        ModelFileError, OutOfMemoryError, TqggufError: as `tqgguf.Llama`.
+    """
+    check_count("n_tokens", n_tokens, FEWEST_TOKENS)
+    info = read_model_info(path)
+    if obstacle := "it has no KV cache" if not info.layers else info.gain_obstacle:
+        raise CalibrationError(f"nothing of {info.path.name} can be calibrated: {obstacle}")
+    words = TEXT.read_text(encoding="utf-8") if text is None else text
+    if not isinstance(words, str):
+        raise ArgumentError(f"text is of type {type(words).__name__}, must be a str")
+    done = 0
+
+    def read(inputs: AttentionInputs) -> KeyStatistics:
+        nonlocal done
+        found = key_statistics(inputs)
+        done += 1
+        if progress:
+            progress(done, len(info.layers))
+        return found
+
+    with captured_log(quiet=True), _weights(info) as model:
+        tokens = _tokens(model, words)[:n_tokens]
+        if len(tokens) < n_tokens:
+            raise TextError(f"the text has {len(tokens):,} tokens, fewer than the {n_tokens:,} asked for")
+        loaded = Loaded(model, info, n_threads or os.cpu_count() or 1)
+        found = read_attention(loaded, tokens, [layer.index for layer in info.layers], read)
+    centred = info.centring_obstacle is None
+    return Calibration(
+        means={layer: each.mean.astype(np.float32) for layer, each in found.items()} if centred else {},
+        gains={layer: each.gain(EXPONENT, centred) for layer, each in found.items()},
+        model=model_identity(info.path),
+        n_layer=info.n_layer,
+        n_tokens=n_tokens,
+    )
+
+
+def calibrated(
+    policy: CachePolicy,
+    info: ModelInfo,
+    choice: Calibration | str | Path | None,
+    *,
+    n_threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CachePolicy:
+    """The policy with the calibration that was chosen for the model.
+
+    Args:
+        policy: types of the KV cache.
+        info: the model.
+        choice: None or "off" for none; "auto" for the one that is kept for this model, which is measured and kept if
+            there is none yet; else a calibration, or the path of one.
+        n_threads: threads to measure with.
+        progress: called as progress(layers done, layers in all) while it is measured.
+
+    Raises:
+        CalibrationError: a file that is no calibration or belongs to another model; a policy with means or gains of its
+            own; nothing of the model may be calibrated.
+        Any other error of `calibrate`.
+    """
+    if choice is None or choice == "off":
+        return policy
+    if isinstance(choice, Calibration):
+        calibration = choice
+    elif choice == "auto":
+        calibration = _kept(info, n_threads, progress)
+    elif isinstance(choice, (str, Path)):
+        calibration = read_calibration(choice)
+    else:
+        raise ArgumentError(f'calibration is {choice!r}, must be "auto", "off", a Calibration or the path of one')
+    if calibration.model != model_identity(info.path):
+        raise CalibrationError(
+            f"this calibration was measured on another model than {info.path.name}: make one with tqgguf calibrate"
+        )
+    return calibration.applied(policy, info)
+
+
+def _kept(info: ModelInfo, n_threads: int | None, progress: Callable[[int, int], None] | None) -> Calibration:
+    """The model's calibration in the user's cache folder; measured now if there is none, or none that can be used."""
+    path = stored_calibration(model_identity(info.path))
+    if path.exists():
+        try:
+            return read_calibration(path)
+        except CalibrationError as error:
+            warn(f"{error}: the model is calibrated again")
+    found = calibrate(info.path, n_threads=n_threads, progress=progress)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.write(path)
+    except OSError as error:
+        warn(
+            f"the calibration of {info.path.name} cannot be kept in {path.parent} ({error}): this process alone has it"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _weights(info: ModelInfo) -> Iterator[Any]:
+    """A `llama_model` of that file, mapped, so that what is loaded after it finds it in memory."""
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 0
+    with load_lock, captured_log(quiet=True) as log:
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(info.path), params)
+    if not model:
+        raise load_error("no model", log, info)
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def _tokens(model: Any, text: str) -> list[int]:
+    data = text.encode()
+    room = len(data) + 8
+    tokens = (llama_cpp.llama_token * room)()
+    vocab = llama_cpp.llama_model_get_vocab(model)
+    n = llama_cpp.llama_tokenize(
+        vocab, data, len(data), ctypes.cast(tokens, llama_cpp.llama_token_p), room, True, False
+    )
+    return list(tokens[: max(n, 0)])
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Weighted statistics of one layer's attention. All are (n_head_kv, head_dim_k) float64.
+
+    Attributes:
+        mean: of the keys.
+        k2: E (k - mean)^2.
+        q2: E q^2, over the query heads of a KV head.
+    """
+
+    mean: F64
+    k2: F64
+    q2: F64
+
+    def gain(self, exponent: float, centred: bool = True) -> F32:
+        """D of each channel: (q2 / k2)^(exponent / 4), of geometric mean 1 in each head.
+
+        Args:
+            exponent: 1 is best for these statistics, less holds the gain back.
+            centred: whether keys are stored less their mean; else k2 is E k^2.
+        """
+        energy = self.k2 if centred else self.k2 + np.square(self.mean)
+        q2, k2 = (x + SMALLEST_SHARE * x.mean(axis=1, keepdims=True) + 1e-30 for x in (self.q2, energy))
+        log = exponent / 4 * (np.log(q2) - np.log(k2))
+        found = np.exp(log - log.mean(axis=1, keepdims=True))
+        gain: F32 = np.clip(found, 1 / LARGEST_GAIN, LARGEST_GAIN).astype(np.float32)
+        return gain
+
+
+def key_statistics(inputs: AttentionInputs, weighted: bool = True) -> KeyStatistics:
+    """The statistics of a layer whose text was read as one batch.
+
+    Args:
+        inputs: Q, K and what else attention takes.
+        weighted: whether queries and keys count by what softmax lets through; else all count alike.
+    """
+    n, n_head, _ = inputs.q.shape
+    n_head_kv = inputs.k.shape[1]
+    group = n_head // n_head_kv
+    shape = (n_head_kv, inputs.k.shape[2])
+    mean, k2, q2 = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    for head in range(n_head_kv):
+        k = np.ascontiguousarray(inputs.k[:, head])
+        of_keys, total = np.zeros(n), 0.0
+        for query_head in range(head * group, (head + 1) * group):
+            for first in range(0, n, QUERIES_AT_ONCE):
+                q = np.ascontiguousarray(inputs.q[first : first + QUERIES_AT_ONCE, query_head])
+                if weighted:
+                    moved = _movable(inputs, q, k, query_head, first)
+                    of_keys[: moved.shape[1]] += moved.sum(axis=0)
+                    of_queries = moved.sum(axis=1)
+                else:
+                    of_queries = np.ones(len(q), np.float32)
+                q2[head] += of_queries @ np.square(q)
+                total += float(of_queries.sum())
+        if not weighted:
+            of_keys += 1.0
+        weight = of_keys / max(of_keys.sum(), 1e-30)
+        mean[head] = weight @ k
+        k2[head] = weight @ np.square(k - mean[head])
+        q2[head] /= max(total, 1e-30)
+    return KeyStatistics(mean, k2, q2)
+
+
+def _movable(inputs: AttentionInputs, q: F32, k: F32, query_head: int, first: int) -> F32:
+    """p (1 - p) of a block of queries, (n_queries, n_keys) up to the last key that they see."""
+    end = first + len(q)
+    scores = (q @ k[:end].T) * np.float32(inputs.scale)
+    if inputs.softcap:
+        scores = np.float32(inputs.softcap) * np.tanh(scores / np.float32(inputs.softcap))
+    slope = alibi_slopes(inputs.q.shape[1], inputs.max_bias)[query_head]
+    scores += inputs.mask[first:end, :end] * np.float32(slope)
+    top = scores.max(axis=1, keepdims=True)
+    if inputs.sinks is not None:
+        top = np.maximum(top, inputs.sinks[query_head])
+    p = np.exp(scores - top)
+    total = p.sum(axis=1, keepdims=True)
+    if inputs.sinks is not None:
+        total += np.exp(inputs.sinks[query_head] - top)
+    p /= total
+    moved: F32 = p - np.square(p)
+    return moved
