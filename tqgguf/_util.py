@@ -1,4 +1,4 @@
-"""What several folders need: counts that callers give, the machine's memory, files written whole or not at all."""
+"""What several folders need: counts and lists of numbers, the machine's memory, files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,17 @@ def check_count(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) ->
     if value > most:
         raise ArgumentError(f"{name} is {value}, must be at most {most}")
     return int(value.__index__())
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers for a reader: "0-5, 7"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def machine_memory() -> int | None:

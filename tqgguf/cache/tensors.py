@@ -20,7 +20,7 @@ class CacheTensor:
 
     Attributes:
         layer: number of the layer.
-        side: "K" or "V".
+        side: "K" or "V"; whatever else llama.cpp may say is refused by `check_tensors`.
         type: ggml's number of the type.
         n_embd: values of a cell.
         n_cells: cells of a stream.
@@ -113,11 +113,14 @@ def check_tensors(made: Sequence[CacheTensor], info: ModelInfo, policy: CachePol
     if info.exact and (more := _surplus(found, wanted)):
         raise CacheTypeError(f"{where}: layer {more[0]}, {more[1]}: asked for none, got one")
     for tensor in made:
-        if not 0 <= tensor.layer < policy.n_layer:
+        if not 0 <= tensor.layer < policy.n_layer or tensor.side not in ("K", "V"):
             raise CacheTypeError(
-                f"{where}: layer {tensor.layer}, {tensor.side}: the policy has {policy.n_layer} layers"
+                f"{where}: layer {tensor.layer}, {tensor.side}: the policy has K and V of {policy.n_layer} layers"
             )
-        for what, want, got in _differences(tensor, layers.get(tensor.layer) if info.exact else None, policy, shape):
+        differences = _differences(tensor, layers.get(tensor.layer) if info.exact else None, policy, shape)
+        if info.exact and (rotated := _rotated(info, policy, tensor.side)) is not None:
+            differences = (*differences, ("rotation", rotated and shape.rotate, tensor.rotated))
+        for what, want, got in differences:
             if want != got:
                 raise CacheTypeError(
                     f"{where}: layer {tensor.layer}, {tensor.side}: asked for {what} {want}, got {got}"
@@ -152,5 +155,19 @@ def _differences(
     rows = tail_rows(kind, shape.tail, cells)
     yield "rows of a tail", rows, (tensor.tail_recent, tensor.tail_first)
     yield "bytes of a tail", tensor.n_stream * sum(rows) * tail_width(n_embd), tensor.tail_bytes
-    if layer and (kind.ours or mean is not None or not shape.rotate):
-        yield "rotation", False, tensor.rotated
+
+
+def _rotated(info: ModelInfo, policy: CachePolicy, side: str) -> bool | None:
+    """Whether llama.cpp rotates K or V of all layers, where it may (`rotates` of native/ggml/tq_ggml_policy.c).
+
+    None where heads differ in size: llama.cpp rotates each part of such a cache by itself.
+    """
+    types = [policy.types(layer)["KV".index(side)] for layer in range(policy.n_layer)]
+    sizes = {layer.head_dim_k if side == "K" else layer.head_dim_v for layer in info.layers}
+    if (
+        any(kind.ours for kind in types)
+        or not any(kind.quantized for kind in types)
+        or (side == "K" and policy.k_means)
+    ):
+        return False
+    return sizes.pop() % 64 == 0 if len(sizes) == 1 else None

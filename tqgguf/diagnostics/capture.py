@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from .._native import import_llama_cpp
 from .._native.ggml import Tensor, op_name, read_tensor, tensor_at, tensor_name
+from .._util import ranges
 from ..cache.policy import resolve
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..gguf.info import ModelInfo, read_model_info
@@ -99,7 +100,7 @@ def capture_attention(
     known = [layer.index for layer in info.layers]
     for layer in layers:
         if layer not in known:
-            raise ArgumentError(f"layer {layer} has no KV cache of its own; layers with one are {_listed(known)}")
+            raise ArgumentError(f"layer {layer} has no KV cache of its own; layers with one are {ranges(known)}")
     if n_ctx < 2:
         raise ArgumentError(f"n_ctx is {n_ctx}, must be at least 2 tokens")
     # A callback needs a new context; the model's own context, which cannot take one, is as small as possible.
@@ -171,7 +172,7 @@ def _capture(
     if missing:
         raise UnsupportedError(
             f"{info.path.name}: the graph of architecture {info.architecture} runs no flash attention "
-            f"on the KV cache of layer {_listed(missing)}; Q, K and V cannot be captured"
+            f"on the KV cache of layer {ranges(missing)}; Q, K and V cannot be captured"
         )
     return dict(sorted(hook.found.items()))
 
@@ -247,7 +248,3 @@ def _decode(model: Llama, tokens: Sequence[int], hook: _Hook[T], cache: str) -> 
         raise hook.error
     if status:
         raise TqggufError(f"llama.cpp could not run {len(tokens)} tokens through {info.path.name}: status {status}")
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -151,6 +152,7 @@ def make_context(
 
 def cache_of(context: Any, params: Any, tail: int | None, rotate: bool = True) -> CacheShape:
     """The shape of the cache that a context of such parameters must have."""
+    forbidden = re.match(r"\s*[+-]?0*[1-9]", os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""))  # llama.cpp reads it, too
     return CacheShape(
         n_ctx=llama_cpp.llama_n_ctx(context),
         n_ubatch=llama_cpp.llama_n_ubatch(context),
@@ -158,5 +160,5 @@ def cache_of(context: Any, params: Any, tail: int | None, rotate: bool = True) -
         unified=params.kv_unified,
         swa_full=params.swa_full,
         tail=tail,
-        rotate=rotate,
+        rotate=rotate and not forbidden,
     )

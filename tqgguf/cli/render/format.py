@@ -52,17 +52,6 @@ def to_json(data: Any) -> str:
     return json.dumps(data, indent=2, default=plain)
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers for a reader: "0-5, 7"."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
 def cache_line(info: CacheInfo) -> str:
     """One line about a KV cache: types, bytes, and bytes against f16 in 64ths (14/64 is 3.5 of 16 bits)."""
     types = info.type_k if info.type_k == info.type_v else f"{info.type_k} (K) and {info.type_v} (V)"
