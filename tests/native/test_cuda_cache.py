@@ -353,8 +353,8 @@ def test_a_missing_library_says_how_to_build_it(tmp_path: Any, monkeypatch: pyte
 
 def test_a_library_of_another_version_is_refused(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     native_cuda.cuda_library.cache_clear()
-    real = native_cuda._version
-    monkeypatch.setattr(native_cuda, "_version", lambda header, name: real(header, name) + 1)
+    real = native_cuda.version_in
+    monkeypatch.setattr(native_cuda, "version_in", lambda header, name: real(header, name) + 1)
     with pytest.raises(LibraryError, match=r"has ABI version \d+, this tqgguf needs \d+"):
         PqoCache(CONFIG, device="cuda")
 

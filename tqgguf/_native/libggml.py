@@ -115,7 +115,7 @@ int dladdr(const void * address, struct Dl_info * info);
 @functools.cache
 def _declared(part: str) -> str:
     """The declarations of one of tqgguf's headers."""
-    return declarations(read_header(header_path(f"tq_ggml_{part}.h"))).replace("TQ_GGML_RPC_API ", "")
+    return declarations(read_header(header_path(f"tq_ggml_{part}.h")))
 
 
 @functools.cache

@@ -30,19 +30,11 @@ _MARKS: Final = {
 }
 """Names that the patched libraries define or call, and stock ones do not have."""
 
-_FLAGS: Final = {
-    "AVX": "avx",
-    "F16C": "f16c",
-    "FMA": "fma",
-    "AVX2": "avx2",
-    "BMI2": "bmi2",
-    "AVX_VNNI": "avx_vnni",
-    "AVX512": "avx512f",
-    "AVX512_VBMI": "avx512vbmi",
-    "AVX512_VNNI": "avx512_vnni",
-    "AVX512_BF16": "avx512_bf16",
-    "AMX_INT8": "amx_int8",
-}
+_FEATURES: Final = (
+    *("AVX", "F16C", "FMA", "AVX2", "BMI2", "AVX_VNNI"),
+    *("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16", "AMX_INT8"),
+)
+_FLAGS: Final = {name: name.lower() for name in _FEATURES} | {"AVX512": "avx512f", "AVX512_VBMI": "avx512vbmi"}
 """Names of instruction sets in ggml, and the same in Linux's /proc/cpuinfo."""
 
 _CPUINFO: Final = Path("/proc/cpuinfo")
