@@ -67,8 +67,8 @@ class Page:
 
     def __init__(self) -> None:
         self.package = griffe.load("tqgguf", search_paths=[REPOSITORY], docstring_parser="google", resolve_aliases=True)
-        exports: list[Any] = self.package.exports or []
-        self.public = [str(name) for name in exports if str(name) != "__version__"]
+        stub = (REPOSITORY / "tqgguf" / "__init__.pyi").read_text(encoding="utf-8")
+        self.public = re.findall(r"^from .* import \w+ as (\w+)$", stub, re.MULTILINE)
         self.missing: list[str] = []
         self.shown = {self.target(name).path: name for name in self.public if name != "reference"}
         self.waiting: list[Any] = []

@@ -33,7 +33,6 @@ from .control import Control
 from .grammar import MAX_REPEATS, check_grammar, check_schemas
 from .large_stack import longest_stretch, on_large_stack
 from .options import Request
-from .prefix import take_back
 from .workers import Workers
 
 llama_cpp: Any = import_llama_cpp()
@@ -229,7 +228,7 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
     def eval(self, tokens: Sequence[int]) -> None:
         """Reads tokens behind those in the cache, in batches that suit the tail; reports progress between them.
 
-        Where tokens were taken back that the cache cannot do without (see `prefix`), all are read again first.
+        Where tokens were taken back that a recurrent state or a window cannot give back, all are read again first.
 
         Raises:
             StoppedError: `stop` was called.
@@ -238,7 +237,7 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
         """
         self._refuse_closed()
         self._refuse_stopped()
-        if not take_back(self.ctx, self.n_tokens):
+        if not self._take_back():
             before = self.input_ids[: self.n_tokens].tolist()
             if hasattr(self.chat_handler, "_mtmd_cpp"):
                 raise UnsupportedError("the cache no longer holds this prompt's beginning: load with swa_full=True")
@@ -261,6 +260,26 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
             self.n_tokens_read += self._n_last
             if progress and len(tokens) > step:
                 progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
+
+    def _take_back(self) -> bool:
+        """Removes what lies behind the last token; whether the cache still holds what the next one attends to.
+
+        llama-cpp-python takes tokens back (a prompt that shares a beginning with the last one, drafts that were wrong)
+        and reads on without asking. The cache does not hold it where a state cannot be taken back (recurrent layers),
+        nor where the cache of a sliding window, of the size of the window (`swa_full=False`), has given its old cells
+        away: llama.cpp then attends to what is left.
+        """
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        if not memory or self.n_tokens == 0:
+            return True
+        if not llama_cpp.llama_memory_seq_rm(memory, 0, self.n_tokens, -1):
+            return False
+        window = int(llama_cpp.llama_model_n_swa(self.model))
+        # Of a hybrid's state nothing is taken back without saying so.
+        if not window or llama_cpp.llama_model_is_hybrid(self.model):
+            return True
+        first = int(llama_cpp.llama_memory_seq_pos_min(memory, 0))  # of a window's cache; -1: nothing of it is left
+        return 0 <= first <= max(0, int(self.n_tokens) - window + 1)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """As the stock method, but a long word does not end the process (see `large_stack`).

@@ -23,6 +23,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -45,7 +46,6 @@ try:
     from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
     from starlette.exceptions import HTTPException as AnyHTTPException
 
-    from .reload import Reloading
     from .request import Requests, error_answer, error_body, host_of
 except ImportError as error:
     raise UnsupportedError(
@@ -63,6 +63,8 @@ LOCAL_ORIGINS: Final = r"https?://([a-z0-9-]+\.)?(localhost|127\.0\.0\.1|\[::1\]
 """Web pages that may always use the server: those of this machine."""
 PATIENCE: Final = 10
 """Seconds that a stream waits for its client to read; other requests wait for that long, too."""
+RETRY: Final = 1.0
+"""Seconds between attempts to load a model again."""
 GRACE: Final = 1
 """Seconds that connections have to close when the server ends; computations stop at once."""
 
@@ -283,6 +285,53 @@ async def _publish(
 async def _send(channel: Any, part: str) -> None:
     with anyio.fail_after(PATIENCE):
         await channel.send({"data": part})
+
+
+# ---- Workers that come back ----
+
+
+class Reloading:
+    """ASGI middleware: if the model has lost a worker, a request loads it again, or gets status 503 if that fails.
+
+    A request that comes within RETRY seconds of a failed attempt gets the status at once.
+
+    Args:
+        app: the application that answers.
+        model: the model of the application.
+        api_key: the key that clients must send, or None. The application refuses requests without it.
+    """
+
+    def __init__(self, app: Any, model: Llama, api_key: str | None) -> None:
+        self.app, self.model = app, model
+        self.authorization = api_key and f"Bearer {api_key}".encode()
+        self.tried, self.why, self.lock = -RETRY, "", anyio.Lock()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and self.model.lost and self._authorized(scope):
+            async with self.lock:
+                message = await self._reload()
+            if message:
+                body = {"error": error_body(message, 503)}
+                await JSONResponse(body, 503, {"retry-after": f"{RETRY:g}"})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _authorized(self, scope: Any) -> bool:
+        """Whether the request has the key, without which the application refuses it."""
+        return self.authorization is None or (b"authorization", self.authorization) in scope["headers"]
+
+    async def _reload(self) -> str:
+        """Loads the model again if that is needed and due; returns why it is still lost, or ""."""
+        lost = self.model.lost
+        if lost and time.monotonic() - self.tried >= RETRY:
+            async with contextlib.asynccontextmanager(upstream.get_llama_proxy)():  # no other request computes
+                try:
+                    await run_in_threadpool(self.model.reload)
+                    _logger.warning("the model was loaded again on its workers")
+                    return ""
+                except (TqggufError, OSError, MemoryError) as error:
+                    self.tried, self.why = time.monotonic(), str(error)
+        return f"{lost}; this server has tried: {self.why}" if lost else ""
 
 
 # ---- Running it ----
