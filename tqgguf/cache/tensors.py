@@ -105,26 +105,23 @@ def check_tensors(made: Sequence[CacheTensor], info: ModelInfo, policy: CachePol
         if width
     ]
     found = [(tensor.layer, tensor.side) for tensor in made]
-    where = "llama.cpp made another KV cache than it was asked for"
+    where = "llama.cpp made another KV cache than it was asked for: layer"
     for layer, side in wanted:
         if (layer, side) not in found and (info.exact or not found):
             asked = policy.types(layer)["KV".index(side)].name
-            raise CacheTypeError(f"{where}: layer {layer}, {side}: asked for {asked}, got no {side}")
+            raise CacheTypeError(f"{where} {layer}, {side}: asked for {asked}, got no {side}")
     if info.exact and (more := _surplus(found, wanted)):
-        raise CacheTypeError(f"{where}: layer {more[0]}, {more[1]}: asked for none, got one")
+        raise CacheTypeError(f"{where} {more[0]}, {more[1]}: asked for none, got one")
     for tensor in made:
+        at = f"{where} {tensor.layer}, {tensor.side}"
         if not 0 <= tensor.layer < policy.n_layer or tensor.side not in ("K", "V"):
-            raise CacheTypeError(
-                f"{where}: layer {tensor.layer}, {tensor.side}: the policy has K and V of {policy.n_layer} layers"
-            )
+            raise CacheTypeError(f"{at}: the policy has K and V of {policy.n_layer} layers")
         differences = _differences(tensor, layers.get(tensor.layer) if info.exact else None, policy, shape)
         if info.exact and (rotated := _rotated(info, policy, tensor.side)) is not None:
             differences = (*differences, ("rotation", rotated and shape.rotate, tensor.rotated))
         for what, want, got in differences:
             if want != got:
-                raise CacheTypeError(
-                    f"{where}: layer {tensor.layer}, {tensor.side}: asked for {what} {want}, got {got}"
-                )
+                raise CacheTypeError(f"{at}: asked for {what} {want}, got {got}")
 
 
 def _surplus(found: Iterable[tuple[int, str]], wanted: Iterable[tuple[int, str]]) -> tuple[int, str] | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -80,15 +82,19 @@ def memory_size(text: str) -> int:
     return value
 
 
-def temperature(text: str) -> float:
-    """argparse type: a sampling temperature, 0 or more."""
+def _number(allowed: str, fits: Callable[[float], bool], text: str) -> float:
+    """argparse type: a number that fits."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value < 100:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 100, not {text!r}")
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"must be a {allowed}, not {text!r}")
     return value
+
+
+temperature = partial(_number, "number between 0 and 100", lambda value: 0 <= value < 100)
+positive_number = partial(_number, "positive number", lambda value: 0 < value < math.inf)
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:

@@ -104,42 +104,6 @@ def continuation(
         PolicyError, TextError, CacheTypeError, OutOfMemoryError, TqggufError: as `compare`.
     """
     trial = Trial.of(path, caches, tails, n_ctx)
-    return continue_trial(
-        trial,
-        text,
-        n_generate,
-        n_chunks=n_chunks,
-        n_batch=n_batch,
-        n_threads=n_threads,
-        temperature=temperature,
-        seed=seed,
-        progress=progress,
-    )
-
-
-def check_generate(n_generate: int, n_ctx: int) -> int:
-    """n_generate, if at least half of the context is left to the text."""
-    if check_count("n_generate", n_generate) > n_ctx // 2:
-        raise ArgumentError(
-            f"n_generate is {n_generate:,}, must be at most half of the context of {n_ctx:,} tokens: "
-            f"the other half is the text that is continued"
-        )
-    return n_generate
-
-
-def continue_trial(
-    trial: Trial,
-    text: str | None,
-    n_generate: int,
-    *,
-    n_chunks: int | None,
-    n_batch: int,
-    n_threads: int | None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    progress: CountProgress | None,
-) -> Continuation:
-    """`continuation`, with what it measures resolved before."""
     n_prompt = trial.n_ctx - check_generate(n_generate, trial.n_ctx)
     if isinstance(temperature, bool) or not (isinstance(temperature, (int, float)) and 0 <= temperature < np.inf):
         raise ArgumentError(f"temperature is {temperature!r}, must be a finite number of at least 0")
@@ -173,6 +137,16 @@ def continue_trial(
                     reader.score(reference, reader.logits(1, n_vocab), token)
                 read(token, np.ones(1, np.int8))
     return Continuation(trial.info.path.name, n_prompt, n_generate, tuple(_quality(r, n_generate) for r in readers))
+
+
+def check_generate(n_generate: int, n_ctx: int) -> int:
+    """n_generate, if at least half of the context is left to the text."""
+    if check_count("n_generate", n_generate) > n_ctx // 2:
+        raise ArgumentError(
+            f"n_generate is {n_generate:,}, must be at most half of the context of {n_ctx:,} tokens: "
+            f"the other half is the text that is continued"
+        )
+    return n_generate
 
 
 def _spans(kld: Array) -> list[Array]:

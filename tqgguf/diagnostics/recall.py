@@ -109,24 +109,10 @@ def recall(
     """
     check_count("n_prompts", n_prompts)
     check_count("n_predict", n_predict)
-    trial = Trial.of(path, caches, tails, n_ctx)
-    return recall_trial(trial, n_prompts, n_predict, seed, n_threads=n_threads, progress=progress)
-
-
-def recall_trial(
-    trial: Trial,
-    n_prompts: int = 10,
-    n_predict: int = 32,
-    seed: int = 0,
-    *,
-    n_threads: int | None,
-    progress: CountProgress | None,
-) -> Recall:
-    """`recall`, with what it measures resolved before."""
-    info, n_ctx = trial.info, trial.n_ctx
+    info, named, n_ctx = Trial.of(path, caches, tails, n_ctx)
     own = info.name == demo.MODEL_NAME
     scores: list[RecallScore] = []
-    for i, cache in enumerate(trial.caches):
+    for i, cache in enumerate(named):
         with contextlib.closing(load(info.path, cache, n_ctx, n_threads)) as model:
             asker = Asker(model, n_predict)
             questions = _demo_questions(n_ctx, n_prompts, seed) if own else _needles(asker, n_ctx, n_prompts, seed)
@@ -134,7 +120,7 @@ def recall_trial(
             for done, (size, depth, case) in enumerate(questions, 1 + i * len(questions)):
                 right[size, depth] += asker.right(case)
                 if progress:
-                    progress(done, len(trial.caches) * len(questions))
+                    progress(done, len(named) * len(questions))
         scores += [RecallScore(cache.label, size, depth, n, n_prompts) for (size, depth), n in right.items()]
     return Recall(info.path.name, "facts" if own else "tokens", n_ctx, seed, tuple(scores))
 

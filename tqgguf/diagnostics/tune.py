@@ -35,12 +35,11 @@ from .compare import (
     NamedCache,
     Reader,
     TypeQuality,
+    chosen_text,
     context_length,
     further_context,
     load,
-    own_text,
     read_chunks,
-    refuse_short,
     standard_error,
     text_chunks,
 )
@@ -206,9 +205,7 @@ def tune(
     _check_goal(budget, max_kld, kinds, info)
     n_ctx, n_chunks = context_length(info, n_ctx), n_chunks or DEFAULT_CHUNKS
     own = text is None
-    if text is None:
-        text = own_text(info, n_ctx, n_chunks)
-    refuse_short(text, n_ctx)
+    text = chosen_text(info, text, n_ctx, n_chunks)
     f16 = NamedCache("f16", resolve("f16", info.n_layer))
     with contextlib.closing(load(path, f16, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
         halves = _halves(text_chunks(model, text, n_ctx, n_chunks, own))

@@ -95,28 +95,25 @@ class CacheFigures:
 
     def prometheus(self) -> str:
         """The same in the text format of Prometheus."""
-        lines: list[str] = []
-
-        def metric(name: str, kind: str, text: str, *samples: tuple[str, int]) -> None:
-            lines.extend((f"# HELP tqgguf_{name} {text}", f"# TYPE tqgguf_{name} {kind}"))
-            lines.extend(f"tqgguf_{name}{labels} {value}" for labels, value in samples)
-
         types = f'{{model={_label(self.model)},type_k="{self.cache.type_k}",type_v="{self.cache.type_v}"}}'
-        metric("cache_info", "gauge", "Types of the KV cache, as labels.", (types, 1))
-        metric("cache_tokens", "gauge", "Tokens the KV cache has room for.", ("", self.cache.n_ctx))
-        metric("cache_tokens_used", "gauge", "Tokens in the KV cache.", ("", self.tokens_used))
-        metric("cache_bytes", "gauge", "Bytes allocated for the KV cache.", ("", self.cache.bytes))
-        metric("cache_bytes_used", "gauge", "Bytes of blocks that hold tokens.", ("", self.bytes_used))
-        metric(
-            "cache_f16_bytes", "gauge", "Bytes an f16 cache of as many tokens would take.", ("", self.cache.f16_bytes)
+        statuses = {f'{{status="{status}"}}': n for status, n in sorted(self.requests.items())}
+        metrics: tuple[tuple[str, str, str, int | dict[str, int]], ...] = (
+            ("cache_info", "gauge", "Types of the KV cache, as labels.", {types: 1}),
+            ("cache_tokens", "gauge", "Tokens the KV cache has room for.", self.cache.n_ctx),
+            ("cache_tokens_used", "gauge", "Tokens in the KV cache.", self.tokens_used),
+            ("cache_bytes", "gauge", "Bytes allocated for the KV cache.", self.cache.bytes),
+            ("cache_bytes_used", "gauge", "Bytes of blocks that hold tokens.", self.bytes_used),
+            ("cache_f16_bytes", "gauge", "Bytes an f16 cache of as many tokens would take.", self.cache.f16_bytes),
+            ("requests_in_progress", "gauge", "Requests answered now or waiting.", self.requests_in_progress),
+            ("requests_total", "counter", "Requests answered, by HTTP status.", statuses),
+            ("tokens_read_total", "counter", "Tokens computed, of prompts and answers.", self.tokens_read),
+            ("workers_lost", "gauge", "1 while a worker is lost and requests get status 503.", int(self.lost != "")),
         )
-        metric("requests_in_progress", "gauge", "Requests answered now or waiting.", ("", self.requests_in_progress))
-        statuses = [(f'{{status="{status}"}}', n) for status, n in sorted(self.requests.items())]
-        metric("requests_total", "counter", "Requests answered, by HTTP status.", *statuses)
-        metric("tokens_read_total", "counter", "Tokens computed, of prompts and answers.", ("", self.tokens_read))
-        metric(
-            "workers_lost", "gauge", "1 while a worker is lost and requests get status 503.", ("", int(self.lost != ""))
-        )
+        lines: list[str] = []
+        for name, kind, text, value in metrics:
+            samples = value if isinstance(value, dict) else {"": value}
+            lines += [f"# HELP tqgguf_{name} {text}", f"# TYPE tqgguf_{name} {kind}"]
+            lines += [f"tqgguf_{name}{labels} {number}" for labels, number in samples.items()]
         return "\n".join(lines) + "\n"
 
 

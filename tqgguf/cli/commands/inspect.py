@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import TextError
 from ..options import add_cache_options, add_threads_option, context_of, load_model, positive
-from ..render.format import to_json
+from ..render.format import show
 from ..render.progress import Bar
 
 if TYPE_CHECKING:
@@ -64,10 +64,7 @@ def call(args: argparse.Namespace) -> int:
     if args.html or args.sample:
         args.usage_error("--html and --sample need something to look into: --session or --file")
     result = model_cache(args.model, args.ctx, tail=args.tail)
-    if args.json:
-        print(to_json(result))
-    else:
-        print_model_cache(result)
+    show(result, args.json, print_model_cache)
     return 0
 
 
@@ -87,10 +84,7 @@ def _call_contents(args: argparse.Namespace) -> int:
     if args.html:
         write_whole(args.html, (page(result).encode(),), what="page")
         print(f"written: {args.html}", file=sys.stderr)
-    if args.json:
-        print(to_json(result))
-    else:
-        print_contents(result)
+    show(result, args.json, print_contents)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..._util import check_folder
 from ...errors import ArgumentError, PolicyError
-from ..options import add_tail_option, add_text_options, cache_name, positive
+from ..options import add_tail_option, add_text_options, cache_name, positive, positive_number
 from ..render.format import to_json
 from ..render.progress import Bar
 
@@ -32,9 +32,14 @@ def add_parser(commands: Any) -> None:
     add_text_options(parser, chunks=", half of them held out (default: 8)")
     parser.add_argument("-o", "--output", required=True, metavar="POLICY", help="the file to write, ending in .gguf")
     goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--budget", type=number, metavar="BITS", help="bits per value, averaged over the whole cache")
     goal.add_argument(
-        "--max-kld", type=number, metavar="X", help="instead: the smallest policy whose mean KLD is at most X nats"
+        "--budget", type=positive_number, metavar="BITS", help="bits per value, averaged over the whole cache"
+    )
+    goal.add_argument(
+        "--max-kld",
+        type=positive_number,
+        metavar="X",
+        help="instead: the smallest policy whose mean KLD is at most X nats",
     )
     parser.add_argument(
         "--types",
@@ -58,17 +63,6 @@ def add_parser(commands: Any) -> None:
     add_tail_option(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(call=call)
-
-
-def number(text: str) -> float:
-    """argparse type: a positive number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
-    return value
 
 
 def type_list(text: str) -> tuple[str, ...]:

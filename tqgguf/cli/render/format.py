@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,14 @@ def to_json(data: Any) -> str:
         raise TypeError(f"{value.__class__.__name__} has no JSON form")
 
     return json.dumps(data, indent=2, default=plain)
+
+
+def show(result: Any, as_json: bool, render: Callable[[Any], None]) -> None:
+    """Prints a result as JSON, or for a reader."""
+    if as_json:
+        print(to_json(result))
+    else:
+        render(result)
 
 
 def cache_line(info: CacheInfo) -> str:
