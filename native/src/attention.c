@@ -487,9 +487,7 @@ int tq_attn_compute(const tq_attn * args, int phase, int thread, int n_threads, 
     if (args == NULL || work == NULL) {
         return tqi_fail(TQ_E_ARGUMENT, "null pointer given for the attention arguments or the scratch");
     }
-    if (tqi_plan_make(args, n_threads, &plan) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(tqi_plan_make(args, n_threads, &plan));
     if (thread < 0 || thread >= n_threads || phase < 0 || phase > 1) {
         return tqi_fail(TQ_E_ARGUMENT, "phase %d of thread %d of %d given; phases are 0 and 1, threads from 0 to %d",
                         phase, thread, n_threads, n_threads - 1);
