@@ -113,19 +113,9 @@ static inline __attribute__((always_inline)) void tqi_prefetch(const uint8_t * r
     }
 }
 
-extern const tqi_kernels tqi_kernels_portable;
-#if defined(TQI_HAVE_AVX2)
-extern const tqi_kernels tqi_kernels_avx2;
-extern const tqi_steps tqi_trellis_avx2;
-#endif
-#if defined(TQI_HAVE_AVX512)
-extern const tqi_kernels tqi_kernels_avx512;
-extern const tqi_steps tqi_trellis_avx512;
-#endif
-#if defined(TQI_HAVE_NEON)
-extern const tqi_kernels tqi_kernels_neon;
-extern const tqi_steps tqi_trellis_neon;
-#endif
+/* Those that the build has: TQI_HAVE_AVX2 and so on. */
+extern const tqi_kernels tqi_kernels_portable, tqi_kernels_avx2, tqi_kernels_avx512, tqi_kernels_neon;
+extern const tqi_steps tqi_trellis_avx2, tqi_trellis_avx512, tqi_trellis_neon;
 
 /* The list of an instruction set's kernels, which its file has by these names. */
 #define TQI_KERNELS(isa, trellis_steps)                                                                                \

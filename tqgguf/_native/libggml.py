@@ -14,7 +14,7 @@ from ..config import CACHE_TYPES
 from ..errors import LibraryError
 from .library import LIB_DIR, declarations, header_path, library_path, read_header
 
-_HEADERS: Final = {"ggml-base": ("policy", "tail", "cache", "python"), "ggml-rpc": ("rpc",)}
+_HEADERS: Final = {"ggml-base": ("policy", "tail", "cache"), "ggml-rpc": ("rpc",)}
 """Parts of native/ggml, each with a header, by the library that has its functions."""
 
 _STRUCTS: Final = (
