@@ -59,10 +59,9 @@ class CachePolicy:
     ranges: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.types_k) != len(self.types_v):
-            raise PolicyError(
-                f"a policy has types for K of {len(self.types_k)} layers and for V of {len(self.types_v)}"
-            )
+        n_k, n_v = len(self.types_k), len(self.types_v)
+        if n_k != n_v:
+            raise PolicyError(f"a policy has types for K of {n_k} layers and for V of {n_v}")
         for name in (*self.types_k, *self.types_v):
             if name not in CACHE_TYPES:
                 raise PolicyError(f"a policy names the cache type {name!r}; valid types are {', '.join(CACHE_TYPES)}")
@@ -238,14 +237,14 @@ def policy_from_ranges(spec: Mapping[str, Any], n_layer: int) -> CachePolicy:
         raise PolicyError(f"layers of a cache policy must be a mapping from ranges to types, not {ranges!r}")
     types = [parse_cache(spec["default"])] * n_layer
     owner: dict[int, str] = {}
+    named = {str(text): tuple(_layers(str(text), n_layer)) for text in ranges}
     for text, kinds in ranges.items():
         pair = parse_cache(kinds)
-        for layer in _layers(str(text), n_layer):
+        for layer in named[str(text)]:
             if layer in owner:
                 raise PolicyError(f"ranges {owner[layer]!r} and {text!r} of a cache policy both name layer {layer}")
             owner[layer] = str(text)
             types[layer] = pair
-    named = {str(text): tuple(_layers(str(text), n_layer)) for text in ranges}
     return CachePolicy(tuple(k.name for k, _ in types), tuple(v.name for _, v in types), ranges=named)
 
 

@@ -335,7 +335,8 @@ class _Tuner:
         self.names = tuple(kind.name for kind in kinds)
         # llama.cpp does not rotate stock types beside pqo and pqt types, so they are measured without rotation.
         self.rotate = not any(kind.ours for kind in kinds)
-        names = [*self.names, *(name for name in BASELINE_TYPES if self._fits(name))]
+        fits = [name for name in BASELINE_TYPES if self.info.obstacle(cache_type(name), cache_type(name)) is None]
+        names = [*self.names, *fits]
         self.uniform = [
             self.bench.named(name, resolve(name, self.info.n_layer))
             for name in sorted(dict.fromkeys(names), key=lambda name: cache_type(name).bits)
@@ -526,7 +527,3 @@ class _Tuner:
         types = {other: ["f16"] * self.info.n_layer for other in "KV"}
         types[side][layer] = name
         return CachePolicy(tuple(types["K"]), tuple(types["V"]))
-
-    def _fits(self, name: str) -> bool:
-        kind = cache_type(name)
-        return self.info.obstacle(kind, kind) is None

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .._native import import_llama_cpp
 from .._native.settings import aborts_to_stderr, policy_applied, rotation_allowed, tail_set, tensors_listed
@@ -69,7 +69,7 @@ def load_error(error: str, log: LoadLog, info: ModelInfo) -> TqggufError:
     return TqggufError(message)
 
 
-class Making:
+class Making(NamedTuple):
     """What `making` yields.
 
     Attributes:
@@ -77,8 +77,8 @@ class Making:
         tensors: of the caches that were made; complete when the `with` statement has ended.
     """
 
-    def __init__(self, log: LoadLog, tensors: list[CacheTensor]) -> None:
-        self.log, self.tensors = log, tensors
+    log: LoadLog
+    tensors: list[CacheTensor]
 
 
 @contextlib.contextmanager

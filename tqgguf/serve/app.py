@@ -248,10 +248,8 @@ def _authentication(api_key: str | None) -> Any:
 
 def _http_error(request: Request, error: Any) -> Response:
     """The answer to an unknown path, a wrong method or a wrong key, in the form of OpenAI's interface."""
-    message = (
-        f"{request.method} {request.url.path}: {error.detail}" if error.status_code in (404, 405) else error.detail
-    )
-    body = {"error": error_body(message, error.status_code)}
+    where = f"{request.method} {request.url.path}: " if error.status_code in (404, 405) else ""
+    body = {"error": error_body(f"{where}{error.detail}", error.status_code)}
     return JSONResponse(body, error.status_code, error.headers)
 
 
@@ -347,13 +345,11 @@ def listen(host: str, port: int) -> socket.socket:
         bound.bind(address)
         bound.listen(128)  # clients wait while the model is loaded
     except OSError as error:
-        of_the_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
-        advice = (
-            "--port (0: any that is free)" if of_the_port else "--host (127.0.0.1: this machine; 0.0.0.0: all of it)"
-        )
-        raise ArgumentError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another {advice}"
-        ) from None
+        advice = "--host (127.0.0.1: this machine; 0.0.0.0: all of it)"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            advice = "--port (0: any that is free)"
+        said = f"cannot listen on {host}:{port}: {error.strerror or error}; choose another {advice}"
+        raise ArgumentError(said) from None
     return bound
 
 

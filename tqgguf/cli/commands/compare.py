@@ -166,7 +166,7 @@ def call_attention(args: argparse.Namespace, text: str, types: Sequence[str] | N
         types: cache types; None for all that fit.
     """
     from ...diagnostics.attention import attention_quality
-    from ..render.attention import print_attention
+    from ..render.compare import print_attention
 
     result = attention_quality(
         args.model,

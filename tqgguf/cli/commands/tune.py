@@ -74,7 +74,7 @@ def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     from ...diagnostics.compare import read_text
     from ...diagnostics.tune import CANDIDATE_TYPES, tune
-    from ..render.tune import print_tuning
+    from ..render.compare import print_tuning
 
     output = Path(args.output)
     check_output(output)
