@@ -1,5 +1,5 @@
-/* encode.cuh: the encoders of the PQO types, and all decoders, by teams of eight threads, step for step portable.c's: the same
- * bytes.
+/* encode.cuh: the encoders of the PQO types, and all decoders, by teams of eight threads, step for step portable.c's:
+ * the same bytes.
  *
  * Every sum has the order of tqi_sum32, and nothing may be contracted into FMA: the files that include this are
  * compiled with -fmad=false (-ffp-contract=off on the host). Divisions and roots are IEEE's, nvcc's default, and f16 is

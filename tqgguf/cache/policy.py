@@ -298,10 +298,8 @@ def read_policy(path: str | Path) -> CachePolicy:
         found = {key: header.metadata.get(f"{_ARCHITECTURE}.{key}") for key in ("version", "types_k", "types_v")}
         if header.metadata.get("general.architecture") != _ARCHITECTURE:
             raise PolicyError(f"{file} is a GGUF file but no cache policy")
-        if found["version"] != POLICY_VERSION:
-            raise PolicyError(
-                f"{file} has policy version {found['version']!r}, this tqgguf reads {POLICY_VERSION}: tune again"
-            )
+        if (version := found["version"]) != POLICY_VERSION:
+            raise PolicyError(f"{file} has policy version {version!r}, this tqgguf reads {POLICY_VERSION}: tune again")
         types_k, types_v = found["types_k"], found["types_v"]
         if not (isinstance(types_k, list) and isinstance(types_v, list)):
             raise PolicyError(f"{file} has no types")

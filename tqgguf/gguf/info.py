@@ -151,9 +151,7 @@ class ModelInfo:
             n_ubatch: tokens computed at once; they add to the cells of layers that keep their sliding window alone.
             swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
         """
-        return sum(
-            layer.cells(n_ctx, n_ubatch, swa_full=swa_full) * layer.bytes_per_token(k, v) for layer in self.layers
-        )
+        return sum(x.cells(n_ctx, n_ubatch, swa_full=swa_full) * x.bytes_per_token(k, v) for x in self.layers)
 
 
 def read_model_info(path: str | Path) -> ModelInfo:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hmac
 import json
 import logging
@@ -29,7 +28,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from .._native import import_llama_cpp
-from ..errors import ArgumentError, StoppedError, TqggufError, UnsupportedError, WorkerError
+from ..errors import StoppedError, TqggufError, UnsupportedError, WorkerError
 
 import_llama_cpp()
 try:
@@ -330,27 +329,6 @@ class Reloading:
 
 
 # ---- Running it ----
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Binding comes before the model is loaded, so that a port in use is reported at once.
-
-    Raises:
-        ArgumentError: the address cannot be used.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(128)  # clients wait while the model is loaded
-    except OSError as error:
-        advice = "--host (127.0.0.1: this machine; 0.0.0.0: all of it)"
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            advice = "--port (0: any that is free)"
-        said = f"cannot listen on {host}:{port}: {error.strerror or error}; choose another {advice}"
-        raise ArgumentError(said) from None
-    return bound
 
 
 def serve(app: Any, model: Llama, bound: socket.socket) -> None:
