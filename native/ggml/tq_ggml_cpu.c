@@ -81,21 +81,7 @@ static void load(const struct ggml_tensor * t, int64_t i, int64_t n, float * x) 
 static void store(const struct ggml_tensor * t, int64_t i, int64_t n, const float * x) {
     for (int64_t done = 0; done < n;) {
         const int64_t m = stretch(t, i + done, n - done);
-        char * to = element(t, i + done);
-        switch (t->type) {
-            case GGML_TYPE_F32:
-                memcpy(to, x + done, (size_t) m * sizeof(float));
-                break;
-            case GGML_TYPE_F16:
-                ggml_cpu_fp32_to_fp16(x + done, (ggml_fp16_t *) to, m);
-                break;
-            case GGML_TYPE_BF16:
-                ggml_cpu_fp32_to_bf16(x + done, (ggml_bf16_t *) to, m);
-                break;
-            default:
-                tq_ggml_encode(t->type, x + done, to, m);
-                break;
-        }
+        ggml_get_type_traits_cpu(t->type)->from_float(x + done, element(t, i + done), m);
         done += m;
     }
 }

@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from ..cache.tail import DEFAULT_TAIL, MAX_TAIL
 from ..config import cache_type
@@ -18,6 +18,8 @@ from .render.progress import Bar
 
 if TYPE_CHECKING:
     from ..model.llama import Llama
+
+T = TypeVar("T")
 
 DEFAULT_CONTEXT: Final = 4096
 """Context without `--ctx`; a model trained for less gets the context it was trained for."""
@@ -44,9 +46,12 @@ def cache_or_pair(text: str) -> str | tuple[str, str]:
     return cache_name(k), cache_name(v)
 
 
-def cache_list(text: str) -> tuple[str | tuple[str, str], ...]:
-    """argparse type: caches with commas between: types, pairs such as pqo4/pqo3, policy files."""
-    return tuple(cache_or_pair(part.strip()) for part in text.split(","))
+def several(kind: Callable[[str], T], text: str) -> tuple[T, ...]:
+    """argparse type: things of another type with commas between."""
+    return tuple(kind(part.strip()) for part in text.split(","))
+
+
+cache_list = partial(several, cache_or_pair)
 
 
 def _between(low: int, high: int, text: str) -> int:

@@ -14,7 +14,7 @@ from ...cache.tail import DEFAULT_TAIL
 from ...config import CACHE_TYPES, MEASURED_TYPES
 from ...errors import TqggufError
 from ...gguf.info import read_model_info
-from ..options import add_text_options, cache_list, tail
+from ..options import add_text_options, cache_list, several, tail
 from ..render.format import show, to_json
 from ..render.plot import check_plot, plot
 from ..render.progress import Bar
@@ -90,7 +90,7 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 def tail_list(text: str) -> tuple[int, ...]:
     """argparse type: numbers of tokens with commas between, none twice."""
-    found = tuple(tail(part.strip()) for part in text.split(","))
+    found = several(tail, text)
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"a tail is given twice in {text!r}")
     return found

@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._util import check_folder
 from ...errors import ArgumentError, PolicyError
-from ..options import add_tail_option, add_text_options, cache_name, positive, positive_number
+from ..options import add_tail_option, add_text_options, cache_name, positive, positive_number, several
 from ..render.format import to_json
 from ..render.progress import Bar
 
@@ -43,7 +44,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--types",
-        type=type_list,
+        type=partial(several, cache_name),
         metavar="TYPE,TYPE",
         help="types to choose from (default: pqt3,pqt4,q8_0; pqo3,pqo4,q8_0 takes less time to store and attend)",
     )
@@ -63,11 +64,6 @@ def add_parser(commands: Any) -> None:
     add_tail_option(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(call=call)
-
-
-def type_list(text: str) -> tuple[str, ...]:
-    """argparse type: names of cache types with commas between."""
-    return tuple(cache_name(part.strip()) for part in text.split(","))
 
 
 def call(args: argparse.Namespace) -> int:
