@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from ...config import CACHE_TYPES
 from ...diagnostics.attention import OUTLIER_FACTOR, AttentionQuality, HeadError, LayerAttention
 from ...diagnostics.compare import Comparison, TypeQuality
 from ...diagnostics.continuation import Continuation
