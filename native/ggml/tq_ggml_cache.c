@@ -2,6 +2,7 @@
 #include "tq_ggml_cache.h"
 
 #include "ggml-backend.h"
+#include "tq_ggml_calibration.h"
 #include "tq_ggml_policy.h"
 #include "tq_ggml_tail.h"
 
@@ -39,8 +40,11 @@ static const char * device_of(const struct ggml_tensor * t) {
     return dev ? ggml_backend_dev_name(dev) : "CPU";
 }
 
-void tq_ggml_cache_note(const struct ggml_tensor * t, uint32_t layer, int32_t side, const struct ggml_tensor * mean,
-                        bool rotated) {
+static int64_t n_values(const struct ggml_tensor * t) {
+    return t ? ggml_nelements(t) : 0;
+}
+
+void tq_ggml_cache_note(const struct ggml_tensor * t, uint32_t layer, int32_t side, bool rotated) {
     if (!t || !noting) {
         return;
     }
@@ -52,11 +56,13 @@ void tq_ggml_cache_note(const struct ggml_tensor * t, uint32_t layer, int32_t si
         .n_cells = t->ne[1],
         .n_stream = t->ne[2],
         .bytes = (int64_t) ggml_nbytes(t),
-        .n_mean = mean ? ggml_nelements(mean) : 0,
+        .n_mean = n_values(tq_ggml_k_companion(t, TQ_GGML_K_MEAN)),
+        .n_gain = n_values(tq_ggml_k_companion(t, TQ_GGML_K_GAIN)),
+        .calibration_sum = tq_ggml_calibration_sum(t),
         .layer = (int32_t) layer,
         .side = side,
         .type = (int32_t) t->type,
-        .rotated = rotated,
+        .rotated = rotated || tq_ggml_k_companion(t, TQ_GGML_K_ROTATION),
     };
     snprintf(note->name, sizeof(note->name), "%s", ggml_get_name(t));
     snprintf(note->device, sizeof(note->device), "%s", device_of(t));

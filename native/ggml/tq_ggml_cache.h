@@ -34,13 +34,15 @@ struct tq_ggml_cache_tensor {
     int64_t n_stream; /* 1, or one for each sequence (kv_unified = false) */
     int64_t bytes;    /* of the tensor, without its tail */
     int64_t n_mean;   /* values of the mean that is subtracted from each key; 0: none is */
-    int64_t tail_bytes;  /* of the tail's rows and owners, all streams; 0: it has no tail */
-    int32_t layer;       /* number of the layer that owns it */
-    int32_t side;        /* 0: K, 1: V */
-    int32_t type;        /* enum ggml_type */
-    int32_t tail_recent; /* rows of the tail for the newest cells of a stream */
-    int32_t tail_first;  /* rows of the tail for the first cells of a stream */
-    int32_t rotated;     /* 1: the graph rotates it by a Hadamard matrix before it is stored; else 0 */
+    int64_t n_gain;   /* values of the gain that each key is multiplied by; 0: by none */
+    uint64_t calibration_sum; /* of the mean and gain that are in the cache: tq_ggml_calibration_sum */
+    int64_t tail_bytes;       /* of the tail's rows and owners, all streams; 0: it has no tail */
+    int32_t layer;            /* number of the layer that owns it */
+    int32_t side;             /* 0: K, 1: V */
+    int32_t type;             /* enum ggml_type */
+    int32_t tail_recent;      /* rows of the tail for the newest cells of a stream */
+    int32_t tail_first;       /* rows of the tail for the first cells of a stream */
+    int32_t rotated;          /* 1: it is rotated by a Hadamard matrix before it is stored; else 0 */
 };
 
 /* Empties the calling thread's list; from now on the caches that this thread makes are noted. */
@@ -65,9 +67,8 @@ bool tq_ggml_is_set(void * flag);
 /* cffi: end */
 
 /* For the constructor: notes K or V of a layer, if the thread keeps a list. t: a cache tensor, or NULL, which is not
- * noted; mean: what is subtracted from it, or NULL. */
-void tq_ggml_cache_note(const struct ggml_tensor * t, uint32_t layer, int32_t side, const struct ggml_tensor * mean,
-                        bool rotated);
+ * noted; rotated: by llama.cpp. */
+void tq_ggml_cache_note(const struct ggml_tensor * t, uint32_t layer, int32_t side, bool rotated);
 
 #ifdef __cplusplus
 }

@@ -99,13 +99,17 @@ def test_a_policy_file_is_as_the_page_says(tmp_path: Path) -> None:
     import gguf
 
     mean = np.arange(128, dtype=np.float32).reshape(2, 64)
-    CachePolicy(("pqo4",) * 4, ("pqo3",) * 4, {2: mean}, model_hash(demo.MODEL_PATH)).write(tmp_path / "p.gguf")
+    policy = CachePolicy(("pqo4",) * 4, ("pqo3",) * 4, {2: mean}, model_hash(demo.MODEL_PATH), k_gains={1: mean + 1})
+    policy.write(tmp_path / "p.gguf")
     reader = gguf.GGUFReader(tmp_path / "p.gguf")
     for key in ("version", "model_hash", "types_k", "types_v"):
         assert f"tqgguf-policy.{key}" in reader.fields and f".{key}`" in PAGE
-    (tensor,) = reader.tensors
-    assert tensor.name == "blk.2.k_mean" and "`blk.N.k_mean`" in PAGE
-    np.testing.assert_array_equal(tensor.data, mean)
+    for tensor, name, values in zip(reader.tensors, ("2.k_mean", "1.k_gain"), (mean, mean + 1), strict=True):
+        assert tensor.name == f"blk.{name}" and f"`blk.N.{name[2:]}`" in PAGE
+        np.testing.assert_array_equal(tensor.data, values)
+    assert "1/1024 to 1024" in PAGE
+    for value in (1 / 1024, 1024.0):
+        CachePolicy(("f16",), ("f16",), k_gains={0: np.full((1, 32), value, np.float32)})
     # The hash, from the words of the page alone.
     data = demo.MODEL_PATH.read_bytes()
     last = gguf.GGUFReader(demo.MODEL_PATH).tensors[-1].field

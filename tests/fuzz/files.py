@@ -58,7 +58,8 @@ def policy(data: bytes, file: Path) -> None:
     assert len(found.types_k) == len(found.types_v) == found.n_layer and {*found.types_k, *found.types_v} <= {
         *CACHE_TYPES
     }
-    assert sum(mean.nbytes for mean in found.k_means.values()) <= len(data)
+    vectors = (*found.k_means.values(), *found.k_gains.values())
+    assert sum(values.nbytes for values in vectors) <= len(data)
     for model in MODELS:
         assert found.obstacle(model) is None or found.obstacle(model)
 

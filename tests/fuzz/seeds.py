@@ -31,7 +31,7 @@ def model() -> bytes:
 
 def policy(path: Path) -> None:
     means = {1: np.ones((1, 32), np.float32)}
-    CachePolicy(("pqo3", "q8_0"), ("pqo4", "f16"), means, "00" * 32).write(path)
+    CachePolicy(("pqo3", "q8_0"), ("pqo4", "f16"), means, "00" * 32, k_gains={0: means[1]}).write(path)
 
 
 def session() -> bytes:

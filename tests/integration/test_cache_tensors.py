@@ -65,6 +65,9 @@ LIES: list[tuple[Callable[[list[CacheTensor]], list[CacheTensor]], str]] = [
             (6, {"n_embd": 64}, "layer 3, K: asked for values of a token 128, got 64"),
             (6, {"n_mean": 0}, "layer 3, K: asked for values of a mean key 128, got 0"),
             (4, {"n_mean": 128}, "layer 2, K: asked for values of a mean key 0, got 128"),
+            (6, {"n_gain": 64}, "layer 3, K: asked for values of a key gain 128, got 64"),
+            (4, {"n_gain": 128}, "layer 2, K: asked for values of a key gain 0, got 128"),
+            (6, {"calibration_sum": 1}, r"layer 3, K: asked for a calibration that sums up to \d+, got 1"),
             (7, {"tail_recent": 127}, r"layer 3, V: asked for rows of a tail \(128, 4\), got \(127, 4\)"),
             (7, {"tail_bytes": 0}, "layer 3, V: asked for bytes of a tail 34320, got 0"),
             (0, {"rotated": True}, "layer 0, K: asked for rotation False, got True"),
@@ -78,9 +81,11 @@ def test_a_cache_that_is_not_what_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[list[CacheTensor]], list[CacheTensor]], said: str
 ) -> None:
     """tests/patches/test_lies.py has libraries that make such caches."""
-    policy = CachePolicy(("pqo4", "pqo3", "f16", "pqo3"), ("pqt3",) * 4, {3: np.ones((2, 64), np.float32)})
+    one = np.ones((2, 64), np.float32)
+    policy = CachePolicy(("pqo4", "pqo3", "f16", "pqo3"), ("pqt3",) * 4, {1: one, 3: one}, k_gains={0: one, 3: 2 * one})
     with contextlib.closing(load(demo.MODEL_PATH, cache=policy)) as model:
-        assert [layer.centred for layer in model.cache_info().layers] == [False, False, False, True]
+        assert [layer.centred for layer in model.cache_info().layers] == [False, True, False, True]
+        assert [layer.calibrated for layer in model.cache_info().layers] == [True, True, False, True]
         monkeypatch.setattr(context, "tensors_listed", lied(change))
         with pytest.raises(CacheTypeError, match=f"another KV cache than it was asked for: {said}"):
             load(demo.MODEL_PATH, cache=policy)
@@ -118,7 +123,7 @@ def test_a_tensor_that_is_neither_k_nor_v(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(settings, "base", Lying)
     with pytest.raises(CacheTypeError, match="layer 0, V: asked for f16, got no V"):
         load(demo.MODEL_PATH, cache="f16")
-    made = [CacheTensor(0, "side 2", 1, 128, 512, 1, 512 * 256, 0, 0, 0, 0, "CPU", False)]
+    made = [CacheTensor(0, "side 2", 1, 128, 512, 1, 512 * 256, 0, 0, 0, 0, 0, 0, "CPU", False)]
     info = replace(tqgguf.read_model_info(demo.MODEL_PATH), exact=False)
     with pytest.raises(CacheTypeError, match="layer 0, side 2: the policy has K and V of 4 layers"):
         check_tensors(made, info, resolve("f16", 4), CacheShape(512, 512, 1, False, True, 0))

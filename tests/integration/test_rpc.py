@@ -110,13 +110,17 @@ def test_the_same_as_in_one_process(pair: list[Any], names: list[str], cache: An
         assert cache == "f16" or f16 not in each.allocated[n:]
 
 
-def test_centred_keys(names: list[str]) -> None:
+@pytest.mark.parametrize("k", ["pqo3", "q8_0"])
+def test_calibrated_keys(names: list[str], k: str) -> None:
     means = {layer: np.full((2, 64), 0.25 * layer, np.float32) for layer in (0, 3)}
-    policy = tqgguf.CachePolicy(("pqo3",) * 4, ("pqo4",) * 4, means)
+    gains = {
+        layer: np.exp2(np.random.default_rng(layer).uniform(-1, 1, (2, 64))).astype(np.float32) for layer in (1, 3)
+    }
+    policy = tqgguf.CachePolicy((k,) * 4, ("pqo4",) * 4, means, k_gains=gains)
     with loaded(Plain, cache=policy, tail=0) as alone, loaded(cache=policy, tail=0, rpc=names) as model:
         expected = logits(alone)
         np.testing.assert_array_equal(logits(model), expected)
-    with loaded(Plain, cache=("pqo3", "pqo4"), tail=0) as other:
+    with loaded(Plain, cache=(k, "pqo4"), tail=0) as other:
         assert not np.array_equal(logits(other), expected)
 
 

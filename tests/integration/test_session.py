@@ -26,6 +26,7 @@ from tqgguf.demo import model as demo
 pytestmark = pytest.mark.model
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+ONE = np.ones((2, 64), np.float32)
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "endurance" / "session_kill.py"
 
 
@@ -177,7 +178,8 @@ def test_another_model(saved: Path, random_model: Callable[..., Path]) -> None:
         ("f16", "holds K as pqo3, this cache stores f16"),
         (("pqo3", "pqo4"), "holds V as pqo3, this cache stores pqo4"),
         ({"default": "pqo3", "layers": {"-1": "pqo4"}}, "this cache stores pqo3,pqo3,pqo3,pqo4"),
-        (CachePolicy(("pqo3",) * 4, ("pqo3",) * 4, {1: np.ones((2, 64), np.float32)}), "centres keys otherwise"),
+        (CachePolicy(("pqo3",) * 4, ("pqo3",) * 4, {1: ONE}), "calibrates keys otherwise"),
+        (CachePolicy(("pqo3",) * 4, ("pqo3",) * 4, k_gains={1: ONE}), "calibrates keys otherwise"),
     ],
 )
 def test_another_cache(saved: Path, cache: Any, said: str) -> None:

@@ -2,6 +2,7 @@
  * the environment variable TQGGUF_LIE: each function stands in the place of one of native/ggml that libllama calls. */
 #define _GNU_SOURCE
 #include "tq_ggml_cache.h"
+#include "tq_ggml_calibration.h"
 #include "tq_ggml_policy.h"
 #include "tq_ggml_tail.h"
 
@@ -24,22 +25,34 @@ enum ggml_type tq_ggml_policy_type_k(enum ggml_type type, uint32_t il) {
     return lies("type") && il == 2 && type == GGML_TYPE_PQO3 ? GGML_TYPE_PQT3 : type;
 }
 
-/* "mean": no mean is subtracted. */
-struct ggml_tensor * tq_ggml_policy_new_k_mean(struct ggml_context * ctx, uint32_t il, int64_t n) {
-    return lies("mean") ? NULL : ORIGINAL(tq_ggml_policy_new_k_mean)(ctx, il, n);
+/* "mean": no mean is subtracted. "gain": the keys are multiplied by none. */
+void tq_ggml_calibration_new(struct ggml_context * ctx, struct ggml_tensor * k, uint32_t il, int64_t head_dim) {
+    ORIGINAL(tq_ggml_calibration_new)(ctx, k, il, head_dim);
+    if (lies("mean")) {
+        k->src[TQ_GGML_K_MEAN] = NULL;
+    }
+    if (lies("gain")) {
+        k->src[TQ_GGML_K_GAIN] = NULL;
+    }
+}
+
+/* "values": a mean and a gain of zeros, which the buffer was filled with. */
+void tq_ggml_calibration_set(struct ggml_context * ctx) {
+    if (!lies("values")) {
+        ORIGINAL(tq_ggml_calibration_set)(ctx);
+    }
 }
 
 /* "tail": there is none. */
-void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t) {
+void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t, bool flash) {
     if (!lies("tail")) {
-        ORIGINAL(tq_ggml_tail_new)(ctx, t);
+        ORIGINAL(tq_ggml_tail_new)(ctx, t, flash);
     }
 }
 
 /* "list": nothing is noted. */
-void tq_ggml_cache_note(const struct ggml_tensor * t, uint32_t layer, int32_t side, const struct ggml_tensor * mean,
-                        bool rotated) {
+void tq_ggml_cache_note(const struct ggml_tensor * t, uint32_t layer, int32_t side, bool rotated) {
     if (!lies("list")) {
-        ORIGINAL(tq_ggml_cache_note)(t, layer, side, mean, rotated);
+        ORIGINAL(tq_ggml_cache_note)(t, layer, side, rotated);
     }
 }

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tqgguf._native import import_llama_cpp, library_path
+from tqgguf.cache.tensors import calibration_sum
 from tqgguf.config import CACHE_TYPES
 
 api: Any = import_llama_cpp()
@@ -27,7 +28,8 @@ class Note(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char * 64),
         ("device", ctypes.c_char * 64),
-        *((name, ctypes.c_int64) for name in ("n_embd", "n_cells", "n_stream", "bytes", "n_mean", "tail_bytes")),
+        *((name, ctypes.c_int64) for name in ("n_embd", "n_cells", "n_stream", "bytes", "n_mean", "n_gain")),
+        *(("calibration_sum", ctypes.c_uint64), ("tail_bytes", ctypes.c_int64)),
         *((name, ctypes.c_int32) for name in ("layer", "side", "type", "tail_recent", "tail_first", "rotated")),
     )
 
@@ -39,8 +41,14 @@ class LayerPolicy(ctypes.Structure):
         ("type_k", ctypes.c_int32),
         ("type_v", ctypes.c_int32),
         ("k_mean", ctypes.POINTER(ctypes.c_float)),
+        ("k_gain", ctypes.POINTER(ctypes.c_float)),
         ("n_mean", ctypes.c_int64),
+        ("n_gain", ctypes.c_int64),
     )
+
+
+MEAN = np.random.default_rng(0).standard_normal(128).astype(np.float32)
+GAIN = np.exp(MEAN[::-1])
 
 
 def number(name: str) -> int:
@@ -71,14 +79,16 @@ def made(
     tail: int = 0,
     stock_tail: int = 0,
     flash: bool = True,
-    means: dict[int, int] | None = None,
+    means: dict[int, Any] | None = None,
+    gains: dict[int, Any] | None = None,
     n_seq: int = 1,
     n_ctx: int = 512,
 ) -> list[Note]:
     """The notes of a context whose K and V have one type, or a type or a pair for each layer.
 
     Args:
-        means: number of values of the mean key, by layer.
+        means: values of the mean key, by layer.
+        gains: values of the gain, by layer.
     """
     params = api.llama_context_default_params()
     params.n_ctx = params.n_batch = n_ctx
@@ -88,9 +98,11 @@ def made(
     params.type_k, params.type_v = map(number, by_layer[0])
     layers = (LayerPolicy * len(by_layer))(*((number(k), number(v)) for k, v in by_layer))
     kept = []
-    for layer, n in (means or {}).items():
-        kept.append((ctypes.c_float * n)(*np.ones(n)))
-        layers[layer].k_mean, layers[layer].n_mean = kept[-1], n
+    for name, vectors in (("mean", means or {}), ("gain", gains or {})):
+        for layer, values in vectors.items():
+            kept.append((ctypes.c_float * len(values))(*values))
+            setattr(layers[layer], f"k_{name}", kept[-1])
+            setattr(layers[layer], f"n_{name}", len(values))
     if not isinstance(types, str):
         base.tq_ggml_policy_set(layers, len(by_layer))
     base.tq_ggml_tail_set(tail, stock_tail)
@@ -108,14 +120,17 @@ def made(
 def test_each_tensor_is_noted_as_it_is(random_model: Callable[..., Path]) -> None:
     types = ["pqo3", "f16", "pqt4"]
     with loaded(random_model(n_layer=3)) as model:
-        found = made(model, [*types], tail=100, means={1: 128})
+        found = made(model, [*types], tail=100, means={1: MEAN}, gains={1: GAIN, 2: GAIN})
     assert [(note.layer, note.side) for note in found] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     for note in found:
         kind, k_or_v = CACHE_TYPES[types[note.layer]], "kv"[note.side]
         assert note.name == f"cache_{k_or_v}_l{note.layer}".encode()
         assert (note.n_embd, note.n_cells, note.n_stream) == (128, 512, 1)
         assert (note.type, note.bytes) == (kind.number, 512 * kind.row_bytes(128))
-        assert note.n_mean == (128 if (note.layer, k_or_v) == (1, "k") else 0)
+        mean = MEAN if (note.layer, k_or_v) == (1, "k") else None
+        gain = GAIN if (note.layer > 0 and k_or_v == "k") else None
+        assert (note.n_mean, note.n_gain) == (0 if mean is None else 128, 0 if gain is None else 128)
+        assert note.calibration_sum == calibration_sum(mean, gain) and bool(note.calibration_sum) == (gain is not None)
         tail = (100, 4, 104 * (128 * 2 + 4)) if kind.ours else (0, 0, 0)
         assert (note.tail_recent, note.tail_first, note.tail_bytes) == tail
         assert (note.device, note.rotated) == (b"CPU", 0)
@@ -130,6 +145,37 @@ def test_which_tensors_get_a_tail(random_model: Callable[..., Path]) -> None:
         for flash, recent in ((True, [7, 0]), (False, [0, 0])):  # without flash attention nothing would read a tail
             found = made(model, [("q8_0", "f16")] * 3, stock_tail=7, flash=flash)
             assert [note.tail_recent for note in found] == recent * 3
+
+
+def test_the_sum_of_a_calibration_tells_every_value_and_its_place() -> None:
+    sums = {calibration_sum(MEAN, GAIN), calibration_sum(GAIN, MEAN), calibration_sum(MEAN, None)}
+    for i in (0, 77, 127):
+        other = MEAN.copy()
+        other[i] = np.nextafter(other[i], np.float32(9))
+        sums |= {calibration_sum(other, GAIN), calibration_sum(MEAN, other)}
+    assert len(sums) == 9
+
+
+def test_rotation_is_each_layers_own_where_keys_are_calibrated(
+    random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = ["q8_0", "f16", "pqo3", "q4_0"]
+
+    def rotated(**options: Any) -> list[int]:
+        return [note.rotated for note in made(model, [*types], **options) if note.side == 0]
+
+    with loaded(random_model(n_layer=4)) as model:
+        assert rotated() == [0, 0, 0, 0]  # llama.cpp rotates all or none
+        assert rotated(gains={1: GAIN}) == rotated(means={2: MEAN}) == [1, 0, 0, 1]
+        monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+        assert rotated(gains={1: GAIN}) == [0, 0, 0, 0]
+        monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "0")
+        base.tq_ggml_policy_set_rotation(False)
+        assert rotated(gains={1: GAIN}) == [0, 0, 0, 0]
+        base.tq_ggml_policy_set_rotation(True)
+    with loaded(random_model(n_layer=4, head_dim=96)) as model:
+        wide = np.ones(192)
+        assert rotated(gains={1: wide}) == [0, 0, 0, 0]  # as llama.cpp, which rotates by 64 or more
 
 
 def test_a_tail_is_no_longer_than_its_stream_and_there_is_one_for_each(random_model: Callable[..., Path]) -> None:

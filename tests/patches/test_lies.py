@@ -22,7 +22,8 @@ PROGRAM = """
 import numpy as np
 import tqgguf
 from tqgguf.demo import model as demo
-policy = tqgguf.CachePolicy(("pqo4", "pqo3", "pqo3", "pqo3"), ("pqo3",) * 4, {3: np.ones((2, 64), np.float32)})
+one = np.ones((2, 64), np.float32)
+policy = tqgguf.CachePolicy(("pqo4", "pqo3", "pqo3", "pqo3"), ("pqo3",) * 4, {3: one}, k_gains={2: 2 * one})
 print(tqgguf.Llama(demo.MODEL_PATH, cache=policy, n_ctx=256, n_threads=1, verbose=False).cache_info().type_v)
 """
 
@@ -46,6 +47,8 @@ def preload(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("type", "layer 2, K: asked for type pqo3, got pqt3"),
         ("layers", "layer 0, K: asked for type pqo4, got pqo3"),
         ("mean", "layer 3, K: asked for values of a mean key 128, got 0"),
+        ("gain", "layer 2, K: asked for values of a key gain 128, got 0"),
+        ("values", f"layer 2, K: asked for a calibration that sums up to {128**2 * 0x40000000}, got 0"),
         ("tail", "layer 0, K: asked for rows of a tail (128, 4), got (0, 0)"),
         ("list", "layer 0, K: asked for pqo4, got no K"),
     ],

@@ -1,5 +1,5 @@
-"""Policies inside libllama: types by layer, and keys stored less their mean. The models are random and tiny; each case
-runs in a process of its own.
+"""Policies inside libllama: types by layer, and keys stored less their mean and times a gain. The models are random and
+tiny; each case runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import tqgguf, llama_cpp as api
 from tqgguf._native.settings import policy_applied
 from tqgguf.cache.policy import CachePolicy
 
-model_path, types_k, types_v, means, forget, flash = json.loads(sys.argv[1])
+model_path, types_k, types_v, means, gains, forget, flash = json.loads(sys.argv[1])
 log = []
 callback = api.llama_log_callback(lambda level, text, data: log.append(text.decode()))
 api.llama_log_set(callback, ctypes.c_void_p(0))
@@ -38,7 +38,8 @@ params = api.llama_context_default_params()
 params.n_ctx = params.n_batch = 256
 params.n_threads = params.n_threads_batch = 2
 params.flash_attn_type = int(flash)
-policy = CachePolicy(tuple(types_k), tuple(types_v), {int(i): np.array(m, np.float32) for i, m in means.items()})
+means, gains = ({int(i): np.array(x, np.float32) for i, x in each.items()} for each in (means, gains))
+policy = CachePolicy(tuple(types_k), tuple(types_v), means, k_gains=gains)
 params.type_k, params.type_v = (kind.number for kind in policy.types(0))
 with policy_applied(policy):
     context = api.llama_init_from_model(model, params)
@@ -61,8 +62,11 @@ print(json.dumps([logits, "".join(log)]))
 """
 
 
-def write_model(path: Path, key_bias: float, head_dim: int = 64) -> Path:
-    """A Qwen2 of 3 layers, whose keys have a constant added: N(0, key_bias) a channel, before RoPE."""
+def write_model(path: Path, key_bias: float, head_dim: int = 64, hot: float = 1.0) -> Path:
+    """A Qwen2 of 3 layers, whose keys have a constant added: N(0, key_bias) a channel, before RoPE.
+
+    hot: what channels 5 and 37 of each head, which RoPE turns together, are multiplied by in keys, and queries divided.
+    """
     random = np.random.default_rng(0)
     n_head, n_head_kv, n_layer, n_ff = 4, 2, 3, 64
     width = n_head * head_dim
@@ -79,8 +83,10 @@ def write_model(path: Path, key_bias: float, head_dim: int = 64) -> Path:
     writer.add_vocab_size(64)
     writer.add_tokenizer_model("no_vocab")
 
-    def matrix(name: str, n_out: int, n_in: int, scale: float = 1.0) -> None:
+    def matrix(name: str, n_out: int, n_in: int, scale: float = 1.0, times: float = 1.0) -> None:
         x = random.standard_normal((n_out, n_in), dtype=np.float32) * np.float32(scale / np.sqrt(n_in))
+        if times != 1.0:
+            x.reshape(-1, head_dim, n_in)[:, [5, 37]] *= np.float32(times)
         writer.add_tensor(name + ".weight", x)
 
     matrix("token_embd", 64, width)
@@ -90,7 +96,8 @@ def write_model(path: Path, key_bias: float, head_dim: int = 64) -> Path:
         writer.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(width, dtype=np.float32))
         writer.add_tensor(f"blk.{i}.ffn_norm.weight", np.ones(width, dtype=np.float32))
         for side, heads in (("q", n_head), ("k", n_head_kv), ("v", n_head_kv)):
-            matrix(f"blk.{i}.attn_{side}", heads * head_dim, width, 4.0 if side == "v" else 1.0)
+            times = {"q": 1 / hot, "k": hot, "v": 1.0}[side]
+            matrix(f"blk.{i}.attn_{side}", heads * head_dim, width, 4.0 if side == "v" else 1.0, times)
             bias = random.standard_normal(heads * head_dim, dtype=np.float32) * (key_bias if side == "k" else 0.0)
             writer.add_tensor(f"blk.{i}.attn_{side}.bias", bias.astype(np.float32))
         matrix(f"blk.{i}.attn_output", width, width)
@@ -105,9 +112,15 @@ def write_model(path: Path, key_bias: float, head_dim: int = 64) -> Path:
 
 
 def run(
-    model: Path, types_k: str, types_v: str = "f16 f16 f16", means: Any = None, forget: bool = False, flash: bool = True
+    model: Path,
+    types_k: str,
+    types_v: str = "f16 f16 f16",
+    means: Any = None,
+    forget: bool = False,
+    flash: bool = True,
+    gains: Any = None,
 ) -> tuple[Any, str]:
-    arguments = json.dumps([str(model), types_k.split(), types_v.split(), means or {}, forget, flash])
+    arguments = json.dumps([str(model), types_k.split(), types_v.split(), means or {}, gains or {}, forget, flash])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -176,6 +189,21 @@ def test_centring_makes_up_for_a_constant_in_the_keys(tmp_path: Path) -> None:
     exact = run(model, "f32 f32 f32")[0]
     plain, centred = (distance(run(model, "pqo3 pqo3 pqo3", means=m)[0], exact) for m in (None, biases(model)))
     assert centred < 0.65 * plain, (centred, plain)  # 0.48 with each kernel; 1 without means
+
+
+@pytest.mark.parametrize(("kind", "forget"), [("pqt4", False), ("pqo3", True), ("q4_0", True)])
+def test_a_gain_makes_up_for_hot_channels(tmp_path: Path, kind: str, forget: bool) -> None:
+    # Powers of two: keys times the gain are those of the model without hot channels, bit by bit, and so are queries.
+    cold, hot = (write_model(tmp_path / f"{h:g}.gguf", 0.0, hot=h) for h in (1.0, 16.0))
+    gain = np.ones((2, 64))
+    gain[:, [5, 37]] = 1 / 16
+    types = f"{kind} {kind} {kind}"
+    expected = run(cold, types, forget=forget)[0]
+    np.testing.assert_array_equal(
+        run(hot, types, forget=forget, gains={i: gain.tolist() for i in range(3)})[0], expected
+    )
+    exact = run(cold, "f32 f32 f32", forget=forget)[0]
+    assert distance(run(hot, types, forget=forget)[0], exact) > 1.5 * distance(expected, exact)
 
 
 @pytest.mark.parametrize("types", ["f16 f16 f16", "pqo4 pqo4 pqo4"])

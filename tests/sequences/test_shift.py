@@ -87,14 +87,15 @@ class Rope:
     mode: int
     base: float = 1e4
 
-    def shifted(self, rows: U8, kind: str, by: int, mean: F32 | float = 0.0) -> U8:
-        """Rows (n, bytes) of keys as a shift must leave them: decoded, given their mean again, turned, encoded.
+    def shifted(self, rows: U8, kind: str, by: int, mean: F32 | float = 0.0, gain: F32 | float = 1.0) -> U8:
+        """Rows (n, bytes) of keys as a shift must leave them: decoded, their calibration taken off, turned, encoded.
 
         Blocks of a head that hold no value that RoPE turns stay as they are.
         """
         heads = rows.reshape(len(rows), self.n_head_kv, -1)
-        x = dequantize(heads, kind) + np.float32(mean)
+        x = dequantize(heads, kind) / np.float32(gain) + np.float32(mean)
         turned = rope(x, np.full(len(rows), by, np.int32), self.n_rot, self.mode, self.base) - np.float32(mean)
+        turned *= np.float32(gain)
         n_blocks = -(-self.n_rot // 32)
         block_bytes = heads.shape[-1] // (x.shape[-1] // 32)
         out = heads.copy()
@@ -157,19 +158,50 @@ def test_a_shift_is_decode_rope_encode(models: Any, opened: Any, kind: str, arch
 
 
 @pytest.mark.parametrize("kind", OURS)
-def test_centred_keys_get_their_mean_back_before_they_are_turned(models: Any, opened: Any, kind: str) -> None:
-    model = models["qwen2"]
-    mean = np.random.default_rng(1).standard_normal((2, 32)).astype(np.float32)
-    context = opened(model.path, CachePolicy((kind, kind), ("f16", "f16"), {0: mean, 1: -mean}))
+@pytest.mark.parametrize("arch", ["qwen2", "stablelm-16", "gemma2"])
+def test_the_calibration_of_keys_is_taken_off_before_they_are_turned(
+    models: Any, opened: Any, kind: str, arch: str
+) -> None:
+    model = models[arch]
+    random, shape = np.random.default_rng(1), (model.n_head_kv, 32 if arch != "stablelm-16" else 64)
+    mean = random.standard_normal(shape).astype(np.float32) * (arch != "gemma2")  # which caps its scores
+    gain = np.exp2(random.uniform(-3, 3, shape)).astype(np.float32)
+    means = {0: mean, 1: -mean} if arch != "gemma2" else {}
+    calibrated = CachePolicy((kind, kind), ("f16", "f16"), means, k_gains={0: gain, 1: 1 / gain})
+    context = opened(model.path, calibrated, swa_full=True)
     context.read(TOKENS[:100], 0)
     before = context.cells()
     assert context.remove(0, 0, 30)
     context.add(0, 30, 100, -30)
     context.read(TOKENS[100:101], 70)
     now = context.cells().rows(range(70))
-    for was, new, m in zip(before.rows(range(30, 100)), now, (mean, -mean), strict=False):
-        np.testing.assert_array_equal(new, model.shifted(was, kind, -30, m))
-        assert (new != model.shifted(was, kind, -30)).any()
+    # The first cache of gemma2 is that of layer 1; V is not shifted.
+    layers = [(mean, gain), (-mean, 1 / gain)] if arch != "gemma2" else [(mean, 1 / gain)]
+    for was, new, (m, g) in zip(before.rows(range(30, 100)), now, layers, strict=False):
+        np.testing.assert_array_equal(new, model.shifted(was, kind, -30, m, g))
+        assert (new != model.shifted(was, kind, -30, m)).any()
+        assert not m.any() or (new != model.shifted(was, kind, -30, 0.0, g)).any()
+
+
+@pytest.mark.parametrize(("head_dim", "n_rot"), [(64, 64), (64, 16), (128, 96)])
+@pytest.mark.parametrize("kind", ["q8_0", "f16", "f32"])
+def test_calibrated_keys_of_stock_types_are_turned_as_they_were(
+    random_model: Any, opened: Any, kind: str, head_dim: int, n_rot: int
+) -> None:
+    path = random_model(arch="stablelm", head_dim=head_dim, n_head=2, n_head_kv=1, n_embd=2 * head_dim, n_rot=n_rot)
+    random = np.random.default_rng(1)
+    mean = random.standard_normal((1, head_dim)).astype(np.float32)
+    gain = np.exp2(random.uniform(-1, 1, (1, head_dim))).astype(np.float32)
+    calibrated = CachePolicy((kind, kind), ("f16", "f16"), {0: mean, 1: -mean}, k_gains={0: gain, 1: 1 / gain})
+    found = []
+    for cache in (("f32", "f16"), calibrated):
+        context = opened(path, cache)
+        context.read(TOKENS[:100], 0)
+        assert context.remove(0, 10, 40)
+        context.add(0, 40, 100, -30)
+        found.append(context.read(TOKENS[100:130], 70))
+    # q8_0 is encoded twice, and rotated by a matrix of whole heads, of which RoPE turns a part
+    assert nmse(found[1], found[0]) < (3e-3 if kind == "q8_0" else 1e-5)
 
 
 def nmse(a: F32, b: F32) -> float:

@@ -118,14 +118,18 @@ def test_a_softcap_that_is_no_number_and_a_layer_of_5000_digits_are_ignored(tmp_
 def test_means_are_read_from_where_they_lie(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     means = {i: rng.standard_normal((2, 32 * (1 + i))).astype(np.float32) for i in (0, 3)}
-    CachePolicy(("pqo3",) * 4, ("f16",) * 4, means).write(tmp_path / "p.gguf")
+    gains = {i: np.exp(mean) for i, mean in means.items()}
+    CachePolicy(("pqo3",) * 4, ("f16",) * 4, means, k_gains=gains).write(tmp_path / "p.gguf")
     found = read_policy(tmp_path / "p.gguf")
-    assert found.k_means.keys() == means.keys()
+    assert found.k_means.keys() == found.k_gains.keys() == means.keys()
     for layer, mean in means.items():
         np.testing.assert_array_equal(found.k_means[layer], mean)
+        np.testing.assert_array_equal(found.k_gains[layer], gains[layer])
 
 
-@pytest.mark.parametrize("name", ["blk.4.k_mean", "blk.99999999999999999999.k_mean", "blk.\u0661.k_mean", "x"])
+@pytest.mark.parametrize(
+    "name", ["blk.4.k_mean", "blk.99999999999999999999.k_mean", "blk.\u0661.k_mean", "blk.4.k_gain", "x"]
+)
 def test_means_of_no_layer(tmp_path: Path, name: str) -> None:
     path = tmp_path / "p.gguf"
     CachePolicy(("pqo3",) * 4, ("f16",) * 4, {3: np.ones((1, 32), np.float32)}).write(path)

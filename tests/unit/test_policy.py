@@ -16,7 +16,7 @@ import tqgguf.gguf.header
 from tqgguf.cache.policy import CachePolicy, model_hash, policy_from_ranges, read_policy, refuse_impossible, resolve
 from tqgguf.demo import model as demo
 from tqgguf.errors import ArgumentError, ModelNotFoundError, PolicyError, TqggufError
-from tqgguf.gguf.info import centring_obstacle
+from tqgguf.gguf.info import centring_obstacle, gain_obstacle
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,7 @@ def written(path: Path, **changes: Any) -> Path:
     """A policy file for the demo model."""
     mean = np.arange(128, dtype=np.float32).reshape(2, 64)
     fields = {"types_k": ("pqo4",) * 4, "types_v": ("pqo3",) * 4, "k_means": {1: mean, 3: -mean}, "model_hash": "abc"}
+    fields["k_gains"] = {0: (1 + mean) / 8, 3: np.ones((2, 64), np.float32)}
     CachePolicy(**{**fields, **changes}).write(path)
     return path
 
@@ -79,8 +80,9 @@ def written(path: Path, **changes: Any) -> Path:
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     policy = read_policy(written(tmp_path / "policy.gguf"))
     assert policy.types_k == ("pqo4",) * 4 and policy.types_v == ("pqo3",) * 4 and policy.model_hash == "abc"
-    assert sorted(policy.k_means) == [1, 3]
+    assert sorted(policy.k_means) == [1, 3] and sorted(policy.k_gains) == [0, 3] and policy.calibrated
     np.testing.assert_array_equal(policy.k_means[3], -np.arange(128, dtype=np.float32).reshape(2, 64))
+    np.testing.assert_array_equal(policy.k_gains[0].reshape(-1), np.arange(1, 129, dtype=np.float32) / 8)
     assert policy.tail is None and read_policy(written(tmp_path / "t.gguf", tail=0)).tail == 0
     for form in (str(tmp_path / "policy.gguf"), tmp_path / "policy.gguf", policy):
         assert resolve(form, 4).types_k == policy.types_k
@@ -111,6 +113,10 @@ def test_files_that_are_no_policy(tmp_path: Path) -> None:
         read_policy(tmp_path / "text.gguf")
     with pytest.raises(PolicyError, match="must be finite"):
         read_policy(written(tmp_path / "nan.gguf", k_means={0: np.full((2, 64), np.nan, np.float32)}))
+    zero = written(tmp_path / "zero.gguf", k_means={}, k_gains={0: np.full((2, 64), 0.375, np.float32)})
+    zero.write_bytes(zero.read_bytes().replace(np.float32(0.375).tobytes(), bytes(4), 1))
+    with pytest.raises(PolicyError, match="must be positive and finite"):
+        read_policy(zero)
     writer = gguf.GGUFWriter(str(tmp_path / "newer.gguf"), "tqgguf-policy")
     writer.add_uint32("tqgguf-policy.version", 2)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
@@ -175,6 +181,8 @@ def test_obstacles_name_the_layer(tmp_path: Path) -> None:
     assert "for 3 layers, the model has 4" in str(resolve("pqo3", 3).obstacle(info))
     wrong = CachePolicy(("f16",) * 4, ("f16",) * 4, {2: np.zeros((2, 32), np.float32)})
     assert "layer 2: the mean key has shape (2, 32)" in str(wrong.obstacle(info))
+    wrong = CachePolicy(("f16",) * 4, ("f16",) * 4, k_gains={3: np.ones((4, 64), np.float32)})
+    assert str(wrong.obstacle(info)) == ("layer 3: the key gain has shape (4, 64), the model's keys have (2, 64)")
 
 
 @pytest.mark.parametrize(
@@ -193,6 +201,7 @@ def test_centring_is_refused_where_it_would_change_the_result(
         step()
     header = tqgguf.gguf.header.read_header(tmp_path / "model.gguf")
     assert reason in str(centring_obstacle(header))
+    assert gain_obstacle(header) is None  # scores stay what they are
     assert tqgguf.read_model_info(demo.MODEL_PATH).centring_obstacle is None
 
 
@@ -210,3 +219,56 @@ def test_centring_is_refused_where_it_would_change_the_result(
 def test_mean_keys_that_cannot_be(means: Any, said: str) -> None:
     with pytest.raises(PolicyError, match=said):
         CachePolicy(("pqo3",) * 4, ("pqo3",) * 4, means)
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        *(
+            (
+                {0: np.full((2, 64), value, np.float32)},
+                "layer 0: a key gain must be positive and finite, from 1/1024 to",
+            )
+            for value in (np.nan, np.inf, 0.0, -1.0, 1025.0, 1 / 1025)
+        ),
+        ({4: np.ones((2, 64), np.float32)}, "a key gain for layer 4; it has layers 0 to 3"),
+        ({True: np.ones((2, 64), np.float32)}, "a key gain for layer True"),
+        ({1: [1.0, 2.0]}, "layer 1: a key gain must be an array"),
+        ({1: np.ones((2, 64), np.int32)}, "layer 1: a key gain must be an array"),
+        ({1: np.ones(128, np.float32)}, "layer 1: a key gain must be an array"),
+    ],
+)
+def test_gains_that_cannot_be(gains: Any, said: str) -> None:
+    with pytest.raises(PolicyError, match=said):
+        CachePolicy(("pqo3",) * 4, ("pqo3",) * 4, k_gains=gains)
+
+
+def test_calibrated_keys_are_more_than_a_type() -> None:
+    one = {0: np.ones((2, 64), np.float32)}
+    plain, centred, scaled = (
+        CachePolicy(("pqo3",) * 4, ("pqo3",) * 4, k_means=means, k_gains=gains)
+        for means, gains in (({}, {}), (one, {}), ({}, one))
+    )
+    assert (plain.calibrated, centred.calibrated, scaled.calibrated) == (False, True, True)
+    assert plain.uniform is not None and centred.uniform is None and scaled.uniform is None
+    assert (plain.words, centred.words, scaled.words) == ("pqo3", "", "")
+
+
+def test_layers_whose_keys_are_rotated_behind_their_calibration() -> None:
+    info = tqgguf.read_model_info(demo.MODEL_PATH)
+    types, gains = ("q4_0", "f16", "pqo3", "q8_0"), {1: np.ones((2, 64), np.float32)}
+    calibrated, plain = CachePolicy(types, types, k_gains=gains), CachePolicy(types, types)
+    assert [calibrated.rotates_k(layer) for layer in info.layers] == [True, False, False, True]
+    assert not any(plain.rotates_k(layer) for layer in info.layers)
+    assert not calibrated.rotates_k(replace(info.layers[0], head_dim_k=96))
+
+
+@pytest.mark.parametrize("arch", ["minimax-m3", "deepseek4", "qwen4exp"])
+def test_architectures_that_read_keys_in_another_way(tmp_path: Path, arch: str) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), arch)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    header = tqgguf.gguf.header.read_header(tmp_path / "model.gguf")
+    said = f"{arch} reads them otherwise than by llama.cpp's common attention"
+    assert gain_obstacle(header) == f"keys cannot have gains: {said}"
+    assert centring_obstacle(header) == f"keys cannot be centred: {said}"

@@ -22,12 +22,16 @@ def policy_applied(policy: CachePolicy) -> Iterator[None]:
     if policy.uniform:
         yield
         return
-    means = {layer: np.ascontiguousarray(mean, dtype=np.float32) for layer, mean in policy.k_means.items()}
+    kept = []  # until the policy is cleared
     layers = ffi().new("struct tq_ggml_layer_policy[]", policy.n_layer)
     for i, layer in enumerate(layers):
         layer.type_k, layer.type_v = (kind.number for kind in policy.types(i))
-        if i in means:
-            layer.k_mean, layer.n_mean = ffi().from_buffer("float[]", means[i]), means[i].size
+        for name, vectors in (("mean", policy.k_means), ("gain", policy.k_gains)):
+            if i in vectors:
+                values = np.ascontiguousarray(vectors[i], dtype=np.float32)
+                kept.append(ffi().from_buffer("float[]", values))
+                setattr(layer, f"k_{name}", kept[-1])
+                setattr(layer, f"n_{name}", values.size)
     base().tq_ggml_policy_set(layers, policy.n_layer)
     try:
         yield

@@ -26,6 +26,7 @@ class LayerCacheInfo:
         bytes: allocated for all cells, and for the tail.
         f16_bytes: what f16 would take for as many cells.
         centred: whether keys are stored less their mean.
+        calibrated: whether keys are stored less their mean, times a gain for each channel, or both.
     """
 
     layer: int
@@ -39,6 +40,7 @@ class LayerCacheInfo:
     bytes: int
     f16_bytes: int
     centred: bool
+    calibrated: bool
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def _layer(tensors: Sequence[CacheTensor], used: int, place: Callable[[str], str
         bytes=sum(tensor.bytes for tensor in tensors) + tail_bytes,
         f16_bytes=sum(tensor.n_cells * tensor.n_stream * f16.row_bytes(tensor.n_embd) for tensor in tensors),
         centred=any(tensor.n_mean for tensor in tensors),
+        calibrated=any(tensor.n_mean or tensor.n_gain for tensor in tensors),
     )
 
 

@@ -1,4 +1,4 @@
-"""Cache policies: which type each layer stores K and V in, and which mean its keys are stored less of.
+"""Cache policies: which type each layer stores K and V in, and how its keys are calibrated: a mean and a gain.
 
 A policy is written by hand, as ranges of layers::
 
@@ -24,7 +24,7 @@ from .._util import replacing, warn
 from ..config import CACHE_TYPES, CacheSpec, CacheType, parse_cache
 from ..errors import ArgumentError, CacheTypeError, ModelFileError, ModelNotFoundError, PolicyError
 from ..gguf.header import read_header
-from ..gguf.info import ModelInfo, read_model_info
+from ..gguf.info import KVLayer, ModelInfo, read_model_info
 from .tail import kept, tail_bytes
 
 POLICY_VERSION: Final = 1
@@ -35,6 +35,8 @@ _F32: Final = 0
 _HASHED_BYTES: Final = 1 << 20
 _LARGEST_MEAN: Final = 65504.0
 """The largest f16: no key that can be stored is larger."""
+_LARGEST_GAIN: Final = 1024.0
+"""Of a channel, and the inverse of the smallest. Beyond, keys of usual size (1 to 64) leave the range of f16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,9 @@ class CachePolicy:
         model_hash: of the model it was measured on (`model_hash`), or "" if it was not measured.
         tail: newest tokens that were kept in f16 when it was measured; None if it was not. Nothing is set by it.
         ranges: layers that were named together, by the words that named them; see `policy_from_ranges`.
+        k_gains: by layer, what every key less its mean is multiplied by before it is stored, as `k_means`: positive,
+            1/1024 to 1024. Queries are divided by it, so that scores stay what they are. It moves precision to the
+            channels whose gain is large. Empty: by nothing.
     """
 
     types_k: tuple[str, ...]
@@ -57,6 +62,7 @@ class CachePolicy:
     model_hash: str = ""
     tail: int | None = None
     ranges: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    k_gains: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n_k, n_v = len(self.types_k), len(self.types_v)
@@ -65,25 +71,39 @@ class CachePolicy:
         for name in (*self.types_k, *self.types_v):
             if name not in CACHE_TYPES:
                 raise PolicyError(f"a policy names the cache type {name!r}; valid types are {', '.join(CACHE_TYPES)}")
+        self._check_vectors("mean key", self.k_means)
         for layer, mean in self.k_means.items():
-            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layer:
-                raise PolicyError(f"a policy has a mean key for layer {layer!r}; it has layers 0 to {self.n_layer - 1}")
-            if not isinstance(mean, np.ndarray) or mean.dtype.kind != "f" or mean.ndim != 2:
-                raise PolicyError(
-                    f"layer {layer}: a mean key must be an array (n_head_kv, head_dim_k) of floats, not {mean!r:.80}"
-                )
             if not (np.abs(mean) <= _LARGEST_MEAN).all():
                 raise PolicyError(f"layer {layer}: a mean key must be finite and at most {_LARGEST_MEAN:g}")
+        self._check_vectors("key gain", self.k_gains)
+        for layer, gain in self.k_gains.items():
+            if not ((gain >= 1 / _LARGEST_GAIN) & (gain <= _LARGEST_GAIN)).all():
+                bounds = f"from 1/{_LARGEST_GAIN:g} to {_LARGEST_GAIN:g}"
+                raise PolicyError(f"layer {layer}: a key gain must be positive and finite, {bounds}")
+
+    def _check_vectors(self, name: str, vectors: Mapping[int, npt.NDArray[np.float32]]) -> None:
+        for layer, values in vectors.items():
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layer:
+                raise PolicyError(f"a policy has a {name} for layer {layer!r}; it has layers 0 to {self.n_layer - 1}")
+            if not isinstance(values, np.ndarray) or values.dtype.kind != "f" or values.ndim != 2:
+                raise PolicyError(
+                    f"layer {layer}: a {name} must be an array (n_head_kv, head_dim_k) of floats, not {values!r:.80}"
+                )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether keys of a layer are stored less a mean or times a gain."""
+        return bool(self.k_means or self.k_gains)
 
     @property
     def uniform(self) -> tuple[CacheType, CacheType] | None:
-        """The types of K and V if all layers have the same and no keys are centred: what llama.cpp can do by itself."""
-        same = len(set(self.types_k)) == len(set(self.types_v)) == 1 and not self.k_means
+        """The types of K and V if all layers share them and no keys are calibrated: what llama.cpp does by itself."""
+        same = len(set(self.types_k)) == len(set(self.types_v)) == 1 and not self.calibrated
         return self.types(0) if same else None
 
     @property
     def words(self) -> str:
-        """ "pqo3", or "pqo4/pqo3" if K and V differ; "" if layers do or keys are centred."""
+        """ "pqo3", or "pqo4/pqo3" if K and V differ; "" if layers do or keys are calibrated."""
         if self.uniform is None:
             return ""
         k, v = self.uniform
@@ -178,13 +198,23 @@ class CachePolicy:
                 return f"layer {layer.index}: K and V share one latent in this model (MLA), their types cannot differ"
             if reason := layer.obstacle(k, v):
                 return reason
-            mean = self.k_means.get(layer.index)
-            if mean is not None and mean.shape != (layer.n_head_kv, layer.head_dim_k):
-                return (
-                    f"layer {layer.index}: the mean key has shape {mean.shape}, "
-                    f"the model's keys have ({layer.n_head_kv}, {layer.head_dim_k})"
-                )
-        return info.centring_obstacle if self.k_means else None
+            for what, vectors in (("mean key", self.k_means), ("key gain", self.k_gains)):
+                values = vectors.get(layer.index)
+                if values is not None and values.shape != (layer.n_head_kv, layer.head_dim_k):
+                    return (
+                        f"layer {layer.index}: the {what} has shape {values.shape}, "
+                        f"the model's keys have ({layer.n_head_kv}, {layer.head_dim_k})"
+                    )
+        return (info.centring_obstacle if self.k_means else None) or (info.gain_obstacle if self.k_gains else None)
+
+    def rotates_k(self, layer: KVLayer) -> bool:
+        """Whether keys of a layer are rotated behind their calibration, where rotation is allowed.
+
+        llama.cpp rotates the keys of all layers or of none. A policy that calibrates a layer leaves that to the layers:
+        each whose type gains from it is rotated.
+        """
+        k, _ = self.types(layer.index)
+        return self.calibrated and k.quantized and not k.ours and layer.head_dim_k % 64 == 0
 
     def write(self, path: str | Path) -> None:
         """Writes a policy file, whole or not at all: a failure leaves a file that was there as it is.
@@ -207,8 +237,9 @@ class CachePolicy:
                 writer.add_uint32(f"{_ARCHITECTURE}.tail", self.tail)
             writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
             writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
-            for layer, mean in sorted(self.k_means.items()):
-                writer.add_tensor(f"blk.{layer}.k_mean", np.ascontiguousarray(mean, dtype=np.float32))
+            for name, vectors in (("k_mean", self.k_means), ("k_gain", self.k_gains)):
+                for layer, values in sorted(vectors.items()):
+                    writer.add_tensor(f"blk.{layer}.{name}", np.ascontiguousarray(values, dtype=np.float32))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -303,24 +334,25 @@ def read_policy(path: str | Path) -> CachePolicy:
         types_k, types_v = found["types_k"], found["types_v"]
         if not (isinstance(types_k, list) and isinstance(types_v, list)):
             raise PolicyError(f"{file} has no types")
-        means = {}
+        vectors: dict[str, dict[int, npt.NDArray[np.float32]]] = {"k_mean": {}, "k_gain": {}}
         for tensor in header.tensors:
-            match = re.fullmatch(r"blk\.([0-9]{1,4})\.k_mean", tensor.name)
-            layer = int(match[1]) if match else -1
-            if (tensor.type, len(tensor.shape)) != (_F32, 2) or not 0 <= layer < len(types_k) or layer in means:
+            match = re.fullmatch(r"blk\.([0-9]{1,4})\.(k_mean|k_gain)", tensor.name)
+            layer, found_in = (int(match[1]), vectors[match[2]]) if match else (-1, {})
+            if (tensor.type, len(tensor.shape)) != (_F32, 2) or not 0 <= layer < len(types_k) or layer in found_in:
                 raise PolicyError(
                     f"{file} holds the tensor {tensor.name!r:.80}: no policy for {len(types_k)} layers has that"
                 )
             values = np.fromfile(file, "<f4", tensor.bytes // 4, offset=tensor.begin)
-            means[layer] = values.astype(np.float32).reshape(tensor.shape)
+            found_in[layer] = values.astype(np.float32).reshape(tensor.shape)
         hash_ = header.metadata.get(f"{_ARCHITECTURE}.model_hash")
         tail = header.metadata.get(f"{_ARCHITECTURE}.tail")
         return CachePolicy(
             tuple(types_k),
             tuple(types_v),
-            means,
+            vectors["k_mean"],
             hash_ if isinstance(hash_, str) else "",
             tail if isinstance(tail, int) else None,
+            k_gains=vectors["k_gain"],
         )
     except ModelNotFoundError:
         what = "is no regular file" if file.exists() else "does not exist"
@@ -404,5 +436,5 @@ def refuse_impossible(info: ModelInfo, policy: CachePolicy) -> None:
     if policy.model_hash and policy.model_hash != model_hash(info):
         warn(
             f"this cache policy was measured on another model than {info.path.name}: "
-            f"its types and mean keys may not suit it"
+            f"its types, mean keys and gains may not suit it"
         )

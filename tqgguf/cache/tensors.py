@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from ..config import CACHE_TYPES
 from ..errors import CacheTypeError
 from ..gguf.info import KVLayer, ModelInfo
@@ -27,6 +30,8 @@ class CacheTensor:
         n_stream: streams: 1, or one for each sequence.
         bytes: of the tensor, without its tail.
         n_mean: values that are subtracted from each key; 0: none are.
+        n_gain: values that each key is multiplied by; 0: it is not.
+        calibration_sum: of what the cache has as its mean and gain; see `calibration_sum`.
         tail_recent: rows of the tail for the newest cells of a stream.
         tail_first: rows of the tail for the first cells of a stream.
         tail_bytes: of the tail, in all streams.
@@ -42,6 +47,8 @@ class CacheTensor:
     n_stream: int
     bytes: int
     n_mean: int
+    n_gain: int
+    calibration_sum: int
     tail_recent: int
     tail_first: int
     tail_bytes: int
@@ -117,7 +124,7 @@ def check_tensors(made: Sequence[CacheTensor], info: ModelInfo, policy: CachePol
         if not 0 <= tensor.layer < policy.n_layer or tensor.side not in ("K", "V"):
             raise CacheTypeError(f"{at}: the policy has K and V of {policy.n_layer} layers")
         differences = _differences(tensor, layers.get(tensor.layer) if info.exact else None, policy, shape)
-        if info.exact and (rotated := _rotated(info, policy, tensor.side)) is not None:
+        if info.exact and (rotated := _rotated(info, policy, tensor.layer, tensor.side)) is not None:
             differences = (*differences, ("rotation", rotated and shape.rotate, tensor.rotated))
         for what, want, got in differences:
             if want != got:
@@ -147,24 +154,34 @@ def _differences(
         yield "cells", cells, tensor.n_cells
         yield "streams", shape.n_stream, tensor.n_stream
     yield "bytes", tensor.n_stream * cells * kind.row_bytes(n_embd), tensor.bytes
-    mean = policy.k_means.get(tensor.layer) if tensor.side == "K" else None
+    mean, gain = (
+        vectors.get(tensor.layer) if tensor.side == "K" else None for vectors in (policy.k_means, policy.k_gains)
+    )
     yield "values of a mean key", 0 if mean is None else mean.size, tensor.n_mean
+    yield "values of a key gain", 0 if gain is None else gain.size, tensor.n_gain
+    yield "a calibration that sums up to", calibration_sum(mean, gain), tensor.calibration_sum
     rows = tail_rows(kind, shape.tail, cells)
     yield "rows of a tail", rows, (tensor.tail_recent, tensor.tail_first)
     yield "bytes of a tail", tensor.n_stream * sum(rows) * tail_width(n_embd), tensor.tail_bytes
 
 
-def _rotated(info: ModelInfo, policy: CachePolicy, side: str) -> bool | None:
-    """Whether llama.cpp rotates K or V of all layers, where it may (`rotates` of native/ggml/tq_ggml_policy.c).
+def _rotated(info: ModelInfo, policy: CachePolicy, layer: int, side: str) -> bool | None:
+    """Whether K or V of a layer is rotated, where it may be (`rotates` of native/ggml/tq_ggml_policy.c).
 
-    None where heads differ in size: llama.cpp rotates each part of such a cache by itself.
+    llama.cpp rotates a side of all layers or of none. A policy that calibrates keys leaves those to each layer. None
+    where heads differ in size: llama.cpp rotates each part of such a cache by itself.
     """
+    if side == "K" and policy.calibrated:
+        return next((policy.rotates_k(each) for each in info.layers if each.index == layer), None)
     types = [policy.types(layer)["KV".index(side)] for layer in range(policy.n_layer)]
     sizes = {layer.head_dim_k if side == "K" else layer.head_dim_v for layer in info.layers}
-    if (
-        any(kind.ours for kind in types)
-        or not any(kind.quantized for kind in types)
-        or (side == "K" and policy.k_means)
-    ):
+    if any(kind.ours for kind in types) or not any(kind.quantized for kind in types):
         return False
     return sizes.pop() % 64 == 0 if len(sizes) == 1 else None
+
+
+def calibration_sum(*vectors: npt.NDArray[np.float32] | None) -> int:
+    """The values of a mean and a gain as one number (`tq_ggml_calibration_sum`): a change of one value changes it."""
+    values = [np.ascontiguousarray(x, np.float32).reshape(-1) for x in vectors if x is not None]
+    bits = np.concatenate(values).view(np.uint32).astype(np.uint64) if values else np.zeros(0, np.uint64)
+    return int((bits * (2 * np.arange(len(bits), dtype=np.uint64) + 1)).sum(dtype=np.uint64))

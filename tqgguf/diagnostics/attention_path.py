@@ -151,3 +151,5 @@ def _notes(info: ModelInfo, policy: CachePolicy, tail: int | None) -> Iterator[s
         yield f"the newest {recent} tokens and the first four are read in f16 (precise tail)"
     if policy.k_means:
         yield f"keys of {len(policy.k_means)} layers are stored less a mean"
+    if policy.k_gains:
+        yield f"keys of {len(policy.k_gains)} layers are stored times a gain"

@@ -35,7 +35,7 @@ U8 = npt.NDArray[np.uint8]
 DEFAULT_SAMPLE: Final = 1024
 """Cells to look at by default."""
 
-_CENTRED: Final = "keys are stored less a mean"
+_CALIBRATED: Final = "keys are stored less a mean or times a gain"
 
 _CODEC_NMSE: Final = {"pqo3": 0.0229, "pqt3": 0.0169, "pqo4": 0.0053, "pqt4": 0.0041, "q4_0": 0.0074, "iq4_nl": 0.0058}
 """Squared error on Gaussian blocks relative to their square (README, tests/native/test_quality.py); near 0 for types
@@ -145,7 +145,7 @@ def inspect_cache(model: Llama, *, sample: int = DEFAULT_SAMPLE) -> CacheContent
         UnsupportedError: the model has no KV cache, or one that is not modelled.
     """
     info, state = model.cache_info(), _state_of(model)
-    notes = [_CENTRED] if model.cache_policy.k_means else []
+    notes = [_CALIBRATED] if model.cache_policy.calibrated else []
     if info.tail:
         notes.append(f"the newest {info.tail} tokens are read from the precise tail, not from the blocks shown here")
     return _contents(model.model_info, "context", state, sample, notes)
@@ -195,10 +195,10 @@ def inspect_session(path: str | Path, model: str | Path, *, sample: int = DEFAUL
     except OSError:
         of_tqgguf = False  # `read_state` raises an error that says why
     if not of_tqgguf:
-        notes = ["a saved state does not tell whether keys are less a mean"]
+        notes = ["a saved state does not tell whether keys are less a mean or times a gain"]
         return _contents(info, str(path), read_state(path, info), sample, notes)
     saved, data = session.read_body(path, info)
-    notes = [_CENTRED] if saved.k_means else []
+    notes = [_CALIBRATED] if saved.k_means else []
     return _contents(info, str(path), parse_state(data, info, str(path), sequence=True), sample, notes)
 
 

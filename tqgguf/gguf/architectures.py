@@ -9,6 +9,7 @@ __all__ = [
     "INTERVAL",
     "NOT_MODELLED",
     "NO_CACHE",
+    "OWN_ATTENTION",
     "RECURRENT",
     "SWA_FROM_PATTERN",
     "SWA_IGNORED",
@@ -81,3 +82,8 @@ NOT_MODELLED: Final = {
     "t5encoder": "an encoder without a cache",
 }
 """Architectures whose cache has parts that `ModelInfo` does not describe, and what they are."""
+
+OWN_ATTENTION: Final = {
+    *("deepseek32", "deepseek4", "dflash", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3", "qwen4exp"),
+}
+"""Architectures whose graph reads keys, or an index of them, otherwise than by `build_attn_mha` of llama.cpp."""

@@ -17,6 +17,7 @@ from .architectures import (
     INTERVAL,
     NO_CACHE,
     NOT_MODELLED,
+    OWN_ATTENTION,
     RECURRENT,
     SWA_FROM_PATTERN,
     SWA_IGNORED,
@@ -104,6 +105,7 @@ class ModelInfo:
         mla: whether K holds a compressed latent from which V is taken too.
         exact: whether `layers` is all that llama.cpp allocates for K and V.
         centring_obstacle: why its keys cannot be stored less their mean (softcap, sinks, MLA), or None if they can.
+        gain_obstacle: why its keys cannot be stored times a gain (MLA), or None if they can.
         notes: what a reader should know: windows, recurrent layers, what is not modelled.
     """
 
@@ -120,6 +122,7 @@ class ModelInfo:
     mla: bool
     exact: bool
     centring_obstacle: str | None
+    gain_obstacle: str | None
     notes: tuple[str, ...]
 
     def obstacle(self, k: CacheType, v: CacheType) -> str | None:
@@ -178,8 +181,25 @@ def centring_obstacle(header: GgufHeader) -> str | None:
         return "keys cannot be centred: this model caps its attention scores (softcap)"
     if any(".attn_sinks" in tensor.name for tensor in header.tensors):
         return "keys cannot be centred: this model has attention sinks, which take part in the softmax"
+    reason = _other_use_of_keys(header)
+    return f"keys cannot be centred: {reason}" if reason else None
+
+
+def gain_obstacle(header: GgufHeader) -> str | None:
+    """Why multiplying keys by a gain, and dividing queries by it, would change what a model computes, or None.
+
+    Scores stay what they are, so that neither a softcap nor attention sinks matter, but whatever else reads keys does.
+    """
+    reason = _other_use_of_keys(header)
+    return f"keys cannot have gains: {reason}" if reason else None
+
+
+def _other_use_of_keys(header: GgufHeader) -> str | None:
+    arch = header.metadata.get("general.architecture")
     if header.metadata.get(f"{arch}.attention.key_length_mla"):
-        return "keys cannot be centred: K and V share one latent in this model (MLA)"
+        return "K and V share one latent in this model (MLA)"
+    if arch in OWN_ATTENTION:
+        return f"{arch} reads them otherwise than by llama.cpp's common attention"
     return None
 
 
@@ -263,6 +283,7 @@ class _Keys:
             mla=mla,
             exact=exact,
             centring_obstacle=centring_obstacle(self.header),
+            gain_obstacle=gain_obstacle(self.header),
             notes=tuple(notes),
         )
 

@@ -60,7 +60,7 @@ class Session:
         types_k: names of the cache types of K, of the layers that have a cache.
         types_v: the same for V.
         type_numbers: ggml's number of each of these types.
-        k_means: SHA-256 of what the policy subtracts from keys; "" if nothing.
+        k_means: SHA-256 of what the policy does to keys: means, gains, and which layers it rotates; "" if nothing.
         settings: options of the context that change what a cache holds: RoPE, flash attention, LoRA.
         codec: TQ_ABI_VERSION of the library that wrote the blocks.
         state: version of llama.cpp's state (LLAMA_STATE_SEQ_VERSION).
@@ -213,15 +213,19 @@ def _identity(owner: Owner) -> dict[str, Any]:
     layers = [layer.index for layer in info.layers] or range(policy.n_layer)
     types_k = tuple(policy.types_k[i] for i in layers)
     types_v = tuple(policy.types_v[i] for i in layers)
-    means = hashlib.sha256()
-    for i, mean in sorted(policy.k_means.items()):
-        means.update(i.to_bytes(4, "little") + np.ascontiguousarray(mean, np.float32).tobytes())
+    calibration = hashlib.sha256()
+    for name, vectors in ((b"", policy.k_means), (b"gain", policy.k_gains)):
+        for i, values in sorted(vectors.items()):
+            calibration.update(name + i.to_bytes(4, "little") + np.ascontiguousarray(values, np.float32).tobytes())
+    for layer in info.layers:
+        if policy.rotates_k(layer):
+            calibration.update(b"rotated" + layer.index.to_bytes(4, "little"))
     return {
         "model_hash": model_hash(info),
         "types_k": types_k,
         "types_v": types_v,
         "type_numbers": {name: CACHE_TYPES[name].number for name in sorted({*types_k, *types_v})},
-        "k_means": means.hexdigest() if policy.k_means else "",
+        "k_means": calibration.hexdigest() if policy.calibrated else "",
         "settings": owner.settings,
         "codec": abi_version_expected(),
         "state": int(import_llama_cpp().LLAMA_STATE_SEQ_VERSION),
@@ -239,7 +243,10 @@ def _refuse_other(session: Session, owner: Owner, n_ctx: int, path: Path) -> Non
                 f"load the model with the cache the session was saved with"
             )
     if session.k_means != mine["k_means"]:
-        raise SessionError(f"{path} was saved with a policy that centres keys otherwise: load the model with that one")
+        raise SessionError(
+            f"{path} was saved with a policy that calibrates keys otherwise (another mean or gain, or none): "
+            f"load the model with that one"
+        )
     for what, there, here in (
         ("numbers the cache types", session.type_numbers, mine["type_numbers"]),
         ("was written by codec version", session.codec, mine["codec"]),
