@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from patch import TREES, Files, Patch, ToolError, apply_patch, read_patch
@@ -72,26 +72,31 @@ def series_key(directory: Path, series: list[Patch]) -> str:
     return digest.hexdigest()
 
 
-def read_stamp(work: Path) -> dict[str, object]:
+@dataclass
+class Stamp:
+    """What the work tree was made of, and the SHA-256 of each file that was written."""
+
+    key: str = ""
+    source: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def read_stamp(work: Path) -> Stamp:
     try:
-        stamp = json.loads((work / STAMP).read_text(encoding="utf-8"))
-        return stamp if isinstance(stamp, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        return Stamp(**json.loads((work / STAMP).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return Stamp()
 
 
-def write_stamp(work: Path, key: str, source: str, files: dict[str, str]) -> None:
-    (work / STAMP).write_text(json.dumps({"key": key, "source": source, "files": files}, indent=0), encoding="utf-8")
+def write_stamp(work: Path, stamp: Stamp) -> None:
+    (work / STAMP).write_text(json.dumps(asdict(stamp), indent=0), encoding="utf-8")
 
 
-def hand_edits(work: Path, stamp: dict[str, object]) -> list[str]:
-    files = stamp.get("files")
-    if not isinstance(files, dict):
-        return []
-    return [name for name, digest in files.items() if (work / name).is_file() and sha256(work / name) != digest]
+def hand_edits(work: Path, stamp: Stamp) -> list[str]:
+    return [name for name, digest in stamp.files.items() if (work / name).is_file() and sha256(work / name) != digest]
 
 
-def refuse_edits(work: Path, stamp: dict[str, object]) -> None:
+def refuse_edits(work: Path, stamp: Stamp) -> None:
     edited = hand_edits(work, stamp)
     if edited:
         names = ", ".join(edited[:3])
@@ -109,7 +114,7 @@ def apply(directory: Path, work: Path, force: bool = False, stock: list[str] | N
         series = [patch for patch in series if patch.name.startswith(tuple(stock))]
     key, stamp = series_key(directory, series), read_stamp(work)
     source = os.environ.get("TQGGUF_UPSTREAM", "")
-    if stamp.get("key") == key and stamp.get("source") == source and not force and (work / "llama.cpp").is_dir():
+    if stamp.key == key and stamp.source == source and not force and (work / "llama.cpp").is_dir():
         return False
     if not force:
         refuse_edits(work, stamp)
@@ -125,11 +130,9 @@ def apply(directory: Path, work: Path, force: bool = False, stock: list[str] | N
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
             written += 1
-    old_files = stamp.get("files")
-    for name in old_files if isinstance(old_files, dict) else ():
-        if name not in files:
-            (work / name).unlink(missing_ok=True)
-    write_stamp(work, key, source, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    for name in stamp.files.keys() - files.keys():
+        (work / name).unlink(missing_ok=True)
+    write_stamp(work, Stamp(key, source, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}))
     say(f"{written} files written to {work}")
     return written > 0
 
@@ -176,7 +179,7 @@ def merged(path: str, base: bytes, ours: bytes, theirs: bytes) -> bytes | None:
 def export(directory: Path, work: Path, into: str | None) -> list[str]:
     """Moves edits of the work tree into the series; returns the names of the patches that changed."""
     pin, series, stamp = read_pin(directory), read_series(directory), read_stamp(work)
-    if stamp.get("key") != series_key(directory, series):
+    if stamp.key != series_key(directory, series):
         raise ToolError(f"{work} is not this series applied: run apply first")
     named = [i for i, patch in enumerate(series) if into and patch.name.startswith(into)]
     if into and len(named) != 1:
@@ -205,10 +208,9 @@ def export(directory: Path, work: Path, into: str | None) -> list[str]:
             (directory / patch.name).write_bytes(text)
             changed.append(patch.name)
     write_table(directory)
-    files = stamp["files"]
-    assert isinstance(files, dict)
-    files.update({path: sha256(work / path) for path in edited})
-    write_stamp(work, series_key(directory, read_series(directory)), str(stamp.get("source", "")), files)
+    stamp.files |= {path: sha256(work / path) for path in edited}
+    stamp.key = series_key(directory, read_series(directory))
+    write_stamp(work, stamp)
     return changed
 
 

@@ -1,96 +1,56 @@
-from . import reference
-from .cache.calibration import Calibration, read_calibration
-from .cache.info import CacheInfo, LayerCacheInfo
-from .cache.policy import CachePolicy, read_policy
-from .config import CACHE_TYPES, CacheConfig, CacheType, parse_cache
-from .diagnostics.cache_contents import CacheContents, inspect_cache, inspect_session
-from .diagnostics.compare import Comparison, Divergence, TypeQuality, compare
-from .diagnostics.continuation import Continuation, ContinuationQuality, continuation
-from .diagnostics.fit import Fit, fit
-from .diagnostics.recall import Recall, RecallScore, recall
-from .diagnostics.tune import Tuning, tune
-from .errors import (
-    ArgumentError,
-    CacheClosedError,
-    CacheTypeError,
-    CalibrationError,
-    LibraryError,
-    ModelFileError,
-    ModelNotFoundError,
-    OutOfMemoryError,
-    PolicyError,
-    SessionError,
-    StateFileError,
-    StoppedError,
-    TextError,
-    TqggufError,
-    UnsupportedError,
-    WorkerError,
-)
-from .gguf.info import ModelInfo, read_model_info
-from .model.calibrate import calibrate
-from .model.llama import Llama
-from .pqo.cache import PqoCache
-from .pqo.codec import dequantize, quantize
-from .pqo.device_array import DeviceArray
-from .session.file import Session, read_session
+from . import reference as reference
+from .cache.calibration import Calibration as Calibration
+from .cache.calibration import read_calibration as read_calibration
+from .cache.info import CacheInfo as CacheInfo
+from .cache.info import LayerCacheInfo as LayerCacheInfo
+from .cache.policy import CachePolicy as CachePolicy
+from .cache.policy import read_policy as read_policy
+from .config import CACHE_TYPES as CACHE_TYPES
+from .config import CacheConfig as CacheConfig
+from .config import CacheType as CacheType
+from .config import parse_cache as parse_cache
+from .diagnostics.cache_contents import CacheContents as CacheContents
+from .diagnostics.cache_contents import inspect_cache as inspect_cache
+from .diagnostics.cache_contents import inspect_session as inspect_session
+from .diagnostics.compare import Comparison as Comparison
+from .diagnostics.compare import Divergence as Divergence
+from .diagnostics.compare import TypeQuality as TypeQuality
+from .diagnostics.compare import compare as compare
+from .diagnostics.continuation import Continuation as Continuation
+from .diagnostics.continuation import ContinuationQuality as ContinuationQuality
+from .diagnostics.continuation import continuation as continuation
+from .diagnostics.fit import Fit as Fit
+from .diagnostics.fit import fit as fit
+from .diagnostics.recall import Recall as Recall
+from .diagnostics.recall import RecallScore as RecallScore
+from .diagnostics.recall import recall as recall
+from .diagnostics.tune import Tuning as Tuning
+from .diagnostics.tune import tune as tune
+from .errors import ArgumentError as ArgumentError
+from .errors import CacheClosedError as CacheClosedError
+from .errors import CacheTypeError as CacheTypeError
+from .errors import CalibrationError as CalibrationError
+from .errors import LibraryError as LibraryError
+from .errors import ModelFileError as ModelFileError
+from .errors import ModelNotFoundError as ModelNotFoundError
+from .errors import OutOfMemoryError as OutOfMemoryError
+from .errors import PolicyError as PolicyError
+from .errors import SessionError as SessionError
+from .errors import StateFileError as StateFileError
+from .errors import StoppedError as StoppedError
+from .errors import TextError as TextError
+from .errors import TqggufError as TqggufError
+from .errors import UnsupportedError as UnsupportedError
+from .errors import WorkerError as WorkerError
+from .gguf.info import ModelInfo as ModelInfo
+from .gguf.info import read_model_info as read_model_info
+from .model.calibrate import calibrate as calibrate
+from .model.llama import Llama as Llama
+from .pqo.cache import PqoCache as PqoCache
+from .pqo.codec import dequantize as dequantize
+from .pqo.codec import quantize as quantize
+from .pqo.device_array import DeviceArray as DeviceArray
+from .session.file import Session as Session
+from .session.file import read_session as read_session
 
 __version__: str
-
-__all__ = [
-    "CACHE_TYPES",
-    "ArgumentError",
-    "CacheClosedError",
-    "CacheConfig",
-    "CacheContents",
-    "CacheInfo",
-    "CachePolicy",
-    "CacheType",
-    "CacheTypeError",
-    "Calibration",
-    "CalibrationError",
-    "Comparison",
-    "Continuation",
-    "ContinuationQuality",
-    "DeviceArray",
-    "Divergence",
-    "Fit",
-    "LayerCacheInfo",
-    "LibraryError",
-    "Llama",
-    "ModelFileError",
-    "ModelInfo",
-    "ModelNotFoundError",
-    "OutOfMemoryError",
-    "PolicyError",
-    "PqoCache",
-    "Recall",
-    "RecallScore",
-    "Session",
-    "SessionError",
-    "StateFileError",
-    "StoppedError",
-    "TextError",
-    "TqggufError",
-    "Tuning",
-    "TypeQuality",
-    "UnsupportedError",
-    "WorkerError",
-    "__version__",
-    "calibrate",
-    "compare",
-    "continuation",
-    "dequantize",
-    "fit",
-    "inspect_cache",
-    "inspect_session",
-    "parse_cache",
-    "quantize",
-    "read_calibration",
-    "read_model_info",
-    "read_policy",
-    "read_session",
-    "recall",
-    "reference",
-    "tune",
-]

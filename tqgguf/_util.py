@@ -1,15 +1,17 @@
-"""What several folders need: counts that callers give, the machine's memory, files written whole or not at all."""
+"""What several folders need: counts and lists of numbers, the machine's ports and memory, files written whole."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
+import socket
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,38 @@ def check_count(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) ->
     if value > most:
         raise ArgumentError(f"{name} is {value}, must be at most {most}")
     return int(value.__index__())
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers for a reader: "0-5, 7"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def listen(host: str, port: int, family: int = 0) -> socket.socket:
+    """A bound socket. Binding comes before a model is loaded, so that a port in use is reported at once.
+
+    Raises:
+        ArgumentError: the address cannot be used.
+    """
+    try:
+        found, kind, protocol, _, address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0]
+        bound = socket.socket(found, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(128)  # clients wait while a model is loaded
+    except OSError as error:
+        advice = "--host (127.0.0.1: this machine; 0.0.0.0: all of it)"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            advice = "--port (0: any that is free)"
+        said = f"cannot listen on {host}:{port}: {error.strerror or error}; choose another {advice}"
+        raise ArgumentError(said) from None
+    return bound
 
 
 def machine_memory() -> int | None:

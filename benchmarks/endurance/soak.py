@@ -98,8 +98,9 @@ def resume(model: Any, folder: Path, seed: int) -> str:
 def serve(cache: str, leak: int) -> None:
     """Runs the server until it is terminated; it keeps `leak` bytes of every story and session."""
     import tqgguf
+    from tqgguf._util import listen
     from tqgguf.errors import StoppedError
-    from tqgguf.serve.app import create_app, listen
+    from tqgguf.serve.app import create_app
     from tqgguf.serve.app import serve as run
 
     model = tqgguf.Llama(demo.MODEL_PATH, cache=cache, n_ctx=N_CTX, n_threads=1, n_threads_batch=1, verbose=False)

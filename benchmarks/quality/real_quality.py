@@ -6,7 +6,8 @@
 Models and texts are fetched from PyPI, pinned by hash (benchmarks/common/real_sources.py). Each chunk is read from an
 empty cache by f16 and by every type at once, and predictions are compared token by token, as `tqgguf compare` does. A
 quantized type is measured without a precise tail and with one of 128. The row "f16, other batch size" is f16 against
-itself, with 32 tokens computed at once instead of 512: differences below it are rounding.
+itself, with 32 tokens computed at once instead of 512: differences below it are rounding. A row "calibrated" has the
+calibration that `tqgguf calibrate` makes of its own text, which is none of those measured.
 
 The hot model is SmolLM2 with two hot pairs of key channels in each head (hot_model.py).
 """
@@ -47,8 +48,9 @@ PAIRS: Final = (("q8_0", "pqt4"), ("pqt4", "pqt3"), ("pqo4", "pqo3"))
 """K precise, V small."""
 
 TAILS: Final = (0, 128)
-TOGETHER: Final = 5
-"""Caches beside the reference at a time: with Gemma's vocabulary a context's logits and buffers take about 1 GiB."""
+TOGETHER: Final = 2
+"""Caches beside the reference at a time, each with and without tail and calibration: with Gemma's vocabulary the logits
+and buffers of a context take about 1 GiB."""
 
 N_BATCH: Final = 512
 NOISE_BATCH: Final = 32
@@ -59,11 +61,20 @@ def measure(
     path: Path, text: str, n_ctx: int, n_chunks: int, caches: Sequence[Any], n_threads: int | None
 ) -> dict[str, Any]:
     """What `tqgguf.compare` finds: chunks, scored tokens, and rows of f16, the caches, and f16 with other batches."""
+    calibration = tqgguf.calibrate(path, n_threads=n_threads)
     rows: dict[str, dict[str, Any]] = {}
     for first in range(0, len(caches), TOGETHER):
         group = ("f16", *caches[first : first + TOGETHER])
         found = tqgguf.compare(
-            path, group, text, tails=TAILS, n_ctx=n_ctx, n_chunks=n_chunks, n_batch=N_BATCH, n_threads=n_threads
+            path,
+            group,
+            text,
+            tails=TAILS,
+            n_ctx=n_ctx,
+            n_chunks=n_chunks,
+            n_batch=N_BATCH,
+            n_threads=n_threads,
+            calibration=calibration,
         )
         rows.update((row.type, asdict(row)) for row in found.rows)
     both = [*rows.values(), noise(path, text, n_ctx, n_chunks, n_threads)]

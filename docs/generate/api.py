@@ -22,6 +22,7 @@ PAGE = REPOSITORY / "docs" / "api.md"
 CHAPTERS = {
     "A model with a compressed cache": ("Llama", "CacheInfo", "LayerCacheInfo", "Session", "read_session"),
     "Cache types and policies": ("CACHE_TYPES", "CacheType", "parse_cache", "CachePolicy", "read_policy"),
+    "Calibrated keys": ("calibrate", "Calibration", "read_calibration"),
     "Blocks and a cache without llama.cpp": ("quantize", "dequantize", "CacheConfig", "PqoCache", "DeviceArray"),
     "What a model's file says": ("ModelInfo", "read_model_info"),
     "Will it fit": ("fit", "Fit"),
@@ -67,8 +68,8 @@ class Page:
 
     def __init__(self) -> None:
         self.package = griffe.load("tqgguf", search_paths=[REPOSITORY], docstring_parser="google", resolve_aliases=True)
-        exports: list[Any] = self.package.exports or []
-        self.public = [str(name) for name in exports if str(name) != "__version__"]
+        stub = (REPOSITORY / "tqgguf" / "__init__.pyi").read_text(encoding="utf-8")
+        self.public = re.findall(r"^from .* import \w+ as (\w+)$", stub, re.MULTILINE)
         self.missing: list[str] = []
         self.shown = {self.target(name).path: name for name in self.public if name != "reference"}
         self.waiting: list[Any] = []

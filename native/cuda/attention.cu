@@ -62,9 +62,9 @@ template <int NT> static tqi_attention_kernel kernel_of(const tqi_attention & p)
 
 static int plan(const tq_attn * args, tqi_attention * a) {
     tqi_cuda_limits limits;
-    int status = tq_cuda_device_ready();
-    status = status == TQ_OK ? tqi_cuda_limits_of(&limits) : status;
-    return status == TQ_OK ? tqi_cuda_plan(args, limits, a) : status;
+    TQI_TRY(tq_cuda_device_ready());
+    TQI_TRY(tqi_cuda_limits_of(&limits));
+    return tqi_cuda_plan(args, limits, a);
 }
 
 extern "C" int tq_cuda_attn_supported(const tq_attn * args) {
@@ -79,10 +79,7 @@ extern "C" size_t tq_cuda_attn_work_bytes(const tq_attn * args) {
 
 extern "C" int tq_cuda_attn(const tq_attn * args, void * work, void * stream) {
     tqi_attention a;
-    int status = plan(args, &a);
-    if (status != TQ_OK) {
-        return status;
-    }
+    TQI_TRY(plan(args, &a));
     const size_t bytes = tqi_cuda_plan_work_bytes(a);
     if (a.n_vec == 0) {
         return TQ_OK;
@@ -102,16 +99,16 @@ extern "C" int tq_cuda_attn(const tq_attn * args, void * work, void * stream) {
     a.partials = a.n_parts > 1 ? a.stats + tqi_cuda_plan_partials_at(a) : NULL;
     const tqi_grid grid = { (unsigned) (a.n_splits * a.n_head_kv), ((unsigned) a.n_vec + n - 1) / n,
                             (unsigned) a.n_stream };
-    status = tqi_launch(a.n_tiles == 1 ? kernel_of<1>(a) : kernel_of<2>(a), "attention", grid, TQI_ATTENTION_THREADS,
-                        (size_t) a.shared_bytes, stream, a);
-    if (status == TQ_OK && a.n_parts > a.n_splits) {
+    TQI_TRY(tqi_launch(a.n_tiles == 1 ? kernel_of<1>(a) : kernel_of<2>(a), "attention", grid, TQI_ATTENTION_THREADS,
+                       (size_t) a.shared_bytes, stream, a));
+    if (a.n_parts > a.n_splits) {
         const tqi_grid tails = { (unsigned) ((a.n_parts - a.n_splits) * a.n_head_kv), ((unsigned) a.n_vec + 7) / 8,
                                  (unsigned) a.n_stream };
-        status = tqi_launch(tqi_attend_tail_kernel, "attention to a tail", tails, TQI_TAIL_ATTENTION_THREADS,
-                            (size_t) tqi_tail_shared_bytes(TQ_BLOCK * a.k.n_blocks), stream, a);
+        TQI_TRY(tqi_launch(tqi_attend_tail_kernel, "attention to a tail", tails, TQI_TAIL_ATTENTION_THREADS,
+                           (size_t) tqi_tail_shared_bytes(TQ_BLOCK * a.k.n_blocks), stream, a));
     }
-    if (status != TQ_OK || a.n_parts == 1) {
-        return status;
+    if (a.n_parts == 1) {
+        return TQ_OK;
     }
     const tqi_grid vectors = { (unsigned) a.n_vec, (unsigned) a.n_head_kv, (unsigned) a.n_stream };
     return tqi_launch(tqi_merge_kernel, "merging attention", vectors, TQI_MERGE_THREADS,

@@ -170,15 +170,15 @@ static int check(const tq_attn * args, tqi_attention * a) {
     if (args == NULL) {
         return tq_cuda_fail(TQ_E_ARGUMENT, "null pointer given for the attention arguments");
     }
-    int status = check_operand("k", &args->k, &a->k);
-    status = status != TQ_OK ? status : check_operand("v", &args->v, &a->v);
-    status = status != TQ_OK ? status : check_tail("k", &args->k, &a->k);
-    status = status != TQ_OK ? status : check_tail("v", &args->v, &a->v);
-    if (status == TQ_OK && !a->k.is_pqo && !a->v.is_pqo) {
+    TQI_TRY(check_operand("k", &args->k, &a->k));
+    TQI_TRY(check_operand("v", &args->v, &a->v));
+    TQI_TRY(check_tail("k", &args->k, &a->k));
+    TQI_TRY(check_tail("v", &args->v, &a->v));
+    if (!a->k.is_pqo && !a->v.is_pqo) {
         return tq_cuda_fail(TQ_E_UNSUPPORTED, "k and v are both f16; at least one must be of a type of tqgguf's");
     }
-    status = status != TQ_OK ? status : check_shapes(*args);
-    return status != TQ_OK ? status : check_plain(*args);
+    TQI_TRY(check_shapes(*args));
+    return check_plain(*args);
 }
 
 /* What kernels read of the arguments as it is. */
@@ -363,10 +363,7 @@ static int plan_tails(const tq_attn_operand & k, const tq_attn_operand & v, tqi_
 
 int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tqi_attention * a) {
     memset(a, 0, sizeof *a);
-    int status = check(args, a);
-    if (status != TQ_OK) {
-        return status;
-    }
+    TQI_TRY(check(args, a));
     take_arguments(*args, a);
     if (!choose_tiles(limits, a)) {
         return tq_cuda_fail(
@@ -377,12 +374,12 @@ int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tqi_atte
     }
     plan_copies(a);
     plan_splits(limits, a);
-    status = plan_tails(args->k, args->v, a);
-    if (status == TQ_OK && ((int64_t) a->n_parts * a->n_head_kv > INT32_MAX || a->n_stream > 65535)) {
+    TQI_TRY(plan_tails(args->k, args->v, a));
+    if ((int64_t) a->n_parts * a->n_head_kv > INT32_MAX || a->n_stream > 65535) {
         return tq_cuda_fail(TQ_E_ARGUMENT, "%d streams of %d KV heads in %d ranges given; a launch takes fewer",
                             a->n_stream, a->n_head_kv, a->n_parts);
     }
-    return status;
+    return TQ_OK;
 }
 
 static size_t all_parts(const tqi_attention & a) {

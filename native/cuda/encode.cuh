@@ -1,5 +1,5 @@
-/* encode.cuh: the encoders of the PQO types by teams of eight threads, step for step portable.c's: the same
- * bytes.
+/* encode.cuh: the encoders of the PQO types, and all decoders, by teams of eight threads, step for step portable.c's:
+ * the same bytes.
  *
  * Every sum has the order of tqi_sum32, and nothing may be contracted into FMA: the files that include this are
  * compiled with -fmad=false (-ffp-contract=off on the host). Divisions and roots are IEEE's, nvcc's default, and f16 is
@@ -139,6 +139,29 @@ TQI_D void tqi_encode_block(const tqi_codec & codec, const tqi_tables * tables, 
         tqi_transform(codec.signs == TQI_SIGNS_FIRST, v, l);
     }
     tqi_put_block(tables, bits, tqi_f32_to_f16(d < TQI_F16_MAX ? d : TQI_F16_MAX), v, l, store, block);
+}
+
+/* ---- Decoders: to the bit what portable.c gives ---- */
+
+/* y: values l, l + 8, ... of a block, in the transformed domain. */
+TQI_HD void tqi_unpack_block(const tqi_tables * tables, int bits, int trellis, const uint8_t * block, int l,
+                             float * y) {
+    uint32_t words[4];
+    const float d = tqi_f16_to_f32(tqi_finite_scale(*(const uint16_t *) (const void *) block));
+    tqi_load_words(block, bits, words);
+    TQI_UNROLL
+    for (int m = 0; m < TQI_VALUES; ++m) {
+        const int index = trellis ? tqi_unpack_level(words, l + TQI_TEAM * m) : tqi_unpack_index(bits, words, l, m);
+        y[m] = d * tables->levels[index];
+    }
+}
+
+TQI_D void tqi_decode_block(const tqi_codec & codec, const tqi_tables * tables, const uint8_t * block, int transformed,
+                            int l, float * x) {
+    tqi_unpack_block(tables, codec.bits, codec.trellis, block, l, x);
+    if (!transformed) {
+        tqi_inverse_transform(codec.signs == TQI_SIGNS_FIRST, x, l);
+    }
 }
 
 #endif

@@ -21,6 +21,7 @@
 
 extern "C" {
 #include "../src/codebook.h"
+#include "../src/error.h"
 }
 
 /* A launch's blocks of threads. */

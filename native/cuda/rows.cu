@@ -1,4 +1,5 @@
-/* rows.cu: launches of encode, decode and transform. Compiled with -fmad=false: see encode.cuh. */
+/* rows.cu: launches of encode, decode, transform, and of conversion between floats. Compiled with -fmad=false: see
+ * encode.cuh. */
 #include "rows.cuh"
 
 /* ---- Kernels ---- */
@@ -29,6 +30,19 @@ TQI_KERNEL(TQI_TAIL_THREADS, 4) tqi_decode_tail_kernel(TQI_PARAMETER tqi_tail_re
 
 TQI_KERNEL(TQI_ROW_THREADS, 4) tqi_transform_kernel(TQI_PARAMETER tqi_vectors p) {
     tqi_transform_rows(p);
+}
+
+struct tqi_conversion {
+    tq_cuda_view src, dst;
+    int64_t n;
+};
+
+TQI_KERNEL(TQI_ROW_THREADS, 4) tqi_convert_kernel(TQI_PARAMETER tqi_conversion c) {
+    const int64_t i = (int64_t) tqi_block_x() * TQI_ROW_THREADS + tqi_thread();
+    if (i < c.n) {
+        const float x = tqi_load_value(c.src.type, tqi_address(c.src, 1, tqi_place_of(c.src, i)));
+        tqi_store_value(c.dst.type, x, tqi_address(c.dst, 1, tqi_place_of(c.dst, i)));
+    }
 }
 
 /* ---- Arguments ---- */
@@ -104,9 +118,8 @@ static int check_both(const tq_cuda_view * src, const tq_cuda_index * rows, cons
                       const tqi_codec ** from, const tqi_codec ** to, tqi_rows * r) {
     int64_t n_src, n_dst;
     memset(r, 0, sizeof *r);
-    if (check_view("source", src, from, &n_src) != TQ_OK || check_view("target", dst, to, &n_dst) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(check_view("source", src, from, &n_src));
+    TQI_TRY(check_view("target", dst, to, &n_dst));
     if (encode && *to == NULL) {
         return tq_cuda_fail(TQ_E_ARGUMENT, "target: type %d given; allowed are tqgguf's types", dst->type);
     }
@@ -117,16 +130,14 @@ static int check_both(const tq_cuda_view * src, const tq_cuda_index * rows, cons
     if (rows == NULL && n_src != n_dst) {
         return tq_cuda_fail(TQ_E_ARGUMENT, "%lld values given for %lld", (long long) n_src, (long long) n_dst);
     }
-    if (rows != NULL && check_rows(rows, encode ? src : dst, encode ? dst : src) != TQ_OK) {
-        return TQ_E_ARGUMENT;
+    if (rows != NULL) {
+        TQI_TRY(check_rows(rows, encode ? src : dst, encode ? dst : src));
+        r->rows = *rows;
     }
     r->src = *src;
     r->dst = *dst;
     r->n_blocks = (encode ? n_src : n_dst) / TQ_BLOCK;
     r->indexed = rows != NULL;
-    if (rows != NULL) {
-        r->rows = *rows;
-    }
     return TQ_OK;
 }
 
@@ -136,9 +147,7 @@ extern "C" int tq_cuda_encode(const tq_cuda_view * src, const tq_cuda_index * ro
                               void * stream) {
     const tqi_codec *from, *to;
     tqi_rows r;
-    if (check_both(src, rows, dst, true, &from, &to, &r) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(check_both(src, rows, dst, true, &from, &to, &r));
     r.codec = *to;
     r.source_is_pqo = from != NULL;
     if (from != NULL) {
@@ -155,9 +164,7 @@ extern "C" int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * ro
                               const tq_cuda_view * dst, void * stream) {
     const tqi_codec *from, *to;
     tqi_rows r;
-    if (check_both(src, rows, dst, false, &from, &to, &r) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(check_both(src, rows, dst, false, &from, &to, &r));
     r.codec = *from;
     r.transformed = transformed;
     return tqi_launch_each(tqi_decode_kernel, "decode", r.n_blocks, TQI_ROW_THREADS / TQI_TEAM, TQI_ROW_THREADS, stream,
@@ -182,9 +189,7 @@ extern "C" int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_index
                                    const tq_cuda_tail * tail, void * stream) {
     const tqi_codec *from, *codec = tqi_codec_get(TQ_TYPE_PQO3, mode);
     int64_t n_src;
-    if (check_view("source", src, &from, &n_src) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(check_view("source", src, &from, &n_src));
     if (codec == NULL || from != NULL || rows == NULL || tail == NULL || src->ne[0] % TQ_BLOCK != 0 ||
         src->ne[2] != 1 || src->ne[3] != 1) {
         return tq_cuda_fail(
@@ -194,11 +199,9 @@ extern "C" int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_index
             src->type, (long long) src->ne[0], (long long) src->ne[1], (long long) src->ne[2], (long long) src->ne[3],
             mode);
     }
-    if (check_rows(rows, src, src) != TQ_OK ||
-        check_tail(tail->data, tail->owner, tail->n_recent, tail->n_first, tail->stride_row | tail->stride_stream,
-                   tail->owner_stride_stream) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(check_rows(rows, src, src));
+    TQI_TRY(check_tail(tail->data, tail->owner, tail->n_recent, tail->n_first, tail->stride_row | tail->stride_stream,
+                       tail->owner_stride_stream));
     if (tail->n_cells < 1 || tail->n_stream < 1 || tail->n_cells > INT32_MAX / 2 / tail->n_stream ||
         tail->n_recent + tail->n_first > INT32_MAX / 2 / tail->n_stream || src->ne[1] > INT32_MAX) {
         return tq_cuda_fail(TQ_E_ARGUMENT, "%lld rows into %lld streams of %lld cells given; a launch takes 2^30 cells",
@@ -215,9 +218,7 @@ extern "C" int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_index
 extern "C" int tq_cuda_tail_decode(const tq_attn_operand * x, const tq_cuda_view * dst, void * stream) {
     const tqi_codec *to, *codec = x == NULL ? NULL : tqi_codec_get(x->type, x->mode);
     int64_t n_dst;
-    if (check_view("target", dst, &to, &n_dst) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(check_view("target", dst, &to, &n_dst));
     if (codec == NULL || to != NULL || dst->ne[0] != x->head_dim || dst->ne[1] != x->n_head ||
         dst->ne[3] != x->n_stream || x->head_dim % TQ_BLOCK != 0 || dst->ne[0] * dst->ne[1] > INT32_MAX / 2 ||
         dst->ne[3] > 65535) {
@@ -226,10 +227,8 @@ extern "C" int tq_cuda_tail_decode(const tq_attn_operand * x, const tq_cuda_view
                             dst->type, (long long) dst->ne[0], (long long) dst->ne[1], (long long) dst->ne[3]);
     }
     const tq_attn_tail & tail = x->tail;
-    if (check_tail(tail.data, tail.owner, tail.n_recent, tail.n_first,
-                   tail.stride_row | tail.stride_head | tail.stride_stream, tail.owner_stride_stream) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(check_tail(tail.data, tail.owner, tail.n_recent, tail.n_first,
+                       tail.stride_row | tail.stride_head | tail.stride_stream, tail.owner_stride_stream));
     if (n_dst == 0) {
         return TQ_OK;
     }
@@ -250,4 +249,23 @@ extern "C" int tq_cuda_transform(const float * x, int64_t n, int mode, int inver
     const tqi_vectors p = { x, y, n / TQ_BLOCK, inverse ? !signs_first : signs_first };
     return tqi_launch_each(tqi_transform_kernel, "transform", p.n_blocks, TQI_ROW_THREADS / TQI_TEAM, TQI_ROW_THREADS,
                            stream, p);
+}
+
+/* What attention needs of a q in f16. */
+extern "C" int tq_cuda_convert(const tq_cuda_view * src, const tq_cuda_view * dst, void * stream) {
+    const tqi_codec *from, *to;
+    int64_t n_src, n_dst;
+    TQI_TRY(check_view("source", src, &from, &n_src));
+    TQI_TRY(check_view("target", dst, &to, &n_dst));
+    if (from != NULL || to != NULL) {
+        return tq_cuda_fail(TQ_E_ARGUMENT, "types %d to %d given; both must be f32, f16 or bf16", src->type, dst->type);
+    }
+    for (int i = 0; i < 4; ++i) {
+        if (src->ne[i] != dst->ne[i]) {
+            return tq_cuda_fail(TQ_E_ARGUMENT, "ne[%d] is %lld and %lld; shapes must be equal", i,
+                                (long long) src->ne[i], (long long) dst->ne[i]);
+        }
+    }
+    const tqi_conversion c = { *src, *dst, n_src };
+    return tqi_launch_each(tqi_convert_kernel, "convert", n_src, TQI_ROW_THREADS, TQI_ROW_THREADS, stream, c);
 }

@@ -2,7 +2,6 @@
 #ifndef TQI_ROWS_CUH
 #define TQI_ROWS_CUH
 
-#include "decode.cuh"
 #include "trellis.cuh"
 
 #define TQI_ROW_THREADS 128

@@ -20,29 +20,29 @@ extern "C" int tq_cuda_device_ready(void) {
     cudaFuncAttributes attributes;
     cudaDeviceProp prop;
     int device = 0;
-    int status = tqi_cuda_check(cudaGetDevice(&device), "asking for the current CUDA device");
-    if (status != TQ_OK || (device < KNOWN && ready[device].load(std::memory_order_relaxed))) {
-        return status;
+    TQI_TRY(tqi_cuda_check(cudaGetDevice(&device), "asking for the current CUDA device"));
+    if (device < KNOWN && ready[device].load(std::memory_order_relaxed)) {
+        return TQ_OK;
     }
     const cudaError_t error = cudaFuncGetAttributes(&attributes, tqi_probe_kernel);
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
         error == cudaErrorInvalidKernelImage) {
         (void) cudaGetLastError();
-        status = tqi_cuda_check(cudaGetDeviceProperties(&prop, device), "reading the CUDA device's properties");
-        return status != TQ_OK ? status : tqi_cuda_no_code(prop.name, prop.major, prop.minor);
+        TQI_TRY(tqi_cuda_check(cudaGetDeviceProperties(&prop, device), "reading the CUDA device's properties"));
+        return tqi_cuda_no_code(prop.name, prop.major, prop.minor);
     }
     /* an exclusive device in use, PTX newer than the driver, a lost device */
-    status = tqi_cuda_check(error, "loading the kernels");
-    if (status == TQ_OK && device < KNOWN) {
+    TQI_TRY(tqi_cuda_check(error, "loading the kernels"));
+    if (device < KNOWN) {
         ready[device].store(true, std::memory_order_relaxed);
     }
-    return status;
+    return TQ_OK;
 }
 
 extern "C" int tq_cuda_device_count(void) {
     int n = 0;
-    const int status = tqi_cuda_check(cudaGetDeviceCount(&n), "looking for CUDA devices");
-    return status == TQ_OK ? n : status;
+    TQI_TRY(tqi_cuda_check(cudaGetDeviceCount(&n), "looking for CUDA devices"));
+    return n;
 }
 
 extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
@@ -54,16 +54,9 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
     if (i < 0 || i >= n) {
         return tq_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there are %d", i, n);
     }
-    int status = tqi_cuda_check(cudaSetDevice(i), "selecting the CUDA device");
-    if (status == TQ_OK) {
-        status = tqi_cuda_check(cudaGetDeviceProperties(&prop, i), "reading the CUDA device's properties");
-    }
-    if (status == TQ_OK) {
-        status = tq_cuda_device_ready();
-    }
-    if (status != TQ_OK) {
-        return status;
-    }
+    TQI_TRY(tqi_cuda_check(cudaSetDevice(i), "selecting the CUDA device"));
+    TQI_TRY(tqi_cuda_check(cudaGetDeviceProperties(&prop, i), "reading the CUDA device's properties"));
+    TQI_TRY(tq_cuda_device_ready());
     if (device != NULL) {
         memset(device, 0, sizeof *device);
         snprintf(device->name, sizeof device->name, "%.127s", prop.name);
@@ -78,20 +71,16 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
 
 extern "C" int tq_cuda_device_swap(int i) {
     int before = 0;
-    const int status = tqi_cuda_check(cudaGetDevice(&before), "asking for the current CUDA device");
-    if (status != TQ_OK || before == i || i < 0) {
-        return status != TQ_OK ? status : before;
+    TQI_TRY(tqi_cuda_check(cudaGetDevice(&before), "asking for the current CUDA device"));
+    if (before != i && i >= 0) {
+        TQI_TRY(tqi_cuda_check(cudaSetDevice(i), "selecting the CUDA device"));
     }
-    const int set = tqi_cuda_check(cudaSetDevice(i), "selecting the CUDA device");
-    return set != TQ_OK ? set : before;
+    return before;
 }
 
 extern "C" int tq_cuda_device_of(const void * data) {
     cudaPointerAttributes attributes;
-    const int status = tqi_cuda_check(cudaPointerGetAttributes(&attributes, data), "asking where memory lies");
-    if (status != TQ_OK) {
-        return status;
-    }
+    TQI_TRY(tqi_cuda_check(cudaPointerGetAttributes(&attributes, data), "asking where memory lies"));
     if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
         return tq_cuda_fail(TQ_E_ARGUMENT, "%p given; it is no device memory", data);
     }
@@ -102,27 +91,27 @@ int tqi_cuda_limits_of(tqi_cuda_limits * limits) {
     enum { KNOWN = 64 };
     static std::atomic<int64_t> known[KNOWN]; /* 0, or all three packed: 16, 24 and 24 bits */
     int device = 0, n_sm = 0, per_block = 0, per_sm = 0;
-    int status = tqi_cuda_check(cudaGetDevice(&device), "asking for the current CUDA device");
-    int64_t packed = status == TQ_OK && device < KNOWN ? known[device].load(std::memory_order_relaxed) : 0;
-    if (status == TQ_OK && packed == 0) {
+    TQI_TRY(tqi_cuda_check(cudaGetDevice(&device), "asking for the current CUDA device"));
+    int64_t packed = device < KNOWN ? known[device].load(std::memory_order_relaxed) : 0;
+    if (packed == 0) {
         const std::pair<cudaDeviceAttr, int *> wanted[] = {
             { cudaDevAttrMultiProcessorCount, &n_sm },
             { cudaDevAttrMaxSharedMemoryPerBlockOptin, &per_block },
             { cudaDevAttrMaxSharedMemoryPerMultiprocessor, &per_sm },
         };
-        for (int i = 0; i < 3 && status == TQ_OK; ++i) {
-            status = tqi_cuda_check(cudaDeviceGetAttribute(wanted[i].second, wanted[i].first, device),
-                                    "reading the device's attributes");
+        for (int i = 0; i < 3; ++i) {
+            TQI_TRY(tqi_cuda_check(cudaDeviceGetAttribute(wanted[i].second, wanted[i].first, device),
+                                   "reading the device's attributes"));
         }
         packed = (int64_t) n_sm << 48 | (int64_t) per_block << 24 | per_sm;
-        if (status == TQ_OK && device < KNOWN) {
+        if (device < KNOWN) {
             known[device].store(packed, std::memory_order_relaxed);
         }
     }
     limits->n_sm = (int) (packed >> 48);
     limits->shared_per_block = (size_t) (packed >> 24 & 0xffffff);
     limits->shared_per_sm = (size_t) (packed & 0xffffff);
-    return status;
+    return TQ_OK;
 }
 
 /* ---- Streams ---- */
@@ -136,11 +125,8 @@ extern "C" int tq_cuda_stream_wait(void * waiting, void * other) {
     if (waiting == other) {
         return TQ_OK;
     }
-    int status = tqi_cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "ordering CUDA streams");
-    if (status != TQ_OK) {
-        return status;
-    }
-    status = tqi_cuda_check(cudaEventRecord(event, (cudaStream_t) other), "ordering CUDA streams");
+    TQI_TRY(tqi_cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "ordering CUDA streams"));
+    int status = tqi_cuda_check(cudaEventRecord(event, (cudaStream_t) other), "ordering CUDA streams");
     if (status == TQ_OK) {
         status = tqi_cuda_check(cudaStreamWaitEvent((cudaStream_t) waiting, event, 0), "ordering CUDA streams");
     }

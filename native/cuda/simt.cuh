@@ -215,23 +215,16 @@ inline int tqi_cuda_allow_shared(const void * kernel, size_t shared, const char 
     if (shared <= 48 * 1024) {
         return TQ_OK;
     }
-    int status = tqi_cuda_check(cudaGetDevice(&device), name);
-    status = status != TQ_OK
-                 ? status
-                 : tqi_cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
-    return status != TQ_OK
-               ? status
-               : tqi_cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+    TQI_TRY(tqi_cuda_check(cudaGetDevice(&device), name));
+    TQI_TRY(tqi_cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name));
+    return tqi_cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
 }
 
 /* kernel: without static shared memory if it is given more than 48 KiB. */
 template <typename P>
 int tqi_launch(void (*kernel)(P), const char * name, tqi_grid grid, int threads, size_t shared, void * stream,
                const P & parameter) {
-    const int status = tqi_cuda_allow_shared((const void *) kernel, shared, name);
-    if (status != TQ_OK) {
-        return status;
-    }
+    TQI_TRY(tqi_cuda_allow_shared((const void *) kernel, shared, name));
     kernel<<<dim3(grid.x, grid.y, grid.z), (unsigned) threads, shared, (cudaStream_t) stream>>>(parameter);
     return tqi_cuda_check(cudaGetLastError(), name);
 }

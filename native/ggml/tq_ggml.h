@@ -43,6 +43,16 @@ static inline bool tq_ggml_attends(const struct ggml_tensor * node) {
     return tq_ggml_is_pqo(node->src[1]->type) || tq_ggml_is_pqo(node->src[2]->type) || tq_ggml_reads_tail(node);
 }
 
+/* The functions of each type; to_float and from_float are in libggml-base, vec_dot in libggml-cpu: s = <blocks, y>, y:
+ * f32 (n). Its strides are unused: one row at a time (nrc = 1). */
+#define TQ_GGML_TYPES(X) X(pqo3, PQO3) X(pqo4, PQO4) X(pqt3, PQT3) X(pqt4, PQT4)
+#define TQ_GGML_DECLARE(name, NAME)                                                                                    \
+    void tq_ggml_to_float_##name(const void * blocks, float * x, int64_t n);                                           \
+    void tq_ggml_from_float_##name(const float * x, void * blocks, int64_t n);                                         \
+    void tq_ggml_cpu_vec_dot_##name(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y,       \
+                                    size_t by, int nrc);
+TQ_GGML_TYPES(TQ_GGML_DECLARE)
+
 /* ---- libggml-base: the rows of ggml's table of types, and two of its switches over types ---- */
 
 #define TQ_GGML_TYPE_TRAITS(name, bytes)                                                                               \
@@ -55,14 +65,6 @@ static inline bool tq_ggml_attends(const struct ggml_tensor * node) {
         .from_float_ref = tq_ggml_from_float_##name,                                                                   \
     }
 
-void tq_ggml_to_float_pqo3(const void * blocks, float * x, int64_t n);
-void tq_ggml_to_float_pqo4(const void * blocks, float * x, int64_t n);
-void tq_ggml_to_float_pqt3(const void * blocks, float * x, int64_t n);
-void tq_ggml_to_float_pqt4(const void * blocks, float * x, int64_t n);
-void tq_ggml_from_float_pqo3(const float * x, void * blocks, int64_t n);
-void tq_ggml_from_float_pqo4(const float * x, void * blocks, int64_t n);
-void tq_ggml_from_float_pqt3(const float * x, void * blocks, int64_t n);
-void tq_ggml_from_float_pqt4(const float * x, void * blocks, int64_t n);
 /* Encodes and decodes n values. An error of libtqgguf, which ggml's own checks rule out, ends the process with its
  * message. */
 void tq_ggml_encode(enum ggml_type type, const float * x, void * blocks, int64_t n);
@@ -81,16 +83,6 @@ bool tq_ggml_validate(enum ggml_type type, const void * blocks, size_t n_blocks)
         .vec_dot_type = GGML_TYPE_F32,                                                                                 \
         .nrows = 1,                                                                                                    \
     }
-
-/* s = <blocks, y>, y: f32 (n). The strides are unused: one row at a time (nrc = 1). */
-void tq_ggml_cpu_vec_dot_pqo3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by,
-                              int nrc);
-void tq_ggml_cpu_vec_dot_pqo4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by,
-                              int nrc);
-void tq_ggml_cpu_vec_dot_pqt3(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by,
-                              int nrc);
-void tq_ggml_cpu_vec_dot_pqt4(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y, size_t by,
-                              int nrc);
 
 /* Each operator is a pair: does it take this node, and compute it (called by every thread). Under use_ref upstream's
  * own loops run instead, over to_float, from_float and vec_dot above: test-backend-ops compares the two. */

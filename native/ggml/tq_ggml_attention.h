@@ -8,6 +8,10 @@
 #include "ggml-impl.h"
 #include "tqgguf.h"
 
+static inline bool tq_ggml_is_float(enum ggml_type type) {
+    return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+}
+
 /* The tail of a view of the cache, (head_dim, n_kv, n_head_kv, n_stream): the view may begin at a later stream or value
  * of a row. */
 static inline struct tq_attn_tail tq_ggml_tail_of(const struct ggml_tensor * t, const struct ggml_tensor * rows,

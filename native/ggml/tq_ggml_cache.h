@@ -17,6 +17,7 @@
 #include "ggml.h"
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -52,6 +53,16 @@ int32_t tq_ggml_cache_list(struct tq_ggml_cache_tensor * to, int32_t n);
 
 /* Frees the calling thread's list; nothing is noted any more. */
 void tq_ggml_cache_list_end(void);
+
+/* ---- What else Python asks of libggml-base ---- */
+
+/* The size of a struct that Python declares again, by its name in C: tq_ggml_cache_tensor, tq_ggml_layer_policy,
+ * ggml_tensor, ggml_type_traits, ggml_threadpool_params. 0: another name. Where Python's struct has another size, its
+ * declaration is not this library's, and must not be used. */
+size_t tq_ggml_sizeof(const char * name);
+
+/* Whether the bool at flag is set: a ggml_abort_callback that asks no interpreter. */
+bool tq_ggml_is_set(void * flag);
 
 /* cffi: end */
 

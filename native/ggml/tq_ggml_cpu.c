@@ -18,26 +18,18 @@ static_assert(GGML_MAX_DIMS == 4, "the loops below know four dimensions");
 
 /* ---- Rows ---- */
 
-#define VEC_DOT(name, type)                                                                                            \
+#define VEC_DOT(name, NAME)                                                                                            \
     void tq_ggml_cpu_vec_dot_##name(int n, float * s, size_t bs, const void * blocks, size_t bx, const void * y,       \
                                     size_t by, int nrc) {                                                              \
         GGML_ASSERT(nrc == 1 && n % TQ_GGML_BLOCK == 0);                                                               \
         GGML_UNUSED(bs);                                                                                               \
         GGML_UNUSED(bx);                                                                                               \
         GGML_UNUSED(by);                                                                                               \
-        *s = tq_dot((int) type, TQ_MODE_SEARCH, blocks, (const float *) y, n);                                         \
+        *s = tq_dot((int) GGML_TYPE_##NAME, TQ_MODE_SEARCH, blocks, (const float *) y, n);                             \
     }
-
-VEC_DOT(pqo3, GGML_TYPE_PQO3)
-VEC_DOT(pqo4, GGML_TYPE_PQO4)
-VEC_DOT(pqt3, GGML_TYPE_PQT3)
-VEC_DOT(pqt4, GGML_TYPE_PQT4)
+TQ_GGML_TYPES(VEC_DOT)
 
 /* ---- Tensors as a sequence of blocks ---- */
-
-static bool is_float(enum ggml_type type) {
-    return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
-}
 
 /* This thread's share [*begin, *end) of n items. */
 static void share(const struct ggml_compute_params * params, int64_t n, int64_t * begin, int64_t * end) {
@@ -89,21 +81,7 @@ static void load(const struct ggml_tensor * t, int64_t i, int64_t n, float * x) 
 static void store(const struct ggml_tensor * t, int64_t i, int64_t n, const float * x) {
     for (int64_t done = 0; done < n;) {
         const int64_t m = stretch(t, i + done, n - done);
-        char * to = element(t, i + done);
-        switch (t->type) {
-            case GGML_TYPE_F32:
-                memcpy(to, x + done, (size_t) m * sizeof(float));
-                break;
-            case GGML_TYPE_F16:
-                ggml_cpu_fp32_to_fp16(x + done, (ggml_fp16_t *) to, m);
-                break;
-            case GGML_TYPE_BF16:
-                ggml_cpu_fp32_to_bf16(x + done, (ggml_bf16_t *) to, m);
-                break;
-            default:
-                tq_ggml_encode(t->type, x + done, to, m);
-                break;
-        }
+        ggml_get_type_traits_cpu(t->type)->from_float(x + done, element(t, i + done), m);
         done += m;
     }
 }
@@ -230,8 +208,8 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
 bool tq_ggml_dup_used(const struct ggml_tensor * dst) {
     const enum ggml_type from = dst->src[0]->type;
     const enum ggml_type to = dst->type;
-    return from != to && (tq_ggml_is_pqo(from) || tq_ggml_is_pqo(to)) && (tq_ggml_is_pqo(from) || is_float(from)) &&
-           (tq_ggml_is_pqo(to) || is_float(to));
+    return from != to && (tq_ggml_is_pqo(from) || tq_ggml_is_pqo(to)) &&
+           (tq_ggml_is_pqo(from) || tq_ggml_is_float(from)) && (tq_ggml_is_pqo(to) || tq_ggml_is_float(to));
 }
 
 void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor * dst) {

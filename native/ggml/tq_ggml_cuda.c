@@ -24,10 +24,6 @@ static void check(int status, const struct ggml_tensor * node) {
     }
 }
 
-static bool is_float(enum ggml_type type) {
-    return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
-}
-
 static bool is_copy(const struct ggml_tensor * node) {
     return node->op == GGML_OP_DUP || node->op == GGML_OP_CPY || node->op == GGML_OP_CONT;
 }
@@ -116,7 +112,7 @@ static bool tail_supported(const struct ggml_tensor * node) {
 
 static bool rows_supported(const struct ggml_tensor * node, enum ggml_type values) {
     const struct ggml_tensor * ids = node->src[1];
-    if (!is_float(values) || (node->op == GGML_OP_GET_ROWS && values != GGML_TYPE_F32)) {
+    if (!tq_ggml_is_float(values) || (node->op == GGML_OP_GET_ROWS && values != GGML_TYPE_F32)) {
         return REFUSE("%s with values of %s is not done on CUDA; f32 is%s", ggml_op_name(node->op),
                       ggml_type_name(values), node->op == GGML_OP_GET_ROWS ? "" : ", and f16 and bf16 are");
     }
@@ -133,8 +129,8 @@ static bool rows_supported(const struct ggml_tensor * node, enum ggml_type value
 
 static bool copy_supported(const struct ggml_tensor * node) {
     const enum ggml_type from = node->src[0]->type;
-    if (from == node->type || (!tq_ggml_is_pqo(from) && !is_float(from)) ||
-        (!tq_ggml_is_pqo(node->type) && !is_float(node->type))) {
+    if (from == node->type || (!tq_ggml_is_pqo(from) && !tq_ggml_is_float(from)) ||
+        (!tq_ggml_is_pqo(node->type) && !tq_ggml_is_float(node->type))) {
         return REFUSE("copying %s to %s%s is not done on CUDA; ours to and from f32, f16, bf16 and each other is",
                       ggml_type_name(from), ggml_type_name(node->type),
                       from == node->type ? " with other strides" : "");

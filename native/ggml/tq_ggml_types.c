@@ -12,10 +12,6 @@
 
 static_assert((int) GGML_TYPE_F32 == (int) TQ_TYPE_F32 && (int) GGML_TYPE_F16 == (int) TQ_TYPE_F16,
               "type numbers differ");
-static_assert((int) GGML_TYPE_PQO3 == (int) TQ_TYPE_PQO3, "type number of pqo3 differs");
-static_assert((int) GGML_TYPE_PQO4 == (int) TQ_TYPE_PQO4, "type number of pqo4 differs");
-static_assert((int) GGML_TYPE_PQT3 == (int) TQ_TYPE_PQT3, "type number of pqt3 differs");
-static_assert((int) GGML_TYPE_PQT4 == (int) TQ_TYPE_PQT4, "type number of pqt4 differs");
 static_assert(TQ_GGML_BLOCK == TQ_BLOCK, "block length differs");
 
 void tq_ggml_encode(enum ggml_type type, const float * x, void * blocks, int64_t n) {
@@ -30,18 +26,15 @@ void tq_ggml_decode(enum ggml_type type, const void * blocks, float * x, int64_t
     }
 }
 
-#define ROW_FUNCTIONS(name, type)                                                                                      \
+#define ROW_FUNCTIONS(name, NAME)                                                                                      \
+    static_assert((int) GGML_TYPE_##NAME == (int) TQ_TYPE_##NAME, "type number of " #name " differs");                 \
     void tq_ggml_to_float_##name(const void * blocks, float * x, int64_t n) {                                          \
-        tq_ggml_decode(type, blocks, x, n);                                                                            \
+        tq_ggml_decode(GGML_TYPE_##NAME, blocks, x, n);                                                                \
     }                                                                                                                  \
     void tq_ggml_from_float_##name(const float * x, void * blocks, int64_t n) {                                        \
-        tq_ggml_encode(type, x, blocks, n);                                                                            \
+        tq_ggml_encode(GGML_TYPE_##NAME, x, blocks, n);                                                                \
     }
-
-ROW_FUNCTIONS(pqo3, GGML_TYPE_PQO3)
-ROW_FUNCTIONS(pqo4, GGML_TYPE_PQO4)
-ROW_FUNCTIONS(pqt3, GGML_TYPE_PQT3)
-ROW_FUNCTIONS(pqt4, GGML_TYPE_PQT4)
+TQ_GGML_TYPES(ROW_FUNCTIONS)
 
 size_t tq_ggml_quantize(enum ggml_type type, const float * x, void * blocks, int64_t n) {
     tq_ggml_encode(type, x, blocks, n);

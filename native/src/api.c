@@ -15,48 +15,24 @@ const char * tq_version(void) {
 }
 
 const char * tq_type_name(int type) {
-    switch (type) {
-        case TQ_TYPE_F32:
-            return "f32";
-        case TQ_TYPE_F16:
-            return "f16";
-        case TQ_TYPE_PQO3:
-            return "pqo3";
-        case TQ_TYPE_PQO4:
-            return "pqo4";
-        case TQ_TYPE_PQT3:
-            return "pqt3";
-        case TQ_TYPE_PQT4:
-            return "pqt4";
-        default:
-            return NULL;
+    static const char * const ours[] = { "pqo3", "pqo4", "pqt3", "pqt4" }; /* by number, from TQ_TYPE_PQO3 on */
+    if (type >= TQ_TYPE_PQO3 && type <= TQ_TYPE_PQT4) {
+        return ours[type - TQ_TYPE_PQO3];
     }
+    return type == TQ_TYPE_F32 ? "f32" : type == TQ_TYPE_F16 ? "f16" : NULL;
 }
 
 const char * tq_mode_name(int mode) {
-    switch (mode) {
-        case TQ_MODE_SEARCH:
-            return "search";
-        case TQ_MODE_MAXNORM:
-            return "maxnorm";
-        case TQ_MODE_L2NORM:
-            return "l2norm";
-        default:
-            return NULL;
-    }
+    static const char * const names[] = { "search", "maxnorm", "l2norm" };
+    return mode >= TQ_MODE_SEARCH && mode <= TQ_MODE_L2NORM ? names[mode] : NULL;
 }
 
 size_t tq_row_bytes(int type, int64_t n) {
     if (n < 0 || n > INT64_MAX / 4) {
         return 0;
     }
-    switch (type) {
-        case TQ_TYPE_F32:
-            return (size_t) n * 4;
-        case TQ_TYPE_F16:
-            return (size_t) n * 2;
-        default:
-            break;
+    if (type == TQ_TYPE_F32 || type == TQ_TYPE_F16) {
+        return (size_t) n * (type == TQ_TYPE_F32 ? 4 : 2);
     }
     const tqi_codec * codec = tqi_codec_get(type, TQ_MODE_SEARCH);
     return codec == NULL || n % TQ_BLOCK != 0 ? 0 : (size_t) (n / TQ_BLOCK) * (size_t) codec->block_bytes;

@@ -79,26 +79,25 @@ static float * aligned(void * work) {
     return (float *) address; /* NOLINT: the caller's bytes, rounded up */
 }
 
+static float * take(float ** at, size_t n_floats) {
+    float * taken = *at;
+    *at += padded(n_floats);
+    return taken;
+}
+
 static tqi_scratch carve(const tq_attn * args, const tqi_plan * plan, void * work, int thread) {
     const size_t dk = (size_t) args->k.head_dim, dv = (size_t) args->v.head_dim, n = (size_t) plan->n_col;
     float * at = aligned(work) + plan->scratch * (size_t) thread;
     tqi_scratch w;
     for (int i = 0; i < plan->span; ++i) {
-        w.x[i].q = at;
-        at += padded(dk * n);
-        w.x[i].o = at;
-        at += padded(dv * n);
-        w.x[i].max = at;
-        at += padded(n);
-        w.x[i].sum = at;
-        at += padded(n);
+        w.x[i].q = take(&at, dk * n);
+        w.x[i].o = take(&at, dv * n);
+        w.x[i].max = take(&at, n);
+        w.x[i].sum = take(&at, n);
     }
-    w.s = at;
-    at += padded(TILE * n);
-    w.factor = at;
-    at += padded(n);
-    w.row = at;
-    at += padded(dk > dv ? dk : dv);
+    w.s = take(&at, TILE * n);
+    w.factor = take(&at, n);
+    w.row = take(&at, dk > dv ? dk : dv);
     w.tile = at;
     return w;
 }
@@ -487,9 +486,7 @@ int tq_attn_compute(const tq_attn * args, int phase, int thread, int n_threads, 
     if (args == NULL || work == NULL) {
         return tqi_fail(TQ_E_ARGUMENT, "null pointer given for the attention arguments or the scratch");
     }
-    if (tqi_plan_make(args, n_threads, &plan) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(tqi_plan_make(args, n_threads, &plan));
     if (thread < 0 || thread >= n_threads || phase < 0 || phase > 1) {
         return tqi_fail(TQ_E_ARGUMENT, "phase %d of thread %d of %d given; phases are 0 and 1, threads from 0 to %d",
                         phase, thread, n_threads, n_threads - 1);

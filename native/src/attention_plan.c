@@ -54,10 +54,9 @@ static int check_operand(const char * name, const tq_attn_operand * x, const tqi
 static int check_arguments(const tq_attn * args, int n_threads, const tqi_codec ** k_codec,
                            const tqi_codec ** v_codec) {
     const tqi_codec * q_codec;
-    if (check_operand("q", &args->q, &q_codec) != TQ_OK || check_operand("k", &args->k, k_codec) != TQ_OK ||
-        check_operand("v", &args->v, v_codec) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(check_operand("q", &args->q, &q_codec));
+    TQI_TRY(check_operand("k", &args->k, k_codec));
+    TQI_TRY(check_operand("v", &args->v, v_codec));
     if (args->q.type != TQ_TYPE_F32 || args->q.decoder != NULL) {
         return tqi_fail(TQ_E_ARGUMENT, "q: type %d given; allowed is f32", args->q.type);
     }
@@ -83,18 +82,14 @@ static int check_arguments(const tq_attn * args, int n_threads, const tqi_codec 
         return tqi_fail(TQ_E_ARGUMENT, "n_mask_head = %lld, n_mask_stream = %lld given; both must be positive",
                         (long long) args->n_mask_head, (long long) args->n_mask_stream);
     }
-    if (check_tail("k", &args->k, *k_codec) != TQ_OK || check_tail("v", &args->v, *v_codec) != TQ_OK ||
-        check_tail("q", &args->q, NULL) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
-    return TQ_OK;
+    TQI_TRY(check_tail("k", &args->k, *k_codec));
+    TQI_TRY(check_tail("v", &args->v, *v_codec));
+    return check_tail("q", &args->q, NULL);
 }
 
 int tqi_plan_make(const tq_attn * args, int n_threads, tqi_plan * plan) {
     memset(plan, 0, sizeof *plan);
-    if (check_arguments(args, n_threads, &plan->k_codec, &plan->v_codec) != TQ_OK) {
-        return TQ_E_ARGUMENT;
-    }
+    TQI_TRY(check_arguments(args, n_threads, &plan->k_codec, &plan->v_codec));
     const size_t dk = (size_t) args->k.head_dim, dv = (size_t) args->v.head_dim;
 
     plan->group = (int) (args->q.n_head / args->k.n_head);

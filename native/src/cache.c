@@ -109,10 +109,7 @@ static int reserve(const tq_cache * cache, tqi_layer * layer, int64_t n_tokens) 
 }
 
 static int append(tq_cache * cache, int index, const float * k, const float * v, int64_t n_tokens) {
-    int status = check_layer(cache, index);
-    if (status != TQ_OK) {
-        return status;
-    }
+    TQI_TRY(check_layer(cache, index));
     tqi_layer * layer = &cache->layers[index];
     const int64_t limit = INT64_MAX / 16 / (int64_t) (cache->token_dim * (int64_t) sizeof(float));
     if (n_tokens < 0 || n_tokens > limit - layer->n_tokens) {
@@ -125,10 +122,7 @@ static int append(tq_cache * cache, int index, const float * k, const float * v,
     if (k == NULL || v == NULL) {
         return tqi_fail(TQ_E_ARGUMENT, "null pointer given for k or v of %lld tokens", (long long) n_tokens);
     }
-    status = reserve(cache, layer, layer->n_tokens + n_tokens);
-    if (status != TQ_OK) {
-        return status;
-    }
+    TQI_TRY(reserve(cache, layer, layer->n_tokens + n_tokens));
     const tqi_steps * steps = tqi_steps_of(tqi_active(), cache->codec);
     const size_t offset = (size_t) layer->n_tokens * cache->token_bytes;
     const int64_t n_blocks = n_tokens * cache->token_dim / TQ_BLOCK;
@@ -147,14 +141,11 @@ int tq_cache_prefill(tq_cache * cache, int layer, const float * k, const float *
     if ((k_out == NULL) != (v_out == NULL)) {
         return tqi_fail(TQ_E_ARGUMENT, "one of k_out and v_out given; allowed are both or neither");
     }
-    const int status = append(cache, layer, k, v, n_tokens);
-    if (status != TQ_OK || k_out == NULL) {
-        return status;
-    }
-    if (before > 0) {
+    TQI_TRY(append(cache, layer, k, v, n_tokens));
+    if (before > 0 && k_out != NULL) {
         return tq_cache_dequantize(cache, layer, k_out, v_out);
     }
-    if (n_tokens > 0) {
+    if (n_tokens > 0 && k_out != NULL) {
         const size_t bytes = (size_t) (n_tokens * cache->token_dim) * sizeof(float);
         memmove(k_out, k, bytes);
         memmove(v_out, v, bytes);
@@ -244,19 +235,13 @@ static int attend(const tq_cache * cache, const tqi_layer * layer, const float *
 
 int tq_cache_decode(tq_cache * cache, int layer, const float * k, const float * v, const float * q, int n_head,
                     float scale, float * out) {
-    int status = check_layer(cache, layer);
-    if (status != TQ_OK) {
-        return status;
-    }
+    TQI_TRY(check_layer(cache, layer));
     if (k == NULL || v == NULL || q == NULL || out == NULL) {
         return tqi_fail(TQ_E_ARGUMENT, "null pointer given for k, v, q or out");
     }
-    status = check_query(cache, q, n_head, scale);
-    if (status != TQ_OK) {
-        return status;
-    }
+    TQI_TRY(check_query(cache, q, n_head, scale));
     const int64_t before = cache->layers[layer].n_tokens;
-    status = append(cache, layer, k, v, 1);
+    int status = append(cache, layer, k, v, 1);
     if (status == TQ_OK) {
         status = attend(cache, &cache->layers[layer], q, n_head, scale, out);
     }
@@ -267,10 +252,7 @@ int tq_cache_decode(tq_cache * cache, int layer, const float * k, const float * 
 }
 
 int tq_cache_dequantize(tq_cache * cache, int layer, float * k_out, float * v_out) {
-    const int status = check_layer(cache, layer);
-    if (status != TQ_OK) {
-        return status;
-    }
+    TQI_TRY(check_layer(cache, layer));
     const tqi_kernels * kernel = tqi_active();
     const tqi_layer * l = &cache->layers[layer];
     const int64_t n_blocks = l->n_tokens * cache->token_dim / TQ_BLOCK;

@@ -10,13 +10,17 @@ const float tqi_signs[TQ_BLOCK] = {
     +1, -1, -1, +1, +1, -1, +1, -1, -1, +1, +1, +1, -1, -1, +1, -1,
 };
 
+/* A codec's type, bits, mode, order of signs, and number of levels. */
+#define CODEC(name, of_bits, of_mode, order, n)                                                                        \
+    .type = TQ_TYPE_##name##of_bits, .mode = TQ_MODE_##of_mode, .bits = of_bits, .n_levels = n,                        \
+    .block_bytes = TQI_BLOCK_BYTES(of_bits), .signs = TQI_SIGNS_##order
+
 #define MID(a, b) (0.5f * ((a) + (b)))
 
 /* Scale candidates are factor * the smallest scale that clips no value. These sets minimise the NMSE on Gaussian blocks
  * among all of that size on a grid of 0.02: .0230 (pqo3) and .0053 (pqo4); a fourth member gains less than 0.4 %. */
 static const tqi_codec pqo3_search = {
-    .type = TQ_TYPE_PQO3, .mode = TQ_MODE_SEARCH, .bits = 3, .n_levels = 8, .block_bytes = TQI_PQO3_BYTES,
-    .signs = TQI_SIGNS_FIRST, .n_factors = 3, .factors = { 0.82f, 0.90f, 1.00f }, .outer = 2.219803f,
+    CODEC(PQO, 3, SEARCH, FIRST, 8), .n_factors = 3, .factors = { 0.82f, 0.90f, 1.00f }, .outer = 2.219803f,
     .levels = { -1.814201f, -1.106490f, -0.579246f, -0.123892f, 0.312649f, 0.776305f, 1.337817f, 2.219803f },
     .boundaries = {
         MID(-1.814201f, -1.106490f), MID(-1.106490f, -0.579246f), MID(-0.579246f, -0.123892f),
@@ -26,8 +30,7 @@ static const tqi_codec pqo3_search = {
 };
 
 static const tqi_codec pqo4_search = {
-    .type = TQ_TYPE_PQO4, .mode = TQ_MODE_SEARCH, .bits = 4, .n_levels = 16, .block_bytes = TQI_PQO4_BYTES,
-    .signs = TQI_SIGNS_FIRST, .n_factors = 3, .factors = { 0.92f, 0.97f, 1.03f }, .outer = 2.503710f,
+    CODEC(PQO, 4, SEARCH, FIRST, 16), .n_factors = 3, .factors = { 0.92f, 0.97f, 1.03f }, .outer = 2.503710f,
     .levels = {
         -1.999333f, -1.585588f, -1.253617f, -0.968201f, -0.714014f, -0.482657f, -0.263340f, -0.047417f,
         0.170632f, 0.395389f, 0.630699f, 0.882685f, 1.161876f, 1.486655f, 1.906427f, 2.503710f,
@@ -42,12 +45,7 @@ static const tqi_codec pqo4_search = {
 };
 
 static const tqi_codec pqo3_maxnorm = {
-    .type = TQ_TYPE_PQO3,
-    .mode = TQ_MODE_MAXNORM,
-    .bits = 3,
-    .n_levels = 8,
-    .block_bytes = TQI_PQO3_BYTES,
-    .signs = TQI_SIGNS_LAST,
+    CODEC(PQO, 3, MAXNORM, LAST, 8),
     .outer = 2.1573f,
     .levels = { -2.1573f, -1.3336f, -0.7434f, -0.2428f, 0.2428f, 0.7434f, 1.3336f, 2.1573f },
     .boundaries = { -1.7455f, -1.0385f, -0.4931f, 0.0f, 0.4931f, 1.0385f, 1.7455f, INFINITY },
@@ -57,8 +55,7 @@ static const tqi_codec pqo3_maxnorm = {
 #define GRID(i) (-2.1573f + (float) (i) * (2.0f * 2.1573f / 15.0f))
 
 static const tqi_codec pqo4_maxnorm = {
-    .type = TQ_TYPE_PQO4, .mode = TQ_MODE_MAXNORM, .bits = 4, .n_levels = 16, .block_bytes = TQI_PQO4_BYTES,
-    .signs = TQI_SIGNS_LAST, .outer = 2.1573f,
+    CODEC(PQO, 4, MAXNORM, LAST, 16), .outer = 2.1573f,
     .levels = {
         GRID(0), GRID(1), GRID(2), GRID(3), GRID(4), GRID(5), GRID(6), GRID(7),
         GRID(8), GRID(9), GRID(10), GRID(11), GRID(12), GRID(13), GRID(14), GRID(15),
@@ -72,8 +69,7 @@ static const tqi_codec pqo4_maxnorm = {
 /* Lloyd-Max quantisers of one coordinate of a random unit vector in R^32, density proportional to (1 - t^2)^(29/2);
  * tqgguf/reference.py computes them and a test compares. Boundaries are the midpoints. */
 static const tqi_codec pqo3_l2norm = {
-    .type = TQ_TYPE_PQO3, .mode = TQ_MODE_L2NORM, .bits = 3, .n_levels = 8, .block_bytes = TQI_PQO3_BYTES,
-    .signs = TQI_SIGNS_LAST,
+    CODEC(PQO, 3, L2NORM, LAST, 8),
     .levels = {
         -0.366268f, -0.232461f, -0.131756f, -0.0428515f, 0.0428515f, 0.131756f, 0.232461f, 0.366268f,
     },
@@ -83,8 +79,7 @@ static const tqi_codec pqo3_l2norm = {
 };
 
 static const tqi_codec pqo4_l2norm = {
-    .type = TQ_TYPE_PQO4, .mode = TQ_MODE_L2NORM, .bits = 4, .n_levels = 16, .block_bytes = TQI_PQO4_BYTES,
-    .signs = TQI_SIGNS_LAST,
+    CODEC(PQO, 4, L2NORM, LAST, 16),
     .levels = {
         -0.453428f, -0.349925f, -0.276564f, -0.21619f, -0.162919f, -0.113896f, -0.0674242f, -0.0223293f, 0.0223293f,
         0.0674242f, 0.113896f, 0.162919f, 0.21619f, 0.276564f, 0.349925f, 0.453428f,
@@ -111,8 +106,7 @@ static const tqi_codec pqo4_l2norm = {
 
 /* The factors are the best of several dozen sets tried: NMSE .0169 and .0041. */
 static const tqi_codec pqt3_search = {
-    .type = TQ_TYPE_PQT3, .mode = TQ_MODE_SEARCH, .bits = 3, .trellis = 1, .n_levels = 16,
-    .block_bytes = TQI_PQT3_BYTES, .signs = TQI_SIGNS_FIRST, .n_factors = 4, .factors = { 0.78f, 0.86f, 0.94f, 1.04f },
+    CODEC(PQT, 3, SEARCH, FIRST, 16), .trellis = 1, .n_factors = 4, .factors = { 0.78f, 0.86f, 0.94f, 1.04f },
     .level_units = { PQT3_LEVELS(UNITS) },
     .levels = { PQT3_LEVELS(LEVEL) },
     .boundaries = {
@@ -122,8 +116,7 @@ static const tqi_codec pqt3_search = {
 };
 
 static const tqi_codec pqt4_search = {
-    .type = TQ_TYPE_PQT4, .mode = TQ_MODE_SEARCH, .bits = 4, .trellis = 1, .n_levels = 32,
-    .block_bytes = TQI_PQT4_BYTES, .signs = TQI_SIGNS_FIRST, .n_factors = 4, .factors = { 0.88f, 0.93f, 0.98f, 1.04f },
+    CODEC(PQT, 4, SEARCH, FIRST, 32), .trellis = 1, .n_factors = 4, .factors = { 0.88f, 0.93f, 0.98f, 1.04f },
     .level_units = { PQT4_LEVELS(UNITS) },
     .levels = { PQT4_LEVELS(LEVEL) },
     .boundaries = {

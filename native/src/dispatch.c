@@ -82,10 +82,7 @@ static int find(const char * name, const tqi_kernels ** found) {
 int tq_kernel_force(const char * name) {
     const tqi_kernels * kernel = best();
     if (name != NULL && strcmp(name, "auto") != 0) {
-        const int status = find(name, &kernel);
-        if (status != TQ_OK) {
-            return status;
-        }
+        TQI_TRY(find(name, &kernel));
     }
     atomic_store_explicit(&active, kernel, memory_order_release);
     return TQ_OK;

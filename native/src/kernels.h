@@ -88,32 +88,21 @@ static inline void tqi_decode(const tqi_kernels * kernel, const tqi_codec * code
     }
 
 /* Calls f(bits, n_q, ...), an inline function, with both as constants. */
+#define TQI_CASE(f, bits, n, ...)                                                                                      \
+    case n:                                                                                                            \
+        f(bits, n, __VA_ARGS__);                                                                                       \
+        break;
 #define TQI_BY_N_Q(f, bits, n_q, ...)                                                                                  \
     switch (n_q) {                                                                                                     \
-        case 1:                                                                                                        \
-            f(bits, 1, __VA_ARGS__);                                                                                   \
-            break;                                                                                                     \
-        case 2:                                                                                                        \
-            f(bits, 2, __VA_ARGS__);                                                                                   \
-            break;                                                                                                     \
-        case 3:                                                                                                        \
-            f(bits, 3, __VA_ARGS__);                                                                                   \
-            break;                                                                                                     \
-        case 4:                                                                                                        \
-            f(bits, 4, __VA_ARGS__);                                                                                   \
-            break;                                                                                                     \
-        case 5:                                                                                                        \
-            f(bits, 5, __VA_ARGS__);                                                                                   \
-            break;                                                                                                     \
-        case 6:                                                                                                        \
-            f(bits, 6, __VA_ARGS__);                                                                                   \
-            break;                                                                                                     \
-        case 7:                                                                                                        \
-            f(bits, 7, __VA_ARGS__);                                                                                   \
-            break;                                                                                                     \
+        TQI_CASE(f, bits, 1, __VA_ARGS__)                                                                              \
+        TQI_CASE(f, bits, 2, __VA_ARGS__)                                                                              \
+        TQI_CASE(f, bits, 3, __VA_ARGS__)                                                                              \
+        TQI_CASE(f, bits, 4, __VA_ARGS__)                                                                              \
+        TQI_CASE(f, bits, 5, __VA_ARGS__)                                                                              \
+        TQI_CASE(f, bits, 6, __VA_ARGS__)                                                                              \
+        TQI_CASE(f, bits, 7, __VA_ARGS__)                                                                              \
         default:                                                                                                       \
             f(bits, 8, __VA_ARGS__);                                                                                   \
-            break;                                                                                                     \
     }
 
 /* Asks for a row's cache lines; any address is harmless. Always inline: GCC takes a function that only prefetches for
@@ -124,19 +113,27 @@ static inline __attribute__((always_inline)) void tqi_prefetch(const uint8_t * r
     }
 }
 
-extern const tqi_kernels tqi_kernels_portable;
-#if defined(TQI_HAVE_AVX2)
-extern const tqi_kernels tqi_kernels_avx2;
-extern const tqi_steps tqi_trellis_avx2;
-#endif
-#if defined(TQI_HAVE_AVX512)
-extern const tqi_kernels tqi_kernels_avx512;
-extern const tqi_steps tqi_trellis_avx512;
-#endif
-#if defined(TQI_HAVE_NEON)
-extern const tqi_kernels tqi_kernels_neon;
-extern const tqi_steps tqi_trellis_neon;
-#endif
+/* Those that the build has: TQI_HAVE_AVX2 and so on. */
+extern const tqi_kernels tqi_kernels_portable, tqi_kernels_avx2, tqi_kernels_avx512, tqi_kernels_neon;
+extern const tqi_steps tqi_trellis_avx2, tqi_trellis_avx512, tqi_trellis_neon;
+
+/* The list of an instruction set's kernels, which its file has by these names. */
+#define TQI_KERNELS(isa, trellis_steps)                                                                                \
+    static const tqi_steps pqo = { encode, unpack, scores, accumulate };                                               \
+    const tqi_kernels tqi_kernels_##isa = {                                                                            \
+        .name = #isa,                                                                                                  \
+        .supported = supported,                                                                                        \
+        .pqo = &pqo,                                                                                                   \
+        .trellis = trellis_steps,                                                                                      \
+        .widen = widen,                                                                                                \
+        .narrow = narrow,                                                                                              \
+        .transform = transform,                                                                                        \
+        .scores_f16 = scores_f16,                                                                                      \
+        .accumulate_f16 = accumulate_f16,                                                                              \
+        .softmax_row = softmax_row,                                                                                    \
+        .gemm = gemm,                                                                                                  \
+        .softmax_columns = softmax_columns,                                                                            \
+    }
 
 /* The kernel in force; never NULL. */
 const tqi_kernels * tqi_active(void);

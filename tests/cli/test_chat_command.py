@@ -328,7 +328,7 @@ def test_sparkline(values: tuple[float, ...], encoding: str, bars: str) -> None:
 def test_k_scales_follow_the_keys(random_model: Callable[..., Path]) -> None:
     """Keys of a type with a plain scale: q8_0's is the largest value of a block over 127."""
     import tqgguf
-    from tqgguf.diagnostics.scales import k_scales
+    from tqgguf.diagnostics.cache_contents import k_scales
 
     scales = {}
     for arch in ("llama", "gemma2"):

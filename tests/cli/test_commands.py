@@ -124,8 +124,8 @@ def test_doctor(tqgguf: Command) -> None:
 def test_doctor_finds_what_is_wrong(tqgguf: Command) -> None:
     done = tqgguf("doctor", "--json", env={"TQGGUF_KERNEL": "sse9"})
     assert done.returncode == 1
-    wrong = [check for check in json.loads(done.stdout)["checks"] if not check["ok"]]
-    assert wrong and "sse9" in wrong[0]["detail"]
+    (wrong,) = [check for check in json.loads(done.stdout)["checks"] if not check["ok"]]
+    assert wrong["name"] == "libtqgguf" and "sse9" in wrong["detail"]
 
 
 def test_the_upstream_pin_is_that_of_the_patches() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tqgguf import CACHE_TYPES
 from tqgguf.cli.commands import compare
-from tqgguf.cli.render import attention
+from tqgguf.cli.render import compare as rendered
 from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
@@ -73,7 +73,7 @@ def test_options_reach_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_outliers_as_text(channels: tuple[int, ...], said: str) -> None:
-    assert attention._outliers(channels).endswith(said)
+    assert rendered._outliers(channels).endswith(said)
 
 
 @pytest.mark.parametrize(("text", "layers"), [("0", (0,)), ("0,2-4", (0, 2, 3, 4)), ("5, 1,5", (1, 5))])

@@ -14,9 +14,10 @@ import tqgguf
 from tqgguf import CACHE_TYPES, reference
 from tqgguf._native.ggml import read_tensor, round_trip, tensor_at, tensor_name
 from tqgguf.demo import model as demo
-from tqgguf.diagnostics import capture
 from tqgguf.diagnostics.attention import attention_error, attention_quality
-from tqgguf.diagnostics.capture import AttentionInputs, capture_attention
+from tqgguf.diagnostics.capture import capture_attention, loaded
+from tqgguf.model import reading
+from tqgguf.model.reading import AttentionInputs
 
 pytestmark = pytest.mark.model
 
@@ -96,7 +97,7 @@ def test_attention_on_them_is_the_models(
     inputs = capture_attention(path, WORDS, [0, 1], n_ctx=120)
     model = tqgguf.Llama(path, cache="f16", n_ctx=256, verbose=False)
     hook: Any = Outputs()
-    capture._decode(model, model.tokenize(WORDS.encode())[:120], hook, "f32")
+    reading._decode(loaded(model), model.tokenize(WORDS.encode())[:120], hook, "f32")
     model.close()
     for layer, x in inputs.items():
         assert (x.scale, x.softcap, x.max_bias) == (pytest.approx(scale), softcap, max_bias)
@@ -139,7 +140,7 @@ def test_types_and_layers_by_default(random_model: Callable[..., Path]) -> None:
         (
             {"layers": [0, 4]},
             tqgguf.ArgumentError,
-            "layer 4 has no KV cache of its own; layers with one are 0, 1, 2, 3",
+            "layer 4 has no KV cache of its own; layers with one are 0-3",
         ),
         ({"layers": [-1]}, tqgguf.ArgumentError, "layer -1"),
         ({"n_ctx": 2000}, tqgguf.ArgumentError, r"the text has \d+ tokens, fewer than the 2000"),
@@ -173,8 +174,8 @@ def test_a_model_without_a_cache(tmp_path: Path, arch: str, said: str) -> None:
 
 
 def test_a_graph_without_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "op_name", lambda node: "MUL_MAT")
-    with pytest.raises(tqgguf.UnsupportedError, match=r"architecture llama runs no flash attention on .* layer 1, 2;"):
+    monkeypatch.setattr(reading, "op_name", lambda node: "MUL_MAT")
+    with pytest.raises(tqgguf.UnsupportedError, match=r"architecture llama runs no flash attention on .* layer 1-2;"):
         capture_attention(demo.MODEL_PATH, TEXT, [1, 2], n_ctx=32)
 
 
@@ -182,6 +183,6 @@ def test_an_error_within_the_callback_arrives(monkeypatch: pytest.MonkeyPatch) -
     def fail(tensor: Any) -> Any:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(capture, "read_tensor", fail)
+    monkeypatch.setattr(reading, "read_tensor", fail)
     with pytest.raises(MemoryError, match="no room"):
         capture_attention(demo.MODEL_PATH, TEXT, [0], n_ctx=32)

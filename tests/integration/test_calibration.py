@@ -120,7 +120,7 @@ def test_flash_attention_and_f16(random_model: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("n_head", [2, 6])
-@pytest.mark.parametrize("cache", [("pqo3", "pqo3"), ("pqt4", "f16")])
+@pytest.mark.parametrize("cache", [("pqo3", "pqo3"), ("pqt4", "f16"), ("q4_0", "q4_0")])
 def test_a_tail_holds_calibrated_keys(random_model: Callable[..., Path], cache: tuple[str, str], n_head: int) -> None:
     path = random_model(n_head=n_head)
     exact = logits(path, "f32", flash_attn=False)

@@ -95,3 +95,20 @@ def cuda(cuda_build: CudaLibrary) -> Iterator[CudaLibrary]:
     """The CUDA library, its kernels run by the CPU, then on the GPU if there is one."""
     yield cuda_build
     cuda_build.memory.clear()
+
+
+@pytest.fixture
+def device(cuda_build: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[native_cuda.Queue]:
+    """The library under test as tqgguf's own."""
+    monkeypatch.setenv("TQGGUF_CUDA_LIB", str(cuda_build.path))
+    native_cuda.cuda_library.cache_clear()
+    yield native_cuda.cuda_library().queue(0)
+    native_cuda.cuda_library.cache_clear()
+
+
+@pytest.fixture
+def emulated(device: native_cuda.Queue) -> native_cuda.Queue:
+    """The same for what only the emulation can be told to do."""
+    if not device.native.emulated:
+        pytest.skip("a device does as it does")
+    return device

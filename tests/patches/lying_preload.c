@@ -44,9 +44,9 @@ void tq_ggml_calibration_set(struct ggml_context * ctx) {
 }
 
 /* "tail": there is none. */
-void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t) {
+void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t, bool flash) {
     if (!lies("tail")) {
-        ORIGINAL(tq_ggml_tail_new)(ctx, t);
+        ORIGINAL(tq_ggml_tail_new)(ctx, t, flash);
     }
 }
 

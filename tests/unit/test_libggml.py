@@ -35,15 +35,30 @@ def base() -> Any:
     return libggml.base()
 
 
+def put(monkeypatch: pytest.MonkeyPatch, another: Another, name: str = "ggml-base") -> None:
+    """Has another library in the place of one."""
+    real = libggml.library_of
+    monkeypatch.setattr(libggml, "library_of", lambda asked: another if asked == name else real(asked))
+
+
 def test_this_library_is_the_declared_one(base: Any) -> None:
     libggml.verify()
     assert base.tq_ggml_sizeof(b"another") == 0
 
 
-@pytest.mark.parametrize("lacks", ["tq_ggml_cache_list", "tq_ggml_cache_list_begin", "tq_ggml_policy_set_rotation"])
-def test_a_library_without_a_hook_is_told_by_name(base: Any, monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
-    monkeypatch.setattr(libggml, "base", lambda: Another(base, lacks))
-    with pytest.raises(LibraryError, match=rf"libggml-base\S+ has no {lacks}: library and package come from different"):
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [
+        ("ggml-base", "tq_ggml_cache_list"),
+        ("ggml-base", "tq_ggml_cache_list_begin"),
+        ("ggml-base", "tq_ggml_policy_set_rotation"),
+        ("ggml-rpc", "tq_ggml_rpc_n_lost"),
+    ],
+)
+def test_a_library_without_a_hook_is_told_by_name(monkeypatch: pytest.MonkeyPatch, name: str, lacks: str) -> None:
+    import_llama_cpp()
+    put(monkeypatch, Another(libggml.library_of(name), lacks), name)
+    with pytest.raises(LibraryError, match=rf"lib{name}\S+ has no {lacks}: library and package come from different"):
         libggml.verify()
 
 
@@ -54,13 +69,13 @@ def test_a_struct_of_another_size_is_told_by_name(base: Any, monkeypatch: pytest
     def sizeof(asked: bytes) -> int:
         return int(base.tq_ggml_sizeof(asked)) + 8 * (asked.decode() == name)
 
-    monkeypatch.setattr(libggml, "base", lambda: Another(base, tq_ggml_sizeof=sizeof))
+    put(monkeypatch, Another(base, tq_ggml_sizeof=sizeof))
     with pytest.raises(LibraryError, match=f"struct {name} has {size + 8} bytes in .*, this tqgguf declares {size}"):
         libggml.verify()
 
 
 def test_a_library_without_a_type_is_told_by_name(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libggml, "base", lambda: Another(base, ggml_type_name=lambda number: libggml.ffi().NULL))
+    put(monkeypatch, Another(base, ggml_type_name=lambda number: libggml.ffi().NULL))
     with pytest.raises(LibraryError, match="does not know f32: it was built without our patches"):
         libggml.verify()
 

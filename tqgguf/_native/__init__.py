@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from .backends import cpu_backend_path, cpu_variants
-from .bindings import claim_llama_cpp, import_llama_cpp
-from .library import LIB_DIR, abi_version_expected, check, library, library_path, loaded_libraries
-
-__all__ = [
-    "LIB_DIR",
-    "abi_version_expected",
-    "check",
-    "claim_llama_cpp",
-    "cpu_backend_path",
-    "cpu_variants",
-    "import_llama_cpp",
-    "library",
-    "library_path",
-    "loaded_libraries",
-]
+from .backends import cpu_backend_path as cpu_backend_path
+from .backends import cpu_variants as cpu_variants
+from .bindings import claim_llama_cpp as claim_llama_cpp
+from .bindings import import_llama_cpp as import_llama_cpp
+from .library import LIB_DIR as LIB_DIR
+from .library import abi_version_expected as abi_version_expected
+from .library import check as check
+from .library import library as library
+from .library import library_path as library_path
+from .library import loaded_libraries as loaded_libraries

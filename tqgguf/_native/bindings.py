@@ -23,15 +23,10 @@ from typing import Final
 from ..errors import LibraryError
 from .backends import load_backends
 from .libggml import verify
-from .library import LIB_DIR, PACKAGE_DIR, library, library_path, loaded_libraries
+from .library import LIB_DIR, NOT_BUILT, PACKAGE_DIR, library, library_path, loaded_libraries
 
 BINDINGS_DIR: Final = PACKAGE_DIR / "_bindings"
 VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
-
-_NOT_BUILT = (
-    "{path} does not exist: the native libraries of this tqgguf are not built. In a source checkout, type `make`; "
-    "otherwise reinstall the tqgguf wheel."
-)
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -105,7 +100,7 @@ def import_llama_cpp() -> ModuleType:
         LibraryError: the libraries are not built, other ones are loaded, or no CPU backend runs here.
     """
     if not library_path("llama").exists():
-        raise LibraryError(_NOT_BUILT.format(path=library_path("llama")))
+        raise LibraryError(f"{library_path('llama')} does not exist: {NOT_BUILT}")
     claim_llama_cpp()
     _refuse_other_libraries()
     library()

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import ArgumentError, LibraryError, OutOfMemoryError, TqggufError, UnsupportedError
-from .library import PACKAGE_DIR, SUFFIX, declarations, library_path, read_header
+from ..errors import UnsupportedError
+from .library import PACKAGE_DIR, SUFFIX, NativeLibrary, library_path, read_header, version_in
 
 LEGACY_STREAM: Final = 1
 """cudaStreamLegacy: the stream that is everybody's unless told otherwise, by a number that DLPack uses, too."""
@@ -22,6 +21,10 @@ LEGACY_STREAM: Final = 1
 PER_THREAD_STREAM: Final = 2
 """cudaStreamPerThread: memory freed by another thread would be freed in the order of another stream."""
 
+NOT_BUILT: Final = (
+    "this tqgguf was built without CUDA. In a source checkout, type `make cuda` (it needs the CUDA toolkit, 12 or "
+    "newer); or build the wheel with CMAKE_ARGS=-DTQGGUF_CUDA=ON pip install ."
+)
 HINT: Final = "PqoCache(device='cuda') needs an NVIDIA GPU and a driver as new as the CUDA toolkit it was built with"
 
 
@@ -41,71 +44,20 @@ def _header() -> str:
     return read_header(source if source.is_file() else PACKAGE_DIR / "include" / "tq_cuda.h")
 
 
-def _version(header: str, name: str) -> int:
-    match = re.search(rf"#define\s+{name}\s+(\d+)", header)
-    if match is None:
-        raise LibraryError(f"the header of tqgguf does not define {name}; this installation of tqgguf is incomplete")
-    return int(match.group(1))
-
-
-class CudaLibrary:
+class CudaLibrary(NativeLibrary):
     """The loaded libtqgguf_cuda.
 
     Attributes:
-        ffi: the cffi instance that knows the types of tqgguf.h and tq_cuda.h.
-        lib: the functions and enum constants of tq_cuda.h.
-        path: the file that was loaded.
         emulated: whether it runs kernels on the CPU, as tests do; device memory is the host's then.
-
-    Raises:
-        LibraryError: the file does not exist, cannot be loaded, or is of another version.
     """
 
     def __init__(self, path: Path) -> None:
-        import cffi  # type: ignore[import-untyped]
-
-        if not path.is_file():
-            raise LibraryError(
-                f"{path} does not exist: this tqgguf was built without CUDA. In a source checkout, type `make cuda` "
-                f"(it needs the CUDA toolkit, 12 or newer); or build the wheel with "
-                f"CMAKE_ARGS=-DTQGGUF_CUDA=ON pip install ."
-            )
-        probe = cffi.FFI()
-        probe.cdef("int tq_cuda_abi_version(void);")
-        try:
-            found = int(probe.dlopen(str(path)).tq_cuda_abi_version())
-        except (OSError, AttributeError) as error:
-            raise LibraryError(f"cannot load {path}: {error}") from None
         header, base = _header(), read_header()
-        expected = 1000 * _version(base, "TQ_ABI_VERSION") + _version(header, "TQ_CUDA_ABI_VERSION")
-        if found != expected:
-            raise LibraryError(
-                f"{path} has ABI version {found}, this tqgguf needs {expected}: "
-                f"library and package come from different builds; rebuild with `make cuda` or reinstall the wheel"
-            )
-        self.ffi: Any = cffi.FFI()
-        self.ffi.cdef(declarations(base))
-        self.ffi.cdef(declarations(header).replace("TQ_CUDA_API ", ""))
+        expected = 1000 * version_in(base, "TQ_ABI_VERSION") + version_in(header, "TQ_CUDA_ABI_VERSION")
         # Tensors that others own are deleted by this library's code: it stays, even when the interpreter ends.
-        self.lib: Any = self.ffi.dlopen(str(path), self.ffi.RTLD_NOW | getattr(os, "RTLD_NODELETE", 0))
-        self.path = path
+        flags = os.RTLD_NOW | getattr(os, "RTLD_NODELETE", 0)
+        super().__init__(path, "tq_cuda", expected, [base, header], NOT_BUILT, "make cuda", flags)
         self.emulated = bool(self.lib.tq_cuda_emulated())
-
-    def check(self, status: int) -> int:
-        """Returns a status that is not negative; raises what a negative one means, with the library's message."""
-        if status >= 0:
-            return status
-        raise self.error(status)
-
-    def error(self, status: int) -> TqggufError:
-        """The exception that a status of the last call stands for, with the library's message."""
-        message = self.ffi.string(self.lib.tq_cuda_last_error()).decode("utf-8", "replace") or f"status {status}"
-        kinds: dict[int, type[TqggufError]] = {
-            self.lib.TQ_E_ARGUMENT: ArgumentError,
-            self.lib.TQ_E_MEMORY: OutOfMemoryError,
-            self.lib.TQ_E_UNSUPPORTED: UnsupportedError,
-        }
-        return kinds.get(status, TqggufError)(message)
 
     def queue(self, index: int, stream: int = LEGACY_STREAM) -> Queue:
         """A device with a stream to work on.

@@ -14,7 +14,9 @@ from ..config import CACHE_TYPES
 from ..errors import LibraryError
 from .library import LIB_DIR, declarations, header_path, library_path, read_header
 
-_HEADERS: Final = tuple(f"tq_ggml_{part}.h" for part in ("policy", "tail", "cache", "python", "rpc"))
+_HEADERS: Final = {"ggml-base": ("policy", "tail", "cache"), "ggml-rpc": ("rpc",)}
+"""Parts of native/ggml, each with a header, by the library that has its functions."""
+
 _STRUCTS: Final = (
     *("tq_ggml_cache_tensor", "tq_ggml_layer_policy"),
     *("ggml_tensor", "ggml_type_traits", "ggml_threadpool_params"),
@@ -111,14 +113,20 @@ int dladdr(const void * address, struct Dl_info * info);
 
 
 @functools.cache
+def _declared(part: str) -> str:
+    """The declarations of one of tqgguf's headers."""
+    return declarations(read_header(header_path(f"tq_ggml_{part}.h")))
+
+
+@functools.cache
 def ffi() -> Any:
     """The cffi instance that knows the declarations above and those of tqgguf's headers."""
     import cffi  # type: ignore[import-untyped]
 
     made = cffi.FFI()
     made.cdef(_UPSTREAM)
-    for name in _HEADERS:
-        made.cdef(declarations(read_header(header_path(name))).replace("TQ_GGML_RPC_API ", ""))
+    for parts in _HEADERS.values():
+        made.cdef("".join(map(_declared, parts)))
     return made
 
 
@@ -144,25 +152,23 @@ def address(value: Any) -> int:
 
 
 def verify() -> None:
-    """Compares what is declared here with the loaded libggml-base.
+    """Compares what is declared here with the loaded libggml-base, and with libggml-rpc if this build has it.
 
     Raises:
-        LibraryError: it lacks a cache type or a function of tqgguf, or has a struct of another size.
+        LibraryError: one lacks a cache type or a function of tqgguf, or has a struct of another size.
     """
     lib = base()
     for kind in CACHE_TYPES.values():
-        name = lib.ggml_type_name(kind.number)
-        if not name or ffi().string(name) != kind.name.encode():
+        known = lib.ggml_type_name(kind.number)
+        if not known or ffi().string(known) != kind.name.encode():
             raise LibraryError(f"the libggml in {LIB_DIR} does not know {kind.name}: it was built without our patches")
-    declared = re.findall(
-        r"\b(tq_ggml_\w+)\(", "".join(declarations(read_header(header_path(h))) for h in _HEADERS[:-1])
-    )
-    for function in declared:
-        if not hasattr(lib, function):
-            raise LibraryError(
-                f"{library_path('ggml-base')} has no {function}: library and package come from different builds; "
-                f"rebuild with `make` or reinstall the wheel"
-            )
+    for name, parts in _HEADERS.items():
+        for function in re.findall(r"\b(tq_ggml_\w+)\(", "".join(map(_declared, parts))):
+            if library_path(name).exists() and not hasattr(library_of(name), function):
+                raise LibraryError(
+                    f"{library_path(name)} has no {function}: library and package come from different builds; "
+                    f"rebuild with `make` or reinstall the wheel"
+                )
     for struct in _STRUCTS:
         here, there = ffi().sizeof(f"struct {struct}"), int(lib.tq_ggml_sizeof(struct.encode()))
         if here != there:

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,12 +48,17 @@ def read_header(path: Path | None = None) -> str:
         raise LibraryError(f"cannot read {path}: {error.strerror}; this installation of tqgguf is incomplete") from None
 
 
+def version_in(header: str, name: str) -> int:
+    """The number that a header defines."""
+    match = re.search(rf"#define\s+{name}\s+(\d+)", header)
+    if match is None:
+        raise LibraryError(f"the header of tqgguf does not define {name}; this installation of tqgguf is incomplete")
+    return int(match.group(1))
+
+
 def abi_version_expected() -> int:
     """TQ_ABI_VERSION of the header this package was written against."""
-    match = re.search(r"#define\s+TQ_ABI_VERSION\s+(\d+)", read_header())
-    if match is None:
-        raise LibraryError(f"{header_path()} does not define TQ_ABI_VERSION")
-    return int(match.group(1))
+    return version_in(read_header(), "TQ_ABI_VERSION")
 
 
 def declarations(header: str) -> str:
@@ -60,47 +66,88 @@ def declarations(header: str) -> str:
     parts = re.split(r"/\* cffi: (?:begin|end) \*/", header)
     if len(parts) != 3:
         raise LibraryError("a header of tqgguf lacks the region between 'cffi: begin' and 'cffi: end'")
-    return parts[1]
+    return re.sub(r"\bTQ_\w*API ", "", parts[1])
 
 
-class Library:
-    """The loaded libtqgguf.
+class NativeLibrary:
+    """A library of this package, loaded if its version is the one that its headers have.
 
     Attributes:
-        ffi: the cffi instance that knows the header's types.
-        lib: the functions and enum constants of the header.
+        ffi: the cffi instance that knows the headers' types.
+        lib: the functions and enum constants of the headers.
         path: the file that was loaded.
+
+    Args:
+        path: the file.
+        prefix: what the names of its functions begin with.
+        expected: its version.
+        headers: the texts of its headers.
+        missing: what to say where there is no file.
+        make: the command that builds it.
+        flags: for dlopen.
+
+    Raises:
+        LibraryError: the file does not exist, cannot be loaded, or is of another version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, prefix: str, expected: int, headers: Sequence[str], missing: str, make: str, flags: int = 0
+    ) -> None:
         import cffi  # type: ignore[import-untyped]
 
         if not path.is_file():
-            raise LibraryError(
-                f"{path} does not exist: the native libraries of this tqgguf are not built. "
-                f"In a source checkout, type `make`; otherwise reinstall the tqgguf wheel."
-            )
+            raise LibraryError(f"{path} does not exist: {missing}")
         # The version comes first, with a declaration of its own: nothing else of a foreign library may be trusted.
         probe = cffi.FFI()
-        probe.cdef("int tq_abi_version(void);")
+        probe.cdef(f"int {prefix}_abi_version(void);")
         try:
-            opened = probe.dlopen(str(path))
+            opened = probe.dlopen(str(path), flags)
             try:
-                found = int(opened.tq_abi_version())
+                found = int(getattr(opened, f"{prefix}_abi_version")())
             finally:
                 probe.dlclose(opened)  # one that is refused must not stay in the process
         except (OSError, AttributeError) as error:
             raise LibraryError(f"cannot load {path}: {error}") from None
-        expected = abi_version_expected()
         if found != expected:
             raise LibraryError(
                 f"{path} has ABI version {found}, this tqgguf needs {expected}: "
-                f"library and package come from different builds; rebuild with `make` or reinstall the wheel"
+                f"library and package come from different builds; rebuild with `{make}` or reinstall the wheel"
             )
         self.ffi: Any = cffi.FFI()
-        self.ffi.cdef(declarations(read_header()))
-        self.lib: Any = self.ffi.dlopen(str(path))
+        for header in headers:
+            self.ffi.cdef(declarations(header))
+        self.lib: Any = self.ffi.dlopen(str(path), flags)
         self.path = path
+        self._last_error = getattr(self.lib, f"{prefix}_last_error")
+
+    def check(self, status: int) -> int:
+        """Returns a status that is not negative; raises what a negative one means, with the library's message."""
+        if status >= 0:
+            return status
+        raise self.error(status)
+
+    def error(self, status: int) -> TqggufError:
+        """The exception that a status of the last call stands for, with the library's message."""
+        message = self.ffi.string(self._last_error()).decode("utf-8", "replace") or f"status {status}"
+        kinds: dict[int, type[TqggufError]] = {
+            self.lib.TQ_E_ARGUMENT: ArgumentError,
+            self.lib.TQ_E_MEMORY: OutOfMemoryError,
+            self.lib.TQ_E_UNSUPPORTED: UnsupportedError,
+        }
+        return kinds.get(status, TqggufError)(message)
+
+
+NOT_BUILT: Final = (
+    "the native libraries of this tqgguf are not built. In a source checkout, type `make`; otherwise reinstall the "
+    "tqgguf wheel."
+)
+
+
+class Library(NativeLibrary):
+    """The loaded libtqgguf."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "tq", abi_version_expected(), [read_header()], NOT_BUILT, "make")
         forced = os.environ.get("TQGGUF_KERNEL")
         if forced:
             # Left to itself the library ends the process over a bad name when a kernel is first needed.
@@ -108,18 +155,6 @@ class Library:
                 self.force_kernel(forced)
             except TqggufError as error:
                 raise type(error)(f"environment variable TQGGUF_KERNEL: {error}") from None
-
-    def check(self, status: int) -> int:
-        """Returns a status that is not negative; raises what a negative one means, with the library's message."""
-        if status >= 0:
-            return status
-        message = self.ffi.string(self.lib.tq_last_error()).decode("utf-8", "replace") or f"status {status}"
-        kinds: dict[int, type[TqggufError]] = {
-            self.lib.TQ_E_ARGUMENT: ArgumentError,
-            self.lib.TQ_E_MEMORY: OutOfMemoryError,
-            self.lib.TQ_E_UNSUPPORTED: UnsupportedError,
-        }
-        raise kinds.get(status, TqggufError)(message)
 
     def kernels(self) -> dict[str, bool]:
         """Kernel names in the library's order of preference, and whether this machine can run each."""

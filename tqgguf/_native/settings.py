@@ -71,7 +71,8 @@ def tensors_listed() -> Iterator[list[CacheTensor]]:
         for note in notes:
             fields = {name: getattr(note, name) for name in CacheTensor.__dataclass_fields__}
             fields["device"] = ffi().string(note.device).decode()
-            made.append(CacheTensor(**{**fields, "side": "KV"[note.side], "rotated": bool(note.rotated)}))
+            fields |= {"side": {0: "K", 1: "V"}.get(note.side, f"side {note.side}"), "rotated": bool(note.rotated)}
+            made.append(CacheTensor(**fields))
     finally:
         base().tq_ggml_cache_list_end()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from ..config import CACHE_TYPES
 from .tensors import CacheTensor
@@ -78,6 +79,9 @@ class CacheInfo:
         return self.bytes / self.f16_bytes if self.f16_bytes else 1.0
 
 
+_SUMS: Final = ("bytes_per_token", "tail_bytes", "bytes", "f16_bytes")
+
+
 def cache_info(
     tensors: Sequence[CacheTensor],
     asked: tuple[Sequence[str], Sequence[str]],
@@ -104,11 +108,8 @@ def cache_info(
         type_v=_shared_name([layer.type_v for layer in layers] or asked[1]),
         n_ctx=n_ctx,
         cells_used=used,
-        bytes_per_token=sum(layer.bytes_per_token for layer in layers),
         tail=max((tensor.tail_recent for tensor in tensors), default=0),
-        tail_bytes=sum(layer.tail_bytes for layer in layers),
-        bytes=sum(layer.bytes for layer in layers),
-        f16_bytes=sum(layer.f16_bytes for layer in layers),
+        **{name: sum(getattr(layer, name) for layer in layers) for name in _SUMS},
         layers=tuple(layers),
         exact=exact,
     )

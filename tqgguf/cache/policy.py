@@ -65,10 +65,9 @@ class CachePolicy:
     k_gains: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.types_k) != len(self.types_v):
-            raise PolicyError(
-                f"a policy has types for K of {len(self.types_k)} layers and for V of {len(self.types_v)}"
-            )
+        n_k, n_v = len(self.types_k), len(self.types_v)
+        if n_k != n_v:
+            raise PolicyError(f"a policy has types for K of {n_k} layers and for V of {n_v}")
         for name in (*self.types_k, *self.types_v):
             if name not in CACHE_TYPES:
                 raise PolicyError(f"a policy names the cache type {name!r}; valid types are {', '.join(CACHE_TYPES)}")
@@ -267,14 +266,14 @@ def policy_from_ranges(spec: Mapping[str, Any], n_layer: int) -> CachePolicy:
         raise PolicyError(f"layers of a cache policy must be a mapping from ranges to types, not {ranges!r}")
     types = [parse_cache(spec["default"])] * n_layer
     owner: dict[int, str] = {}
+    named = {str(text): tuple(_layers(str(text), n_layer)) for text in ranges}
     for text, kinds in ranges.items():
         pair = parse_cache(kinds)
-        for layer in _layers(str(text), n_layer):
+        for layer in named[str(text)]:
             if layer in owner:
                 raise PolicyError(f"ranges {owner[layer]!r} and {text!r} of a cache policy both name layer {layer}")
             owner[layer] = str(text)
             types[layer] = pair
-    named = {str(text): tuple(_layers(str(text), n_layer)) for text in ranges}
     return CachePolicy(tuple(k.name for k, _ in types), tuple(v.name for _, v in types), ranges=named)
 
 
@@ -358,10 +357,8 @@ def read_policy(path: str | Path) -> CachePolicy:
         found = {key: header.metadata.get(f"{_ARCHITECTURE}.{key}") for key in ("version", "types_k", "types_v")}
         if header.metadata.get("general.architecture") != _ARCHITECTURE:
             raise PolicyError(f"{file} is a GGUF file but no cache policy")
-        if found["version"] != POLICY_VERSION:
-            raise PolicyError(
-                f"{file} has policy version {found['version']!r}, this tqgguf reads {POLICY_VERSION}: tune again"
-            )
+        if (version := found["version"]) != POLICY_VERSION:
+            raise PolicyError(f"{file} has policy version {version!r}, this tqgguf reads {POLICY_VERSION}: tune again")
         types_k, types_v = found["types_k"], found["types_v"]
         if not (isinstance(types_k, list) and isinstance(types_v, list)):
             raise PolicyError(f"{file} has no types")

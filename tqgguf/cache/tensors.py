@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +23,7 @@ class CacheTensor:
 
     Attributes:
         layer: number of the layer.
-        side: "K" or "V".
+        side: "K" or "V"; whatever else llama.cpp may say is refused by `check_tensors`.
         type: ggml's number of the type.
         n_embd: values of a cell.
         n_cells: cells of a stream.
@@ -114,23 +112,23 @@ def check_tensors(made: Sequence[CacheTensor], info: ModelInfo, policy: CachePol
         if width
     ]
     found = [(tensor.layer, tensor.side) for tensor in made]
-    where = "llama.cpp made another KV cache than it was asked for"
+    where = "llama.cpp made another KV cache than it was asked for: layer"
     for layer, side in wanted:
         if (layer, side) not in found and (info.exact or not found):
             asked = policy.types(layer)["KV".index(side)].name
-            raise CacheTypeError(f"{where}: layer {layer}, {side}: asked for {asked}, got no {side}")
+            raise CacheTypeError(f"{where} {layer}, {side}: asked for {asked}, got no {side}")
     if info.exact and (more := _surplus(found, wanted)):
-        raise CacheTypeError(f"{where}: layer {more[0]}, {more[1]}: asked for none, got one")
+        raise CacheTypeError(f"{where} {more[0]}, {more[1]}: asked for none, got one")
     for tensor in made:
-        if not 0 <= tensor.layer < policy.n_layer:
-            raise CacheTypeError(
-                f"{where}: layer {tensor.layer}, {tensor.side}: the policy has {policy.n_layer} layers"
-            )
-        for what, want, got in _differences(tensor, layers.get(tensor.layer) if info.exact else None, policy, shape):
+        at = f"{where} {tensor.layer}, {tensor.side}"
+        if not 0 <= tensor.layer < policy.n_layer or tensor.side not in ("K", "V"):
+            raise CacheTypeError(f"{at}: the policy has K and V of {policy.n_layer} layers")
+        differences = _differences(tensor, layers.get(tensor.layer) if info.exact else None, policy, shape)
+        if info.exact and (rotated := _rotated(info, policy, tensor.layer, tensor.side)) is not None:
+            differences = (*differences, ("rotation", rotated and shape.rotate, tensor.rotated))
+        for what, want, got in differences:
             if want != got:
-                raise CacheTypeError(
-                    f"{where}: layer {tensor.layer}, {tensor.side}: asked for {what} {want}, got {got}"
-                )
+                raise CacheTypeError(f"{at}: asked for {what} {want}, got {got}")
 
 
 def _surplus(found: Iterable[tuple[int, str]], wanted: Iterable[tuple[int, str]]) -> tuple[int, str] | None:
@@ -165,10 +163,21 @@ def _differences(
     rows = tail_rows(kind, shape.tail, cells)
     yield "rows of a tail", rows, (tensor.tail_recent, tensor.tail_first)
     yield "bytes of a tail", tensor.n_stream * sum(rows) * tail_width(n_embd), tensor.tail_bytes
-    if layer and policy.calibrated and tensor.side == "K":
-        yield "rotation", policy.rotates_k(layer) and shape.rotate and not _rotation_disabled(), tensor.rotated
-    elif layer and (kind.ours or not shape.rotate):
-        yield "rotation", False, tensor.rotated
+
+
+def _rotated(info: ModelInfo, policy: CachePolicy, layer: int, side: str) -> bool | None:
+    """Whether K or V of a layer is rotated, where it may be (`rotates` of native/ggml/tq_ggml_policy.c).
+
+    llama.cpp rotates a side of all layers or of none. A policy that calibrates keys leaves those to each layer. None
+    where heads differ in size: llama.cpp rotates each part of such a cache by itself.
+    """
+    if side == "K" and policy.calibrated:
+        return next((policy.rotates_k(each) for each in info.layers if each.index == layer), None)
+    types = [policy.types(layer)["KV".index(side)] for layer in range(policy.n_layer)]
+    sizes = {layer.head_dim_k if side == "K" else layer.head_dim_v for layer in info.layers}
+    if any(kind.ours for kind in types) or not any(kind.quantized for kind in types):
+        return False
+    return sizes.pop() % 64 == 0 if len(sizes) == 1 else None
 
 
 def calibration_sum(*vectors: npt.NDArray[np.float32] | None) -> int:
@@ -176,9 +185,3 @@ def calibration_sum(*vectors: npt.NDArray[np.float32] | None) -> int:
     values = [np.ascontiguousarray(x, np.float32).reshape(-1) for x in vectors if x is not None]
     bits = np.concatenate(values).view(np.uint32).astype(np.uint64) if values else np.zeros(0, np.uint64)
     return int((bits * (2 * np.arange(len(bits), dtype=np.uint64) + 1)).sum(dtype=np.uint64))
-
-
-def _rotation_disabled() -> bool:
-    """As llama.cpp reads its environment variable: a number other than 0."""
-    number = re.match(r"\s*[+-]?[0-9]+", os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""))
-    return number is not None and int(number[0]) != 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import threading
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from ..cache.tail import DEFAULT_TAIL, MAX_TAIL
 from ..config import cache_type
@@ -16,6 +18,8 @@ from .render.progress import Bar
 
 if TYPE_CHECKING:
     from ..model.llama import Llama
+
+T = TypeVar("T")
 
 DEFAULT_CONTEXT: Final = 4096
 """Context without `--ctx`; a model trained for less gets the context it was trained for."""
@@ -42,9 +46,12 @@ def cache_or_pair(text: str) -> str | tuple[str, str]:
     return cache_name(k), cache_name(v)
 
 
-def cache_list(text: str) -> tuple[str | tuple[str, str], ...]:
-    """argparse type: caches with commas between: types, pairs such as pqo4/pqo3, policy files."""
-    return tuple(cache_or_pair(part.strip()) for part in text.split(","))
+def several(kind: Callable[[str], T], text: str) -> tuple[T, ...]:
+    """argparse type: things of another type with commas between."""
+    return tuple(kind(part.strip()) for part in text.split(","))
+
+
+cache_list = partial(several, cache_or_pair)
 
 
 def _between(low: int, high: int, text: str) -> int:
@@ -80,15 +87,19 @@ def memory_size(text: str) -> int:
     return value
 
 
-def temperature(text: str) -> float:
-    """argparse type: a sampling temperature, 0 or more."""
+def _number(allowed: str, fits: Callable[[float], bool], text: str) -> float:
+    """argparse type: a number that fits."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value < 100:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 100, not {text!r}")
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"must be a {allowed}, not {text!r}")
     return value
+
+
+temperature = partial(_number, "number between 0 and 100", lambda value: 0 <= value < 100)
+positive_number = partial(_number, "positive number", lambda value: 0 < value < math.inf)
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:

@@ -154,19 +154,10 @@ def attention_quality(
 
 
 def _layer(inputs: AttentionInputs, types: Sequence[str], centre: bool, rotate: bool) -> LayerAttention:
-    errors = attention_error(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        types,
-        inputs.scale,
-        mask=inputs.mask,
-        sinks=inputs.sinks,
-        softcap=inputs.softcap,
-        max_bias=inputs.max_bias,
-        offset=inputs.k.mean(axis=0) if centre else None,
-        rotate=rotate,
-    )
+    given = {name: getattr(inputs, name) for name in ("mask", "sinks", "softcap", "max_bias")}
+    offset = inputs.k.mean(axis=0) if centre else None
+    arrays = (inputs.q, inputs.k, inputs.v)
+    errors = attention_error(*arrays, types, inputs.scale, **given, offset=offset, rotate=rotate)
     _, n_head, head_dim_k = inputs.q.shape
     return LayerAttention(inputs.layer, n_head, head_dim_k, inputs.v.shape[2], head_facts(inputs.k), errors)
 

@@ -28,7 +28,6 @@ from ..model.llama import Llama
 from ..session import file as session
 from ..session.state import CacheState, StoredRows, parse_state, read_state
 from .attention import hadamard, head_facts, rotation_sizes
-from .scales import block_scales
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -145,16 +144,35 @@ def inspect_cache(model: Llama, *, sample: int = DEFAULT_SAMPLE) -> CacheContent
         CacheClosedError: the model was closed.
         UnsupportedError: the model has no KV cache, or one that is not modelled.
     """
-    info = model.cache_info()
-    llama_cpp = import_llama_cpp()
-    size = llama_cpp.llama_state_get_size(model.ctx)
-    data = (ctypes.c_uint8 * size)()
-    written = llama_cpp.llama_state_get_data(model.ctx, data, size)
-    state = parse_state(memoryview(data).cast("B")[:written], model.model_info)
+    info, state = model.cache_info(), _state_of(model)
     notes = [_CALIBRATED] if model.cache_policy.calibrated else []
     if info.tail:
         notes.append(f"the newest {info.tail} tokens are read from the precise tail, not from the blocks shown here")
     return _contents(model.model_info, "context", state, sample, notes)
+
+
+def k_scales(model: Llama) -> dict[int, float]:
+    """The mean absolute scale of the blocks of K, by layer; nothing for layers whose K has no blocks or no cells.
+
+    Scales are the steps of the quantizer, to which its error is proportional. Nothing is decoded.
+
+    Raises:
+        UnsupportedError: the model has no KV cache, or one whose layout is not known here.
+    """
+    return {
+        stored.layer.index: float(np.abs(_block_scales(stored.rows, stored.type)).mean())
+        for stored in sorted(_state_of(model).tensors if model.n_tokens else (), key=lambda stored: stored.layer.index)
+        if stored.side == "K" and stored.type.quantized and stored.rows.size
+    }
+
+
+def _state_of(model: Llama) -> CacheState:
+    """What the cache of a loaded model holds: a copy of its used part."""
+    llama_cpp = import_llama_cpp()
+    size = llama_cpp.llama_state_get_size(model.ctx)
+    data = (ctypes.c_uint8 * size)()
+    written = llama_cpp.llama_state_get_data(model.ctx, data, size)
+    return parse_state(memoryview(data).cast("B")[:written], model.model_info)
 
 
 def inspect_session(path: str | Path, model: str | Path, *, sample: int = DEFAULT_SAMPLE) -> CacheContents:
@@ -264,7 +282,13 @@ def _codes(rows: U8, kind: CacheType, n_head: int) -> tuple[F32, U8]:
     bits = 8 * (kind.bytes - 2) // kind.block
     unpack = reference.unpack_trellis if kind.name in reference.TRELLIS_TYPES else reference.unpack
     codes = unpack(blocks[:, 2:], bits)
-    return block_scales(blocks, kind).reshape(n_head, -1), codes.reshape(n_head, -1, kind.block)
+    return _block_scales(blocks, kind).reshape(n_head, -1), codes.reshape(n_head, -1, kind.block)
+
+
+def _block_scales(rows: U8, kind: CacheType) -> F32:
+    """The scale of each block in rows of a quantized type: the f16 that every block begins with."""
+    halves: npt.NDArray[np.float16] = rows.reshape(-1, kind.bytes)[:, :2].copy().view("<f2")
+    return halves.ravel().astype(np.float32)
 
 
 def _entropy(use: npt.NDArray[np.float64]) -> float:

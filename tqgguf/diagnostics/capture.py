@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .._util import ranges
 from ..errors import ArgumentError, UnsupportedError
 from ..gguf.info import read_model_info
 from ..model.llama import Llama
-from ..model.reading import AttentionInputs, Loaded, listed, read_attention
+from ..model.reading import AttentionInputs, Loaded, read_attention
 
 F32 = npt.NDArray[np.float32]
 
@@ -56,7 +57,7 @@ def capture_attention(
     known = [layer.index for layer in info.layers]
     for layer in layers:
         if layer not in known:
-            raise ArgumentError(f"layer {layer} has no KV cache of its own; layers with one are {listed(known)}")
+            raise ArgumentError(f"layer {layer} has no KV cache of its own; layers with one are {ranges(known)}")
     if n_ctx < 2:
         raise ArgumentError(f"n_ctx is {n_ctx}, must be at least 2 tokens")
     # A callback needs a new context; the model's own context, which cannot take one, is as small as possible.

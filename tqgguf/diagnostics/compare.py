@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from ..config import MEASURED_TYPES
 from ..demo import model as demo
 from ..errors import ArgumentError, TextError, TqggufError
 from ..gguf.info import ModelInfo, read_model_info
-from ..model.calibrate import calibrated
+from ..model.calibrate import chosen_calibration
 from ..model.llama import Llama
 
 llama_cpp: Any = import_llama_cpp()
@@ -158,26 +158,12 @@ class NamedCache:
         return tail_batch(self.kept, UBATCH)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A model and the caches to measure on it, all of which it can have.
-
-    Attributes:
-        info: the contents of the model's header.
-        caches: the caches, the reference first.
-        n_ctx: tokens in a chunk.
-
-    Raises:
-        CacheTypeError: the model cannot have one of the caches.
-    """
+class Trial(NamedTuple):
+    """A model, the caches to measure on it, all of which it can have, the reference first, and tokens in a chunk."""
 
     info: ModelInfo
     caches: tuple[NamedCache, ...]
     n_ctx: int
-
-    def __post_init__(self) -> None:
-        for cache in self.caches:
-            refuse_impossible(self.info, cache.policy)
 
     @classmethod
     def of(
@@ -191,6 +177,8 @@ class Trial:
         """The trial that the arguments of `compare` describe."""
         info = read_model_info(path)
         named = compared_caches(caches, info.n_layer, tails)
+        for cache in named:
+            refuse_impossible(info, cache.policy)
         return cls(info, also_calibrated(info, named, calibration), context_length(info, n_ctx))
 
 
@@ -244,19 +232,6 @@ def compare(
         TqggufError: llama.cpp failed, or gave logits that are not finite; otherwise as `Llama`.
     """
     trial = Trial.of(path, caches, tails, n_ctx, calibration)
-    return compare_trial(trial, text, n_chunks=n_chunks, n_batch=n_batch, n_threads=n_threads, progress=progress)
-
-
-def compare_trial(
-    trial: Trial,
-    text: str | None,
-    *,
-    n_chunks: int | None,
-    n_batch: int,
-    n_threads: int | None,
-    progress: CountProgress | None,
-) -> Comparison:
-    """`compare`, with what it measures resolved before."""
     with reading(trial, text, n_chunks, n_batch, n_threads) as (model, readers, chunks):
         read_chunks(model, readers, chunks, progress)
         return Comparison(
@@ -266,7 +241,7 @@ def compare_trial(
             n_scored=len(chunks) * (trial.n_ctx - 1 - trial.n_ctx // 2),
             n_threads=model.n_threads_batch,
             rows=tuple(reader.quality(trial.info, trial.n_ctx, chunks.size) for reader in readers),
-            notes=(*_notes(trial.info, trial.n_ctx, text is None), *_policy_notes(trial.caches)),
+            notes=_notes(trial, text is None),
         )
 
 
@@ -284,12 +259,9 @@ def reading(
     check_count("n_batch", n_batch)
     if n_chunks is not None:
         check_count("n_chunks", n_chunks)
-    info, named, n_ctx = trial.info, trial.caches, trial.n_ctx
-    own = text is None
-    if text is None:
-        n_chunks = n_chunks or DEFAULT_CHUNKS
-        text = own_text(info, n_ctx, n_chunks)
-    refuse_short(text, n_ctx)
+    (info, named, n_ctx), own = trial, text is None
+    n_chunks = n_chunks or (DEFAULT_CHUNKS if own else None)
+    text = chosen_text(info, text, n_ctx, n_chunks)
     # As in llama.cpp's tools, a layer with a sliding window keeps no more tokens than that (swa_full).
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(
@@ -347,15 +319,16 @@ def also_calibrated(
     """The caches, and behind each that can be calibrated, except the reference, what it is with a calibration.
 
     Raises:
-        CalibrationError: as `model.calibrate.calibrated`.
+        CalibrationError: as `chosen_calibration`.
     """
-    if choice in (None, "off"):
+    calibration = chosen_calibration(info, choice)
+    if calibration is None:
         return tuple(named)
     found = [named[0]]
     for cache in named[1:]:
         found.append(cache)
         if not cache.policy.calibrated and any(cache.policy.types(layer.index)[0].quantized for layer in info.layers):
-            policy = calibrated(cache.policy, info, choice)
+            policy = calibration.applied(cache.policy, info)
             found.append(replace(cache, label=f"{cache.label} calibrated", policy=policy))
     return tuple(found)
 
@@ -444,15 +417,21 @@ def own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
     return demo.chat_text(0, n_turns, reach=min(reach, len(demo.NAMES) * len(demo.KINDS)))
 
 
-def refuse_short(text: Any, n_ctx: int) -> None:
-    """Refuses a text that has fewer bytes than n_ctx tokens need, before a context is made for it.
+def chosen_text(info: ModelInfo, text: Any, n_ctx: int, n_chunks: int | None) -> str:
+    """The text to read, which has as many bytes as n_ctx tokens need: every token but BOS has at least one.
 
-    Every token but BOS has at least one byte.
+    Args:
+        info: the model.
+        text: what the user gave; None for the demo model's own text.
+        n_ctx: tokens in a chunk.
+        n_chunks: chunks of the demo model's own text.
 
     Raises:
-        ArgumentError: the text is not a str.
+        ArgumentError: the text is not a str; or as `own_text`.
         TextError: the text is empty or too short.
     """
+    if text is None:
+        return own_text(info, n_ctx, n_chunks or DEFAULT_CHUNKS)
     if not isinstance(text, str):
         raise ArgumentError(f"text is of type {type(text).__name__}, must be a str")
     if not text:
@@ -463,6 +442,7 @@ def refuse_short(text: Any, n_ctx: int) -> None:
             f"the text has {n_bytes:,} bytes, but a context of {n_ctx:,} needs as many tokens: "
             f"give a longer text or a shorter context"
         )
+    return text
 
 
 def text_chunks(model: Llama, text: str, n_ctx: int, n_chunks: int | None, special: bool) -> npt.NDArray[np.int32]:
@@ -485,7 +465,8 @@ def text_chunks(model: Llama, text: str, n_ctx: int, n_chunks: int | None, speci
     return chunks
 
 
-def _notes(info: ModelInfo, n_ctx: int, own: bool) -> tuple[str, ...]:
+def _notes(trial: Trial, own: bool) -> tuple[str, ...]:
+    info, caches, n_ctx = trial
     notes = []
     if n_ctx > info.n_ctx_train:
         notes.append(f"the context of {n_ctx:,} tokens exceeds the {info.n_ctx_train:,} that the model was trained for")
@@ -496,16 +477,10 @@ def _notes(info: ModelInfo, n_ctx: int, own: bool) -> tuple[str, ...]:
             "the demo model was taught to predict answers, not the facts and questions between them: "
             "its perplexity is high and means little; compare the divergence"
         )
+    for cache in caches:
+        if cache.policy.tail not in (None, cache.kept):
+            notes.append(f"{cache.label} was tuned with a tail of {cache.policy.tail}")
     return tuple(notes)
-
-
-def _policy_notes(caches: Sequence[NamedCache]) -> list[str]:
-    """A note for each policy that was tuned with another tail than it is measured with."""
-    return [
-        f"{cache.label} was tuned with a tail of {cache.policy.tail}"
-        for cache in caches
-        if cache.policy.tail not in (None, cache.kept)
-    ]
 
 
 # ---- Reading in lock-step ----

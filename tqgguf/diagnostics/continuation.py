@@ -22,6 +22,7 @@ from ..cache.calibration import Calibration
 from ..cache.policy import PolicySpec
 from ..config import MEASURED_TYPES
 from ..errors import ArgumentError
+from ..model.llama import Llama
 from .compare import Array, CountProgress, Divergence, Reader, Trial, divergence, log_softmax, reading
 
 SPANS: Final = 5
@@ -107,17 +108,51 @@ def continuation(
         PolicyError, TextError, CacheTypeError, OutOfMemoryError, TqggufError: as `compare`.
     """
     trial = Trial.of(path, caches, tails, n_ctx, calibration)
-    return continue_trial(
-        trial,
-        text,
-        n_generate,
-        n_chunks=n_chunks,
-        n_batch=n_batch,
-        n_threads=n_threads,
-        temperature=temperature,
-        seed=seed,
-        progress=progress,
-    )
+    n_prompt = trial.n_ctx - check_generate(n_generate, trial.n_ctx)
+    if isinstance(temperature, bool) or not (isinstance(temperature, (int, float)) and 0 <= temperature < np.inf):
+        raise ArgumentError(f"temperature is {temperature!r}, must be a finite number of at least 0")
+    with reading(trial, text, n_chunks, n_batch, n_threads) as (model, readers, chunks):
+        _follow(model, readers, chunks, n_generate, temperature, seed, progress)
+    return Continuation(trial.info.path.name, n_prompt, n_generate, tuple(_quality(r, n_generate) for r in readers))
+
+
+def _follow(
+    model: Llama,
+    readers: Sequence[Reader],
+    chunks: npt.NDArray[np.int32],
+    n_generate: int,
+    temperature: float,
+    seed: int,
+    progress: CountProgress | None,
+) -> None:
+    """Lets every reader read the beginning of each chunk, then the tokens by which the first one continues it."""
+    n_prompt, n_vocab, random = chunks.shape[1] - n_generate, model.n_vocab(), np.random.default_rng(seed)
+    done, total = 0, chunks.size * len(readers)
+
+    def read(tokens: npt.NDArray[np.int32], scored: npt.NDArray[np.int8]) -> None:
+        nonlocal done
+        for reader in readers:
+            reader.decode(tokens, scored)
+            done += len(tokens)
+            if progress:
+                progress(done, total)
+
+    last = np.zeros(n_prompt, np.int8)
+    last[-1] = 1
+    for chunk in chunks:
+        for reader in readers:
+            reader.forget()
+        for start in range(0, n_prompt, model.n_batch):
+            batch = slice(start, min(start + model.n_batch, n_prompt))
+            read(chunk[batch], last[batch])
+        for _ in range(n_generate):
+            reference = log_softmax(readers[0].logits(1, n_vocab))
+            # The largest sum of log-probability and Gumbel noise is a draw from the distribution.
+            noise = temperature * random.gumbel(size=n_vocab) if temperature else 0.0
+            token = (reference + noise).argmax(axis=-1).astype(np.int32)
+            for reader in readers:
+                reader.score(reference, reader.logits(1, n_vocab), token)
+            read(token, np.ones(1, np.int8))
 
 
 def check_generate(n_generate: int, n_ctx: int) -> int:
@@ -128,54 +163,6 @@ def check_generate(n_generate: int, n_ctx: int) -> int:
             f"the other half is the text that is continued"
         )
     return n_generate
-
-
-def continue_trial(
-    trial: Trial,
-    text: str | None,
-    n_generate: int,
-    *,
-    n_chunks: int | None,
-    n_batch: int,
-    n_threads: int | None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    progress: CountProgress | None,
-) -> Continuation:
-    """`continuation`, with what it measures resolved before."""
-    n_prompt = trial.n_ctx - check_generate(n_generate, trial.n_ctx)
-    if isinstance(temperature, bool) or not (isinstance(temperature, (int, float)) and 0 <= temperature < np.inf):
-        raise ArgumentError(f"temperature is {temperature!r}, must be a finite number of at least 0")
-    random = np.random.default_rng(seed)
-    with reading(trial, text, n_chunks, n_batch, n_threads) as (model, readers, chunks):
-        done, total = 0, chunks.size * len(readers)
-
-        def read(tokens: npt.NDArray[np.int32], scored: npt.NDArray[np.int8]) -> None:
-            nonlocal done
-            for reader in readers:
-                reader.decode(tokens, scored)
-                done += len(tokens)
-                if progress:
-                    progress(done, total)
-
-        n_vocab = model.n_vocab()
-        last = np.zeros(n_prompt, np.int8)
-        last[-1] = 1
-        for chunk in chunks:
-            for reader in readers:
-                reader.forget()
-            for start in range(0, n_prompt, n_batch):
-                batch = slice(start, min(start + n_batch, n_prompt))
-                read(chunk[batch], last[batch])
-            for _ in range(n_generate):
-                reference = log_softmax(readers[0].logits(1, n_vocab))
-                # The largest sum of log-probability and Gumbel noise is a draw from the distribution.
-                noise = temperature * random.gumbel(size=n_vocab) if temperature else 0.0
-                token = (reference + noise).argmax(axis=-1).astype(np.int32)
-                for reader in readers:
-                    reader.score(reference, reader.logits(1, n_vocab), token)
-                read(token, np.ones(1, np.int8))
-    return Continuation(trial.info.path.name, n_prompt, n_generate, tuple(_quality(r, n_generate) for r in readers))
 
 
 def _spans(kld: Array) -> list[Array]:

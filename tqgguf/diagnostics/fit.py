@@ -161,16 +161,6 @@ def _recommend(rows: Sequence[FitRow], wanted: int) -> tuple[FitRow | None, str]
     return max(usable, key=lambda row: row.n_ctx), f"{wanted:,} tokens fit with none; this one has the longest context"
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A context, and the bytes of main and of video memory for everything."""
-
-    plan: ContextPlan
-    n_gpu_layers: int
-    memory: int
-    vram: int
-
-
 class _Fitter:
     def __init__(self, model: PlannedModel, setup: Setup, memory: int, vram: int, most: int) -> None:
         self.model, self.info, self.setup = model, model.info, setup
@@ -185,17 +175,16 @@ class _Fitter:
         obstacle = self.info.obstacle(*same) if same else policy.obstacle(self.info)
         if obstacle:
             return FitRow(name, obstacle, 0, None, 0, 0, 0)
-        placed = cache_results(lambda n: self.place(policy, n))
+        placed = cache_results(lambda n: self.place(name, policy, n))
         n_ctx = _longest(self.most, lambda n: placed(n).memory - self.memory)
-        place = placed(n_ctx or max(CELL_PADDING, self.setup.n_seq))
-        return FitRow(name, None, n_ctx, place.plan, place.n_gpu_layers, place.memory, place.vram)
+        return replace(placed(n_ctx or max(CELL_PADDING, self.setup.n_seq)), n_ctx=n_ctx)
 
-    def place(self, policy: CachePolicy, n_ctx: int) -> _Place:
+    def place(self, name: str, policy: CachePolicy, n_ctx: int) -> FitRow:
         """The output and then as many of the last layers as fit go into video memory."""
         plan = self.model.context(policy, n_ctx, self.setup)
         everything = self.model.weights + plan.bytes
         if not self.vram:
-            return _Place(plan, 0, everything, 0)
+            return FitRow(name, None, n_ctx, plan, 0, everything, 0)
         caches = dict.fromkeys(range(len(self.layers)), 0)
         if policy.kept_by_stock(self.setup.tail):
             self.notes.add(STOCK_TAIL)
@@ -211,8 +200,8 @@ class _Fitter:
                 break
             moved, count = moved + self.layers[index] + caches[index], count + 1
         if not count:
-            return _Place(plan, 0, everything, 0)
-        return _Place(plan, count, everything - moved + self.copied, plan.compute + moved)
+            return FitRow(name, None, n_ctx, plan, 0, everything, 0)
+        return FitRow(name, None, n_ctx, plan, count, everything - moved + self.copied, plan.compute + moved)
 
 
 def _longest(most: int, over: Callable[[int], int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -17,6 +17,7 @@ from typing import Final
 from .. import __version__, _native
 from .._native import backends
 from .._native.cuda import cuda_library, cuda_library_path
+from .._native.libggml import library_of
 from ..errors import TqggufError
 
 UPSTREAM_VERSION: Final = "0.3.36"
@@ -29,19 +30,11 @@ _MARKS: Final = {
 }
 """Names that the patched libraries define or call, and stock ones do not have."""
 
-_FLAGS: Final = {
-    "AVX": "avx",
-    "F16C": "f16c",
-    "FMA": "fma",
-    "AVX2": "avx2",
-    "BMI2": "bmi2",
-    "AVX_VNNI": "avx_vnni",
-    "AVX512": "avx512f",
-    "AVX512_VBMI": "avx512vbmi",
-    "AVX512_VNNI": "avx512_vnni",
-    "AVX512_BF16": "avx512_bf16",
-    "AMX_INT8": "amx_int8",
-}
+_FEATURES: Final = (
+    *("AVX", "F16C", "FMA", "AVX2", "BMI2", "AVX_VNNI"),
+    *("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16", "AMX_INT8"),
+)
+_FLAGS: Final = {name: name.lower() for name in _FEATURES} | {"AVX512": "avx512f", "AVX512_VBMI": "avx512vbmi"}
 """Names of instruction sets in ggml, and the same in Linux's /proc/cpuinfo."""
 
 _CPUINFO: Final = Path("/proc/cpuinfo")
@@ -104,8 +97,6 @@ def installation() -> Installation:
         return f"{native.version()}, ABI {_native.abi_version_expected()}, {native.path}"
 
     def kernel() -> str:
-        if not active:
-            raise TqggufError("unknown, because libtqgguf could not be loaded")
         forced = os.environ.get("TQGGUF_KERNEL")
         listed = ", ".join(name + ("" if usable else " (not on this machine)") for name, usable in kernels.items())
         return f"{active}{f' (TQGGUF_KERNEL={forced})' if forced else ''}; built in: {listed}"
@@ -128,16 +119,11 @@ def installation() -> Installation:
             raise TqggufError(f"not of this package: {', '.join(map(str, foreign))}; unset LD_LIBRARY_PATH, LD_PRELOAD")
         return f"{len(files)}, all from {files[0].parent}"
 
-    for name, look in (
-        ("libtqgguf", libtqgguf),
-        ("kernel", kernel),
-        ("llama_cpp", bindings),
-        ("libraries", libraries),
-    ):
-        checks.append(_look(name, look))
-    for name in _MARKS:
-        checks.append(_look(f"lib{name}", lambda name=name: _library(name)))  # type: ignore[misc]
-    checks.append(_look("cpu", _cpu))
+    checks.append(_look("libtqgguf", libtqgguf))
+    if active:  # these load it, too, and would name its fault again
+        looks: dict[str, Callable[[], str]] = {"kernel": kernel, "llama_cpp": bindings, "libraries": libraries}
+        looks |= {f"lib{name}": functools.partial(_library, name) for name in _MARKS}
+        checks += [_look(name, look) for name, look in {**looks, "cpu": _cpu}.items()]
     checks.append(_look("cuda", _cuda))
     return Installation(tuple(checks), kernels, active)
 
@@ -219,7 +205,7 @@ def _cuda() -> str:
     found = []
     backend = _native.library_path("ggml-cuda")
     if backend.is_file():
-        ctypes.CDLL(str(backend))
+        library_of(str(backend))
         found.append(f"{backend.name} (llama.cpp's backend)")
     kernels = cuda_library_path()
     if kernels.is_file():

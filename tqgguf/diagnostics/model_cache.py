@@ -69,17 +69,11 @@ def model_cache(
         if n_ctx < 1:
             raise ArgumentError(f"a context must have at least 1 token, not {n_ctx}")
     rows = []
-    for name in types:
-        kind = cache_type(name)
-        obstacle = info.obstacle(kind, kind)
-        usable = obstacle is None
-        rows.append(
-            CacheRow(
-                type=kind.name,
-                bits=kind.bits,
-                bytes_per_token=info.bytes_per_token(kind, kind) if usable else None,
-                bytes=tuple(resolve(kind.name, info.n_layer).bytes(info, n, tail) for n in lengths) if usable else None,
-                obstacle=obstacle,
-            )
-        )
+    for kind in map(cache_type, types):
+        policy, obstacle = resolve(kind.name, info.n_layer), info.obstacle(kind, kind)
+        row = CacheRow(kind.name, kind.bits, None, None, obstacle)
+        if obstacle is None:
+            sizes = tuple(policy.bytes(info, n, tail) for n in lengths)
+            row = CacheRow(kind.name, kind.bits, policy.bytes_per_token(info), sizes, None)
+        rows.append(row)
     return ModelCache(info, lengths, tuple(rows))

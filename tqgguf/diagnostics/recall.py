@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .._util import check_count
+from ..cache.calibration import Calibration
 from ..cache.policy import PolicySpec
 from ..config import MEASURED_TYPES
 from ..demo import model as demo
@@ -82,6 +83,7 @@ def recall(
     n_predict: int = 32,
     seed: int = 0,
     n_threads: int | None = None,
+    calibration: Calibration | str | Path | None = None,
     progress: CountProgress | None = None,
 ) -> Recall:
     """Asks every cache the same questions through the model's chat template, greedily.
@@ -99,6 +101,7 @@ def recall(
         n_predict: tokens of a reply at most. A model that thinks aloud first needs more.
         seed: seed of the first prompt; the other prompts take the seeds after it.
         n_threads: threads; None means the default of `Llama`.
+        calibration: as in `compare`.
         progress: called as progress(questions answered, questions in all) after every answer.
 
     Raises:
@@ -109,24 +112,10 @@ def recall(
     """
     check_count("n_prompts", n_prompts)
     check_count("n_predict", n_predict)
-    trial = Trial.of(path, caches, tails, n_ctx)
-    return recall_trial(trial, n_prompts, n_predict, seed, n_threads=n_threads, progress=progress)
-
-
-def recall_trial(
-    trial: Trial,
-    n_prompts: int = 10,
-    n_predict: int = 32,
-    seed: int = 0,
-    *,
-    n_threads: int | None,
-    progress: CountProgress | None,
-) -> Recall:
-    """`recall`, with what it measures resolved before."""
-    info, n_ctx = trial.info, trial.n_ctx
+    info, named, n_ctx = Trial.of(path, caches, tails, n_ctx, calibration)
     own = info.name == demo.MODEL_NAME
     scores: list[RecallScore] = []
-    for i, cache in enumerate(trial.caches):
+    for i, cache in enumerate(named):
         with contextlib.closing(load(info.path, cache, n_ctx, n_threads)) as model:
             asker = Asker(model, n_predict)
             questions = _demo_questions(n_ctx, n_prompts, seed) if own else _needles(asker, n_ctx, n_prompts, seed)
@@ -134,7 +123,7 @@ def recall_trial(
             for done, (size, depth, case) in enumerate(questions, 1 + i * len(questions)):
                 right[size, depth] += asker.right(case)
                 if progress:
-                    progress(done, len(trial.caches) * len(questions))
+                    progress(done, len(named) * len(questions))
         scores += [RecallScore(cache.label, size, depth, n, n_prompts) for (size, depth), n in right.items()]
     return Recall(info.path.name, "facts" if own else "tokens", n_ctx, seed, tuple(scores))
 

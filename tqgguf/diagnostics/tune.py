@@ -35,12 +35,11 @@ from .compare import (
     NamedCache,
     Reader,
     TypeQuality,
+    chosen_text,
     context_length,
     further_context,
     load,
-    own_text,
     read_chunks,
-    refuse_short,
     standard_error,
     text_chunks,
 )
@@ -206,9 +205,7 @@ def tune(
     _check_goal(budget, max_kld, kinds, info)
     n_ctx, n_chunks = context_length(info, n_ctx), n_chunks or DEFAULT_CHUNKS
     own = text is None
-    if text is None:
-        text = own_text(info, n_ctx, n_chunks)
-    refuse_short(text, n_ctx)
+    text = chosen_text(info, text, n_ctx, n_chunks)
     f16 = NamedCache("f16", resolve("f16", info.n_layer))
     with contextlib.closing(load(path, f16, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
         halves = _halves(text_chunks(model, text, n_ctx, n_chunks, own))
@@ -338,7 +335,8 @@ class _Tuner:
         self.names = tuple(kind.name for kind in kinds)
         # llama.cpp does not rotate stock types beside pqo and pqt types, so they are measured without rotation.
         self.rotate = not any(kind.ours for kind in kinds)
-        names = [*self.names, *(name for name in BASELINE_TYPES if self._fits(name))]
+        fits = [name for name in BASELINE_TYPES if self.info.obstacle(cache_type(name), cache_type(name)) is None]
+        names = [*self.names, *fits]
         self.uniform = [
             self.bench.named(name, resolve(name, self.info.n_layer))
             for name in sorted(dict.fromkeys(names), key=lambda name: cache_type(name).bits)
@@ -529,7 +527,3 @@ class _Tuner:
         types = {other: ["f16"] * self.info.n_layer for other in "KV"}
         types[side][layer] = name
         return CachePolicy(tuple(types["K"]), tuple(types["V"]))
-
-    def _fits(self, name: str) -> bool:
-        kind = cache_type(name)
-        return self.info.obstacle(kind, kind) is None

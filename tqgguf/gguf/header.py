@@ -124,14 +124,13 @@ class _Reader:
         found = []
         for _ in range(n_tensors):
             name = self.string()
+            where = f"{self.path}: tensor {name!r:.80}"
             n_dims = self.number("I")
             if n_dims > 4:
-                raise ModelFileError(
-                    f"{self.path}: tensor {name!r:.80} has {n_dims} dimensions, at most 4 are possible"
-                )
+                raise ModelFileError(f"{where} has {n_dims} dimensions, at most 4 are possible")
             shape = tuple(self.number("Q") for _ in range(n_dims))[::-1]
             if math.prod(max(n, 1) for n in shape) >= 1 << 63:  # which llama.cpp would end the process over
-                raise ModelFileError(f"{self.path}: tensor {name!r:.80} has the impossible shape {shape}")
+                raise ModelFileError(f"{where} has the impossible shape {shape}")
             kind, offset = self.number("I"), self.number("Q")
             block, size = _TENSOR_BLOCKS.get(kind, (1, 0))
             found.append((name, kind, shape, offset, math.prod(shape) // block * size))

@@ -154,9 +154,7 @@ class ModelInfo:
             n_ubatch: tokens computed at once; they add to the cells of layers that keep their sliding window alone.
             swa_full: whether layers with a sliding window keep all tokens nevertheless, as `Llama` has it by default.
         """
-        return sum(
-            layer.cells(n_ctx, n_ubatch, swa_full=swa_full) * layer.bytes_per_token(k, v) for layer in self.layers
-        )
+        return sum(x.cells(n_ctx, n_ubatch, swa_full=swa_full) * x.bytes_per_token(k, v) for x in self.layers)
 
 
 def read_model_info(path: str | Path) -> ModelInfo:
@@ -251,9 +249,7 @@ class _Keys:
         heads = self.per_layer("attention.head_count", n_layer, [0] * n_layer if recurrent else None)
         n_head = next((n for n in heads if n), 0)
         notes: list[str] = []
-        mla = bool(
-            self.integer("attention.key_length_mla", 0)
-        )  # llama.cpp, saving a model, writes 0 where there is none
+        mla = self.integer("attention.key_length_mla", 0) > 0  # llama.cpp writes 0 where there is none
         layers: tuple[KVLayer, ...] = ()
         exact = self.arch not in NOT_MODELLED
         if self.arch in NO_CACHE:
@@ -310,15 +306,10 @@ class _Keys:
         if any(windows):
             dense = sum(1 for w, has in zip(windows, has_kv, strict=True) if has and not w)
             notes.append(f"sliding window of {max(windows)} tokens in all but {dense} layers")
+        sizes = [(swa_k, swa_v) if window else (head_dim_k, head_dim_v) for window in windows]
         return tuple(
-            KVLayer(
-                i,
-                heads_kv[i],
-                swa_k if windows[i] else head_dim_k,
-                _v(mla, swa_v if windows[i] else head_dim_v),
-                windows[i],
-            )
-            for i in range(n_layer)
+            KVLayer(i, heads_kv[i], k, 0 if mla else v, windows[i])
+            for i, (k, v) in enumerate(sizes)
             if has_kv[i] and heads_kv[i]
         )
 
@@ -372,10 +363,6 @@ class _Keys:
             return [window] * n_layer
         dense_at = 0 if dense_first else period - 1
         return [0 if i % period == dense_at else window for i in range(n_layer)]
-
-
-def _v(mla: bool, head_dim: int) -> int:
-    return 0 if mla else head_dim
 
 
 def _printable(name: str) -> str:

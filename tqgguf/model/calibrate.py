@@ -27,7 +27,6 @@ import numpy.typing as npt
 from .._native import import_llama_cpp
 from .._util import check_count, warn
 from ..cache.calibration import Calibration, read_calibration, stored_calibration
-from ..cache.policy import CachePolicy
 from ..errors import ArgumentError, CalibrationError, TextError
 from ..gguf.identity import model_identity
 from ..gguf.info import ModelInfo, read_model_info
@@ -116,18 +115,16 @@ def calibrate(
     )
 
 
-def calibrated(
-    policy: CachePolicy,
+def chosen_calibration(
     info: ModelInfo,
     choice: Calibration | str | Path | None,
     *,
     n_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> CachePolicy:
-    """The policy with the calibration that was chosen for the model.
+) -> Calibration | None:
+    """The calibration that was chosen for a model, or None.
 
     Args:
-        policy: types of the KV cache.
         info: the model.
         choice: None or "off" for none; "auto" for the one that is kept for this model, which is measured and kept if
             there is none yet; else a calibration, or the path of one.
@@ -135,25 +132,23 @@ def calibrated(
         progress: called as progress(layers done, layers in all) while it is measured.
 
     Raises:
-        CalibrationError: a file that is no calibration or belongs to another model; a policy with means or gains of its
-            own; nothing of the model may be calibrated.
+        ArgumentError: the choice is something else.
+        CalibrationError: a file that is no calibration or belongs to another model; nothing of the model may be
+            calibrated.
         Any other error of `calibrate`.
     """
     if choice is None or choice == "off":
-        return policy
-    if isinstance(choice, Calibration):
-        calibration = choice
-    elif choice == "auto":
-        calibration = _kept(info, n_threads, progress)
-    elif isinstance(choice, (str, Path)):
-        calibration = read_calibration(choice)
-    else:
+        return None
+    if choice == "auto":
+        return _kept(info, n_threads, progress)
+    if not isinstance(choice, (Calibration, str, Path)):
         raise ArgumentError(f'calibration is {choice!r}, must be "auto", "off", a Calibration or the path of one')
-    if calibration.model != model_identity(info.path):
+    found = choice if isinstance(choice, Calibration) else read_calibration(choice)
+    if found.model != model_identity(info.path):
         raise CalibrationError(
             f"this calibration was measured on another model than {info.path.name}: make one with tqgguf calibrate"
         )
-    return calibration.applied(policy, info)
+    return found
 
 
 def _kept(info: ModelInfo, n_threads: int | None, progress: Callable[[int, int], None] | None) -> Calibration:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import threading
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .._native import import_llama_cpp
 from .._native.settings import aborts_to_stderr, policy_applied, rotation_allowed, tail_set, tensors_listed
@@ -68,7 +69,7 @@ def load_error(error: str, log: LoadLog, info: ModelInfo) -> TqggufError:
     return TqggufError(message)
 
 
-class Making:
+class Making(NamedTuple):
     """What `making` yields.
 
     Attributes:
@@ -76,8 +77,8 @@ class Making:
         tensors: of the caches that were made; complete when the `with` statement has ended.
     """
 
-    def __init__(self, log: LoadLog, tensors: list[CacheTensor]) -> None:
-        self.log, self.tensors = log, tensors
+    log: LoadLog
+    tensors: list[CacheTensor]
 
 
 @contextlib.contextmanager
@@ -151,6 +152,7 @@ def make_context(
 
 def cache_of(context: Any, params: Any, tail: int | None, rotate: bool = True) -> CacheShape:
     """The shape of the cache that a context of such parameters must have."""
+    forbidden = re.match(r"\s*[+-]?0*[1-9]", os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""))  # llama.cpp reads it, too
     return CacheShape(
         n_ctx=llama_cpp.llama_n_ctx(context),
         n_ubatch=llama_cpp.llama_n_ubatch(context),
@@ -158,5 +160,5 @@ def cache_of(context: Any, params: Any, tail: int | None, rotate: bool = True) -
         unified=params.kv_unified,
         swa_full=params.swa_full,
         tail=tail,
-        rotate=rotate,
+        rotate=rotate and not forbidden,
     )

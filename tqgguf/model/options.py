@@ -28,7 +28,7 @@ from ..cache.tail import check_tail, warn_unread
 from ..config import parse_cache
 from ..errors import ArgumentError, ModelNotFoundError, OutOfMemoryError
 from ..gguf.info import ModelInfo, read_model_info
-from .calibrate import calibrated
+from .calibrate import chosen_calibration
 from .workers import check_split
 
 _STOCK_OPTIONS: Final = frozenset(inspect.signature(import_llama_cpp().Llama.__init__).parameters) - {
@@ -113,7 +113,9 @@ def checked_request(
         refuse_impossible(info, policy)
         if rpc is None:
             _refuse_too_long(info, policy, kwargs)
-        policy = calibrated(policy, info, calibration, n_threads=kwargs.get("n_threads_batch"), progress=progress)
+        threads = kwargs.get("n_threads_batch")
+        if found := chosen_calibration(info, calibration, n_threads=threads, progress=progress):
+            policy = found.applied(policy, info)
     warn_unread(policy.kept(n_tail), info.architecture)
     workers: tuple[str, ...] = ()
     if rpc is not None:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from .._native import import_llama_cpp
 from .._native.ggml import Tensor, op_name, read_tensor, tensor_at, tensor_name
+from .._util import ranges
 from ..cache.policy import resolve
 from ..errors import TqggufError, UnsupportedError
 from ..gguf.info import ModelInfo
@@ -108,7 +109,7 @@ def read_attention(
     if missing:
         raise UnsupportedError(
             f"{info.path.name}: the graph of architecture {info.architecture} runs no flash attention "
-            f"on the KV cache of layer {listed(missing)}; Q, K and V cannot be captured"
+            f"on the KV cache of layer {ranges(missing)}; Q, K and V cannot be captured"
         )
     return dict(sorted(hook.found.items()))
 
@@ -184,7 +185,3 @@ def _decode(model: Loaded, tokens: Sequence[int], hook: _Hook[T], cache: str) ->
         raise hook.error
     if status:
         raise TqggufError(f"llama.cpp could not run {len(tokens)} tokens through {info.path.name}: status {status}")
-
-
-def listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+import re
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from jinja2 import TemplateError
@@ -22,6 +25,7 @@ from ..errors import (
     CacheClosedError,
     CacheTypeError,
     ModelFileError,
+    OutOfMemoryError,
     StateFileError,
     StoppedError,
     TqggufError,
@@ -31,12 +35,11 @@ from ..errors import (
 from .context import cache_of, load_error, making
 from .control import Control
 from .grammar import MAX_REPEATS, check_grammar, check_schemas
-from .large_stack import longest_stretch, on_large_stack
 from .options import Request
-from .prefix import take_back
 from .workers import Workers
 
 llama_cpp: Any = import_llama_cpp()
+T = TypeVar("T")
 _Stock: Any = llama_cpp.Llama
 _Sampler: Any = llama_cpp._internals.LlamaSampler
 
@@ -229,7 +232,7 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
     def eval(self, tokens: Sequence[int]) -> None:
         """Reads tokens behind those in the cache, in batches that suit the tail; reports progress between them.
 
-        Where tokens were taken back that the cache cannot do without (see `prefix`), all are read again first.
+        Where tokens were taken back that a recurrent state or a window cannot give back, all are read again first.
 
         Raises:
             StoppedError: `stop` was called.
@@ -238,7 +241,7 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
         """
         self._refuse_closed()
         self._refuse_stopped()
-        if not take_back(self.ctx, self.n_tokens):
+        if not self._take_back():
             before = self.input_ids[: self.n_tokens].tolist()
             if hasattr(self.chat_handler, "_mtmd_cpp"):
                 raise UnsupportedError("the cache no longer holds this prompt's beginning: load with swa_full=True")
@@ -262,8 +265,28 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
             if progress and len(tokens) > step:
                 progress("reading the prompt", min(start + step, len(tokens)), len(tokens))
 
+    def _take_back(self) -> bool:
+        """Removes what lies behind the last token; whether the cache still holds what the next one attends to.
+
+        llama-cpp-python takes tokens back (a prompt that shares a beginning with the last one, drafts that were wrong)
+        and reads on without asking. The cache does not hold it where a state cannot be taken back (recurrent layers),
+        nor where the cache of a sliding window, of the size of the window (`swa_full=False`), has given its old cells
+        away: llama.cpp then attends to what is left.
+        """
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        if not memory or self.n_tokens == 0:
+            return True
+        if not llama_cpp.llama_memory_seq_rm(memory, 0, self.n_tokens, -1):
+            return False
+        window = int(llama_cpp.llama_model_n_swa(self.model))
+        # Of a hybrid's state nothing is taken back without saying so.
+        if not window or llama_cpp.llama_model_is_hybrid(self.model):
+            return True
+        first = int(llama_cpp.llama_memory_seq_pos_min(memory, 0))  # of a window's cache; -1: nothing of it is left
+        return 0 <= first <= max(0, int(self.n_tokens) - window + 1)
+
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """As the stock method, but a long word does not end the process (see `large_stack`).
+        """As the stock method, but a long word does not end the process.
 
         Args:
             text: in UTF-8.
@@ -274,14 +297,12 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
             ArgumentError: the text has a word, or white space, of more than 1 MiB.
             OutOfMemoryError: no room for the stack that a long word takes.
         """
-        by_words = self._model.vocab_type() == llama_cpp.LLAMA_VOCAB_TYPE_BPE
-        stretch = longest_stretch(text) if by_words and isinstance(text, bytes) else 0
-        tokenize = super().tokenize
-        tokens: list[int] = (
-            on_large_stack(lambda: tokenize(text, add_bos, special), stretch)
-            if stretch
-            else tokenize(text, add_bos, special)
-        )
+        by_words = self._model.vocab_type() == llama_cpp.LLAMA_VOCAB_TYPE_BPE and isinstance(text, bytes)
+        stretch = max((len(match[0]) for match in _STRETCH.finditer(text)), default=0) if by_words else 0
+        stock = super().tokenize
+        if stretch:
+            return _on_large_stack(lambda: stock(text, add_bos, special), stretch)
+        tokens: list[int] = stock(text, add_bos, special)
         return tokens
 
     def detokenize(
@@ -428,3 +449,43 @@ def _bounded(item: str, least: int, most: int | None, *args: Any, **kwargs: Any)
 
 _repetition: Any = llama_cpp.llama_grammar._build_repetition
 llama_cpp.llama_grammar._build_repetition = _bounded
+
+
+# ---- Long words ----
+
+# The tokenizers of many models (those of gpt-oss, DeepSeek, Mistral Nemo) cut texts by regular expressions, for which
+# llama.cpp takes std::regex; that calls itself for every character of a match, with 321 bytes of stack each time (GCC
+# 12). 26,000 spaces, dashes or letters in a row, as padding or a sequence of DNA has, overran the 8 MiB of a thread and
+# ended the process.
+_LONGEST: Final = 1 << 20
+"""Bytes of a stretch that are taken; the stack for it is address space, of which what is used takes memory."""
+
+_SAFE: Final = 2048
+_STACK_PER_BYTE: Final = 640
+_STACK: Final = 8 << 20
+_STRETCH: Final = re.compile(rb"\S{%d,}|\s{%d,}" % (_SAFE, _SAFE))
+"""A stretch without white space, or of white space alone, that needs a large stack."""
+_lock = threading.Lock()
+
+
+def _on_large_stack(call: Callable[[], T], stretch: int) -> T:
+    """What `call` returns or raises, from a thread whose stack suffices for a stretch of so many bytes.
+
+    Raises:
+        ArgumentError: the stretch is longer than `_LONGEST`.
+        OutOfMemoryError: the system has no room for such a stack.
+    """
+    if stretch > _LONGEST:
+        raise ArgumentError(
+            f"the text has a word, or white space, of {stretch:,} bytes, at most {_LONGEST:,} are read: is it a text?"
+        )
+    with ThreadPoolExecutor(1, "tqgguf-large-stack") as pool:
+        with _lock:  # the size is one for all threads that are started
+            before = threading.stack_size(_STACK + _STACK_PER_BYTE * stretch & ~4095)
+            try:
+                result = pool.submit(call)
+            except RuntimeError:
+                raise OutOfMemoryError(f"no room for a stack that suffices for a word of {stretch:,} bytes") from None
+            finally:
+                threading.stack_size(before)
+        return result.result()

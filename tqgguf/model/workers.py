@@ -116,11 +116,9 @@ class Workers:
                 self._places[device_name(device)] = name if len(found) == 1 else f"{name}/{i}"
             devices += found
         devices += local_gpus()
-        if len(devices) > MAX_WORKERS:
+        if (n := len(devices)) > MAX_WORKERS:
             self.release()
-            raise ArgumentError(
-                f"the workers and this machine have {len(devices)} devices, llama.cpp takes {MAX_WORKERS}"
-            )
+            raise ArgumentError(f"the workers and this machine have {n} devices, llama.cpp takes {MAX_WORKERS}")
         self.devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
 
     def greet(self) -> None:
@@ -154,16 +152,25 @@ class Workers:
         return self._places.get(device, device)
 
 
+def ipv4_address(host: str) -> str:
+    """The IPv4 address of a host. llama.cpp takes no names.
+
+    Raises:
+        ValueError: it has none; the message says so, and why.
+    """
+    try:
+        return str(socket.getaddrinfo(host, None, family=socket.AF_INET)[0][4][0])
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{host} has no IPv4 address ({reason}), and llama.cpp takes no other") from None
+
+
 def _address(name: str) -> str:
     host, _, port = name.rpartition(":")
     try:
-        found = socket.getaddrinfo(host, int(port), family=socket.AF_INET, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WorkerError(
-            f"worker {name}: {host} has no IPv4 address ({reason}), and llama.cpp takes no other"
-        ) from None
-    return f"{found[0][4][0]}:{port}"
+        return f"{ipv4_address(host)}:{port}"
+    except ValueError as error:
+        raise WorkerError(f"worker {name}: {error}") from None
 
 
 _known: dict[str, Protocol] = {}
@@ -240,22 +247,3 @@ def _check(name: str, theirs: Protocol, ours: bool) -> None:
 
 def _dotted(version: Protocol) -> str:
     return ".".join(map(str, version[:3]))
-
-
-def free_port(host: str, port: int) -> int:
-    """The port a worker shall listen on, once it is known that it can; 0 asks for any that is free.
-
-    Raises:
-        ArgumentError: the address cannot be had.
-    """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((host, port))
-            trial.listen(1)
-            number: Any = trial.getsockname()[1]
-            return int(number)
-    except OSError as error:
-        raise ArgumentError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port (0: any that is free)"
-        ) from None

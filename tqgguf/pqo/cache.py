@@ -292,11 +292,10 @@ class PqoCache:
             views.append(view := self._open().take(x, name, borrowed))
             if len(view.shape) != 3 or view.shape[1:] != heads:
                 raise ArgumentError(f"{name} must have shape (n_tokens, {heads[0]}, {heads[1]}), not {view.shape}")
-        if views[0].shape != views[1].shape:
-            raise ArgumentError(
-                f"k and v must hold the same number of tokens, shapes are {views[0].shape} and {views[1].shape}"
-            )
-        return views[0], views[1]
+        a, b = views
+        if a.shape != b.shape:
+            raise ArgumentError(f"k and v must hold the same number of tokens, shapes are {a.shape} and {b.shape}")
+        return a, b
 
 
 def _integer(value: Any, name: str) -> int:

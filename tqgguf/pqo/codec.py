@@ -39,14 +39,9 @@ def quantize(x: npt.NDArray[np.floating[Any]], type: str, mode: str = "search") 
         raise ArgumentError(f"the last axis of x must be a multiple of {kind.block} values, shape is {values.shape}")
     out = np.empty((*values.shape[:-1], kind.row_bytes(values.shape[-1])), dtype=np.uint8)
     native = library()
+    source, target = (native.ffi.from_buffer(array) for array in (values, out))
     native.check(
-        native.lib.tq_encode(
-            kind.number,
-            mode_number,
-            native.ffi.from_buffer("float[]", values),
-            values.size,
-            native.ffi.from_buffer("uint8_t[]", out, require_writable=True),
-        )
+        native.lib.tq_encode(kind.number, mode_number, native.ffi.cast("float *", source), values.size, target)
     )
     return out
 
@@ -79,15 +74,8 @@ def dequantize(b: npt.NDArray[np.uint8], type: str, mode: str = "search") -> npt
     data = np.ascontiguousarray(b)
     out = np.empty((*b.shape[:-1], b.shape[-1] // kind.bytes * kind.block), dtype=np.float32)
     native = library()
-    native.check(
-        native.lib.tq_decode(
-            kind.number,
-            mode_number,
-            native.ffi.from_buffer("uint8_t[]", data),
-            out.size,
-            native.ffi.from_buffer("float[]", out, require_writable=True),
-        )
-    )
+    source, target = (native.ffi.from_buffer(array) for array in (data, out))
+    native.check(native.lib.tq_decode(kind.number, mode_number, source, out.size, native.ffi.cast("float *", target)))
     return out
 
 

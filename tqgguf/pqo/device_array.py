@@ -280,12 +280,10 @@ def _from_dlpack(x: Any, name: str, queue: Queue) -> Borrowed:
                 f"{name} must be of float32, float16 or bfloat16, not of {getattr(x, 'dtype', f'DLPack type {found}')}"
             )
         shape = [int(tensor.shape[i]) for i in range(tensor.n_dims)]
-        contiguous = tensor.strides == native.ffi.NULL
-        strides = (
-            _contiguous(shape, kind)
-            if contiguous
-            else [kind.n_bytes * int(tensor.strides[i]) for i in range(tensor.n_dims)]
-        )
+        if tensor.strides == native.ffi.NULL:
+            strides = _contiguous(shape, kind)
+        else:
+            strides = [kind.n_bytes * int(tensor.strides[i]) for i in range(tensor.n_dims)]
         pointer = int(native.ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
         return Borrowed(name, pointer, shape, strides, kind).keep(managed)
     except BaseException:

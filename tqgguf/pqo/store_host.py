@@ -34,14 +34,15 @@ class HostStore:
     def n_tokens(self, layer: int) -> int:
         return self._native.check(self._native.lib.tq_cache_seq_len(self._cache, layer))
 
-    def append(self, layer: int, k: F32, v: F32) -> None:
-        null = self._native.ffi.NULL
-        self._prefill(layer, k, v, null, null)
+    def append(self, layer: int, k: F32, v: F32, k_out: Any = None, v_out: Any = None) -> None:
+        inputs = [self._native.ffi.from_buffer("float[]", each) for each in (k, v)]
+        outs = [self._native.ffi.NULL if each is None else self._out(each) for each in (k_out, v_out)]
+        self._native.check(self._native.lib.tq_cache_prefill(self._cache, layer, *inputs, len(k), *outs))
 
     def extend(self, layer: int, k: F32, v: F32, like: tuple[Any, Any]) -> tuple[Any, Any]:
         k_out = np.empty((self.n_tokens(layer) + len(k), *k.shape[1:]), dtype=np.float32)
         v_out = np.empty_like(k_out)
-        self._prefill(layer, k, v, self._out(k_out), self._out(v_out))
+        self.append(layer, k, v, k_out, v_out)
         return k_out.astype(like[0].dtype, copy=False), v_out.astype(like[1].dtype, copy=False)
 
     def decode(self, layer: int, k: F32, v: F32, q: F32, scale: float, like: Any) -> Any:
@@ -68,10 +69,6 @@ class HostStore:
 
     def free(self) -> None:
         self._native.ffi.release(self._cache)
-
-    def _prefill(self, layer: int, k: F32, v: F32, k_out: Any, v_out: Any) -> None:
-        inputs = [self._native.ffi.from_buffer("float[]", each) for each in (k, v)]
-        self._native.check(self._native.lib.tq_cache_prefill(self._cache, layer, *inputs, len(k), k_out, v_out))
 
     def _out(self, array: F32) -> Any:
         return self._native.ffi.from_buffer("float[]", array, require_writable=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hmac
 import json
 import logging
@@ -23,12 +22,13 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from .._native import import_llama_cpp
-from ..errors import ArgumentError, StoppedError, TqggufError, UnsupportedError, WorkerError
+from ..errors import StoppedError, TqggufError, UnsupportedError, WorkerError
 
 import_llama_cpp()
 try:
@@ -45,7 +45,6 @@ try:
     from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
     from starlette.exceptions import HTTPException as AnyHTTPException
 
-    from .reload import Reloading
     from .request import Requests, error_answer, error_body, host_of
 except ImportError as error:
     raise UnsupportedError(
@@ -63,6 +62,8 @@ LOCAL_ORIGINS: Final = r"https?://([a-z0-9-]+\.)?(localhost|127\.0\.0\.1|\[::1\]
 """Web pages that may always use the server: those of this machine."""
 PATIENCE: Final = 10
 """Seconds that a stream waits for its client to read; other requests wait for that long, too."""
+RETRY: Final = 1.0
+"""Seconds between attempts to load a model again."""
 GRACE: Final = 1
 """Seconds that connections have to close when the server ends; computations stop at once."""
 
@@ -93,28 +94,25 @@ class CacheFigures:
 
     def prometheus(self) -> str:
         """The same in the text format of Prometheus."""
-        lines: list[str] = []
-
-        def metric(name: str, kind: str, text: str, *samples: tuple[str, int]) -> None:
-            lines.extend((f"# HELP tqgguf_{name} {text}", f"# TYPE tqgguf_{name} {kind}"))
-            lines.extend(f"tqgguf_{name}{labels} {value}" for labels, value in samples)
-
         types = f'{{model={_label(self.model)},type_k="{self.cache.type_k}",type_v="{self.cache.type_v}"}}'
-        metric("cache_info", "gauge", "Types of the KV cache, as labels.", (types, 1))
-        metric("cache_tokens", "gauge", "Tokens the KV cache has room for.", ("", self.cache.n_ctx))
-        metric("cache_tokens_used", "gauge", "Tokens in the KV cache.", ("", self.tokens_used))
-        metric("cache_bytes", "gauge", "Bytes allocated for the KV cache.", ("", self.cache.bytes))
-        metric("cache_bytes_used", "gauge", "Bytes of blocks that hold tokens.", ("", self.bytes_used))
-        metric(
-            "cache_f16_bytes", "gauge", "Bytes an f16 cache of as many tokens would take.", ("", self.cache.f16_bytes)
+        statuses = {f'{{status="{status}"}}': n for status, n in sorted(self.requests.items())}
+        metrics: tuple[tuple[str, str, str, int | dict[str, int]], ...] = (
+            ("cache_info", "gauge", "Types of the KV cache, as labels.", {types: 1}),
+            ("cache_tokens", "gauge", "Tokens the KV cache has room for.", self.cache.n_ctx),
+            ("cache_tokens_used", "gauge", "Tokens in the KV cache.", self.tokens_used),
+            ("cache_bytes", "gauge", "Bytes allocated for the KV cache.", self.cache.bytes),
+            ("cache_bytes_used", "gauge", "Bytes of blocks that hold tokens.", self.bytes_used),
+            ("cache_f16_bytes", "gauge", "Bytes an f16 cache of as many tokens would take.", self.cache.f16_bytes),
+            ("requests_in_progress", "gauge", "Requests answered now or waiting.", self.requests_in_progress),
+            ("requests_total", "counter", "Requests answered, by HTTP status.", statuses),
+            ("tokens_read_total", "counter", "Tokens computed, of prompts and answers.", self.tokens_read),
+            ("workers_lost", "gauge", "1 while a worker is lost and requests get status 503.", int(self.lost != "")),
         )
-        metric("requests_in_progress", "gauge", "Requests answered now or waiting.", ("", self.requests_in_progress))
-        statuses = [(f'{{status="{status}"}}', n) for status, n in sorted(self.requests.items())]
-        metric("requests_total", "counter", "Requests answered, by HTTP status.", *statuses)
-        metric("tokens_read_total", "counter", "Tokens computed, of prompts and answers.", ("", self.tokens_read))
-        metric(
-            "workers_lost", "gauge", "1 while a worker is lost and requests get status 503.", ("", int(self.lost != ""))
-        )
+        lines: list[str] = []
+        for name, kind, text, value in metrics:
+            samples = value if isinstance(value, dict) else {"": value}
+            lines += [f"# HELP tqgguf_{name} {text}", f"# TYPE tqgguf_{name} {kind}"]
+            lines += [f"tqgguf_{name}{labels} {number}" for labels, number in samples.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -249,10 +247,8 @@ def _authentication(api_key: str | None) -> Any:
 
 def _http_error(request: Request, error: Any) -> Response:
     """The answer to an unknown path, a wrong method or a wrong key, in the form of OpenAI's interface."""
-    message = (
-        f"{request.method} {request.url.path}: {error.detail}" if error.status_code in (404, 405) else error.detail
-    )
-    body = {"error": error_body(message, error.status_code)}
+    where = f"{request.method} {request.url.path}: " if error.status_code in (404, 405) else ""
+    body = {"error": error_body(f"{where}{error.detail}", error.status_code)}
     return JSONResponse(body, error.status_code, error.headers)
 
 
@@ -285,30 +281,54 @@ async def _send(channel: Any, part: str) -> None:
         await channel.send({"data": part})
 
 
-# ---- Running it ----
+# ---- Workers that come back ----
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Binding comes before the model is loaded, so that a port in use is reported at once.
+class Reloading:
+    """ASGI middleware: if the model has lost a worker, a request loads it again, or gets status 503 if that fails.
 
-    Raises:
-        ArgumentError: the address cannot be used.
+    A request that comes within RETRY seconds of a failed attempt gets the status at once.
+
+    Args:
+        app: the application that answers.
+        model: the model of the application.
+        api_key: the key that clients must send, or None. The application refuses requests without it.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(128)  # clients wait while the model is loaded
-    except OSError as error:
-        of_the_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
-        advice = (
-            "--port (0: any that is free)" if of_the_port else "--host (127.0.0.1: this machine; 0.0.0.0: all of it)"
-        )
-        raise ArgumentError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another {advice}"
-        ) from None
-    return bound
+
+    def __init__(self, app: Any, model: Llama, api_key: str | None) -> None:
+        self.app, self.model = app, model
+        self.authorization = api_key and f"Bearer {api_key}".encode()
+        self.tried, self.why, self.lock = -RETRY, "", anyio.Lock()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and self.model.lost and self._authorized(scope):
+            async with self.lock:
+                message = await self._reload()
+            if message:
+                body = {"error": error_body(message, 503)}
+                await JSONResponse(body, 503, {"retry-after": f"{RETRY:g}"})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _authorized(self, scope: Any) -> bool:
+        """Whether the request has the key, without which the application refuses it."""
+        return self.authorization is None or (b"authorization", self.authorization) in scope["headers"]
+
+    async def _reload(self) -> str:
+        """Loads the model again if that is needed and due; returns why it is still lost, or ""."""
+        lost = self.model.lost
+        if lost and time.monotonic() - self.tried >= RETRY:
+            async with contextlib.asynccontextmanager(upstream.get_llama_proxy)():  # no other request computes
+                try:
+                    await run_in_threadpool(self.model.reload)
+                    _logger.warning("the model was loaded again on its workers")
+                    return ""
+                except (TqggufError, OSError, MemoryError) as error:
+                    self.tried, self.why = time.monotonic(), str(error)
+        return f"{lost}; this server has tried: {self.why}" if lost else ""
+
+
+# ---- Running it ----
 
 
 def serve(app: Any, model: Llama, bound: socket.socket) -> None:

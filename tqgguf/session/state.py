@@ -25,10 +25,9 @@ from ..gguf.info import KVLayer, ModelInfo
 
 U8 = npt.NDArray[np.uint8]
 
-_SESSION: Final = (0x6767736E, 10)
-"""LLAMA_SESSION_MAGIC and LLAMA_SESSION_VERSION."""
-_SEQUENCE: Final = (0x67677371, 3)
-"""LLAMA_STATE_SEQ_MAGIC and LLAMA_STATE_SEQ_VERSION."""
+_SESSION: Final = 0x6767736E
+_FILES: Final = {_SESSION: (10, "session"), 0x67677371: (3, "sequence")}
+"""Versions by LLAMA_SESSION_MAGIC and LLAMA_STATE_SEQ_MAGIC."""
 _SEQUENCE_DATA: Final = 0xAF143CD8
 """`io_magic` of src/llama-context.cpp."""
 
@@ -102,20 +101,17 @@ def _file(file: Path, data: memoryview, info: ModelInfo) -> CacheState:
     with data:
         reader = _Reader(data, str(file))
         magic, version = reader.number("I"), reader.number("I")
-        known = {
-            magic: (version_, name) for (magic, version_), name in ((_SESSION, "session"), (_SEQUENCE, "sequence"))
-        }
-        if magic not in known:
+        if magic not in _FILES:
             raise StateFileError(
                 f"{file} is neither a session of tqgguf nor a state of llama.cpp (which begins with ggsn or ggsq)"
             )
-        if version != known[magic][0]:
+        expected, kind = _FILES[magic]
+        if version != expected:
             raise StateFileError(
-                f"{file} is a {known[magic][1]} file of version {version}, this tqgguf reads version "
-                f"{known[magic][0]}: save it anew"
+                f"{file} is a {kind} file of version {version}, this tqgguf reads version {expected}: save it anew"
             )
         reader.take(4 * reader.number("I"), "tokens")
-        return _parse(reader, info, has_architecture=magic == _SESSION[0])
+        return _parse(reader, info, has_architecture=magic == _SESSION)
 
 
 def parse_state(

@@ -139,9 +139,7 @@ extern "C" int tq_cuda_device_use(int i, tq_cuda_device * device) {
     if (i != 0) {
         return tq_cuda_fail(TQ_E_ARGUMENT, "CUDA device %d given; there is 1", i);
     }
-    if (tq_cuda_device_ready() != TQ_OK) {
-        return TQ_E_UNSUPPORTED;
-    }
+    TQI_TRY(tq_cuda_device_ready());
     if (device != NULL) {
         memset(device, 0, sizeof *device);
         snprintf(device->name, sizeof device->name, "emulated");

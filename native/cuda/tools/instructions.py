@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import nvcc
+import resources
 
 UNITS = {
     "shared": "LDS STS",
@@ -31,9 +31,6 @@ UNITS = {
 """Everything else is the integer unit's: shifts, masks, permutations, comparisons, selections."""
 
 WIDE_COPY = "LDGSTS.E.BYPASS.128"
-
-PATTERN = r"tqi_attend_warp_kernelI\d+tqi_(\w{4})(?:\d+tqi_(\w{4})|S\d*_)Li(\d)ELi(\d)E"
-"""K's type, V's if it is another, tiles of eight vectors, and blocks of a head, in a kernel's mangled name."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def disassemble(arch: str) -> dict[str, list[Instruction]]:
     """The instructions of each kernel."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "attention.o"
-        subprocess.run(nvcc.command("attention.cu", arch, out), check=True)
+        subprocess.run(resources.nvcc("attention.cu", arch, out), check=True)
         said = subprocess.run(["cuobjdump", "-sass", str(out)], check=True, capture_output=True, text=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     for line in said.splitlines():
@@ -144,9 +141,9 @@ def main() -> int:
     units = [*UNITS, "integer"]
     heads = ["type", "head", "vectors", "around", "16 keys", *units]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    kernels = [(re.search(PATTERN, name), code) for name, code in sorted(disassemble(args.arch).items())]
+    kernels = [(re.search(resources.TYPES, name), code) for name, code in sorted(disassemble(args.arch).items())]
     if not any(found for found, _ in kernels):
-        raise ValueError(f"no kernel of attention.cu matches {PATTERN}")
+        raise ValueError(f"no kernel of attention.cu matches {resources.TYPES}")
     for found, code in kernels:
         if not found:
             continue

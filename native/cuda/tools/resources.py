@@ -16,7 +16,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import nvcc
+CUDA = Path(__file__).parents[1]
+SOURCES = {
+    line.split()[0]: line.split()[1:]
+    for line in (CUDA / "sources.txt").read_text().splitlines()
+    if line.split()[0].endswith((".cu", ".cpp"))
+}
+"""The files of sources.txt that are no C, and each one's own options."""
+
+TYPES = r"tqi_attend_warp_kernelI\d+tqi_(\w{4})(?:\d+tqi_(\w{4})|S\d*_)Li(\d)ELi(\d)E"
+"""K's type, V's if it is another, tiles of eight vectors, and blocks of a head, in a kernel's mangled name."""
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
 MOST_SPILLED = 64
@@ -40,15 +49,22 @@ def readable(mangled: str) -> str:
     numbers = re.findall(r"Li(\d+)E", mangled)
     if name == "tqi_attend_kernel":
         return f"{name}, {8 * int(numbers[0])} vectors"
-    if found := re.search(r"tqi_attend_warp_kernelI\d+tqi_(\w{4})(?:\d+tqi_(\w{4})|S\d*_)Li", mangled):
+    if found := re.search(TYPES, mangled):
         types = f"{found[1]}/{found[2]}" if found[2] else found[1]
-        return f"{name} {types} DK {32 * int(numbers[1])}, {8 * int(numbers[0])} vectors"
+        return f"{name} {types} DK {32 * int(found[4])}, {8 * int(found[3])} vectors"
     return " ".join([name, *(f"{number} bits" for number in numbers)])
+
+
+def nvcc(source: str, arch: str, out: Path) -> list[str]:
+    """The command that compiles one file for one architecture, sm_90 for instance."""
+    number = arch.removeprefix("sm_")
+    target = ["-gencode", f"arch=compute_{number},code={arch}", f"-I{CUDA.parent / 'include'}"]
+    return ["nvcc", "-std=c++17", "-O3", *SOURCES[source], *target, "-c", str(CUDA / source), "-o", str(out)]
 
 
 def compile_file(source: str, arch: str, folder: Path) -> tuple[list[Kernel], str]:
     """The kernels of one file, and whatever else the compiler said."""
-    command = nvcc.command(source, arch, folder / f"{Path(source).stem}-{arch}.o")
+    command = nvcc(source, arch, folder / f"{Path(source).stem}-{arch}.o")
     command += ["-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     kernels: list[Kernel] = []
@@ -77,11 +93,11 @@ def compile_callers(upstream: Path, folder: Path) -> str | None:
     )
     if probe.returncode != 0:
         return None
-    include = [f"-I{ggml / name}" for name in ("include", "src")] + [f"-I{nvcc.CUDA.parent / 'ggml'}"]
+    include = [f"-I{ggml / name}" for name in ("include", "src")] + [f"-I{CUDA.parent / 'ggml'}"]
     device = ["nvcc", "-std=c++17", "-use_fast_math", "-extended-lambda", "-gencode", "arch=compute_90,code=sm_90"]
     device += ["-DGGML_CUDA_USE_GRAPHS", *include, "-c", str(ggml / "src/ggml-cuda/ggml-cuda.cu")]
     host = ["cc", "-std=c11", "-O1", "-Wall", "-Wextra", "-Wno-unused-function", *include]
-    host += [f"-I{nvcc.CUDA}", f"-I{nvcc.CUDA.parent / 'include'}", "-c", str(nvcc.CUDA.parent / "ggml/tq_ggml_cuda.c")]
+    host += [f"-I{CUDA}", f"-I{CUDA.parent / 'include'}", "-c", str(CUDA.parent / "ggml/tq_ggml_cuda.c")]
     said = ""
     for command in (device, host):
         done = subprocess.run([*command, "-o", str(folder / "caller.o")], capture_output=True, text=True, check=False)
@@ -115,7 +131,7 @@ def main() -> int:
     failed = False
     start = time.monotonic()
     for arch in args.arch:
-        for source in nvcc.SOURCES:
+        for source in SOURCES:
             if source.endswith(".cpp") and arch != args.arch[0]:
                 continue  # the host's code is the same for all
             found, rest = compile_file(source, arch, args.compile)

@@ -53,9 +53,9 @@ INLINE __m512i index_of(int bits, const table * c, __m512 t) {
     return index;
 }
 
-INLINE vec level_of(int bits, const table * c, words index) {
+INLINE vec levels_at(int bits, const __m512 * levels, words index) {
     (void) bits;
-    return _mm512_permutexvar_ps(index, c->levels);
+    return _mm512_permutexvar_ps(index, *levels);
 }
 
 /* Packs 16 indices: lanes 0..7 and 8..15 into a word each of 8 * bits bits. */
@@ -365,19 +365,4 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
 #include "softmax.h"
 #include "steps.h"
 
-static const tqi_steps pqo = { encode, unpack, scores, accumulate };
-
-const tqi_kernels tqi_kernels_avx512 = {
-    .name = "avx512",
-    .supported = supported,
-    .pqo = &pqo,
-    .trellis = &tqi_trellis_avx512,
-    .widen = widen,
-    .narrow = narrow,
-    .transform = transform,
-    .scores_f16 = scores_f16,
-    .accumulate_f16 = accumulate_f16,
-    .softmax_row = softmax_row,
-    .gemm = gemm,
-    .softmax_columns = softmax_columns,
-};
+TQI_KERNELS(avx512, &tqi_trellis_avx512);

@@ -50,10 +50,6 @@ INLINE words index_of(int bits, const table * c, vec t) {
     return index;
 }
 
-INLINE vec level_of(int bits, const table * c, words index) {
-    return levels_at(bits, &c->levels, index);
-}
-
 /* ---- Blocks ---- */
 
 INLINE void pack(int bits, words index, uint8_t * out) {
@@ -88,19 +84,4 @@ INLINE vec values(int bits, const decoder * c, codes from, int g) {
 #include "softmax.h"
 #include "steps.h"
 
-static const tqi_steps pqo = { encode, unpack, scores, accumulate };
-
-const tqi_kernels tqi_kernels_neon = {
-    .name = "neon",
-    .supported = supported,
-    .pqo = &pqo,
-    .trellis = &tqi_trellis_neon,
-    .widen = widen,
-    .narrow = narrow,
-    .transform = transform,
-    .scores_f16 = scores_f16,
-    .accumulate_f16 = accumulate_f16,
-    .softmax_row = softmax_row,
-    .gemm = gemm,
-    .softmax_columns = softmax_columns,
-};
+TQI_KERNELS(neon, &tqi_trellis_neon);

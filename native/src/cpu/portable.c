@@ -99,50 +99,45 @@ static float search_scale(const tqi_codec * codec, const float * y) {
     return d;
 }
 
+/* The modes of turboquant-rs: the scale from the largest magnitude, or from the norm before the transform. Divides y by
+ * it. */
+static float norm_scale(const tqi_codec * codec, float * y) {
+    float d = 0.0f, squares[TQ_BLOCK];
+    if (codec->mode == TQ_MODE_MAXNORM) {
+        tqi_transform(codec->signs, y);
+    }
+    for (int i = 0; i < TQ_BLOCK; ++i) {
+        d = fabsf(y[i]) > d ? fabsf(y[i]) : d;
+        squares[i] = y[i] * y[i];
+    }
+    d = codec->mode == TQ_MODE_MAXNORM ? d / codec->outer : sqrtf(tqi_sum32(squares));
+    d = d > TQI_NORM_MIN ? d : TQI_NORM_MIN;
+    for (int i = 0; i < TQ_BLOCK; ++i) {
+        y[i] = y[i] / d;
+    }
+    if (codec->mode == TQ_MODE_L2NORM) {
+        tqi_transform(codec->signs, y);
+    }
+    return d < TQI_F16_MAX ? d : TQI_F16_MAX;
+}
+
 static void encode_block(const tqi_codec * codec, const float * x, uint8_t * block) {
     float y[TQ_BLOCK];
-    float d = 0.0f;
     for (int i = 0; i < TQ_BLOCK; ++i) {
         y[i] = tqi_sanitize(x[i]);
     }
-    switch (codec->mode) {
-        case TQ_MODE_SEARCH: {
-            tqi_transform(codec->signs, y);
-            const uint16_t h = tqi_f32_to_f16(tqi_sanitize(search_scale(codec, y)));
-            const float inverse = 1.0f / tqi_f16_to_f32(h);
-            for (int i = 0; i < TQ_BLOCK; ++i) {
-                y[i] *= inverse;
-            }
-            put_block(codec, h, y, block);
-            return;
-        }
-        case TQ_MODE_MAXNORM: {
-            tqi_transform(codec->signs, y);
-            for (int i = 0; i < TQ_BLOCK; ++i) {
-                d = fabsf(y[i]) > d ? fabsf(y[i]) : d;
-            }
-            d = d / codec->outer;
-            d = d > TQI_NORM_MIN ? d : TQI_NORM_MIN;
-            for (int i = 0; i < TQ_BLOCK; ++i) {
-                y[i] = y[i] / d;
-            }
-            break;
-        }
-        default: { /* TQ_MODE_L2NORM: to the unit sphere first, then transform */
-            float squares[TQ_BLOCK];
-            for (int i = 0; i < TQ_BLOCK; ++i) {
-                squares[i] = y[i] * y[i];
-            }
-            d = sqrtf(tqi_sum32(squares));
-            d = d > TQI_NORM_MIN ? d : TQI_NORM_MIN;
-            for (int i = 0; i < TQ_BLOCK; ++i) {
-                y[i] = y[i] / d;
-            }
-            tqi_transform(codec->signs, y);
-            break;
-        }
+    if (codec->mode != TQ_MODE_SEARCH) {
+        const float d = norm_scale(codec, y);
+        put_block(codec, tqi_f32_to_f16(d), y, block);
+        return;
     }
-    put_block(codec, tqi_f32_to_f16(d < TQI_F16_MAX ? d : TQI_F16_MAX), y, block);
+    tqi_transform(codec->signs, y);
+    const uint16_t h = tqi_f32_to_f16(tqi_sanitize(search_scale(codec, y)));
+    const float inverse = 1.0f / tqi_f16_to_f32(h);
+    for (int i = 0; i < TQ_BLOCK; ++i) {
+        y[i] *= inverse;
+    }
+    put_block(codec, h, y, block);
 }
 
 static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
@@ -286,20 +281,6 @@ static void v_store_f16(uint16_t * to, float x) {
 
 #include "rows_f16.h"
 
-static const tqi_steps pqo = { encode, unpack, scores, accumulate };
 static const tqi_steps trellis = { tqi_trellis_encode_portable, tqi_trellis_unpack_portable, scores, accumulate };
 
-const tqi_kernels tqi_kernels_portable = {
-    .name = "portable",
-    .supported = supported,
-    .pqo = &pqo,
-    .trellis = &trellis,
-    .widen = widen,
-    .narrow = narrow,
-    .transform = transform,
-    .scores_f16 = scores_f16,
-    .accumulate_f16 = accumulate_f16,
-    .softmax_row = softmax_row,
-    .gemm = gemm,
-    .softmax_columns = softmax_columns,
-};
+TQI_KERNELS(portable, &trellis);

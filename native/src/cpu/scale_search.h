@@ -2,9 +2,9 @@
  * portable.c computes, operation by operation: the same bytes.
  *
  * The including file defines
- *   table                    a codebook in registers; load_table(bits, codec)
+ *   table                    a codebook in registers, its levels among others; load_table(bits, codec)
  *   index_of(bits, &c, t)    how many boundaries lie below each lane of t, as words
- *   level_of(bits, &c, i)    the levels of those indices
+ *   levels_at(bits, &c.levels, i)  the levels of those indices
  *   pack(bits, i, out)       writes LANES indices as LANES * bits / 8 bytes */
 #include "block.h"
 
@@ -40,7 +40,7 @@ INLINE float search_scale(int bits, const tqi_codec * codec, const table * c, bl
             block v;
             UNROLL
             for (int i = 0; i < N_VEC; ++i) {
-                v.v[i] = level_of(bits, c, index_of(bits, c, t.v[i]));
+                v.v[i] = levels_at(bits, &c->levels, index_of(bits, c, t.v[i]));
             }
             const float yv = sum32(multiply(y, v)), vv = sum32(multiply(v, v));
             const float gain = yv * yv / vv;

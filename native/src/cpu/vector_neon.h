@@ -20,6 +20,16 @@ typedef struct {
 
 typedef words truth; /* true is -1 */
 
+/* name(a), and name(a, b): one instruction for each of the two registers. */
+#define UNARY(type, name, of, instruction)                                                                             \
+    INLINE type name(of a) {                                                                                           \
+        return (type) { { instruction(a.v[0]), instruction(a.v[1]) } };                                                \
+    }
+#define BINARY(type, name, of, instruction)                                                                            \
+    INLINE type name(of a, of b) {                                                                                     \
+        return (type) { { instruction(a.v[0], b.v[0]), instruction(a.v[1], b.v[1]) } };                                \
+    }
+
 #define v_load_all(p) v_set1(*(p))
 #define v_per_block(p, stride) v_set1(*(p))
 
@@ -45,53 +55,26 @@ INLINE void v_store_f16(uint16_t * p, vec a) {
     vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(a.v[0]), a.v[1])));
 }
 
-INLINE vec v_add(vec a, vec b) {
-    return (vec) { { vaddq_f32(a.v[0], b.v[0]), vaddq_f32(a.v[1], b.v[1]) } };
-}
-
-INLINE vec v_sub(vec a, vec b) {
-    return (vec) { { vsubq_f32(a.v[0], b.v[0]), vsubq_f32(a.v[1], b.v[1]) } };
-}
-
-INLINE vec v_mul(vec a, vec b) {
-    return (vec) { { vmulq_f32(a.v[0], b.v[0]), vmulq_f32(a.v[1], b.v[1]) } };
-}
-
-INLINE vec v_div(vec a, vec b) {
-    return (vec) { { vdivq_f32(a.v[0], b.v[0]), vdivq_f32(a.v[1], b.v[1]) } };
-}
-
-INLINE vec v_min(vec a, vec b) {
-    return (vec) { { vminq_f32(a.v[0], b.v[0]), vminq_f32(a.v[1], b.v[1]) } };
-}
-
-INLINE vec v_max(vec a, vec b) {
-    return (vec) { { vmaxq_f32(a.v[0], b.v[0]), vmaxq_f32(a.v[1], b.v[1]) } };
-}
-
-INLINE vec v_abs(vec a) {
-    return (vec) { { vabsq_f32(a.v[0]), vabsq_f32(a.v[1]) } };
-}
+BINARY(vec, v_add, vec, vaddq_f32)
+BINARY(vec, v_sub, vec, vsubq_f32)
+BINARY(vec, v_mul, vec, vmulq_f32)
+BINARY(vec, v_div, vec, vdivq_f32)
+BINARY(vec, v_min, vec, vminq_f32)
+BINARY(vec, v_max, vec, vmaxq_f32)
+UNARY(vec, v_abs, vec, vabsq_f32)
 
 INLINE vec v_fma(vec a, vec b, vec c) {
     return (vec) { { vfmaq_f32(c.v[0], a.v[0], b.v[0]), vfmaq_f32(c.v[1], a.v[1], b.v[1]) } };
 }
 
-INLINE vec v_round(vec a) {
-    return (vec) { { vrndnq_f32(a.v[0]), vrndnq_f32(a.v[1]) } };
-}
-
-INLINE truth v_less(vec a, vec b) {
-    return (truth) { { vcltq_f32(a.v[0], b.v[0]), vcltq_f32(a.v[1], b.v[1]) } };
-}
+UNARY(vec, v_round, vec, vrndnq_f32)
+BINARY(truth, v_less, vec, vcltq_f32)
 
 INLINE truth v_not_less(vec a, vec b) {
     return (truth) { { vmvnq_u32(vcltq_f32(a.v[0], b.v[0])), vmvnq_u32(vcltq_f32(a.v[1], b.v[1])) } };
 }
 
-INLINE truth v_equal(vec a, vec b) {
-    return (truth) { { vceqq_f32(a.v[0], b.v[0]), vceqq_f32(a.v[1], b.v[1]) } };
-}
+BINARY(truth, v_equal, vec, vceqq_f32)
 
 INLINE vec v_select(truth which, vec yes, vec no) {
     return (vec) { { vbslq_f32(which.v[0], yes.v[0], no.v[0]), vbslq_f32(which.v[1], yes.v[1], no.v[1]) } };
@@ -154,9 +137,7 @@ INLINE words w_zero(void) {
     return (words) { { vdupq_n_u32(0), vdupq_n_u32(0) } };
 }
 
-INLINE words w_add(words a, words b) {
-    return (words) { { vaddq_u32(a.v[0], b.v[0]), vaddq_u32(a.v[1], b.v[1]) } };
-}
+BINARY(words, w_add, words, vaddq_u32)
 
 INLINE void w_store(int32_t * p, words a) {
     vst1q_s32(p, vreinterpretq_s32_u32(a.v[0]));
@@ -172,22 +153,15 @@ INLINE words w_set1(uint32_t w) {
     return (words) { { vdupq_n_u32(w), vdupq_n_u32(w) } };
 }
 
-INLINE words w_and(words a, words b) {
-    return (words) { { vandq_u32(a.v[0], b.v[0]), vandq_u32(a.v[1], b.v[1]) } };
-}
-
-INLINE words w_or(words a, words b) {
-    return (words) { { vorrq_u32(a.v[0], b.v[0]), vorrq_u32(a.v[1], b.v[1]) } };
-}
+BINARY(words, w_and, words, vandq_u32)
+BINARY(words, w_or, words, vorrq_u32)
 
 INLINE words w_bits(uint32_t w) {
     static const int32_t right[8] = { 0, -1, -2, -3, -4, -5, -6, -7 };
     return w_and(w_shift(w_set1(w), right), w_set1(1));
 }
 
-INLINE words w_count(words n, truth which) {
-    return (words) { { vsubq_u32(n.v[0], which.v[0]), vsubq_u32(n.v[1], which.v[1]) } };
-}
+BINARY(words, w_count, words, vsubq_u32) /* true is -1 */
 
 INLINE float f16_to_f32(uint16_t h) {
     return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0);

@@ -228,7 +228,7 @@ class Conversation:
         Raises:
             TqggufError: as `k_scales`.
         """
-        from ...diagnostics.scales import k_scales
+        from ...diagnostics.cache_contents import k_scales
 
         info = self.model.cache_info()
         print(cache_line(info))

@@ -8,19 +8,16 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from ...cache.tail import DEFAULT_TAIL
 from ...config import CACHE_TYPES, MEASURED_TYPES
 from ...errors import TqggufError
 from ...gguf.info import read_model_info
-from ..options import add_calibration_option, add_text_options, cache_list, tail
-from ..render.format import to_json
+from ..options import add_calibration_option, add_text_options, cache_list, several, tail
+from ..render.format import show, to_json
 from ..render.plot import check_plot, plot
 from ..render.progress import Bar
-
-if TYPE_CHECKING:
-    from ...diagnostics.compare import Trial
 
 ATTENTION_TOKENS: Final = 512
 """Tokens for --attention without --ctx: time and memory grow with their square."""
@@ -94,7 +91,7 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 def tail_list(text: str) -> tuple[int, ...]:
     """argparse type: numbers of tokens with commas between, none twice."""
-    found = tuple(tail(part.strip()) for part in text.split(","))
+    found = several(tail, text)
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"a tail is given twice in {text!r}")
     return found
@@ -102,9 +99,9 @@ def tail_list(text: str) -> tuple[int, ...]:
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from ...diagnostics.compare import compare_trial, own_text, read_text
-    from ...diagnostics.continuation import check_generate, continue_trial
-    from ...diagnostics.recall import recall_trial
+    from ...diagnostics.compare import compare, own_text, read_text
+    from ...diagnostics.continuation import continuation
+    from ...diagnostics.recall import recall
     from ..render.compare import print_comparison, print_continuation, print_recall
 
     if args.plot:
@@ -119,18 +116,12 @@ def call(args: argparse.Namespace) -> int:
         if text is None:
             text = own_text(read_model_info(args.model), args.ctx or ATTENTION_TOKENS, 1)
         return call_attention(args, text, types)
-    trial = _trial(args)
-    if args.generate is not None:
-        check_generate(args.generate, trial.n_ctx)
+    _check_measured(args)
+    both: dict[str, Any] = {"tails": args.tail, "n_ctx": args.ctx, "n_threads": args.threads}
+    both["calibration"] = args.calibration
+    read = {**both, "n_chunks": args.chunks, "n_batch": args.batch}
     with contextlib.closing(Bar()) as bar:
-        comparison = compare_trial(
-            trial,
-            text,
-            n_chunks=args.chunks,
-            n_batch=args.batch,
-            n_threads=args.threads,
-            progress=partial(bar, "reading"),
-        )
+        comparison = compare(args.model, args.cache, text, **read, progress=partial(bar, "reading"))
     for note in comparison.notes:
         print(f"tqgguf: note: {note}", file=sys.stderr)
     if not args.json:  # before the questions, which may take as long again
@@ -138,20 +129,13 @@ def call(args: argparse.Namespace) -> int:
     continued = recalled = None
     if args.generate:
         with contextlib.closing(Bar()) as bar:
-            continued = continue_trial(
-                trial,
-                text,
-                args.generate,
-                n_chunks=args.chunks,
-                n_batch=args.batch,
-                n_threads=args.threads,
-                progress=partial(bar, "continuing"),
-            )
+            options = {**read, "n_generate": args.generate, "progress": partial(bar, "continuing")}
+            continued = continuation(args.model, args.cache, text, **options)
         if not args.json:
             print_continuation(continued)
     if args.recall:
         with contextlib.closing(Bar()) as bar:
-            recalled = recall_trial(trial, n_threads=args.threads, progress=partial(bar, "asking"))
+            recalled = recall(args.model, args.cache, **both, progress=partial(bar, "asking"))
     if args.json:
         print(to_json({"comparison": comparison, "continuation": continued, "recall": recalled}))
     elif recalled:
@@ -161,16 +145,18 @@ def call(args: argparse.Namespace) -> int:
     return 0
 
 
-def _trial(args: argparse.Namespace) -> Trial:
-    """The model and its caches. A wrong list of caches is a usage error."""
-    from ...diagnostics.compare import Trial, also_calibrated, compared_caches, context_length
+def _check_measured(args: argparse.Namespace) -> None:
+    """Refuses before anything is measured what cannot be; a wrong list of caches is a usage error."""
+    from ...diagnostics.compare import compared_caches, context_length
+    from ...diagnostics.continuation import check_generate
 
     info = read_model_info(args.model)
     try:
-        caches = compared_caches(args.cache, info.n_layer, args.tail)
+        compared_caches(args.cache, info.n_layer, args.tail)
     except TqggufError as error:
         args.usage_error(f"argument --cache: {error}")
-    return Trial(info, also_calibrated(info, caches, args.calibration), context_length(info, args.ctx))
+    if args.generate is not None:
+        check_generate(args.generate, context_length(info, args.ctx))
 
 
 def call_attention(args: argparse.Namespace, text: str, types: Sequence[str] | None) -> int:
@@ -182,7 +168,7 @@ def call_attention(args: argparse.Namespace, text: str, types: Sequence[str] | N
         types: cache types; None for all that fit.
     """
     from ...diagnostics.attention import attention_quality
-    from ..render.attention import print_attention
+    from ..render.compare import print_attention
 
     result = attention_quality(
         args.model,
@@ -194,8 +180,5 @@ def call_attention(args: argparse.Namespace, text: str, types: Sequence[str] | N
         rotate=not args.no_rotation,
         n_threads=args.threads,
     )
-    if args.json:
-        print(to_json(result))
-    else:
-        print_attention(result)
+    show(result, args.json, print_attention)
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 from ...config import PREFERRED_TYPES
 from ...errors import CacheTypeError
 from ..options import add_tail_option, cache_list, memory_size, positive
-from ..render.format import to_json
+from ..render.format import show
 
 
 def add_parser(commands: Any) -> None:
@@ -74,8 +74,5 @@ def call(args: argparse.Namespace) -> int:
     )
     if all(row.obstacle for row in result.rows):
         raise CacheTypeError(f"{result.info.path.name} can have none of these caches: {result.rows[0].obstacle}")
-    if args.json:
-        print(to_json(result))
-    else:
-        print_fit(result)
+    show(result, args.json, print_fit)
     return 0 if result.recommended else 1

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import TextError
-from ..options import add_cache_options, add_threads_option, context_of, load_model, positive
-from ..render.format import to_json
+from ..options import add_cache_options, add_threads_option, context_of, load_model, positive, several
+from ..render.format import show
 from ..render.progress import Bar
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def add_parser(commands: Any) -> None:
         epilog="example: tqgguf inspect model.gguf --session talk.session --html report.html",
     )
     parser.add_argument("model", help="a GGUF file")
+    contexts = partial(several, positive)
     parser.add_argument(
         "--ctx", type=contexts, default=(), metavar="N,N", help="context lengths (default: the model's own)"
     )
@@ -40,11 +42,6 @@ def add_parser(commands: Any) -> None:
     add_threads_option(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(call=call, usage_error=parser.error, cache=None)
-
-
-def contexts(text: str) -> tuple[int, ...]:
-    """argparse type: positive integers with commas between."""
-    return tuple(positive(part.strip()) for part in text.split(","))
 
 
 def call(args: argparse.Namespace) -> int:
@@ -64,10 +61,7 @@ def call(args: argparse.Namespace) -> int:
     if args.html or args.sample:
         args.usage_error("--html and --sample need something to look into: --session or --file")
     result = model_cache(args.model, args.ctx, tail=args.tail)
-    if args.json:
-        print(to_json(result))
-    else:
-        print_model_cache(result)
+    show(result, args.json, print_model_cache)
     return 0
 
 
@@ -87,10 +81,7 @@ def _call_contents(args: argparse.Namespace) -> int:
     if args.html:
         write_whole(args.html, (page(result).encode(),), what="page")
         print(f"written: {args.html}", file=sys.stderr)
-    if args.json:
-        print(to_json(result))
-    else:
-        print_contents(result)
+    show(result, args.json, print_contents)
     return 0
 
 

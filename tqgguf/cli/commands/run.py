@@ -72,13 +72,9 @@ def call(args: argparse.Namespace) -> int:
         print(to_json(answer))
         return 0
     view.end()
-    cut = ""
-    if finish == "length":
-        cut = (
-            "; cut off: the context is full"
-            if model.n_tokens >= model.n_ctx() - 1
-            else f"; cut off by -n {args.n_predict}"
-        )
+    full = model.n_tokens >= model.n_ctx() - 1
+    why = ": the context is full" if full else f" by -n {args.n_predict}"
+    cut = f"; cut off{why}" if finish == "length" else ""
     took = f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
     speed = f", prompt included, at {view.speed:,.1f} tokens/s" if view.speed else ""
     print(f"{len(pieces)} pieces in {took}{speed}{cut}; {cache_line(info)}", file=sys.stderr)

@@ -62,7 +62,8 @@ def api_key(text: str) -> str:
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from ...serve.app import create_app, listen, serve
+    from ..._util import listen
+    from ...serve.app import create_app, serve
     from ...serve.request import host_of, is_loopback
 
     for origin in args.origin:

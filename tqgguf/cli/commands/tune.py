@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._util import check_folder
 from ...errors import ArgumentError, PolicyError
-from ..options import add_tail_option, add_text_options, cache_name, positive
+from ..options import add_tail_option, add_text_options, cache_name, positive, positive_number, several
 from ..render.format import to_json
 from ..render.progress import Bar
 
@@ -32,13 +33,18 @@ def add_parser(commands: Any) -> None:
     add_text_options(parser, chunks=", half of them held out (default: 8)")
     parser.add_argument("-o", "--output", required=True, metavar="POLICY", help="the file to write, ending in .gguf")
     goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--budget", type=number, metavar="BITS", help="bits per value, averaged over the whole cache")
     goal.add_argument(
-        "--max-kld", type=number, metavar="X", help="instead: the smallest policy whose mean KLD is at most X nats"
+        "--budget", type=positive_number, metavar="BITS", help="bits per value, averaged over the whole cache"
+    )
+    goal.add_argument(
+        "--max-kld",
+        type=positive_number,
+        metavar="X",
+        help="instead: the smallest policy whose mean KLD is at most X nats",
     )
     parser.add_argument(
         "--types",
-        type=type_list,
+        type=partial(several, cache_name),
         metavar="TYPE,TYPE",
         help="types to choose from (default: pqt3,pqt4,q8_0; pqo3,pqo4,q8_0 takes less time to store and attend)",
     )
@@ -60,27 +66,11 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(call=call)
 
 
-def number(text: str) -> float:
-    """argparse type: a positive number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
-    return value
-
-
-def type_list(text: str) -> tuple[str, ...]:
-    """argparse type: names of cache types with commas between."""
-    return tuple(cache_name(part.strip()) for part in text.split(","))
-
-
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     from ...diagnostics.compare import read_text
     from ...diagnostics.tune import CANDIDATE_TYPES, tune
-    from ..render.tune import print_tuning
+    from ..render.compare import print_tuning
 
     output = Path(args.output)
     check_output(output)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from ..._util import listen
 from ...config import CACHE_TYPES
 from ...errors import ArgumentError, TqggufError
 from ..options import port, threads
@@ -56,10 +57,15 @@ def add_parser(commands: Any) -> None:
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     from ..._native import rpc
-    from ...model.workers import TRUST, free_port
+    from ...model.workers import TRUST, ipv4_address
 
-    host, folder = _address(args.host), _folder(args.keep_weights)
-    number = free_port(host, args.port)
+    try:
+        host = ipv4_address(args.host)
+    except ValueError as error:
+        raise ArgumentError(f"--host {error}") from None
+    folder = _folder(args.keep_weights)
+    with listen(host, args.port, socket.AF_INET) as bound:  # to know that llama.cpp can
+        number = bound.getsockname()[1]
     n_threads = args.threads or max(1, (os.cpu_count() or 2) // 2)
     major, minor, patch, version = rpc.protocol()
     for name, description, n_bytes in rpc.serving():
@@ -117,15 +123,6 @@ def _listening(host: str, number: int, ended: threading.Event) -> bool:
             return True
         time.sleep(0.01)
     return False
-
-
-def _address(host: str) -> str:
-    """The IPv4 address to listen on. llama.cpp takes no names."""
-    try:
-        return str(socket.getaddrinfo(host, None, family=socket.AF_INET)[0][4][0])
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ArgumentError(f"--host {host} has no IPv4 address ({reason}), and llama.cpp takes no other") from None
 
 
 def _folder(path: str | None) -> str | None:

@@ -1,15 +1,22 @@
-"""What `tqgguf compare` prints."""
+"""What `tqgguf compare` and `tqgguf tune` print."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
+from ...config import CACHE_TYPES
+from ...diagnostics.attention import OUTLIER_FACTOR, AttentionQuality, HeadError, LayerAttention
 from ...diagnostics.compare import Comparison, TypeQuality
 from ...diagnostics.continuation import Continuation
 from ...diagnostics.recall import DEPTHS, Recall
-from .table import new_table, print_table
+from ...diagnostics.tune import Tuning
+from .table import new_table, print_table, print_text
+
+_FIGURES: Final = (("K NMSE", "nmse_k"), ("V NMSE", "nmse_v"), ("q.k", "score"), ("KL", "kl"), ("output", "output"))
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -77,3 +84,93 @@ def print_recall(result: Recall) -> None:
             table.add_row(f"{size:,}", kind, *cells, f"{right}/{n}")
         table.add_section()
     print_table(table)
+
+
+# ---- compare --attention ----
+
+
+def print_attention(result: AttentionQuality) -> None:
+    """Prints a table for each layer: the mean over its KV heads, and the worst of them."""
+    keys = ", keys centred" if result.centred else ""
+    rotation = "" if result.rotated else ", stock types not rotated"
+    print_text(f"{result.info.name}: {result.n_tokens:,} tokens{keys}{rotation}; mean/worst KV head")
+    for layer in result.layers:
+        _print_layer(layer)
+
+
+def _print_layer(layer: LayerAttention) -> None:
+    sizes = " and ".join(map(str, sorted({layer.head_dim_k, layer.head_dim_v})))
+    print_text(f"\nlayer {layer.layer}: {layer.n_head} query heads, {len(layer.heads)} KV heads of {sizes}")
+    for head in layer.heads:
+        print_text(f"  KV head {head.head}: offset {head.offset:.2f}, {_outliers(head.outliers)}")
+    table = new_table("cache", *(title for title, _ in _FIGURES))
+    for name, errors in layer.errors.items():
+        table.add_row(name, *(_cell(errors, figure) for _, figure in _FIGURES))
+    print_table(table)
+
+
+def _cell(errors: Sequence[HeadError], figure: str) -> str:
+    """Mean and worst of a figure, short enough for five of them in 80 columns: ".0053/.0054"."""
+    values = [getattr(error, figure) for error in errors]
+    mean, worst = (f"{value:.4f}".removeprefix("0") for value in (sum(values) / len(values), max(values)))
+    return f"{mean}/{worst}"
+
+
+def _outliers(channels: Sequence[int]) -> str:
+    """The first eight outlier channels by number, and how many more there are."""
+    if not channels:
+        return "no outlier channels"
+    named = ", ".join(map(str, channels[:8]))
+    more = f" and {len(channels) - 8} more" if len(channels) > 8 else ""
+    return f"outlier channels (over {OUTLIER_FACTOR:g} times the median) {named}{more}"
+
+
+# ---- tune ----
+
+
+def print_tuning(tuning: Tuning, output: Path) -> None:
+    """Prints the types and the cost of the smallest type in every layer, then the policy beside single types."""
+    n = tuning.n_tuning
+    held_out = "tuning did not read" if tuning.max_kld is None else "told tuning where to stop, and nothing else"
+    print(
+        f"{tuning.model}: chunks of {tuning.n_ctx:,} tokens; tuned on {_chunks(1, n)}, "
+        f"measured on {_chunks(n + 1, n + tuning.n_held_out)}, which {held_out}"
+        + (f"; {_tailed(tuning)} caches with a tail of {tuning.tail} tokens in f16\n" if tuning.tail else "\n")
+    )
+    policy, smallest = tuning.policy, tuning.types[0]
+    table = new_table("layer", "K", f"KLD at {smallest}", "centred", "V", f"KLD at {smallest}")
+    cost = {(s.layer, s.side): s.kld for s in tuning.sensitivities if s.type == smallest}
+    for layer in sorted({layer for layer, _ in cost}):
+        table.add_row(
+            str(layer),
+            policy.types_k[layer],
+            f"{cost[layer, 'K']:#.3g}",
+            "yes" if layer in policy.k_means else "",
+            policy.types_v[layer],
+            f"{cost[layer, 'V']:#.3g}",
+        )
+    print_table(table)
+    print(
+        f"\npolicy on the tuning part: mean KLD {tuning.measured:#.3g} measured, "
+        f"{tuning.predicted:#.3g} as the sum over layers and sides; on the part held out:\n"
+    )
+    print_qualities(tuning.rows)
+    policy_row = tuning.rows[1]
+    if tuning.line is not None:
+        print(
+            f"\n{policy_row.kld.mean / tuning.line:.2f} of the mean KLD that single types in all layers give "
+            f"at {policy_row.bits:.4g} bits (interpolated where none has so many)"
+        )
+    bits = 16 * policy_row.bytes_per_token / tuning.rows[0].bytes_per_token
+    tail = f"; {policy_row.bits:.4g} with the tail, at {tuning.n_ctx:,} tokens" if policy_row.bits > bits else ""
+    print(f"\nwritten to {output}: {bits:.4g} bits per value, {policy_row.bytes_per_token:,} bytes per token{tail}")
+
+
+def _tailed(tuning: Tuning) -> str:
+    """Which caches were measured with a tail."""
+    stock = any(row.tail and row.type in CACHE_TYPES and not CACHE_TYPES[row.type].ours for row in tuning.rows)
+    return "quantized" if stock else "pqo and pqt"
+
+
+def _chunks(first: int, last: int) -> str:
+    return f"chunk {first}" if first == last else f"chunks {first} to {last}"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from ..._util import ranges
 from ...diagnostics.installation import Check, Installation
-from .format import printable, ranges
+from .format import printable
 from .table import print_table
 
 if TYPE_CHECKING:  # it needs the libraries, which may be what is wrong

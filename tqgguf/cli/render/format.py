@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,15 +52,12 @@ def to_json(data: Any) -> str:
     return json.dumps(data, indent=2, default=plain)
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers for a reader: "0-5, 7"."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+def show(result: Any, as_json: bool, render: Callable[[Any], None]) -> None:
+    """Prints a result as JSON, or for a reader."""
+    if as_json:
+        print(to_json(result))
+    else:
+        render(result)
 
 
 def cache_line(info: CacheInfo) -> str:

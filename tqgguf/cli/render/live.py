@@ -81,7 +81,7 @@ class LiveView(PlainView):
 
     def end(self) -> None:
         """Ends the answer."""
-        from ...diagnostics.scales import k_scales
+        from ...diagnostics.cache_contents import k_scales
 
         if self._live is not None:
             self._live.stop()

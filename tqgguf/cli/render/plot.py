@@ -64,33 +64,13 @@ def figure_of(comparison: Comparison) -> Any:
     axes.set_xlim(0, 1.08 * max(place.values()))
     axes.margins(y=0.12)
     axes.axvline(place[reference.type], color=_STOCK, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
-    axes.text(
-        place[reference.type],
-        0.97,
-        f"{reference.type}, the reference ",
-        transform=axes.get_xaxis_transform(),
-        horizontalalignment="right",
-        verticalalignment="top",
-        color=_STOCK,
-        fontsize=9,
-    )
-    axes.set_title(
-        f"What a compressed KV cache costs {comparison.model}",
-        loc="left",
-        color=_INK,
-        fontsize=13,
-        fontweight="bold",
-        pad=26,
-    )
-    axes.text(
-        0,
-        1.025,
-        f"{comparison.n_scored:,} predictions in {comparison.n_chunks:,} x {comparison.n_ctx:,} tokens; "
-        "bars: twice the standard error",
-        transform=axes.transAxes,
-        color=_STOCK,
-        fontsize=9,
-    )
+    small = {"color": _STOCK, "fontsize": 9}
+    beside_line = {"transform": axes.get_xaxis_transform(), "horizontalalignment": "right", "verticalalignment": "top"}
+    axes.text(place[reference.type], 0.97, f"{reference.type}, the reference ", **small, **beside_line)
+    title = f"What a compressed KV cache costs {comparison.model}"
+    axes.set_title(title, loc="left", color=_INK, fontsize=13, fontweight="bold", pad=26)
+    read = f"{comparison.n_scored:,} predictions in {comparison.n_chunks:,} x {comparison.n_ctx:,} tokens"
+    axes.text(0, 1.025, f"{read}; bars: twice the standard error", transform=axes.transAxes, **small)
     axes.set_xlabel(f"KV cache, bytes per token of {comparison.n_ctx:,}", color=_INK)
     axes.set_ylabel(f"mean KL divergence from {reference.type}, nats", color=_INK)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
