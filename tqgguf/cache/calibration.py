@@ -22,8 +22,6 @@ from ..gguf.header import read_header
 from ..gguf.info import ModelInfo
 from .policy import CachePolicy, add_vectors, read_vectors
 
-F32 = npt.NDArray[np.float32]
-
 CALIBRATION_VERSION: Final = 1
 _ARCHITECTURE: Final = "tqgguf-calibration"
 
@@ -41,14 +39,18 @@ class Calibration:
         n_tokens: tokens of the text it was measured on.
     """
 
-    means: Mapping[int, F32]
-    gains: Mapping[int, F32]
+    means: Mapping[int, npt.NDArray[np.float32]]
+    gains: Mapping[int, npt.NDArray[np.float32]]
     model: str
     n_layer: int
     n_tokens: int
 
     def applied(self, policy: CachePolicy, info: ModelInfo) -> CachePolicy:
         """The policy with this calibration in each layer whose keys are quantized.
+
+        Args:
+            policy: types of the KV cache.
+            info: the model.
 
         Raises:
             CalibrationError: the policy brings means or gains of its own; or the calibration is of another shape than
@@ -68,6 +70,9 @@ class Calibration:
 
     def write(self, path: str | Path) -> None:
         """Writes a calibration file, whole or not at all.
+
+        Args:
+            path: the file.
 
         Raises:
             OSError: it cannot be written.
