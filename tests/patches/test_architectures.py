@@ -60,7 +60,10 @@ def test_a_tail_that_is_not_read_everywhere_gives_a_warning(recwarn: pytest.Warn
     for name in READ_IN_PART:
         with pytest.warns(UserWarning, match=f"do not read the precise tail, and {name} has them: tail=0"):
             warn_unread(128, name)
+    with pytest.warns(UserWarning, match="T5's attention has a bias, and does not read the precise tail: tail=0"):
+        warn_unread(128, "t5")
     warn_unread(0, "minimax-m3")
+    warn_unread(0, "t5")
     warn_unread(128, "llama")
     assert not [w for w in recwarn if "tail" in str(w.message)]
 
