@@ -7,9 +7,10 @@
     python benchmarks/real_models.py --peer PATH/TO/llama-perplexity --types turbo3,turbo4
 
 Parts are programs of their own, with options of their own:
-    quality   benchmarks/quality/real_quality.py   divergence from f16, by model, text, context and cache
-    answers   benchmarks/quality/real_answers.py   answers token by token; look-ups, sums, copies
-    speed     benchmarks/speed/real_speed.py       tokens per second against the better f16
+    quality       benchmarks/quality/real_quality.py  divergence from f16, by model, text, context and cache
+    answers       benchmarks/quality/real_answers.py  answers token by token; look-ups, sums, copies
+    speed         benchmarks/speed/real_speed.py      tokens per second against the better f16
+    calibration   benchmarks/quality/calibration.py   what decides how good a calibration of keys is
 
 A table of a page stands between `<!-- table NAME -->` and `<!-- end -->`; tests/docs checks that it is what the saved
 figures give.
@@ -44,8 +45,9 @@ PARTS: Final = {
     "quality": "quality/real_quality.py",
     "answers": "quality/real_answers.py",
     "speed": "speed/real_speed.py",
+    "calibration": "quality/calibration.py",
 }
-PAGES: Final = ("README.md", "docs/real-models.md", "docs/faq.md")
+PAGES: Final = ("README.md", "docs/real-models.md", "docs/quality.md", "docs/faq.md")
 
 LEADING: Final = ("q8_0", "q5_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
 TAIL: Final = 128
@@ -54,7 +56,8 @@ LENGTHS: Final = (2048, 8192, 32768)
 
 def results(part: str) -> Any:
     """What a part saved."""
-    return json.loads((HERE / "results" / f"real_{part}.json").read_text(encoding="utf-8"))
+    name = part if part == "calibration" else f"real_{part}"
+    return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 # ---- Tables ----
@@ -209,12 +212,33 @@ def speed_tables() -> str:
     return "\n\n".join(parts)
 
 
+def calibration_tables() -> str:
+    """What decides how good a calibration is."""
+    parts = []
+    for run in results("calibration")["runs"]:
+        plain = run["rows"][0]["kld"]["mean"]
+        head = [f"{run['model']}, {run['cache']}", "mean KLD", "of plain", "median", "99.9 %"]
+        lines = [
+            [
+                row["variant"],
+                figure(row["kld"]["mean"]),
+                f"{row['kld']['mean'] / plain:.2f}",
+                figure(row["kld"]["median"]),
+                figure(row["kld"]["p999"]),
+            ]
+            for row in run["rows"]
+        ]
+        parts.append(markdown(head, lines))
+    return "\n\n".join(parts)
+
+
 TABLES: Final[dict[str, Callable[[], str]]] = {
     "leading": leading_table,
     "quality": quality_tables,
     "continuations": continuation_tables,
     "tasks": task_tables,
     "speed": speed_tables,
+    "calibration": calibration_tables,
     **{f"machine of {part}": lambda part=part: f"Machine: {facts(part)}." for part in PARTS},
 }
 
@@ -243,7 +267,7 @@ def write_tables() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="quality, answers, speed, tables (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, tables (default: all)")
     parser.add_argument("--short", action="store_true", help="one chunk of prose on one model, saved nowhere")
     peer.add_options(parser)
     args = parser.parse_args()

@@ -1,0 +1,113 @@
+"""What decides how good a calibration of keys is: the exponent of the gain, the text, the number of tokens.
+
+    python benchmarks/quality/calibration.py     # saves results/calibration.json
+
+Each variant is measured as `tqgguf compare` does, on prose of benchmarks/common/real_sources.py at 2,048 tokens,
+without a tail, beside the plain type. The text is that of `tqgguf calibrate`, unless the variant names one of
+real_sources. Nothing is calibrated on what it is measured on, but for the row "prose", which says how much there is to
+gain by that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+from unittest import mock
+
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
+import machine
+import real_sources
+from rich.console import Console
+from rich.table import Table
+
+import tqgguf
+from tqgguf.cache.policy import resolve
+from tqgguf.model import calibrate as calibrating
+
+RESULTS: Final = Path(__file__).parents[1] / "results" / "calibration.json"
+
+VARIANTS: Final[dict[str, dict[str, Any]]] = {
+    "mean alone": {"exponent": 0.0},
+    "exponent 0.5": {"exponent": 0.5},
+    "exponent 0.75, the default": {},
+    "exponent 1": {"exponent": 1.0},
+    "every pair alike": {"weighted": False},
+    "256 tokens": {"n_tokens": 256},
+    "code": {"text": "code"},
+    "chat": {"text": "chat"},
+    "prose": {"text": "prose"},
+}
+
+
+def calibrated(path: Path, n_threads: int | None, variant: dict[str, Any]) -> tqgguf.Calibration:
+    """The calibration of a variant."""
+    text = real_sources.text(variant["text"]) if "text" in variant else None
+    exponent = variant.get("exponent", calibrating.EXPONENT)
+    statistics = calibrating.key_statistics
+    with (
+        mock.patch.object(calibrating, "EXPONENT", exponent),
+        mock.patch.object(
+            calibrating, "key_statistics", lambda inputs: statistics(inputs, variant.get("weighted", True))
+        ),
+    ):
+        found = tqgguf.calibrate(path, text, n_tokens=variant.get("n_tokens", 1024), n_threads=n_threads)
+    return found if exponent else replace(found, gains={})
+
+
+def measure(key: str, kind: str, n_chunks: int, n_threads: int | None) -> list[dict[str, Any]]:
+    """A row for the plain type and for each variant."""
+    path = real_sources.model_path(key)
+    info = tqgguf.read_model_info(path)
+    plain = resolve(kind, info.n_layer)
+    names = list(VARIANTS)
+    rows: list[dict[str, Any]] = []
+    for first in range(0, len(names), 5):  # a context of Gemma takes about 1 GiB
+        group = names[first : first + 5]
+        policies = [calibrated(path, n_threads, VARIANTS[name]).applied(plain, info) for name in group]
+        found = tqgguf.compare(
+            path,
+            ["f16", kind, *policies],
+            real_sources.text("prose"),
+            tails=(0,),
+            n_ctx=2048,
+            n_chunks=n_chunks,
+            n_threads=n_threads,
+        )
+        named = zip(["plain", *group], found.rows[1:], strict=True)
+        rows += [{"variant": name, **asdict(row)} for name, row in named if name != "plain" or not first]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(real_sources.MODELS), default=list(real_sources.MODELS))
+    parser.add_argument("--cache", nargs="+", default=["pqt3"])
+    parser.add_argument("--chunks", type=int, default=1, help="of 2,048 tokens (default: 1)")
+    parser.add_argument("--threads", type=int, help="default: as many as there are processors")
+    parser.add_argument("--output", default=str(RESULTS), help="file for the results, or - (default: %(default)s)")
+    args = parser.parse_args()
+    command = " ".join(["python", "benchmarks/quality/calibration.py", *sys.argv[1:]])
+    result: dict[str, Any] = {"command": command, "machine": machine.facts(), "runs": []}
+    try:
+        for key in args.models:
+            for kind in args.cache:
+                name, rows = real_sources.MODELS[key].name, measure(key, kind, args.chunks, args.threads)
+                result["runs"].append({"model": name, "cache": kind, "rows": rows})
+                shown = Table("calibration", "mean KLD", "of plain", "median", "99.9 %", "perplexity")
+                shown.title = f"{name}, {kind}"
+                for row in rows:
+                    kld = row["kld"]
+                    figures = (kld["mean"], kld["mean"] / rows[0]["kld"]["mean"], kld["median"], kld["p999"])
+                    shown.add_row(row["variant"], *(f"{x:.3g}" for x in figures), f"{row['perplexity']:.2f}")
+                Console(width=110).print(shown)
+                machine.save(result, args.output)
+    except (real_sources.SourceError, tqgguf.TqggufError) as error:
+        sys.exit(f"calibration.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
