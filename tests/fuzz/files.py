@@ -23,7 +23,7 @@ from tqgguf.session.state import read_state
 
 def shape(*layers: KVLayer, mla: bool = False, notes: tuple[str, ...] = ()) -> ModelInfo:
     """A model that states are read for."""
-    return ModelInfo(Path("m.gguf"), 0, 0, "m", "llama", len(layers), 512, 64, 2, layers, mla, True, None, notes)
+    return ModelInfo(Path("m.gguf"), 0, 0, "m", "llama", len(layers), 512, 64, 2, layers, mla, True, None, None, notes)
 
 
 MODELS: Final = (
