@@ -25,7 +25,7 @@ struct llama_context_params llama_context_default_params(void) {
     params.type_k = (enum ggml_type) number("TQGGUF_TEST_K");
     params.type_v = (enum ggml_type) number("TQGGUF_TEST_V");
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-    tq_ggml_tail_set(number("TQGGUF_TEST_TAIL"));
+    tq_ggml_tail_set(number("TQGGUF_TEST_TAIL"), 0);
     return params;
 }
 
