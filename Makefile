@@ -39,8 +39,9 @@ quick-tests: build/installed
 	$(BIN)/python -m pytest tests/unit tests/native --durations=5 \
 		-m "not model and not slow and not emulated and not long"
 
+# Two files of tests at a time; what a file has made once is used by all of its tests.
 test: build/installed lint ## build, then lint and the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 C_SOURCES = $(shell find native tests benchmarks -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
