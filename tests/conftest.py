@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's `make test &
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MISSING = here.missing()
+
+CACHE_FOLDER = tempfile.TemporaryDirectory(prefix="tqgguf-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE_FOLDER.name  # what tests calibrate is not kept for the user
 
 
 def pytest_report_header() -> str:

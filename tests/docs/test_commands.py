@@ -93,6 +93,7 @@ RULES: Final[dict[str, Rule]] = {
     r"tqgguf chat \S+ .*--cache policy": Rule(
         r"16/64, 4 of 16 bits.*Paris|Paris.*16/64, 4 of 16 bits", f"--temp 0 {ONE}", "What is the capital of France?\n"
     ),
+    r"tqgguf chat \S+ .*--calibration": Rule(r"Paris", f"--temp 0 {ONE}", "What is the capital of France?\n"),
     r"tqgguf chat ": Rule(
         r"KV cache pqo3.*Paris|Paris.*KV cache pqo3",
         f"--temp 0 {ONE}",
@@ -111,7 +112,9 @@ RULES: Final[dict[str, Rule]] = {
     r"tqgguf compare .*--plot": Rule(
         r"\npqo3\+128 +11\.88 +448 .*16  pqo3\+128 .*10/10", f"{SMALL} --cache f16,pqo3", makes="kld.png"
     ),
+    r"tqgguf compare .*--calibration": Rule(r"\npqo4\+128 calibrated ", f"{SMALL} --cache f16,pqo4"),
     r"tqgguf compare ": Rule(r"\npqo4\+128 .*\npqt3\+128 +11\.88 +448 ", f"{SMALL} --cache f16,pqo4,pqt3"),
+    r"tqgguf calibrate ": Rule(r"means and gains of 4 layers, from 1,024 tokens, in "),
     r"tqgguf tune ": Rule(
         r"\npolicy .*written to policy\.gguf: 4 bits per value",
         f"{SMALL} --types pqo3,pqo4 --no-centre",
