@@ -49,8 +49,11 @@ PARTS: Final = {
 }
 PAGES: Final = ("README.md", "docs/real-models.md", "docs/quality.md", "docs/faq.md")
 
-LEADING: Final = ("q8_0", "q5_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
-TAIL: Final = 128
+LEADING: Final = (
+    *("q8_0", "q5_0", "q4_0", "q4_0+128"),
+    *("pqt4", "pqt4+128", "pqt4+128 calibrated", "pqo4+128", "pqo4+128 calibrated"),
+    *("pqt3", "pqt3+128", "pqt3+128 calibrated", "pqo3+128", "pqo3+128 calibrated"),
+)
 LENGTHS: Final = (2048, 8192, 32768)
 
 
@@ -102,28 +105,24 @@ def leading_table() -> str:
     """Bits with the tail by context, divergence on prose and decode speed, of both models: what README leads with."""
     names = [model.name for model in real_sources.MODELS.values()]
     short = [name.partition("-")[0] if "-" in name else " ".join(name.split()[:2]) for name in names]
-    shape = tqgguf.read_model_info(ROOT / "tqgguf/demo/demo.gguf")  # bits of the blocks are those of any head of 128
+    shape = tqgguf.read_model_info(ROOT / "tqgguf/demo/demo.gguf")  # of 128 values a row, as most models' heads
     speeds = {model["model"]: model["rows"] for model in results("speed")["models"]}
     head = ["cache", *(f"bits at {n:,}" for n in LENGTHS)]
     for name in short:
         head += [f"{name}: median KLD", "99.9 %", "decode"]
     lines = []
-    for kind in LEADING:
-        for tail in (0, TAIL):
-            label = f"{kind}+{tail}" if tail else kind
-            cells = [f"**{label}**" if kind.startswith("pq") else label]
-            cells += [f"{bits(kind, tail, n, shape):.2f}" for n in LENGTHS]
-            for name in names:
-                found = _row(_runs(name, "prose", 2048)[0]["rows"], "type", label)
-                cells += [figure(found["kld"]["median"]), figure(found["kld"]["p999"])] if found else ["", ""]
-                speed = [
-                    row
-                    for row in speeds[name]
-                    if (row["test"], row["depth"], row["threads"], row["cache"]) == ("answer", 4096, 1, label)
-                ]
-                cells.append(f"{speed[0]['ratio']:.2f}" if speed else "")
-            if any(cells[4:]):
-                lines.append(cells)
+    for label in LEADING:
+        cache = label.partition(" ")[0]
+        kind, _, tail = cache.partition("+")
+        cells = [f"**{label}**" if kind.startswith("pq") else label]
+        cells += [f"{bits(kind, int(tail or 0), n, shape):.2f}" for n in LENGTHS]
+        for name in names:
+            found = _row(_runs(name, "prose", 2048)[0]["rows"], "type", label)
+            cells += [figure(found["kld"]["median"]), figure(found["kld"]["p999"])] if found else ["", ""]
+            decode = ("answer", 4096, 1, label)
+            rows = (row for row in speeds[name] if (row["test"], row["depth"], row["threads"], row["cache"]) == decode)
+            cells.append(next((f"{row['ratio']:.2f}" for row in rows), ""))
+        lines.append(cells)
     return markdown(head, lines)
 
 

@@ -51,10 +51,12 @@ class Setting:
     cache: str
     flash: bool = True
     tail: int = 0
+    calibrated: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.cache}{'' if self.flash else ', no flash attention'}{f'+{self.tail}' if self.tail else ''}"
+        words = f"{self.cache}{f'+{self.tail}' if self.tail else ''}"
+        return f"{words}{' calibrated' if self.calibrated else ''}{'' if self.flash else ', no flash attention'}"
 
 
 F16: Final = (Setting("f16", flash=False), Setting("f16"))
@@ -62,23 +64,27 @@ SETTINGS: Final = (
     *F16,
     Setting("q8_0"),
     Setting("q4_0"),
-    Setting("pqo4"),
+    Setting("q4_0", tail=128),
+    Setting("pqo4", tail=128),
     Setting("pqt4"),
     Setting("pqt4", tail=128),
-    Setting("pqo3"),
+    Setting("pqt4", tail=128, calibrated=True),
+    Setting("pqo3", tail=128),
     Setting("pqt3"),
     Setting("pqt3", tail=128),
+    Setting("pqt3", tail=128, calibrated=True),
 )
 
 
 class Runner:
     """A model with one cache."""
 
-    def __init__(self, path: Path, setting: Setting, n_ctx: int) -> None:
+    def __init__(self, path: Path, setting: Setting, n_ctx: int, calibration: tqgguf.Calibration) -> None:
         self.model = tqgguf.Llama(
             path,
             cache=setting.cache,
             tail=setting.tail,
+            calibration=calibration if setting.calibrated else None,
             n_ctx=n_ctx,
             n_batch=N_BATCH,
             n_ubatch=tail_batch(setting.tail, N_BATCH),
@@ -103,7 +109,8 @@ def speeds(path: Path, tokens: np.ndarray, depths: tuple[int, ...], threads: lis
     """A row for each depth, number of threads, test and setting."""
     with contextlib.ExitStack() as stack, Progress(console=Console(stderr=True)) as progress:
         n_ctx = depths[-1] + PROMPT + ANSWER
-        runners = {setting: Runner(path, setting, n_ctx) for setting in SETTINGS}
+        calibration = tqgguf.calibrate(path)
+        runners = {setting: Runner(path, setting, n_ctx, calibration) for setting in SETTINGS}
         for runner in runners.values():
             stack.enter_context(contextlib.closing(runner.model))
         task = progress.add_task(path.name, total=len(depths) * len(runners) * (1 + rounds * len(threads)))
