@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(DEPTHS), default=list(DEPTHS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--deepest", type=int, default=16384, help="most tokens in the cache (default: 16384)")
     parser.add_argument("--output", default=str(RESULTS), help="file for the results, or - (default: %(default)s)")
     args = parser.parse_args()
     command = " ".join(["python", "benchmarks/speed/real_speed.py", *sys.argv[1:]])
@@ -175,7 +176,8 @@ def main() -> None:
             path, name = real_sources.model_path(key), real_sources.MODELS[key].name
             with contextlib.closing(tqgguf.Llama(path, vocab_only=True, verbose=False)) as model:
                 tokens = np.array(model.tokenize(real_sources.text("prose").encode()), np.int32)
-            found = list(speeds(path, tokens, DEPTHS[key], args.threads, args.rounds))
+            depths = tuple(depth for depth in DEPTHS[key] if depth <= args.deepest)
+            found = list(speeds(path, tokens, depths, args.threads, args.rounds))
             result["models"].append({"model": name, "rows": found})
             Console(width=200).print(table(name, found))
             machine.save(result, args.output)
