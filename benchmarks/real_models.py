@@ -1,6 +1,6 @@
 """The figures of two real language models that README and docs quote: measured, saved, and written into the pages.
 
-    make real                                          # everything, about an hour on two quiet cores
+    make real                                          # everything, some two hours on two quiet cores
     python benchmarks/real_models.py quality speed     # some parts, then the tables anew
     python benchmarks/real_models.py tables            # only the tables, from benchmarks/results/real_*.json
     python benchmarks/real_models.py --short           # one chunk of text on one model, saved nowhere

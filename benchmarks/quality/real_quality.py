@@ -6,8 +6,8 @@
 Models and texts are fetched from PyPI, pinned by hash (benchmarks/common/real_sources.py). Each chunk is read from an
 empty cache by f16 and by every type at once, and predictions are compared token by token, as `tqgguf compare` does. A
 quantized type is measured without a precise tail and with one of 128. The row "f16, other batch size" is f16 against
-itself, with 32 tokens computed at once instead of 512: differences below it are rounding. A row "calibrated" has the
-calibration that `tqgguf calibrate` makes of its own text, which is none of those measured.
+itself, with 32 tokens computed at once instead of 512: differences below it are rounding. On prose of 2,048 tokens and
+on the hot model, rows "calibrated" have the calibration that `tqgguf calibrate` makes of its own text.
 
 The hot model is SmolLM2 with two hot pairs of key channels in each head (hot_model.py).
 """
@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -58,10 +58,10 @@ NOISE_BATCH: Final = 32
 
 
 def measure(
-    path: Path, text: str, n_ctx: int, n_chunks: int, caches: Sequence[Any], n_threads: int | None
+    path: Path, text: str, n_ctx: int, n_chunks: int, caches: Sequence[Any], calibrate: bool, n_threads: int | None
 ) -> dict[str, Any]:
     """What `tqgguf.compare` finds: chunks, scored tokens, and rows of f16, the caches, and f16 with other batches."""
-    calibration = tqgguf.calibrate(path, n_threads=n_threads)
+    calibration = tqgguf.calibrate(path, n_threads=n_threads) if calibrate else None
     rows: dict[str, dict[str, Any]] = {}
     for first in range(0, len(caches), TOGETHER):
         group = ("f16", *caches[first : first + TOGETHER])
@@ -105,23 +105,38 @@ def hot_smollm2() -> Path:
     return path
 
 
-def experiments(args: argparse.Namespace) -> list[tuple[str, Path, str, int, int, Sequence[Any]]]:
-    """What to measure: name of the model, its file, text, tokens of a chunk, chunks, caches."""
+class Experiment(NamedTuple):
+    """What to measure: name of the model, its file, text, tokens of a chunk, chunks, caches, and whether calibrated."""
+
+    model: str
+    path: Path
+    text: str
+    n_ctx: int
+    n_chunks: int
+    caches: Sequence[Any]
+    calibrate: bool
+
+
+def experiments(args: argparse.Namespace) -> list[Experiment]:
+    """All that was asked for."""
     if args.short:
         path = real_sources.model_path("smollm2")
-        return [(real_sources.MODELS["smollm2"].name, path, "prose", 2048, 1, ("q8_0", "q4_0", "pqt4", "pqt3"))]
-    wanted = []
+        caches = ("q8_0", "q4_0", "pqt4", "pqt3")
+        return [Experiment(real_sources.MODELS["smollm2"].name, path, "prose", 2048, 1, caches, False)]
+    wanted, few = [], (*LADDER, *PQO)
     for key in args.models:
         name, path = real_sources.MODELS[key].name, real_sources.model_path(key)
         for text in args.texts:
-            whole = text == "prose"
-            caches = (*STOCK, *PQO, *PAIRS) if whole else (*LADDER, *PQO)
-            wanted.append((name, path, text, 2048, args.chunks if whole else 1, caches))
+            if text == "prose":
+                caches = (*STOCK, *PQO, *PAIRS)
+                wanted.append(Experiment(name, path, text, 2048, args.chunks, caches, True))
+            else:
+                wanted.append(Experiment(name, path, text, 2048, 1, few, False))
         if args.long:
-            wanted.append((name, path, "prose", 8192, 1, (*LADDER, *PQO)))
+            wanted.append(Experiment(name, path, "prose", 8192, 1, few, False))
     if args.hot:
         hot = f"{real_sources.MODELS['smollm2'].name}, hot keys"
-        wanted.append((hot, hot_smollm2(), "prose", 2048, 1, (*LADDER, *PQO)))
+        wanted.append(Experiment(hot, hot_smollm2(), "prose", 2048, 1, few, True))
     return wanted
 
 
@@ -140,7 +155,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="one chunk of prose on SmolLM2 with four types, not saved")
     parser.add_argument("--models", nargs="+", choices=list(real_sources.MODELS), default=list(real_sources.MODELS))
     parser.add_argument("--texts", nargs="+", choices=list(real_sources.TEXTS), default=list(real_sources.TEXTS))
-    parser.add_argument("--chunks", type=int, default=2, help="of prose at 2,048 tokens (default: 2)")
+    parser.add_argument("--chunks", type=int, default=1, help="of prose at 2,048 tokens (default: 1)")
     parser.add_argument("--no-long", dest="long", action="store_false", help="leave out 8,192 tokens")
     parser.add_argument("--no-hot", dest="hot", action="store_false", help="leave out the model with hot keys")
     parser.add_argument("--threads", type=int, help="default: as many as there are processors")
@@ -149,11 +164,12 @@ def main() -> None:
     command = " ".join(["python", "benchmarks/quality/real_quality.py", *sys.argv[1:]])
     result: dict[str, Any] = {"command": command, "machine": machine.facts(), "runs": []}
     try:
-        for name, path, text, n_ctx, n_chunks, caches in experiments(args):
+        for each in experiments(args):
             start = time.monotonic()
-            run = measure(path, real_sources.text(text), n_ctx, n_chunks, caches, args.threads)
+            text = real_sources.text(each.text)
+            run = measure(each.path, text, each.n_ctx, each.n_chunks, each.caches, each.calibrate, args.threads)
             seconds = round(time.monotonic() - start)
-            result["runs"].append({"model": name, "text": text, **run, "seconds": seconds})
+            result["runs"].append({"model": each.model, "text": each.text, **run, "seconds": seconds})
             print_run(result["runs"][-1])
             if not args.short:
                 machine.save(result, args.output)
