@@ -82,12 +82,35 @@ def test_the_figures_of_the_questions() -> None:
     assert pqt4 / q4_0 == pytest.approx(1 / 2, abs=0.05) and kept / stock_kept == pytest.approx(1 / 2, abs=0.05)
     ratios = {row["test"]: row["ratio"] for row in results("cpu_llama_gqa2")["speeds"] if row["cache"] == "pqo3"}
     said = re.search(
-        r"`pqo3` decodes ([\d.]+) times as fast as f16 after 512 tokens and ([\d.]+) times after 4,096",
+        r"`pqo3` decodes on an Intel Xeon ([\d.]+) times as fast as f16 after 512 tokens "
+        r"and ([\d.]+) times after 4,096",
         words("docs/faq.md"),
     )
     assert said
     for text, test in zip(said.groups(), ("tg32 @ 512", "tg32 @ 4096"), strict=True):
         assert float(text) == pytest.approx(ratios[test], abs=0.06)
+
+
+def test_the_figures_of_the_real_models() -> None:
+    """Sentences of README and docs/faq.md; the tables are compared in test_real_models.py."""
+    kld = {
+        run["model"]: {row["type"]: row["kld"]["mean"] for row in run["rows"]}
+        for run in results("real_quality")["runs"][:2]
+    }
+    decode = {
+        (model["model"], row["cache"]): row["ratio"]
+        for model in results("real_speed")["models"]
+        for row in model["rows"]
+        if (row["test"], row["depth"], row["threads"]) == ("answer", 4096, 1)
+    }
+    smol, gemma = kld
+    shown = [f"{kld[model][cache]:.3f}"[1:] for model in (smol, gemma) for cache in ("pqt3", "pqt3+128")]
+    said = "from {} to {} for SmolLM2-135M, and from {} to {} for Gemma 3 270M".format(*shown)
+    assert said in words("README.md")
+    speeds = [f"{decode[model, f'{cache}+128']:.1f}" for model in (smol, gemma) for cache in ("pqo3", "pqt3")]
+    assert speeds[2] == speeds[3]
+    said = "SmolLM2-135M decodes {} times as fast with `pqo3` and {} times with `pqt3`, and Gemma 3 270M {} times with "
+    assert said.format(*speeds) in words("docs/faq.md")
 
 
 @pytest.mark.model
