@@ -45,8 +45,8 @@ TEXT: Final = Path(__file__).with_name("calibration.txt")
 DEFAULT_TOKENS: Final = 1024
 FEWEST_TOKENS: Final = 64
 EXPONENT: Final = 0.75
-"""Of the best gain of the formula. Statistics of 1,024 tokens are not those of other text, so the gain is held back: on
-both models of docs/real-models.md 0.5 and 1 leave more error in other text (benchmarks/quality/calibration.py)."""
+"""Of the best gain of the formula. Statistics of 1,024 tokens are not those of other text, so the gain is held back: 1
+leaves more error in SmolLM2, and 0.5 to 1 the same in Gemma 3 (benchmarks/quality/calibration.py)."""
 
 QUERIES_AT_ONCE: Final = 256
 SMALLEST_SHARE: Final = 1e-4
