@@ -233,6 +233,15 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], words: s
         tqgguf.calibrate(DEMO, **options)
 
 
+def test_what_progress_raises_ends_it() -> None:
+    def progress(done: int, total: int) -> None:
+        assert (done, total) == (1, 4)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tqgguf.calibrate(DEMO, n_tokens=64, progress=progress)
+
+
 def test_a_choice_that_is_none() -> None:
     with pytest.raises(ArgumentError, match="calibration is 5"):
         tqgguf.Llama(DEMO, cache="pqt3", verbose=False, calibration=5)  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ class _Hook(Generic[T]):
         self.wanted = wanted
         self.read = read
         self.found: dict[int, T] = {}
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     @called_by_c
     def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
@@ -136,7 +136,7 @@ class _Hook(Generic[T]):
             if layer is not None:
                 self.found[layer] = self.read(layer, node)
             return True
-        except Exception as error:  # any: ctypes would print it and go on; `_decode` raises it
+        except BaseException as error:  # any: ctypes would print it and go on; `_decode` raises it
             self.error = error
             return False
 
