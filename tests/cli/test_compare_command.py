@@ -201,7 +201,8 @@ def test_attention_takes_types_alone(compare: Command) -> None:
     assert done.returncode == 2 and "--attention takes types in --cache" in done.stderr
 
 
-def test_attention_goes_with_no_other_measurement(compare: Command) -> None:
-    done = compare(str(demo.MODEL_PATH), "--attention", "--recall")
+@pytest.mark.parametrize("other", [["--recall"], ["--generate", "0"], ["--calibration", "auto"], ["--tail", "0"]])
+def test_attention_goes_with_no_other_measurement(compare: Command, other: list[str]) -> None:
+    done = compare(str(demo.MODEL_PATH), "--attention", *other)
     assert done.returncode == 2
     assert "--attention goes with none of --recall, --generate, --plot, --chunks" in done.stderr

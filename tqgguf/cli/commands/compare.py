@@ -108,8 +108,9 @@ def call(args: argparse.Namespace) -> int:
         check_plot(Path(args.plot))
     text = None if args.file is None else read_text(args.file)
     if args.attention:
-        if args.recall or args.generate or args.plot or args.chunks or args.tail:
-            args.usage_error("--attention goes with none of --recall, --generate, --plot, --chunks, --tail")
+        others = {"recall": False, "generate": None, "plot": None, "chunks": None, "tail": None, "calibration": "off"}
+        if any(getattr(args, name) != unset for name, unset in others.items()):
+            args.usage_error(f"--attention goes with none of --{', --'.join(others)}")
         types = [cache for cache in args.cache if isinstance(cache, str) and cache in CACHE_TYPES]
         if len(types) < len(args.cache):
             args.usage_error("--attention takes types in --cache, no pairs and no policy files")
