@@ -35,7 +35,7 @@ def test_a_rehearsal_measures_everything_and_claims_nothing(
         assert set(names) == {*types, "pqo4/pqo3", *(f"ggml {t}" for t in types), "f16"}
         for f in mine:
             assert len(f["rounds"]) == 2 and f["us"] > 0 and f["predicted_us"][0] <= f["predicted_us"][1]
-            assert (f["contender"] == "f16") == (f["speedup"] == 1.0)
+            assert f["speedup"] == 1.0 if f["contender"] == "f16" else f["speedup"] > 0
             n_bytes = f["gb_per_s"] * f["us"] * 1e3  # a row of pqo4 has 18 bytes for every 32 values, one of pqo3 14
             if f["contender"] == "pqo4/pqo3":
                 assert n_bytes == pytest.approx(shape[0] * shape[2] * 8 * shape[3] / 32 * (18 + 14), rel=0.05)
