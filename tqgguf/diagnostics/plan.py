@@ -10,7 +10,6 @@ architecture.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from .._util import machine_memory
 from ..cache.policy import CachePolicy, refuse_impossible
 from ..errors import OutOfMemoryError
 from ..gguf.info import ModelInfo, read_model_info
-from ..model.context import LoadLog, captured_log, load_error, load_lock, make_context
+from ..model.context import LoadLog, make_context, opened_model
 
 llama_cpp: Any = import_llama_cpp()
 
@@ -151,14 +150,8 @@ def planned_model(path: str | Path) -> Iterator[PlannedModel]:
     params = llama_cpp.llama_model_default_params()
     params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0
-    with load_lock, captured_log(quiet=True) as log:
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(info.path), params)
-    if not model:
-        raise load_error("no model", log, info)
-    try:
+    with opened_model(info, params) as model:
         yield PlannedModel(info, model)
-    finally:
-        llama_cpp.llama_model_free(model)
 
 
 def _mib(log: LoadLog, pattern: re.Pattern[str]) -> int:

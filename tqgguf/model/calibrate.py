@@ -13,10 +13,9 @@ it.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +30,7 @@ from ..errors import ArgumentError, CalibrationError, TextError
 from ..gguf.identity import model_identity
 from ..gguf.info import ModelInfo, read_model_info
 from ..reference import alibi_slopes
-from .context import captured_log, load_error, load_lock
+from .context import captured_log, opened_model
 from .reading import AttentionInputs, Loaded, read_attention
 
 llama_cpp: Any = import_llama_cpp()
@@ -99,7 +98,9 @@ def calibrate(
             progress(done, len(info.layers))
         return found
 
-    with captured_log(quiet=True), _weights(info) as model:
+    params = llama_cpp.llama_model_default_params()  # mapped, so that who loads it next finds it in memory
+    params.n_gpu_layers = 0
+    with captured_log(quiet=True), opened_model(info, params) as model:
         tokens = _tokens(model, words)[:n_tokens]
         if len(tokens) < n_tokens:
             raise TextError(f"the text has {len(tokens):,} tokens, fewer than the {n_tokens:,} asked for")
@@ -168,21 +169,6 @@ def _kept(info: ModelInfo, n_threads: int | None, progress: Callable[[int, int],
             f"the calibration of {info.path.name} cannot be kept in {path.parent} ({error}): this process alone has it"
         )
     return found
-
-
-@contextlib.contextmanager
-def _weights(info: ModelInfo) -> Iterator[Any]:
-    """A `llama_model` of that file, mapped, so that what is loaded after it finds it in memory."""
-    params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = 0
-    with load_lock, captured_log(quiet=True) as log:
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(info.path), params)
-    if not model:
-        raise load_error("no model", log, info)
-    try:
-        yield model
-    finally:
-        llama_cpp.llama_model_free(model)
 
 
 def _tokens(model: Any, text: str) -> list[int]:

@@ -69,6 +69,28 @@ def load_error(error: str, log: LoadLog, info: ModelInfo) -> TqggufError:
     return TqggufError(message)
 
 
+@contextlib.contextmanager
+def opened_model(info: ModelInfo, params: Any) -> Iterator[Any]:
+    """A `llama_model` of that file, without a context and without a log; it is freed when the `with` statement ends.
+
+    Args:
+        info: what the file says.
+        params: `llama_model_params`.
+
+    Raises:
+        OutOfMemoryError: no memory for it.
+        TqggufError: llama.cpp cannot load the model; the message carries its own errors.
+    """
+    with load_lock, captured_log(quiet=True) as log:
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(info.path), params)
+    if not model:
+        raise load_error("no model", log, info)
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
 class Making(NamedTuple):
     """What `making` yields.
 
