@@ -31,6 +31,7 @@ MISSING = here.missing()
 
 CACHE_FOLDER = tempfile.TemporaryDirectory(prefix="tqgguf-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE_FOLDER.name  # what tests calibrate is not kept for the user
+os.environ["TQGGUF_CALIBRATION"] = "off"  # a test that wants keys calibrated says so
 
 
 def pytest_report_header() -> str:

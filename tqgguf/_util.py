@@ -83,6 +83,12 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level - 1)
 
 
+def tell(message: str) -> None:
+    """Says on stderr what takes a user's time."""
+    if sys.stderr is not None:
+        print(f"tqgguf: {message}", file=sys.stderr, flush=True)
+
+
 def check_folder(path: Path, said: str) -> None:
     """Says before anything is computed why a file could not be written.
 

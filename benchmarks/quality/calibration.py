@@ -54,7 +54,7 @@ def calibrated(path: Path, n_threads: int | None, variant: dict[str, Any]) -> tq
             calibrating, "key_statistics", lambda inputs: statistics(inputs, variant.get("weighted", True))
         ),
     ):
-        found = tqgguf.calibrate(path, text, n_tokens=variant.get("n_tokens", 1024), n_threads=n_threads)
+        found = tqgguf.calibrate(path, text, n_tokens=variant.get("n_tokens"), n_threads=n_threads)
     return found if exponent else replace(found, gains={})
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tqgguf
 from tqgguf.demo import model as demo
-from tqgguf.diagnostics.compare import read_text
+from tqgguf.diagnostics.texts import read_text
 
 TYPES = ("f16", "q8_0", "q4_0", "pqo3")
 RELATIVE = 5e-4

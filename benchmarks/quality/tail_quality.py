@@ -23,7 +23,8 @@ import machine
 from tqgguf import read_model_info
 from tqgguf.cache.policy import resolve
 from tqgguf.demo import model as demo
-from tqgguf.diagnostics.compare import NamedCache, Reader, load, own_text, read_chunks, text_chunks
+from tqgguf.diagnostics.compare import NamedCache, Reader, load, read_chunks
+from tqgguf.diagnostics.texts import own_text, text_chunks
 
 RESULTS = Path(__file__).parents[1] / "results" / "tail_quality.json"
 N_CTX = 2048

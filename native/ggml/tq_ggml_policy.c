@@ -30,10 +30,10 @@ void tq_ggml_policy_set_rotation(bool allowed) {
     rotation_forbidden = !allowed;
 }
 
-/* Stock quantized types gain from the rotation. The types of tqgguf rotate each block themselves, and a second Hadamard
- * matrix would undo most of the first. */
-static bool gains(enum ggml_type type) {
-    return ggml_is_quantized(type) && !tq_ggml_is_pqo(type);
+/* Stock quantized types gain from the rotation. The types of tqgguf rotate each block themselves. Only behind a gain,
+ * which makes keys large where queries are, they gain as well: then the blocks of a head should be equal, too. */
+static bool gains(enum ggml_type type, bool has_gain) {
+    return ggml_is_quantized(type) && (has_gain || !tq_ggml_is_pqo(type));
 }
 
 static bool calibrates(void) {
@@ -47,13 +47,13 @@ static bool calibrates(void) {
 
 /* type: of every layer, where there is no policy */
 static bool rotates(enum ggml_type type, bool is_k) {
-    bool any = n_policy == 0 && gains(type);
+    bool any = n_policy == 0 && gains(type, false);
     for (int32_t il = 0; il < n_policy; il++) {
         const enum ggml_type of_il = (enum ggml_type)(is_k ? policy[il].type_k : policy[il].type_v);
         if (tq_ggml_is_pqo(of_il)) {
             return false;
         }
-        any |= gains(of_il);
+        any |= gains(of_il, false);
     }
     return any && !rotation_forbidden && !(is_k && calibrates());
 }
@@ -70,5 +70,5 @@ bool tq_ggml_policy_rotates_layer(uint32_t il, int64_t head_dim) {
     const char * disabled = getenv("LLAMA_ATTN_ROT_DISABLE"); /* read as llama.cpp reads it */
     const struct tq_ggml_layer_policy * layer = tq_ggml_policy_layer(il);
     return layer && calibrates() && !rotation_forbidden && !(disabled && atoi(disabled)) && head_dim % 64 == 0 &&
-           gains((enum ggml_type) layer->type_k);
+           gains((enum ggml_type) layer->type_k, layer->k_gain != NULL);
 }

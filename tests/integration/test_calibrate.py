@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,7 @@ import pytest
 import tqgguf
 from tqgguf.cache.calibration import stored_calibration
 from tqgguf.demo import model as demo
-from tqgguf.diagnostics.compare import own_text
+from tqgguf.diagnostics.texts import own_text
 from tqgguf.errors import ArgumentError, CalibrationError, TextError
 from tqgguf.gguf.identity import model_identity
 from tqgguf.model.calibrate import key_statistics
@@ -54,7 +57,8 @@ def plain_statistics(q: Any, k: Any, scale: float) -> tuple[Any, Any, Any]:
     return mean, of_keys @ np.square(k - mean) / of_keys.sum(), of_queries @ np.square(q) / of_queries.sum()
 
 
-def test_the_statistics_are_those_of_a_plain_sum() -> None:
+def test_the_statistics_are_those_of_a_plain_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tqgguf.model.calibrate.QUERY_STEP", 1)
     rng = np.random.default_rng(0)
     n, dim = 300, 32
     q, k = rng.standard_normal((n, 1, dim)).astype("f4"), rng.standard_normal((n, 1, dim)).astype("f4")
@@ -140,20 +144,97 @@ def test_a_model_is_calibrated_once_and_then_loaded_with_it(cache_folder: Path) 
     assert loaded() == layers and "calibrating" not in titles
 
 
+@pytest.fixture
+def by_default(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> Path:
+    """Keys are calibrated as users have it; the folder where that is kept."""
+    monkeypatch.delenv("TQGGUF_CALIBRATION")
+    return cache_folder
+
+
+def layers_calibrated(path: Path = DEMO, cache: Any = "pqt3", **options: Any) -> list[bool]:
+    with contextlib.closing(tqgguf.Llama(path, cache=cache, n_ctx=256, verbose=False, **options)) as model:
+        return [layer.calibrated for layer in model.cache_info().layers]
+
+
+def test_types_of_tqgguf_are_calibrated_by_default(by_default: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert layers_calibrated(cache=("q8_0", "pqt3")) == layers_calibrated(cache="q4_0") == [False] * 4
+    assert layers_calibrated(calibration="off") == [False] * 4 and not by_default.exists()
+    assert layers_calibrated() == [True] * 4 and by_default.is_file()
+    said = capfd.readouterr().err
+    assert "tqgguf: calibrating the keys of demo.gguf, once for this model" in said
+    assert "tqgguf: calibrated demo.gguf in " in said
+    assert layers_calibrated() == [True] * 4 and capfd.readouterr().err == ""
+
+
+def test_the_default_of_the_environment(by_default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQGGUF_CALIBRATION", "off")
+    assert layers_calibrated() == [False] * 4
+    assert layers_calibrated(calibration="auto") == [True] * 4
+    monkeypatch.setenv("TQGGUF_CALIBRATION", "yes")
+    with pytest.raises(ArgumentError, match=r'TQGGUF_CALIBRATION is .yes., must be "auto" or "off"'):
+        layers_calibrated()
+
+
+def test_a_policy_with_means_of_its_own_is_left_as_it_is(by_default: Path) -> None:
+    means = {2: np.ones((2, 64), np.float32)}
+    policy = tqgguf.CachePolicy(("pqt3",) * 4, ("pqt3",) * 4, means)
+    assert layers_calibrated(cache=policy) == [False, False, True, False] and not by_default.exists()
+
+
+def test_models_that_cannot_be_calibrated_go_without(by_default: Path, architecture: Callable[[str], Path]) -> None:
+    assert layers_calibrated(architecture("deepseek2"), "pqo3") == [False] * 4
+    with pytest.raises(CalibrationError, match="MLA"):
+        layers_calibrated(architecture("deepseek2"), "pqo3", calibration="auto")
+    assert not by_default.parent.exists()
+
+
+def test_a_model_whose_attention_cannot_be_seen_is_tried_once(
+    by_default: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calibrate(*_: Any, **__: Any) -> Any:
+        raise tqgguf.UnsupportedError("no flash attention in layer 3")
+
+    monkeypatch.setattr("tqgguf.model.calibrate.calibrate", calibrate)
+    with pytest.raises(tqgguf.UnsupportedError, match="layer 3"):
+        layers_calibrated(calibration="auto")
+    with pytest.warns(UserWarning, match="layer 3; its keys are stored as they are"):
+        assert layers_calibrated() == [False] * 4
+    assert layers_calibrated() == [False] * 4
+
+
+def test_a_pickled_model_keeps_its_calibration(by_default: Path) -> None:
+    with contextlib.closing(tqgguf.Llama(DEMO, cache="pqt3", n_ctx=256, verbose=False)) as model:
+        again = pickle.loads(pickle.dumps(model))
+        with contextlib.closing(again):
+            for layer, gain in model.cache_policy.k_gains.items():
+                np.testing.assert_array_equal(again.cache_policy.k_gains[layer], gain)
+
+
+def test_a_kept_one_of_another_model_is_not_used(by_default: Path, calibration: tqgguf.Calibration) -> None:
+    by_default.parent.mkdir(parents=True)
+    replace(calibration, model="0" * 64).write(by_default)
+    with pytest.warns(UserWarning, match="holds the calibration of another model"):
+        assert layers_calibrated() == [True] * 4
+    assert tqgguf.read_calibration(by_default).model == model_identity(DEMO)
+
+
 def test_a_damaged_one_is_measured_again(cache_folder: Path) -> None:
     cache_folder.parent.mkdir(parents=True)
     cache_folder.write_bytes(b"GGUF")
     with pytest.warns(UserWarning, match="calibrated again"):
         tqgguf.Llama(DEMO, cache="pqt3", n_ctx=256, verbose=False, calibration="auto").close()
-    assert tqgguf.read_calibration(cache_folder).n_tokens == 1024
+    assert tqgguf.read_calibration(cache_folder).n_tokens == 1792
 
 
-def test_a_folder_that_cannot_be_written(cache_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where the folder would be")
+def test_a_folder_that_cannot_be_written(cache_folder: Path) -> None:
+    cache_folder.parent.write_text("a file where the folder would be")
     with pytest.warns(UserWarning, match="cannot be kept in"):
         model = tqgguf.Llama(DEMO, cache="pqt3", n_ctx=256, verbose=False, calibration="auto")
     with contextlib.closing(model):
         assert model.cache_policy.k_gains
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is not measured again
+        assert layers_calibrated(calibration="auto") == [True] * 4
 
 
 def test_the_command(python: Callable[..., Any], cache_folder: Path, tmp_path: Path) -> None:
@@ -185,6 +266,37 @@ def test_one_byte_of_the_weights_makes_another_model(tmp_path: Path) -> None:
     data[-1] ^= 1
     (tmp_path / "model.gguf").write_bytes(data)
     assert model_identity(tmp_path / "model.gguf") != model_identity(DEMO)
+
+
+def test_an_identity_is_computed_once_for_a_file(
+    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"weights")
+    first = model_identity(path)
+    reading: list[Any] = []
+    monkeypatch.setattr(os, "pread", lambda *at: reading.append(at) or b"other")
+    assert model_identity(path) == first and not reading
+    path.write_bytes(b"weighty")
+    os.utime(path, ns=(0, 0))
+    assert model_identity(path) != first and reading
+    for note in (cache_folder.parents[1] / "identities").iterdir():
+        note.write_text('{"files": 5}')  # what is damaged counts for nothing
+    monkeypatch.undo()
+    path.write_bytes(b"weights")
+    assert model_identity(path) == first
+
+
+def test_a_split_model_is_all_of_its_files(tmp_path: Path) -> None:
+    parts = [tmp_path / f"model-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"GGUF")
+    first = model_identity(parts[0])
+    parts[1].write_bytes(b"GGUX")
+    assert model_identity(parts[0]) != first
+    parts[1].unlink()
+    with pytest.raises(tqgguf.ModelNotFoundError, match=r"cannot read the model .*model-00002-of-00002\.gguf"):
+        model_identity(parts[0])
 
 
 @pytest.mark.parametrize(
@@ -223,7 +335,8 @@ def test_no_calibration_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"text": "short"}, TextError, "fewer than the 1,024 asked for"),
+        ({"text": "short"}, TextError, "fewer than 64, which a calibration needs"),
+        ({"text": "short", "n_tokens": 100}, TextError, "fewer than the 100 asked for"),
         ({"n_tokens": 10}, ArgumentError, "n_tokens is 10, must be at least 64"),
         ({"text": 5}, ArgumentError, "text is of type int"),
     ],

@@ -11,7 +11,7 @@ import pytest
 import tqgguf
 from tqgguf._native import import_llama_cpp
 from tqgguf.demo import model as demo
-from tqgguf.diagnostics.compare import own_text
+from tqgguf.diagnostics.texts import own_text
 from tqgguf.errors import ArgumentError, TextError
 from tqgguf.gguf.info import read_model_info
 

@@ -133,7 +133,7 @@ def test_each_tensor_is_noted_as_it_is(random_model: Callable[..., Path]) -> Non
         assert note.calibration_sum == calibration_sum(mean, gain) and bool(note.calibration_sum) == (gain is not None)
         tail = (100, 4, 104 * (128 * 2 + 4)) if kind.ours else (0, 0, 0)
         assert (note.tail_recent, note.tail_first, note.tail_bytes) == tail
-        assert (note.device, note.rotated) == (b"CPU", 0)
+        assert (note.device, note.rotated) == (b"CPU", (note.layer, k_or_v) == (2, "k"))
 
 
 def test_which_tensors_get_a_tail(random_model: Callable[..., Path]) -> None:
@@ -167,6 +167,7 @@ def test_rotation_is_each_layers_own_where_keys_are_calibrated(
     with loaded(random_model(n_layer=4)) as model:
         assert rotated() == [0, 0, 0, 0]  # llama.cpp rotates all or none
         assert rotated(gains={1: GAIN}) == rotated(means={2: MEAN}) == [1, 0, 0, 1]
+        assert rotated(gains={2: GAIN}) == [1, 0, 1, 1]  # a type of ours behind its own gain
         monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
         assert rotated(gains={1: GAIN}) == [0, 0, 0, 0]
         monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "0")

@@ -256,9 +256,9 @@ def test_calibrated_keys_are_more_than_a_type() -> None:
 
 def test_layers_whose_keys_are_rotated_behind_their_calibration() -> None:
     info = tqgguf.read_model_info(demo.MODEL_PATH)
-    types, gains = ("q4_0", "f16", "pqo3", "q8_0"), {1: np.ones((2, 64), np.float32)}
+    types, gains = ("q4_0", "f16", "pqo3", "pqo3"), {i: np.ones((2, 64), np.float32) for i in (1, 2)}
     calibrated, plain = CachePolicy(types, types, k_gains=gains), CachePolicy(types, types)
-    assert [calibrated.rotates_k(layer) for layer in info.layers] == [True, False, False, True]
+    assert [calibrated.rotates_k(layer) for layer in info.layers] == [True, False, True, False]
     assert not any(plain.rotates_k(layer) for layer in info.layers)
     assert not calibrated.rotates_k(replace(info.layers[0], head_dim_k=96))
 

@@ -7,7 +7,6 @@ changes no score, but moves the encoder's precision to the channels that queries
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from .._util import replacing
 from ..errors import CalibrationError, ModelFileError, ModelNotFoundError, PolicyError
 from ..gguf.header import read_header
+from ..gguf.identity import cache_folder
 from ..gguf.info import ModelInfo
 from .policy import CachePolicy, add_vectors, read_vectors
 
@@ -130,5 +130,4 @@ def read_calibration(path: str | Path) -> Calibration:
 
 def stored_calibration(model: str) -> Path:
     """Where the calibration of a model is kept, by its `model_identity`: in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "tqgguf" / "calibrations" / f"{model}.gguf"
+    return cache_folder() / "calibrations" / f"{model}.gguf"

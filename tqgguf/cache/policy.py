@@ -211,10 +211,13 @@ class CachePolicy:
         """Whether keys of a layer are rotated behind their calibration, where rotation is allowed.
 
         llama.cpp rotates the keys of all layers or of none. A policy that calibrates a layer leaves that to the layers:
-        each whose type gains from it is rotated.
+        each of a stock quantized type is rotated, and each of a type of tqgguf that has a gain. Such a type rotates
+        every block of 32 values by itself; behind a gain, which makes keys large where queries are, its blocks should
+        be equal, too.
         """
         k, _ = self.types(layer.index)
-        return self.calibrated and k.quantized and not k.ours and layer.head_dim_k % 64 == 0
+        gains = k.quantized and (not k.ours or layer.index in self.k_gains)
+        return self.calibrated and gains and layer.head_dim_k % 64 == 0
 
     def write(self, path: str | Path) -> None:
         """Writes a policy file, whole or not at all: a failure leaves a file that was there as it is.

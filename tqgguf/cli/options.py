@@ -122,8 +122,8 @@ def add_calibration_option(group: argparse._ActionsContainer, what: str) -> None
     group.add_argument(
         "--calibration",
         metavar="FILE",
-        default="off",
-        help=f"{what}: auto (measured once for a model, and kept), off, or a file of tqgguf calibrate (default: off)",
+        help=f"{what}: auto (measured once for a model, and kept), off, or a file of tqgguf calibrate (default: auto "
+        "for keys of pqo and pqt types, where the model allows it)",
     )
 
 

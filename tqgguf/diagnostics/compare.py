@@ -27,11 +27,11 @@ from ..cache.calibration import Calibration
 from ..cache.policy import CachePolicy, PolicySpec, refuse_impossible, resolve
 from ..cache.tail import check_tail, tail_batch
 from ..config import MEASURED_TYPES
-from ..demo import model as demo
-from ..errors import ArgumentError, TextError, TqggufError
+from ..errors import ArgumentError, TqggufError
 from ..gguf.info import ModelInfo, read_model_info
-from ..model.calibrate import chosen_calibration
+from ..model.calibrate import calibrated_by_default, chosen_calibration
 from ..model.llama import Llama
+from .texts import DEFAULT_CHUNKS, chosen_text, text_chunks
 
 llama_cpp: Any = import_llama_cpp()
 _TokenPointer: Final = ctypes.POINTER(ctypes.c_int32)
@@ -44,12 +44,6 @@ the number of keys that compete, so a context of a few hundred tokens shows too 
 MIN_CONTEXT: Final = 128
 UBATCH: Final = 512
 """Tokens that llama.cpp computes at once by default."""
-
-MAX_OWN_TOKENS: Final = 2**20
-"""Of the demo model's own text, which takes a second to make."""
-
-DEFAULT_CHUNKS: Final = 8
-"""Chunks of the demo model's own text. Any other text is read as a whole."""
 
 Array = npt.NDArray[np.float64]
 CountProgress = Callable[[int, int], None]
@@ -172,14 +166,13 @@ class Trial(NamedTuple):
         caches: Sequence[PolicySpec],
         tails: Sequence[int] | None,
         n_ctx: int | None,
-        calibration: Calibration | str | Path | None = None,
     ) -> Trial:
         """The trial that the arguments of `compare` describe."""
         info = read_model_info(path)
         named = compared_caches(caches, info.n_layer, tails)
         for cache in named:
             refuse_impossible(info, cache.policy)
-        return cls(info, also_calibrated(info, named, calibration), context_length(info, n_ctx))
+        return cls(info, named, context_length(info, n_ctx))
 
 
 def compare(
@@ -218,9 +211,10 @@ def compare(
         n_chunks: chunks to read at most; None means the whole text (DEFAULT_CHUNKS of the demo model's own text).
         n_batch: tokens per call of llama.cpp; fewer save memory if the vocabulary is large.
         n_threads: threads; None means the number of processors.
-        calibration: as for `Llama`. Each cache with quantized keys, except the reference, is measured calibrated as
-            well.
+        calibration: as for `Llama`. Each cache that `Llama` calibrates by default, except the reference, is measured
+            calibrated as well; with a calibration that is named, or "auto", each with quantized keys.
         progress: called as progress(tokens read, tokens in all) after every batch; a token counts once for each cache.
+            While a calibration is measured before, as progress(layers done, layers in all).
 
     Raises:
         ArgumentError: fewer than two caches, a cache given twice, or an unknown type; no tail, or a tail given twice;
@@ -231,8 +225,8 @@ def compare(
         OutOfMemoryError: no memory for the KV caches.
         TqggufError: llama.cpp failed, or gave logits that are not finite; otherwise as `Llama`.
     """
-    trial = Trial.of(path, caches, tails, n_ctx, calibration)
-    with reading(trial, text, n_chunks, n_batch, n_threads) as (model, readers, chunks):
+    trial = Trial.of(path, caches, tails, n_ctx)
+    with reading(trial, text, n_chunks, n_batch, n_threads, calibration, progress) as (model, readers, chunks):
         read_chunks(model, readers, chunks, progress)
         return Comparison(
             model=trial.info.path.name,
@@ -247,9 +241,15 @@ def compare(
 
 @contextlib.contextmanager
 def reading(
-    trial: Trial, text: str | None, n_chunks: int | None, n_batch: int, n_threads: int | None
+    trial: Trial,
+    text: str | None,
+    n_chunks: int | None,
+    n_batch: int,
+    n_threads: int | None,
+    calibration: Calibration | str | Path | None,
+    progress: CountProgress | None,
 ) -> Iterator[tuple[Llama, list[Reader], npt.NDArray[np.int32]]]:
-    """The model, a reader for each cache, and the text's tokens (n_chunks, n_ctx).
+    """The model, a reader for each cache, calibrated ones among them, and the text's tokens (n_chunks, n_ctx).
 
     Without a text the demo model gets its own. Memory is given back at the end.
 
@@ -262,6 +262,7 @@ def reading(
     (info, named, n_ctx), own = trial, text is None
     n_chunks = n_chunks or (DEFAULT_CHUNKS if own else None)
     text = chosen_text(info, text, n_ctx, n_chunks)
+    named = also_calibrated(info, named, calibration, n_threads, progress)
     # As in llama.cpp's tools, a layer with a sliding window keeps no more tokens than that (swa_full).
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(
@@ -314,20 +315,31 @@ def compared_caches(
 
 
 def also_calibrated(
-    info: ModelInfo, named: Sequence[NamedCache], choice: Calibration | str | Path | None
+    info: ModelInfo,
+    named: Sequence[NamedCache],
+    choice: Calibration | str | Path | None,
+    n_threads: int | None,
+    progress: CountProgress | None,
 ) -> tuple[NamedCache, ...]:
     """The caches, and behind each that can be calibrated, except the reference, what it is with a calibration.
+
+    Where none was chosen, those are the caches that `Llama` calibrates by default.
 
     Raises:
         CalibrationError: as `chosen_calibration`.
     """
-    calibration = chosen_calibration(info, choice)
-    if calibration is None:
-        return tuple(named)
+
+    def suits(policy: CachePolicy) -> bool:
+        if choice is None:
+            return calibrated_by_default(info, policy)
+        return not policy.calibrated and any(policy.types(layer.index)[0].quantized for layer in info.layers)
+
+    suited = [cache for cache in named[1:] if suits(cache.policy)]
+    calibration = chosen_calibration(info, choice, n_threads=n_threads, progress=progress) if suited else None
     found = [named[0]]
     for cache in named[1:]:
         found.append(cache)
-        if not cache.policy.calibrated and any(cache.policy.types(layer.index)[0].quantized for layer in info.layers):
+        if calibration and cache in suited:
             policy = calibration.applied(cache.policy, info)
             found.append(replace(cache, label=f"{cache.label} calibrated", policy=policy))
     return tuple(found)
@@ -352,25 +364,12 @@ def context_length(info: ModelInfo, n_ctx: int | None) -> int:
     return length
 
 
-def read_text(path: str | Path) -> str:
-    """A file's text as llama.cpp's tools read it: without one newline at the end, otherwise unchanged.
-
-    Raises:
-        TextError: the file does not exist, cannot be read, or is not UTF-8 (the message says at which byte).
-    """
-    try:
-        return Path(path).read_bytes().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise TextError(f"cannot read {path}: {error.strerror}") from error
-
-
 def load(path: str | Path, cache: NamedCache, n_ctx: int, n_threads: int | None, **options: Any) -> Llama:
     """A model to measure: quiet, and with flash attention for every cache, so that only the types differ."""
     threads: dict[str, Any] = {"n_threads": n_threads, "n_threads_batch": n_threads}
     tail = cache.tail if cache.policy.quantized else None  # which further contexts may take for theirs
     options = {"n_ubatch": cache.n_ubatch, **threads, **options, "cache": cache.policy, "tail": tail}
+    options["calibration"] = "off"  # a cache that is to be calibrated is
     return Llama(path, flash_attn=True, n_ctx=n_ctx, verbose=False, **options)
 
 
@@ -392,77 +391,6 @@ def kl_divergence(reference: Array, other: Array) -> Array:
     # A divergence is never negative, but the sum of a few million roundings can be, by 1e-16.
     divergence: Array = np.maximum((np.exp(reference) * (reference - other)).sum(axis=-1), 0.0)
     return divergence
-
-
-# ---- Text ----
-
-
-def own_text(info: ModelInfo, n_ctx: int, n_chunks: int) -> str:
-    """The demo model's text: a conversation of n_chunks * n_ctx tokens or more; questions reach back n_ctx/2 tokens.
-
-    Raises:
-        ArgumentError: it is another model, or the text would have more than MAX_OWN_TOKENS.
-    """
-    if info.name != demo.MODEL_NAME:
-        raise ArgumentError(
-            f"{info.path.name} needs a text to be measured on (-f FILE): only the demo model has its own"
-        )
-    if n_chunks * n_ctx > MAX_OWN_TOKENS:
-        raise ArgumentError(
-            f"the demo model's own text has at most {MAX_OWN_TOKENS:,} tokens, not {n_chunks:,} chunks of {n_ctx:,}: "
-            f"give a shorter context, fewer chunks, or a text"
-        )
-    n_turns = n_chunks * n_ctx // demo.CHAT_TURN_TOKENS + 1
-    reach = n_ctx // demo.CHAT_TURN_TOKENS  # two facts a turn, so half of the context
-    return demo.chat_text(0, n_turns, reach=min(reach, len(demo.NAMES) * len(demo.KINDS)))
-
-
-def chosen_text(info: ModelInfo, text: Any, n_ctx: int, n_chunks: int | None) -> str:
-    """The text to read, which has as many bytes as n_ctx tokens need: every token but BOS has at least one.
-
-    Args:
-        info: the model.
-        text: what the user gave; None for the demo model's own text.
-        n_ctx: tokens in a chunk.
-        n_chunks: chunks of the demo model's own text.
-
-    Raises:
-        ArgumentError: the text is not a str; or as `own_text`.
-        TextError: the text is empty or too short.
-    """
-    if text is None:
-        return own_text(info, n_ctx, n_chunks or DEFAULT_CHUNKS)
-    if not isinstance(text, str):
-        raise ArgumentError(f"text is of type {type(text).__name__}, must be a str")
-    if not text:
-        raise TextError("the text is empty")
-    n_bytes = len(text.encode())
-    if n_bytes + 8 < n_ctx:
-        raise TextError(
-            f"the text has {n_bytes:,} bytes, but a context of {n_ctx:,} needs as many tokens: "
-            f"give a longer text or a shorter context"
-        )
-    return text
-
-
-def text_chunks(model: Llama, text: str, n_ctx: int, n_chunks: int | None, special: bool) -> npt.NDArray[np.int32]:
-    """Tokens (n_chunks, n_ctx) of a text, with control tokens parsed if `special`; each chunk begins with BOS if the
-    model wants one.
-
-    Raises:
-        TextError: the text has fewer than n_ctx tokens.
-    """
-    tokens = np.array(model.tokenize(text.encode(), add_bos=True, special=special), np.int32)
-    there = len(tokens) // n_ctx
-    if not there:
-        raise TextError(
-            f"the text has {len(tokens):,} tokens, but a context of {n_ctx:,} needs as many: "
-            f"give a longer text or a shorter context"
-        )
-    chunks = tokens[: min(there, n_chunks or there) * n_ctx].reshape(-1, n_ctx)
-    if llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(model.model)):
-        chunks[:, 0] = model.token_bos()
-    return chunks
 
 
 def _notes(trial: Trial, own: bool) -> tuple[str, ...]:

@@ -107,11 +107,11 @@ def continuation(
             number from 0 on; otherwise as `compare`.
         PolicyError, TextError, CacheTypeError, OutOfMemoryError, TqggufError: as `compare`.
     """
-    trial = Trial.of(path, caches, tails, n_ctx, calibration)
+    trial = Trial.of(path, caches, tails, n_ctx)
     n_prompt = trial.n_ctx - check_generate(n_generate, trial.n_ctx)
     if isinstance(temperature, bool) or not (isinstance(temperature, (int, float)) and 0 <= temperature < np.inf):
         raise ArgumentError(f"temperature is {temperature!r}, must be a finite number of at least 0")
-    with reading(trial, text, n_chunks, n_batch, n_threads) as (model, readers, chunks):
+    with reading(trial, text, n_chunks, n_batch, n_threads, calibration, progress) as (model, readers, chunks):
         _follow(model, readers, chunks, n_generate, temperature, seed, progress)
     return Continuation(trial.info.path.name, n_prompt, n_generate, tuple(_quality(r, n_generate) for r in readers))
 

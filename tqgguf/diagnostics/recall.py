@@ -23,7 +23,7 @@ from ..config import MEASURED_TYPES
 from ..demo import model as demo
 from ..errors import ArgumentError, TqggufError, UnsupportedError
 from ..model.llama import Llama
-from .compare import CountProgress, Trial, load
+from .compare import CountProgress, Trial, also_calibrated, load
 
 DEPTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Places of the facts asked for, as fractions of the prompt: 0 is its first fact, 1 its last."""
@@ -112,7 +112,8 @@ def recall(
     """
     check_count("n_prompts", n_prompts)
     check_count("n_predict", n_predict)
-    info, named, n_ctx = Trial.of(path, caches, tails, n_ctx, calibration)
+    info, named, n_ctx = Trial.of(path, caches, tails, n_ctx)
+    named = also_calibrated(info, named, calibration, n_threads, progress)
     own = info.name == demo.MODEL_NAME
     scores: list[RecallScore] = []
     for i, cache in enumerate(named):

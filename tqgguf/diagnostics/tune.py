@@ -29,20 +29,18 @@ from ..model.llama import Llama
 from .allocation import Option, allocate, allocations
 from .capture import mean_keys
 from .compare import (
-    DEFAULT_CHUNKS,
     Array,
     CountProgress,
     NamedCache,
     Reader,
     TypeQuality,
-    chosen_text,
     context_length,
     further_context,
     load,
     read_chunks,
     standard_error,
-    text_chunks,
 )
+from .texts import DEFAULT_CHUNKS, chosen_text, text_chunks
 
 CANDIDATE_TYPES: Final = ("pqt3", "pqt4", "q8_0")
 """The types that `tune` chooses from by default: the most precise ones at 3.5 and 4.5 bits, and one for parts that need

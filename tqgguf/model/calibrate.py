@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .._native import import_llama_cpp
-from .._util import check_count, warn
+from .._util import check_count, tell, warn
 from ..cache.calibration import Calibration, read_calibration, stored_calibration
-from ..errors import ArgumentError, CalibrationError, TextError
+from ..cache.policy import CachePolicy
+from ..errors import ArgumentError, CalibrationError, TextError, UnsupportedError
 from ..gguf.identity import model_identity
 from ..gguf.info import ModelInfo, read_model_info
 from ..reference import alibi_slopes
@@ -41,11 +43,14 @@ F64 = npt.NDArray[np.float64]
 TEXT: Final = Path(__file__).with_name("calibration.txt")
 """Prose, code, dialogue, tables and eight languages, about 2,000 tokens, written for this."""
 
-DEFAULT_TOKENS: Final = 1024
+DEFAULT_TOKENS: Final = 1792
 FEWEST_TOKENS: Final = 64
 EXPONENT: Final = 0.75
-"""Of the best gain of the formula. Statistics of 1,024 tokens are not those of other text, so the gain is held back: 1
-leaves more error in SmolLM2, and 0.5 to 1 the same in Gemma 3 (benchmarks/quality/calibration.py)."""
+"""Of the best gain of the formula. Statistics of one text are not those of another, so the gain is held back: 1 leaves
+less error in Gemma 3 and more in SmolLM2, by a twentieth each (benchmarks/quality/calibration.py)."""
+
+QUERY_STEP: Final = 4
+"""Every fourth query is asked which keys it looks at: reading the text takes longer than these statistics then."""
 
 QUERIES_AT_ONCE: Final = 256
 SMALLEST_SHARE: Final = 1e-4
@@ -58,7 +63,7 @@ def calibrate(
     path: str | Path,
     text: str | None = None,
     *,
-    n_tokens: int = DEFAULT_TOKENS,
+    n_tokens: int | None = None,
     n_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
@@ -70,21 +75,22 @@ def calibrate(
     Args:
         path: a GGUF file.
         text: any text; None for a built-in one of about 2,000 tokens.
-        n_tokens: its first tokens, which are read as one batch.
+        n_tokens: its first tokens, which are read as one batch. None: DEFAULT_TOKENS, or as many as the text has or the
+            model was trained on.
         n_threads: threads; None for all processors.
         progress: called as progress(layers done, layers in all).
 
     Raises:
         ArgumentError: n_tokens below FEWEST_TOKENS.
-        TextError: the text has fewer tokens.
+        TextError: the text has fewer tokens than that.
         CalibrationError: nothing of the model may be calibrated: it has no KV cache, or keeps V within K (MLA).
         UnsupportedError: the model does not run flash attention.
         ModelFileError, OutOfMemoryError, TqggufError: as `tqgguf.Llama`.
     """
-    check_count("n_tokens", n_tokens, FEWEST_TOKENS)
+    if n_tokens is not None:
+        check_count("n_tokens", n_tokens, FEWEST_TOKENS)
     info = read_model_info(path)
-    if obstacle := "it has no KV cache" if not info.layers else info.gain_obstacle:
-        raise CalibrationError(f"nothing of {info.path.name} can be calibrated: {obstacle}")
+    _refuse_impossible(info)
     words = TEXT.read_text(encoding="utf-8") if text is None else text
     if not isinstance(words, str):
         raise ArgumentError(f"text is of type {type(words).__name__}, must be a str")
@@ -101,25 +107,85 @@ def calibrate(
     params = llama_cpp.llama_model_default_params()  # mapped, so that who loads it next finds it in memory
     params.n_gpu_layers = 0
     with captured_log(quiet=True), opened_model(info, params) as model:
-        tokens = _tokens(model, words)[:n_tokens]
-        if len(tokens) < n_tokens:
-            raise TextError(f"the text has {len(tokens):,} tokens, fewer than the {n_tokens:,} asked for")
+        most = n_tokens or min(DEFAULT_TOKENS, llama_cpp.llama_model_n_ctx_train(model) or DEFAULT_TOKENS)
+        tokens = _tokens(model, words)[:most]
+        if len(tokens) < (n_tokens or FEWEST_TOKENS):
+            raise TextError(
+                f"the text has {len(tokens):,} tokens, fewer than "
+                + (f"the {n_tokens:,} asked for" if n_tokens else f"{FEWEST_TOKENS}, which a calibration needs")
+            )
         loaded = Loaded(model, info, n_threads or os.cpu_count() or 1)
-        found = read_attention(loaded, tokens, [layer.index for layer in info.layers], read)
+        found = read_attention(loaded, tokens, [layer.index for layer in info.layers], read, cache="f16")
     centred = info.centring_obstacle is None
     return Calibration(
         means={layer: each.mean.astype(np.float32) for layer, each in found.items()} if centred else {},
         gains={layer: each.gain(EXPONENT, centred) for layer, each in found.items()},
         model=model_identity(info.path),
         n_layer=info.n_layer,
-        n_tokens=n_tokens,
+        n_tokens=len(tokens),
     )
+
+
+def default_choice() -> str:
+    """What is done where no calibration is chosen: the environment variable TQGGUF_CALIBRATION, or else "auto".
+
+    Raises:
+        ArgumentError: the variable is neither "auto" nor "off".
+    """
+    value = os.environ.get("TQGGUF_CALIBRATION") or "auto"
+    if value not in ("auto", "off"):
+        raise ArgumentError(f'environment variable TQGGUF_CALIBRATION is {value!r}, must be "auto" or "off"')
+    return value
+
+
+def calibrated_by_default(info: ModelInfo, policy: CachePolicy) -> bool:
+    """Whether keys are calibrated without being asked: some of them have a type of tqgguf, and nothing forbids it."""
+    ours = any(policy.types(layer.index)[0].ours for layer in info.layers)
+    return ours and not policy.calibrated and obstacle(info) is None
+
+
+def obstacle(info: ModelInfo) -> str | None:
+    """Why nothing of a model can be calibrated; None if something can."""
+    if not info.layers:
+        return "it has no KV cache"
+    if info.architecture == "t5":
+        return "T5's attention has a bias, for which flash attention has no place"
+    return info.gain_obstacle
+
+
+def _refuse_impossible(info: ModelInfo) -> None:
+    if reason := obstacle(info):
+        raise CalibrationError(f"nothing of {info.path.name} can be calibrated: {reason}")
+
+
+def calibrated_policy(
+    info: ModelInfo,
+    policy: CachePolicy,
+    choice: Calibration | str | Path | None,
+    **options: Any,
+) -> CachePolicy:
+    """The policy with the calibration that was chosen for its model.
+
+    Args:
+        info: the model.
+        policy: types of the KV cache.
+        choice: None for `default_choice` where `calibrated_by_default`; else as for `chosen_calibration`.
+        options: as for `chosen_calibration`.
+
+    Raises:
+        CalibrationError, ArgumentError: as `chosen_calibration`.
+    """
+    if choice is None and not calibrated_by_default(info, policy):
+        return policy
+    found = chosen_calibration(info, choice, **options)
+    return found.applied(policy, info) if found else policy
 
 
 def chosen_calibration(
     info: ModelInfo,
     choice: Calibration | str | Path | None,
     *,
+    measure: bool = True,
     n_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration | None:
@@ -127,24 +193,26 @@ def chosen_calibration(
 
     Args:
         info: the model.
-        choice: None or "off" for none; "auto" for the one that is kept for this model, which is measured and kept if
-            there is none yet; else a calibration, or the path of one.
+        choice: None for `default_choice`; "off" for none; "auto" for the one that is kept for this model, which is
+            measured and kept if there is none yet; else a calibration, or the path of one.
+        measure: whether one may be measured now, which needs the memory of this machine for the model.
         n_threads: threads to measure with.
         progress: called as progress(layers done, layers in all) while it is measured.
 
     Raises:
-        ArgumentError: the choice is something else.
+        ArgumentError: the choice is something else, or TQGGUF_CALIBRATION is.
         CalibrationError: a file that is no calibration or belongs to another model; nothing of the model may be
-            calibrated.
+            calibrated; "auto" where there is none and none may be measured.
         Any other error of `calibrate`.
     """
-    if choice is None or choice == "off":
+    chosen = default_choice() if choice is None else choice
+    if chosen == "off":
         return None
-    if choice == "auto":
-        return _kept(info, n_threads, progress)
-    if not isinstance(choice, (Calibration, str, Path)):
+    if chosen == "auto":
+        return _kept(info, choice is None, measure, n_threads, progress)
+    if not isinstance(chosen, (Calibration, str, Path)):
         raise ArgumentError(f'calibration is {choice!r}, must be "auto", "off", a Calibration or the path of one')
-    found = choice if isinstance(choice, Calibration) else read_calibration(choice)
+    found = chosen if isinstance(chosen, Calibration) else read_calibration(chosen)
     if found.model != model_identity(info.path):
         raise CalibrationError(
             f"this calibration was measured on another model than {info.path.name}: make one with tqgguf calibrate"
@@ -152,15 +220,45 @@ def chosen_calibration(
     return found
 
 
-def _kept(info: ModelInfo, n_threads: int | None, progress: Callable[[int, int], None] | None) -> Calibration:
-    """The model's calibration in the user's cache folder; measured now if there is none, or none that can be used."""
-    path = stored_calibration(model_identity(info.path))
+def _kept(
+    info: ModelInfo,
+    unasked: bool,
+    measure: bool,
+    n_threads: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> Calibration | None:
+    """The model's calibration in the user's cache folder; measured now if there is none, or none that can be used.
+
+    unasked: nobody chose it, so that a model that cannot have one goes without.
+    """
+    _refuse_impossible(info)
+    identity = model_identity(info.path)
+    path = stored_calibration(identity)
     if path.exists():
         try:
-            return read_calibration(path)
+            kept = read_calibration(path)
+            if kept.model == identity:
+                return kept
+            warn(f"{path} holds the calibration of another model: {info.path.name} is calibrated again")
         except CalibrationError as error:
             warn(f"{error}: the model is calibrated again")
-    found = calibrate(info.path, n_threads=n_threads, progress=progress)
+    if identity in _unkept:
+        return _unkept[identity]
+    if not measure:
+        said = f"{info.path.name} has not been calibrated on this machine: `tqgguf calibrate` does it"
+        if not unasked:
+            raise CalibrationError(said)
+        warn(f"{said}; its keys are stored as they are")
+        return None
+    tell(f"calibrating the keys of {info.path.name}, once for this model (TQGGUF_CALIBRATION=off leaves it out)")
+    start = time.monotonic()
+    try:
+        found = calibrate(info.path, n_threads=n_threads, progress=progress)
+    except UnsupportedError as error:
+        if not unasked:
+            raise
+        warn(f"{error}; its keys are stored as they are")
+        found = Calibration({}, {}, identity, info.n_layer, 0)  # kept, so that it is not tried again
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         found.write(path)
@@ -168,7 +266,13 @@ def _kept(info: ModelInfo, n_threads: int | None, progress: Callable[[int, int],
         warn(
             f"the calibration of {info.path.name} cannot be kept in {path.parent} ({error}): this process alone has it"
         )
+        _unkept[identity] = found
+    tell(f"calibrated {info.path.name} in {time.monotonic() - start:.1f} s")
     return found
+
+
+_unkept: Final[dict[str, Calibration]] = {}
+"""By model identity, calibrations that could not be written and serve this process alone."""
 
 
 def _tokens(model: Any, text: str) -> list[int]:
@@ -219,6 +323,7 @@ def key_statistics(inputs: AttentionInputs, weighted: bool = True) -> KeyStatist
         weighted: whether queries and keys count by what softmax lets through; else all count alike.
     """
     n, n_head, _ = inputs.q.shape
+    read = np.arange(0, n, QUERY_STEP)
     n_head_kv = inputs.k.shape[1]
     group = n_head // n_head_kv
     shape = (n_head_kv, inputs.k.shape[2])
@@ -227,10 +332,11 @@ def key_statistics(inputs: AttentionInputs, weighted: bool = True) -> KeyStatist
         k = np.ascontiguousarray(inputs.k[:, head])
         of_keys, total = np.zeros(n), 0.0
         for query_head in range(head * group, (head + 1) * group):
-            for first in range(0, n, QUERIES_AT_ONCE):
-                q = np.ascontiguousarray(inputs.q[first : first + QUERIES_AT_ONCE, query_head])
+            for first in range(0, len(read), QUERIES_AT_ONCE):
+                rows = read[first : first + QUERIES_AT_ONCE]
+                q = inputs.q[rows, query_head]
                 if weighted:
-                    moved = _movable(inputs, q, k, query_head, first)
+                    moved = _movable(inputs, q, k, query_head, rows)
                     of_keys[: moved.shape[1]] += moved.sum(axis=0)
                     of_queries = moved.sum(axis=1)
                 else:
@@ -246,14 +352,14 @@ def key_statistics(inputs: AttentionInputs, weighted: bool = True) -> KeyStatist
     return KeyStatistics(mean, k2, q2)
 
 
-def _movable(inputs: AttentionInputs, q: F32, k: F32, query_head: int, first: int) -> F32:
-    """p (1 - p) of a block of queries, (n_queries, n_keys) up to the last key that they see."""
-    end = first + len(q)
+def _movable(inputs: AttentionInputs, q: F32, k: F32, query_head: int, rows: npt.NDArray[np.intp]) -> F32:
+    """p (1 - p) of the queries of some rows, ascending: (n_rows, n_keys) up to the last key that they see."""
+    end = int(rows[-1]) + 1
     scores = (q @ k[:end].T) * np.float32(inputs.scale)
     if inputs.softcap:
         scores = np.float32(inputs.softcap) * np.tanh(scores / np.float32(inputs.softcap))
     slope = alibi_slopes(inputs.q.shape[1], inputs.max_bias)[query_head]
-    scores += inputs.mask[first:end, :end] * np.float32(slope)
+    scores += inputs.mask[rows, :end] * np.float32(slope)
     top = scores.max(axis=1, keepdims=True)
     if inputs.sinks is not None:
         top = np.maximum(top, inputs.sinks[query_head])

@@ -47,9 +47,12 @@ class Llama(GuardedLlama):
             a password. All layers lie on workers unless `n_gpu_layers` says how many; `tensor_split` says in which
             proportions, otherwise their free memory does. `offload_kqv=False` keeps the cache here.
         calibration: a mean and a gain for each channel of quantized keys, which lessen their error and change nothing
-            else. "auto": the one that is kept for this model; if there is none yet, the model reads a text of 1,024
-            tokens first, and it is kept in the user's cache folder. Or a `Calibration`, or the path of one
-            (`tqgguf calibrate`). None and "off": none.
+            else. None calibrates keys of tqgguf's types where the model allows it, unless the policy brings means or
+            gains of its own, with the calibration that is kept for this model in the user's cache folder. If there is
+            none yet, the model reads a text of 1,792 tokens first, once, and a line on stderr says so; on workers, a
+            warning says that there is none. "auto": the same for every quantized type, and an error where it cannot be.
+            "off": none. Or a `Calibration`, or the path of one (`tqgguf calibrate`). The environment variable
+            TQGGUF_CALIBRATION=off makes None mean "off".
         progress: called as progress(title, done, total) while the model is loaded, from 0 to 100, and while a prompt of
             more than one batch is read, in tokens. What it raises ends that, and is raised.
         **kwargs: as for `llama_cpp.Llama`, except `type_k` and `type_v`, which `cache` replaces.
@@ -259,6 +262,7 @@ class Llama(GuardedLlama):
         del state["type_k"], state["type_v"]
         same = self._request.policy.uniform
         state["tail"] = self._request.tail
+        state["calibration"] = "off"  # the policy has it
         state["rpc"] = self._arguments[4]
         state["cache"] = tuple(kind.name for kind in same) if same else self._request.policy
         return state

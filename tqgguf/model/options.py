@@ -28,7 +28,7 @@ from ..cache.tail import check_tail, warn_unread
 from ..config import parse_cache
 from ..errors import ArgumentError, ModelNotFoundError, OutOfMemoryError
 from ..gguf.info import ModelInfo, read_model_info
-from .calibrate import chosen_calibration
+from .calibrate import calibrated_policy
 from .workers import check_split
 
 _STOCK_OPTIONS: Final = frozenset(inspect.signature(import_llama_cpp().Llama.__init__).parameters) - {
@@ -114,8 +114,7 @@ def checked_request(
         if rpc is None:
             _refuse_too_long(info, policy, kwargs)
         threads = kwargs.get("n_threads_batch")
-        if found := chosen_calibration(info, calibration, n_threads=threads, progress=progress):
-            policy = found.applied(policy, info)
+        policy = calibrated_policy(info, policy, calibration, measure=rpc is None, n_threads=threads, progress=progress)
     warn_unread(policy.kept(n_tail), info.architecture)
     workers: tuple[str, ...] = ()
     if rpc is not None:

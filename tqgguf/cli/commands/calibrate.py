@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text file (default: a text of tqgguf's own)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there, for --calibration FILE")
     parser.add_argument(
-        "--tokens", type=positive, default=1024, metavar="N", help="of the text, read at once (default: 1024)"
+        "--tokens", type=positive, metavar="N", help="of the text, read at once (default: 1792 at most)"
     )
     parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: all processors)")
     parser.set_defaults(call=call)
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     from ...cache.calibration import stored_calibration
-    from ...diagnostics.compare import read_text
+    from ...diagnostics.texts import read_text
     from ...model.calibrate import calibrate
 
     text = None if args.file is None else read_text(args.file)
@@ -50,5 +50,5 @@ def call(args: argparse.Namespace) -> int:
     found.write(path)
     means = "means and gains" if found.means else "gains (this model's keys cannot be centred)"
     seconds = time.monotonic() - start
-    print(f"{means} of {len(found.gains)} layers, from {args.tokens:,} tokens, in {seconds:.1f} s: {path}")
+    print(f"{means} of {len(found.gains)} layers, from {found.n_tokens:,} tokens, in {seconds:.1f} s: {path}")
     return 0

@@ -99,16 +99,17 @@ def tail_list(text: str) -> tuple[int, ...]:
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from ...diagnostics.compare import compare, own_text, read_text
+    from ...diagnostics.compare import compare
     from ...diagnostics.continuation import continuation
     from ...diagnostics.recall import recall
+    from ...diagnostics.texts import own_text, read_text
     from ..render.compare import print_comparison, print_continuation, print_recall
 
     if args.plot:
         check_plot(Path(args.plot))
     text = None if args.file is None else read_text(args.file)
     if args.attention:
-        others = {"recall": False, "generate": None, "plot": None, "chunks": None, "tail": None, "calibration": "off"}
+        others = {"recall": False, "generate": None, "plot": None, "chunks": None, "tail": None, "calibration": None}
         if any(getattr(args, name) != unset for name, unset in others.items()):
             args.usage_error(f"--attention goes with none of --{', --'.join(others)}")
         types = [cache for cache in args.cache if isinstance(cache, str) and cache in CACHE_TYPES]

@@ -88,7 +88,7 @@ def _call_contents(args: argparse.Namespace) -> int:
 def _read_text(args: argparse.Namespace, sample: int) -> CacheContents:
     """The contents of the cache after the model has read a text."""
     from ...diagnostics.cache_contents import inspect_cache
-    from ...diagnostics.compare import read_text
+    from ...diagnostics.texts import read_text
 
     text = read_text(args.file)
     if not text.strip():

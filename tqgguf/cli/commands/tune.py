@@ -68,7 +68,7 @@ def add_parser(commands: Any) -> None:
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from ...diagnostics.compare import read_text
+    from ...diagnostics.texts import read_text
     from ...diagnostics.tune import CANDIDATE_TYPES, tune
     from ..render.compare import print_tuning
 
