@@ -22,8 +22,8 @@ from tqgguf.diagnostics.compare import (
     context_length,
     kl_divergence,
     log_softmax,
-    read_text,
 )
+from tqgguf.diagnostics.texts import read_text
 from tqgguf.errors import ArgumentError, TextError, TqggufError
 
 LOGITS = hnp.arrays(
