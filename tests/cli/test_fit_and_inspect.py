@@ -257,7 +257,7 @@ def test_a_page_in_a_browser(tqgguf: Command, text: Path, tmp_path: Path, width:
 
 def test_doctor_has_a_line_for_each_finding_where_it_is_piped(tqgguf: Command) -> None:
     done = tqgguf("doctor", env={"COLUMNS": "40"})
-    assert all(line.startswith("ok  ") for line in done.stdout.splitlines()) and len(done.stdout.splitlines()) == 12
+    assert all(line.startswith("ok  ") for line in done.stdout.splitlines()) and len(done.stdout.splitlines()) == 13
 
 
 def test_doctor_with_a_model(tqgguf: Command, random_model: Callable[..., Path]) -> None:
@@ -287,6 +287,22 @@ def test_doctor_finds_a_cuda_library_that_cannot_be_used(tqgguf: Command, tmp_pa
     data = json.loads(tqgguf("doctor", "--json", env={"TQGGUF_CUDA_LIB": str(library)}).stdout)
     (wrong,) = (check for check in data["checks"] if not check["ok"])
     assert not data["ok"] and wrong["name"] == "cuda" and str(library) in wrong["detail"]
+
+
+def test_doctor_tells_of_calibrations(tqgguf: Command, tmp_path: Path) -> None:
+    def told(**env: str) -> tuple[bool, str]:
+        data = json.loads(tqgguf("doctor", "--json", env=env).stdout)
+        (check,) = (check for check in data["checks"] if check["name"] == "calibrations")
+        return check["ok"], check["detail"]
+
+    folder = tmp_path / "tqgguf" / "calibrations"
+    assert told(XDG_CACHE_HOME=str(tmp_path)) == (True, f"off by default; 0 kept in {folder}")
+    folder.mkdir(parents=True)
+    (folder / "one.gguf").touch()
+    choice = {"XDG_CACHE_HOME": str(tmp_path), "TQGGUF_CALIBRATION": "auto"}
+    assert told(**choice) == (True, f"auto by default; 1 kept in {folder}")
+    ok, detail = told(TQGGUF_CALIBRATION="never")
+    assert not ok and 'must be "auto" or "off"' in detail
 
 
 def test_doctor_finds_stock_libraries(python: Callable[..., Any], tmp_path: Path) -> None:

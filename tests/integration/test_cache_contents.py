@@ -14,6 +14,7 @@ import pytest
 
 import tqgguf
 from tqgguf._native import import_llama_cpp
+from tqgguf.cache.policy import resolve
 from tqgguf.demo import model as demo
 from tqgguf.diagnostics.cache_contents import inspect_cache, inspect_session
 from tqgguf.errors import ArgumentError, CacheClosedError, SessionError, StateFileError, UnsupportedError
@@ -131,6 +132,24 @@ def test_outliers_behind_a_rotation_are_found_where_they_are(random_model: Model
         with read(path, cache, tail=0) as model:
             found[cache] = [head.outliers for tensor in inspect_cache(model).side("K") for head in tensor.heads]
     assert any(found["f16"]) and found["q8_0"] == found["pqo4"] == found["f16"]
+
+
+@pytest.mark.parametrize("cache", ["pqo4", "q8_0"])
+def test_calibrated_keys_are_shown_as_they_were(random_model: Model, cache: str) -> None:
+    path = random_model(arch="qwen2", head_dim=64, n_head=1, n_head_kv=1, key_bias=200.0, seed=1)
+    calibration = tqgguf.calibrate(path, TEXT.decode(), n_tokens=64)
+    policy = calibration.applied(resolve(cache, 2), read_model_info(path))
+    with read(path, policy, tail=0) as model, read(path, "f16", tail=0) as exact:
+        found, plain = inspect_cache(model), inspect_cache(exact)
+    for mine, other in zip(found.side("K"), plain.side("K"), strict=True):
+        head, its = mine.heads[0], other.heads[0]
+        assert head.outliers == its.outliers and head.norm == pytest.approx(its.norm, rel=0.02)
+        assert head.offset == pytest.approx(its.offset, rel=0.02)
+        gain = calibration.gains[mine.layer]
+        assert head.gain == (gain.min(), gain.max()) and 0.5 < head.mean < 1.1
+        assert (its.mean, its.gain) == (0.0, (1.0, 1.0))
+    assert any("stored calibrated" in note for note in found.notes)
+    assert {(head.mean, head.gain) for tensor in found.side("V") for head in tensor.heads} == {(0.0, (1.0, 1.0))}
 
 
 def test_a_sample_is_enough() -> None:

@@ -7,6 +7,7 @@ changes no score, but moves the encoder's precision to the channels that queries
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._util import replacing
-from ..errors import CalibrationError, ModelFileError, ModelNotFoundError, PolicyError
+from ..errors import ArgumentError, CalibrationError, ModelFileError, ModelNotFoundError, PolicyError
 from ..gguf.header import read_header
 from ..gguf.identity import cache_folder
 from ..gguf.info import ModelInfo
@@ -128,6 +129,23 @@ def read_calibration(path: str | Path) -> Calibration:
     return Calibration(means, gains, model, n_layer, n_tokens)
 
 
+def default_choice() -> str:
+    """What is done where no calibration is chosen: the environment variable TQGGUF_CALIBRATION, or else "auto".
+
+    Raises:
+        ArgumentError: the variable is neither "auto" nor "off".
+    """
+    value = os.environ.get("TQGGUF_CALIBRATION") or "auto"
+    if value not in ("auto", "off"):
+        raise ArgumentError(f'environment variable TQGGUF_CALIBRATION is {value!r}, must be "auto" or "off"')
+    return value
+
+
+def calibration_folder() -> Path:
+    """Where calibrations are kept: in the user's cache folder."""
+    return cache_folder() / "calibrations"
+
+
 def stored_calibration(model: str) -> Path:
-    """Where the calibration of a model is kept, by its `model_identity`: in the user's cache folder."""
-    return cache_folder() / "calibrations" / f"{model}.gguf"
+    """Where the calibration of a model is kept, by its `model_identity`."""
+    return calibration_folder() / f"{model}.gguf"

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from .. import reference
 from .._native import import_llama_cpp
 from .._native.ggml import decode_rows, round_trip
+from ..cache.policy import CachePolicy
 from ..config import CACHE_TYPES, CacheType
 from ..errors import ArgumentError
 from ..gguf.info import ModelInfo, read_model_info
@@ -35,7 +36,11 @@ U8 = npt.NDArray[np.uint8]
 DEFAULT_SAMPLE: Final = 1024
 """Cells to look at by default."""
 
-_CALIBRATED: Final = "keys are stored less a mean or times a gain"
+_CALIBRATED: Final = (
+    "keys are stored calibrated: norms, outliers and offsets are those of the keys themselves, the rest is of what is "
+    "stored, D (k - m)"
+)
+_CALIBRATED_SESSION: Final = "keys are shown as stored: less a mean or times a gain, which the session does not hold"
 
 _CODEC_NMSE: Final = {"pqo3": 0.0229, "pqt3": 0.0169, "pqo4": 0.0053, "pqt4": 0.0041, "q4_0": 0.0074, "iq4_nl": 0.0058}
 """Squared error on Gaussian blocks relative to their square (README, tests/native/test_quality.py); near 0 for types
@@ -57,6 +62,9 @@ class HeadContents:
         offset: norm of the mean vector relative to the RMS norm: 0 if vectors point everywhere, 1 if all are equal.
         nmse_3: estimated squared error at 3 bits (pqo3; pqt3 for a trellis type), relative to the squared values.
         nmse_4: the same at 4 bits.
+        mean: norm of the mean that is subtracted from keys before they are stored, relative to their RMS norm; 0 for
+            none.
+        gain: smallest and largest factor that a channel of the keys is multiplied by; (1, 1) for none.
     """
 
     head: int
@@ -69,6 +77,8 @@ class HeadContents:
     offset: float
     nmse_3: float
     nmse_4: float
+    mean: float
+    gain: tuple[float, float]
 
     @property
     def bit_gain(self) -> float:
@@ -148,7 +158,7 @@ def inspect_cache(model: Llama, *, sample: int = DEFAULT_SAMPLE) -> CacheContent
     notes = [_CALIBRATED] if model.cache_policy.calibrated else []
     if info.tail:
         notes.append(f"the newest {info.tail} tokens are read from the precise tail, not from the blocks shown here")
-    return _contents(model.model_info, "context", state, sample, notes)
+    return _contents(model.model_info, "context", state, sample, notes, model.cache_policy)
 
 
 def k_scales(model: Llama) -> dict[int, float]:
@@ -198,18 +208,20 @@ def inspect_session(path: str | Path, model: str | Path, *, sample: int = DEFAUL
         notes = ["a saved state does not tell whether keys are less a mean or times a gain"]
         return _contents(info, str(path), read_state(path, info), sample, notes)
     saved, data = session.read_body(path, info)
-    notes = [_CALIBRATED] if saved.k_means else []
+    notes = [_CALIBRATED_SESSION] if saved.k_means else []
     return _contents(info, str(path), parse_state(data, info, str(path), sequence=True), sample, notes)
 
 
-def _contents(info: ModelInfo, source: str, state: CacheState, sample: int, notes: list[str]) -> CacheContents:
+def _contents(
+    info: ModelInfo, source: str, state: CacheState, sample: int, notes: list[str], policy: CachePolicy | None = None
+) -> CacheContents:
     if isinstance(sample, bool) or not isinstance(sample, int) or sample < 1:
         raise ArgumentError(f"sample is {sample!r}, must be a positive number of cells to look at")
     if not state.n_cells:
         raise ArgumentError(f"the cache of {source} is empty: nothing has been read into it yet")
     sizes = {(layer.head_dim_k, layer.head_dim_v) for layer in info.layers}
     notes = list(notes)
-    tensors = [_tensor(stored, sample, len(sizes) == 1, notes) for stored in state.tensors]
+    tensors = [_tensor(stored, sample, len(sizes) == 1, notes, policy) for stored in state.tensors]
     tensors.sort(key=lambda tensor: (tensor.layer, tensor.side))
     if any(not CACHE_TYPES[tensor.type].ours for tensor in tensors):
         notes.append("scales and code use are shown for types of tqgguf")
@@ -227,7 +239,9 @@ def _contents(info: ModelInfo, source: str, state: CacheState, sample: int, note
     )
 
 
-def _tensor(stored: StoredRows, sample: int, rotated: bool, notes: list[str]) -> TensorContents:
+def _tensor(
+    stored: StoredRows, sample: int, rotated: bool, notes: list[str], policy: CachePolicy | None
+) -> TensorContents:
     n_cells = len(stored.rows)
     chosen = np.unique(np.linspace(0, n_cells - 1, min(sample, n_cells)).round().astype(np.intp))
     rows, kind, n_head = stored.rows[chosen], stored.type, stored.layer.n_head_kv
@@ -237,11 +251,18 @@ def _tensor(stored: StoredRows, sample: int, rotated: bool, notes: list[str]) ->
             f"layer {stored.layer.index}: {n_bad} of the sampled values of {stored.side} are not finite and count as 0"
         )
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    if rotated:
-        values = _unrotated(values, kind, stored)
+    nmse = _bit_errors(values, kind)
+    mean, gain, turned = _calibration(stored, policy)
+    if turned:
+        values = _unrotated(values, stored.head_dim & -stored.head_dim)
+    elif rotated:
+        sizes = rotation_sizes(kind, stored.layer.head_dim_k, stored.layer.head_dim_v)
+        values = _unrotated(values, sizes[stored.side == "V"])
+        nmse = _bit_errors(values, kind)
+    values = values / gain + mean
     scales, codes = _codes(rows, kind, n_head) if kind.ours else (None, None)
     norms = np.linalg.norm(values.astype(np.float64), axis=2)
-    nmse = _bit_errors(values, kind)
+    root = np.sqrt(np.square(norms).mean(axis=0))
     heads = []
     for facts in head_facts(values):
         h = facts.head
@@ -258,14 +279,25 @@ def _tensor(stored: StoredRows, sample: int, rotated: bool, notes: list[str]) ->
                 offset=facts.offset,
                 nmse_3=float(nmse[0, h]),
                 nmse_4=float(nmse[1, h]),
+                mean=float(np.linalg.norm(mean[h]) / root[h]) if root[h] else 0.0,
+                gain=(float(gain[h].min()), float(gain[h].max())),
             )
         )
     return TensorContents(stored.layer.index, stored.side, kind.name, stored.head_dim, stored.rows.size, tuple(heads))
 
 
-def _unrotated(values: F32, kind: CacheType, stored: StoredRows) -> F32:
-    """Values without the rotation that llama.cpp's graph applies before it stores stock quantized types."""
-    size = rotation_sizes(kind, stored.layer.head_dim_k, stored.layer.head_dim_v)[stored.side == "V"]
+def _calibration(stored: StoredRows, policy: CachePolicy | None) -> tuple[F32, F32, bool]:
+    """Mean and gain of what is stored, (n_head_kv, head_dim) each, and whether it is rotated behind them."""
+    shape = (stored.layer.n_head_kv, stored.head_dim)
+    mean, gain = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    if policy is None or stored.side == "V":
+        return mean, gain, False
+    layer = stored.layer
+    return policy.k_means.get(layer.index, mean), policy.k_gains.get(layer.index, gain), policy.rotates_k(layer)
+
+
+def _unrotated(values: F32, size: int) -> F32:
+    """Values without the rotation of that size that llama.cpp's graph applies before it stores them; 0 for none."""
     if not size:
         return values
     back: F32 = (values.reshape(-1, size) @ hadamard(size)).reshape(values.shape)

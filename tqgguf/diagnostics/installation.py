@@ -18,6 +18,7 @@ from .. import __version__, _native
 from .._native import backends
 from .._native.cuda import cuda_library, cuda_library_path
 from .._native.libggml import library_of
+from ..cache.calibration import calibration_folder, default_choice
 from ..errors import TqggufError
 
 UPSTREAM_VERSION: Final = "0.3.36"
@@ -124,7 +125,7 @@ def installation() -> Installation:
         looks: dict[str, Callable[[], str]] = {"kernel": kernel, "llama_cpp": bindings, "libraries": libraries}
         looks |= {f"lib{name}": functools.partial(_library, name) for name in _MARKS}
         checks += [_look(name, look) for name, look in {**looks, "cpu": _cpu}.items()]
-    checks.append(_look("cuda", _cuda))
+    checks += [_look("cuda", _cuda), _look("calibrations", _calibrations)]
     return Installation(tuple(checks), kernels, active)
 
 
@@ -214,6 +215,15 @@ def _cuda() -> str:
     if not found:
         return f"not in this build (docs/cuda.md says how to build it); {seen}"
     return f"{', '.join(found)}; {seen}"
+
+
+def _calibrations() -> str:
+    """Which calibration is the default; raises if the environment names none."""
+    folder = calibration_folder()
+    kept = len(list(folder.glob("*.gguf")))
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    closed = "" if nearest.is_dir() and os.access(nearest, os.W_OK) else ", which cannot be written to"
+    return f"{default_choice()} by default; {kept} kept in {folder}{closed}"
 
 
 def _look(name: str, look: Callable[[], str]) -> Check:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from .._native import import_llama_cpp
 from .._util import check_count, tell, warn
-from ..cache.calibration import Calibration, read_calibration, stored_calibration
+from ..cache.calibration import Calibration, default_choice, read_calibration, stored_calibration
 from ..cache.policy import CachePolicy
 from ..errors import ArgumentError, CalibrationError, TextError, UnsupportedError
 from ..gguf.identity import model_identity
@@ -124,18 +124,6 @@ def calibrate(
         n_layer=info.n_layer,
         n_tokens=len(tokens),
     )
-
-
-def default_choice() -> str:
-    """What is done where no calibration is chosen: the environment variable TQGGUF_CALIBRATION, or else "auto".
-
-    Raises:
-        ArgumentError: the variable is neither "auto" nor "off".
-    """
-    value = os.environ.get("TQGGUF_CALIBRATION") or "auto"
-    if value not in ("auto", "off"):
-        raise ArgumentError(f'environment variable TQGGUF_CALIBRATION is {value!r}, must be "auto" or "off"')
-    return value
 
 
 def calibrated_by_default(info: ModelInfo, policy: CachePolicy) -> bool:

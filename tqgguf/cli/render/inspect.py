@@ -57,6 +57,26 @@ def print_contents(result: CacheContents) -> None:
         "Errors are squared and relative to the squared values. They are estimated, because a compressed value is "
         "known only as decoded. Gain: the error at 3 bits divided by that at 4 bits."
     )
+    _print_calibration(result)
+
+
+def _print_calibration(result: CacheContents) -> None:
+    """Prints a line for each KV head whose keys are stored less a mean or times a gain."""
+    heads = [(tensor.layer, head) for tensor in result.side("K") for head in tensor.heads]
+    heads = [(layer, head) for layer, head in heads if head.mean or head.gain != (1.0, 1.0)]
+    if not heads:
+        return
+    print()
+    table = new_table("layer", "KV head", "mean m", "gain D")
+    for layer, head in heads:
+        low, high = head.gain
+        table.add_row(str(layer), str(head.head), f"{head.mean:.2f}", f"{low:.2g} to {high:.2g}")
+    print_table(table)
+    print()
+    print_text(
+        "Keys k are stored as D (k - m), queries q read as q / D. Mean: the norm of m relative to the keys' RMS norm. "
+        "Gain: of the channel with the smallest D, and with the largest."
+    )
 
 
 def print_model_cache(result: ModelCache) -> None:
