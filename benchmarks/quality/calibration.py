@@ -20,6 +20,7 @@ from unittest import mock
 sys.path.append(str(Path(__file__).parents[1] / "common"))
 
 import machine
+import numpy as np
 import real_sources
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +38,7 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "exponent 1": {"exponent": 1.0},
     "every pair alike": {"weighted": False},
     "256 tokens": {"n_tokens": 256},
+    "1,024 tokens": {"n_tokens": 1024},
     "code": {"text": "code"},
     "chat": {"text": "chat"},
     "prose": {"text": "prose"},
@@ -56,6 +58,25 @@ def calibrated(path: Path, n_threads: int | None, variant: dict[str, Any]) -> tq
     ):
         found = tqgguf.calibrate(path, text, n_tokens=variant.get("n_tokens"), n_threads=n_threads)
     return found if exponent else replace(found, gains={})
+
+
+def channels(key: str, layer: int, head: int) -> dict[str, Any]:
+    """RMS of queries and keys, and the mean and gain of keys, of every channel of a KV head."""
+    seen: dict[int, calibrating.KeyStatistics] = {}
+    statistics = calibrating.key_statistics
+
+    def noted(inputs: Any) -> calibrating.KeyStatistics:
+        seen[inputs.layer] = statistics(inputs)
+        return seen[inputs.layer]
+
+    with mock.patch.object(calibrating, "key_statistics", noted):
+        found = tqgguf.calibrate(real_sources.model_path(key))
+    mean, k2, q2 = (values[head] for values in (seen[layer].mean, seen[layer].k2, seen[layer].q2))
+    vectors = {"q": np.sqrt(q2), "k": np.sqrt(k2 + mean**2), "mean": mean, "gain": found.gains[layer][head]}
+    vectors["stored"] = vectors["gain"] * np.sqrt(k2)
+    vectors["read"] = vectors["q"] / vectors["gain"]
+    rounded = {name: [float(f"{x:.4g}") for x in values] for name, values in vectors.items()}
+    return {"model": real_sources.MODELS[key].name, "layer": layer, "head": head, **rounded}
 
 
 def measure(key: str, kind: str, n_chunks: int, n_threads: int | None) -> list[dict[str, Any]]:
@@ -93,6 +114,7 @@ def main() -> None:
     command = " ".join(["python", "benchmarks/quality/calibration.py", *sys.argv[1:]])
     result: dict[str, Any] = {"command": command, "machine": machine.facts(), "runs": []}
     try:
+        result["channels"] = channels("smollm2", 12, 0)
         for key in args.models:
             for kind in args.cache:
                 name, rows = real_sources.MODELS[key].name, measure(key, kind, args.chunks, args.threads)

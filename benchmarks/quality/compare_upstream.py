@@ -101,7 +101,12 @@ def main() -> int:
         upstream = Perplexity(args.program, args.model, text, args.ctx, args.chunks, args.threads)
         upstream.run(types[0], "--kl-divergence-base", str(base))
         comparison = tqgguf.compare(
-            args.model, types, read_text(text), tails=(0,), n_ctx=args.ctx, n_chunks=args.chunks, n_threads=args.threads
+            *(args.model, types, read_text(text)),
+            tails=(0,),
+            n_ctx=args.ctx,
+            n_chunks=args.chunks,
+            n_threads=args.threads,
+            calibration="off",
         )  # without a tail, as upstream's tools are unless told otherwise
         good = True
         print(f"{comparison.model}, {comparison.n_chunks} chunks of {comparison.n_ctx} tokens\n")

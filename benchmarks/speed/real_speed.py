@@ -84,7 +84,7 @@ class Runner:
             path,
             cache=setting.cache,
             tail=setting.tail,
-            calibration=calibration if setting.calibrated else None,
+            calibration=calibration if setting.calibrated else "off",
             n_ctx=n_ctx,
             n_batch=N_BATCH,
             n_ubatch=tail_batch(setting.tail, N_BATCH),

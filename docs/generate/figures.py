@@ -295,6 +295,31 @@ def attention() -> Any:
     return figure
 
 
+def calibrated() -> Any:
+    """The channels of a KV head of SmolLM2: what queries and keys are, and what is stored and read."""
+    results = json.loads((REPOSITORY / "benchmarks" / "results" / "calibration.json").read_text(encoding="utf-8"))
+    head = results["channels"]
+    figure, both = _figure(9, 3.2, 1, 2)
+    for axes, title, queries, keys in zip(
+        both,
+        (f"layer {head['layer']}, KV head {head['head']}: before", "calibrated"),
+        (("q", "q"), ("q / D", "read")),
+        (("k", "k"), ("D (k - m)", "stored")),
+        strict=True,
+    ):
+        for (label, name), colour in zip((queries, keys), (STOCK, OURS), strict=True):
+            axes.step(range(len(head[name])), head[name], where="mid", color=colour, label=label, linewidth=1.2)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("channel")
+        axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=8)
+    low, high = np.array([axes.get_ylim() for axes in both]).T
+    for axes in both:
+        axes.set_ylim(low.min(), high.max())
+    both[0].set_ylabel("RMS")
+    return figure
+
+
 def tail() -> Any:
     """Which cells of a cache have f16 rows beside their blocks, and the mean KLD for each length of the tail."""
     figure, (left, right) = _figure(9, 3.2, 1, 2)
@@ -344,7 +369,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
 
 
 FIGURES: Final[dict[str, Callable[[], Any]]] = {
-    each.__name__: each for each in (transform, histogram, outliers, error, block, attention, tail)
+    each.__name__: each for each in (transform, histogram, outliers, error, block, attention, tail, calibrated)
 }
 
 
