@@ -54,6 +54,7 @@ LEADING: Final = (
     *("pqt4", "pqt4+128", "pqt4+128 calibrated", "pqo4+128", "pqo4+128 calibrated"),
     *("pqt3", "pqt3+128", "pqt3+128 calibrated", "pqo3+128", "pqo3+128 calibrated"),
 )
+MEASURED: Final = ROOT / "tqgguf" / "diagnostics" / "measured.json"
 LENGTHS: Final = (2048, 8192, 32768)
 
 
@@ -254,8 +255,23 @@ def with_tables(page: str) -> str:
     return re.sub(r"<!-- table ([\w ]+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
+def measured_quality() -> dict[str, Any]:
+    """What `tqgguf fit` shows beside a cache: the median divergence of every type on prose of 2,048 tokens."""
+    names = [model.name for model in real_sources.MODELS.values()]
+    runs = [_runs(name, "prose", 2048)[0] for name in names]
+    found = [{row["type"]: float(f"{row['kld']['median']:.3g}") for row in run["rows"]} for run in runs]
+    types = [kind for kind in found[0] if all(kind in rows for rows in found) and "," not in kind]
+    return {
+        "models": names,
+        "text": runs[0]["text"],
+        "n_ctx": runs[0]["n_ctx"],
+        "median_kld": {kind: [rows[kind] for rows in found] for kind in types},
+    }
+
+
 def write_tables() -> None:
-    """Writes the tables into the pages that have places for them."""
+    """Writes the tables into the pages that have places for them, and the figures of `tqgguf fit`."""
+    write_whole(MEASURED, [json.dumps(measured_quality(), indent=1).encode() + b"\n"], what="the figures")
     for name in PAGES:
         page = ROOT / name
         text = page.read_text(encoding="utf-8")

@@ -67,7 +67,7 @@ def test_no_figure_is_cut_short(tqgguf: Command, text: Path) -> None:
     for args, wanted in (
         (
             ["fit", MODEL, "--memory", "1G", "--vram", "1M"],
-            ["layers on GPU", "video memory", "pqo3     2,048   1.1 MiB"],
+            ["layers on GPU", "video memory", "   2,048   1.1 MiB"],
         ),
         (["inspect", MODEL], ["bytes/token", "pqo3          3.5          448       1.1 MiB"]),
         (["inspect", MODEL, "-f", str(text)], ["layer     type  norm  scale  entropy  outliers  offset"]),

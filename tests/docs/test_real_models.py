@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import program
 import pytest
+
+from tqgguf.config import CACHE_TYPES, PREFERRED_TYPES
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +50,13 @@ def test_a_changed_figure_is_noticed(real: Any, monkeypatch: pytest.MonkeyPatch)
     new = real.with_tables(page)
     assert "| pqt4 | 4.50 | .0500 | .0100 | .500 | 1.25 | 90.5 % | 20.25 |" in new
     assert real.with_tables(new) == new
+
+
+def test_what_fit_shows_is_what_was_measured(real: Any) -> None:
+    saved = json.loads(real.MEASURED.read_text(encoding="utf-8"))
+    assert saved == real.measured_quality(), "run benchmarks/real_models.py tables"
+    # `fit` takes the first type with which the context fits, as `Llama` has it.
+    shown = [f"{name}+128 calibrated" if CACHE_TYPES[name].ours else name for name in PREFERRED_TYPES]
+    for model in range(len(saved["models"])):
+        klds = [saved["median_kld"][kind][model] for kind in shown]
+        assert klds == sorted(klds)

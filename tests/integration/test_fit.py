@@ -130,6 +130,21 @@ def test_the_longest_context_loads_and_the_next_would_not_fit(architecture: Mode
     assert Allocated(log).bytes == pytest.approx(row.memory, rel=0.03)
 
 
+def test_what_was_measured_of_each_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def klds(caches: list[Any], **options: Any) -> list[Any]:
+        return [row.kld for row in fit(demo.MODEL_PATH, 2**30, caches=caches, **options).rows]
+
+    found = fit(demo.MODEL_PATH, 2**30)
+    assert (found.measured.text, found.measured.n_ctx, len(found.measured.models)) == ("prose", 2048, 2)
+    plain = klds(["f16", "pqt3", ("pqt4", "pqt3"), {"default": "pqt3", "layers": {"0": "pqt4"}}])
+    assert plain[0] == (0.0, 0.0) and plain[3] is None and all(kld and len(kld) == 2 for kld in plain[1:3])
+    (bare,), (stock,) = klds(["pqt3"], tail=0), klds(["q4_0"])
+    monkeypatch.setenv("TQGGUF_CALIBRATION", "auto")
+    (calibrated,) = klds(["pqt3"])
+    for i in range(2):
+        assert calibrated[i] < plain[1][i] < bare[i] and calibrated[i] < stock[i]
+
+
 def test_the_first_in_order_that_is_long_enough_is_recommended() -> None:
     plenty = fit(demo.MODEL_PATH, 2**30)
     assert plenty.recommended == plenty.rows[0] and plenty.rows[0].cache == "f16"

@@ -6,19 +6,22 @@ Nothing is loaded. The size of the KV cache is computed from the header, compute
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache as cache_results
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from .._native import library_path
+from ..cache.calibration import default_choice
 from ..cache.policy import CachePolicy, PolicySpec, resolve
 from ..cache.tail import check_tail
 from ..config import PREFERRED_TYPES
 from ..errors import ArgumentError, TqggufError
 from ..gguf.header import read_header
 from ..gguf.info import CELL_PADDING, ModelInfo
+from ..model.calibrate import calibrated_by_default
 from .plan import ContextPlan, PlannedModel, Setup, planned_model
 
 MAX_SEQUENCES: Final = 256
@@ -26,6 +29,9 @@ MAX_SEQUENCES: Final = 256
 
 FIRST_LOOK: Final = 2**18
 """Tokens of the first context to plan, unless fewer are wanted."""
+
+_MEASURED: Final = Path(__file__).with_name("measured.json")
+"""Written by `benchmarks/real_models.py tables`."""
 
 KEPT_ON_CPU: Final = "this build has no CUDA backend, so caches of tqgguf's types are counted in main memory"
 STOCK_TAIL: Final = "the tail of stock types is for the CPU, so caches that have one are counted in main memory"
@@ -44,6 +50,8 @@ class FitRow:
         n_gpu_layers: layers in video memory, including the output layer; 0 without video memory.
         memory: bytes of main memory used, weights included.
         vram: bytes of video memory used.
+        kld: median KL divergence from f16, in nats, on each model of `Fit.measured`, with tail and calibration as
+            `Llama` gives them; None if that was not measured.
     """
 
     cache: str
@@ -53,6 +61,22 @@ class FitRow:
     n_gpu_layers: int
     memory: int
     vram: int
+    kld: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the divergences of caches were measured on.
+
+    Attributes:
+        models: names of the models.
+        text: name of the text.
+        n_ctx: tokens of a chunk.
+    """
+
+    models: tuple[str, ...]
+    text: str
+    n_ctx: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,7 @@ class Fit:
         recommended: the first row whose context is as long as wanted; if there is none, the row with the longest
             context; None if nothing fits.
         reason: the reason of the recommendation, in words.
+        measured: what the rows' `kld` was measured on: not on this model.
         notes: limits of the figures that a reader should know.
     """
 
@@ -82,6 +107,7 @@ class Fit:
     rows: tuple[FitRow, ...]
     recommended: FitRow | None
     reason: str
+    measured: Measured
     notes: tuple[str, ...]
 
 
@@ -145,10 +171,22 @@ def fit(
         trained = min(info.n_ctx_train * n_seq, 2**31 - CELL_PADDING)
         wanted = trained if n_ctx is None else n_ctx
         fitter = _Fitter(model, setup, memory, vram, wanted)
-        rows = tuple(fitter.row(cache) for cache in caches)
+        data = json.loads(_MEASURED.read_text(encoding="utf-8"))
+        measured = Measured(tuple(data["models"]), data["text"], data["n_ctx"])
+        rows = tuple(replace(fitter.row(cache), kld=_kld(info, cache, tail, data)) for cache in caches)
         recommended, reason = _recommend(rows, wanted)
         notes = tuple(sorted(fitter.notes))
-        return Fit(info, model.weights, memory, vram, wanted, setup, rows, recommended, reason, notes)
+        return Fit(info, model.weights, memory, vram, wanted, setup, rows, recommended, reason, measured, notes)
+
+
+def _kld(info: ModelInfo, cache: PolicySpec, tail: int | None, data: Any) -> tuple[float, ...] | None:
+    """What was measured of a cache, with tail and calibration as `Llama` gives them; None if nothing was."""
+    policy = resolve(cache, info.n_layer)
+    kept = policy.kept(tail)
+    calibrated = default_choice() == "auto" and calibrated_by_default(info, policy)
+    label = policy.words + (f"+{kept}" if kept else "") + (" calibrated" if calibrated else "")
+    found = data["median_kld"].get(label)
+    return None if found is None else tuple(found)
 
 
 def _recommend(rows: Sequence[FitRow], wanted: int) -> tuple[FitRow | None, str]:

@@ -27,7 +27,7 @@ def print_fit(result: Fit) -> None:
     )
     print()
     states = any(row.plan and row.plan.state for row in result.rows)
-    titles = ["cache", "context", "KV cache", *(["states"] if states else []), "compute", "main memory"]
+    titles = ["cache", "KLD", "context", "KV cache", *(["states"] if states else []), "compute", "main memory"]
     titles += ["layers on GPU", "video memory"] if result.vram else []
     table = new_table(*titles)
     for row in result.rows:
@@ -38,6 +38,11 @@ def print_fit(result: Fit) -> None:
             print_text(f"{row.cache}: {row.obstacle}")
     for note in result.notes:
         print_text(f"Note: {note}.")
+    on = result.measured
+    print_text(
+        f"KLD: the median divergence of predictions from f16's, in nats, of {' and '.join(on.models)} on {on.text} of "
+        f"{on.n_ctx:,} tokens. `tqgguf compare` measures it on this model. Low bits cost look-ups and reasoning first."
+    )
     print()
     best = result.recommended
     if best is None:
@@ -54,11 +59,12 @@ def print_fit(result: Fit) -> None:
 
 
 def _cells(result: Fit, row: FitRow, states: bool) -> list[str]:
+    name = [row.cache, "" if row.kld is None else ", ".join(f"{value:.4f}" if value else "0" for value in row.kld)]
     if row.plan is None:
-        return [row.cache, "cannot be used"]
+        return [*name, "cannot be used"]
     if not row.n_ctx:
-        return [row.cache, "does not fit", size(row.plan.cache)]
-    cells = [row.cache, f"{row.n_ctx:,}", size(row.plan.cache)]
+        return [*name, "does not fit", size(row.plan.cache)]
+    cells = [*name, f"{row.n_ctx:,}", size(row.plan.cache)]
     cells += [size(row.plan.state)] if states else []
     cells += [size(row.plan.compute), size(row.memory)]
     return cells + ([str(row.n_gpu_layers), size(row.vram)] if result.vram else [])

@@ -24,7 +24,7 @@ def new_table(*titles: str) -> Table:
 
 
 def print_table(table: Table, *, fold: bool = False) -> None:
-    """Prints a table; in a file or a pipe without the blanks that rich adds at the end of each line.
+    """Prints a table.
 
     Args:
         table: what to print.
@@ -34,13 +34,7 @@ def print_table(table: Table, *, fold: bool = False) -> None:
     console = Console(highlight=False)
     if not fold:
         console.width = max(console.width, Console(width=1000).measure(table).maximum)
-    if console.is_terminal:
-        console.print(table)
-        return
-    with console.capture() as capture:
-        console.print(table)
-    for line in capture.get().splitlines():
-        print(line.rstrip())
+    _print(console, table)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
@@ -55,4 +49,15 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 def print_text(text: str = "", *, wrap: bool = True) -> None:
     """Prints a paragraph, wrapped at the width of the terminal unless `wrap` is false."""
-    Console(highlight=False).print(Text(text), soft_wrap=not wrap)
+    _print(Console(highlight=False), Text(text), soft_wrap=not wrap)
+
+
+def _print(console: Console, what: Table | Text, *, soft_wrap: bool = False) -> None:
+    """Prints; in a file or a pipe without the blanks that rich leaves at the end of a line."""
+    if console.is_terminal:
+        console.print(what, soft_wrap=soft_wrap)
+        return
+    with console.capture() as capture:
+        console.print(what, soft_wrap=soft_wrap)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
