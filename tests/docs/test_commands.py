@@ -93,7 +93,7 @@ RULES: Final[dict[str, Rule]] = {
     r"tqgguf chat \S+ .*--cache policy": Rule(
         r"16/64, 4 of 16 bits.*Paris|Paris.*16/64, 4 of 16 bits", f"--temp 0 {ONE}", "What is the capital of France?\n"
     ),
-    r"tqgguf chat \S+ .*--calibration": Rule(r"Paris", f"--temp 0 {ONE}", "What is the capital of France?\n"),
+    r"tqgguf chat \S+ --cache pqt": Rule(r"Paris", f"--temp 0 {ONE}", "What is the capital of France?\n"),
     r"tqgguf chat ": Rule(
         r"KV cache pqo3.*Paris|Paris.*KV cache pqo3",
         f"--temp 0 {ONE}",
@@ -102,8 +102,8 @@ RULES: Final[dict[str, Rule]] = {
     ),
     r"tqgguf serve ": Rule(r"listening on (http://\S+)/v1 ", f"--port 0 {ONE}", serves=True),
     r"tqgguf run .*--cache-k pqo4 --cache-v pqo3": Rule(r"KV cache pqo4 \(K\) and pqo3 \(V\): .* 16/64", f"-n 8 {ONE}"),
-    r"tqgguf fit .*--vram": Rule(r"\npqo4 +2,048 .* 5 +[\d.]+ MiB"),  # 4 layers and the output on the GPU
-    r"tqgguf fit ": Rule(r"\npqo3 +([\d,]+) .*MiB.*\n\s*Recommended: f16, \1 tokens"),
+    r"tqgguf fit .*--vram": Rule(r"\npqo4 +[\d., ]+ 2,048 .* 5 +[\d.]+ MiB"),  # 4 layers and the output on the GPU
+    r"tqgguf fit ": Rule(r"\npqo3 +[\d.]+, [\d.]+ +([\d,]+) .*MiB.*\n\s*Recommended: f16, \1 tokens"),
     r"tqgguf inspect .*--html": Rule(r"tqgguf demo .*\n +3 +V +pqo3 ", "--sample 128", makes="report.html"),
     r"tqgguf inspect .*--ctx 8192,131072": Rule(r"\npqo3 +3\.5 +448 +3\.8 MiB +56\.3 MiB"),
     r"tqgguf compare .*--attention": Rule(
@@ -112,9 +112,8 @@ RULES: Final[dict[str, Rule]] = {
     r"tqgguf compare .*--plot": Rule(
         r"\npqo3\+128 +11\.88 +448 .*16  pqo3\+128 .*10/10", f"{SMALL} --cache f16,pqo3", makes="kld.png"
     ),
-    r"tqgguf compare .*--calibration": Rule(r"\npqo4\+128 calibrated ", f"{SMALL} --cache f16,pqo4"),
     r"tqgguf compare ": Rule(r"\npqo4\+128 .*\npqt3\+128 +11\.88 +448 ", f"{SMALL} --cache f16,pqo4,pqt3"),
-    r"tqgguf calibrate ": Rule(r"means and gains of 4 layers, from 1,024 tokens, in "),
+    r"tqgguf calibrate ": Rule(r"means and gains of 4 layers, from 1,792 tokens, in "),
     r"tqgguf tune ": Rule(
         r"\npolicy .*written to policy\.gguf: 4 bits per value",
         f"{SMALL} --types pqo3,pqo4 --no-centre",

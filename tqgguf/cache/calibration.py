@@ -6,7 +6,6 @@ changes no score, but moves the encoder's precision to the channels that queries
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,12 +15,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .._util import replacing
 from ..errors import ArgumentError, CalibrationError, ModelFileError, ModelNotFoundError, PolicyError
 from ..gguf.header import read_header
 from ..gguf.identity import cache_folder
 from ..gguf.info import ModelInfo
-from .policy import CachePolicy, add_vectors, read_vectors
+from .policy import CachePolicy, read_vectors, vectors_written
 
 CALIBRATION_VERSION: Final = 1
 _ARCHITECTURE: Final = "tqgguf-calibration"
@@ -78,20 +76,11 @@ class Calibration:
         Raises:
             OSError: it cannot be written.
         """
-        import gguf
-
-        with (
-            replacing(path, what="calibration") as part,
-            contextlib.closing(gguf.GGUFWriter(str(part), _ARCHITECTURE)) as writer,
-        ):
+        with vectors_written(path, "calibration", _ARCHITECTURE, self.means, self.gains) as writer:
             writer.add_uint32(f"{_ARCHITECTURE}.version", CALIBRATION_VERSION)
             writer.add_string(f"{_ARCHITECTURE}.model", self.model)
             writer.add_uint32(f"{_ARCHITECTURE}.n_layer", self.n_layer)
             writer.add_uint32(f"{_ARCHITECTURE}.n_tokens", self.n_tokens)
-            add_vectors(writer, self.means, self.gains)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
 
 
 def read_calibration(path: str | Path) -> Calibration:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -228,22 +228,13 @@ class CachePolicy:
         Raises:
             OSError: it cannot be written.
         """
-        import gguf
-
-        with (
-            replacing(path, what="policy") as part,
-            contextlib.closing(gguf.GGUFWriter(str(part), _ARCHITECTURE)) as writer,
-        ):
+        with vectors_written(path, "policy", _ARCHITECTURE, self.k_means, self.k_gains) as writer:
             writer.add_uint32(f"{_ARCHITECTURE}.version", POLICY_VERSION)
             writer.add_string(f"{_ARCHITECTURE}.model_hash", self.model_hash)
             if self.tail is not None:
                 writer.add_uint32(f"{_ARCHITECTURE}.tail", self.tail)
             writer.add_array(f"{_ARCHITECTURE}.types_k", list(self.types_k))
             writer.add_array(f"{_ARCHITECTURE}.types_v", list(self.types_v))
-            add_vectors(writer, self.k_means, self.k_gains)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
 
 
 # ---- Ranges of layers ----
@@ -318,17 +309,40 @@ Vectors = dict[int, npt.NDArray[np.float32]]
 """By layer, (n_head_kv, head_dim_k)."""
 
 
-def add_vectors(
-    writer: Any, means: Mapping[int, npt.NDArray[np.float32]], gains: Mapping[int, npt.NDArray[np.float32]]
-) -> None:
-    """Adds means and gains to a file that a gguf.GGUFWriter writes."""
-    for name, vectors in (("k_mean", means), ("k_gain", gains)):
-        for layer, values in sorted(vectors.items()):
-            writer.add_tensor(f"blk.{layer}.{name}", np.ascontiguousarray(values, dtype=np.float32))
+@contextlib.contextmanager
+def vectors_written(
+    path: str | Path,
+    what: str,
+    architecture: str,
+    means: Mapping[int, npt.NDArray[np.float32]],
+    gains: Mapping[int, npt.NDArray[np.float32]],
+) -> Iterator[Any]:
+    """For writing a GGUF file with means and gains, whole or not at all: yields the writer, for its keys.
+
+    Args:
+        path: the file.
+        what: what it is, for messages.
+        architecture: its `general.architecture`.
+        means: by layer.
+        gains: by layer.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import gguf
+
+    with replacing(path, what=what) as part, contextlib.closing(gguf.GGUFWriter(str(part), architecture)) as writer:
+        yield writer
+        for name, vectors in (("k_mean", means), ("k_gain", gains)):
+            for layer, values in sorted(vectors.items()):
+                writer.add_tensor(f"blk.{layer}.{name}", np.ascontiguousarray(values, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def read_vectors(file: Path, header: GgufHeader, n_layer: int) -> tuple[Vectors, Vectors]:
-    """The means and gains of a file that `add_vectors` wrote for n_layer layers.
+    """The means and gains of a file that `vectors_written` wrote for n_layer layers.
 
     Raises:
         PolicyError: it holds another tensor, or one twice.
