@@ -96,6 +96,12 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
 bool tq_ggml_dup_used(const struct ggml_tensor * dst);
 void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
+/* MUL_MAT with the matrix that mixes the blocks of a head (tq_ggml_calibration.h), which a hint in its node tells: sums
+ * and differences of whole blocks in the place of a product. */
+#define TQ_GGML_HINT_MIX 0x7471
+bool tq_ggml_mix_used(const struct ggml_tensor * dst);
+void tq_ggml_mix(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
 /* FLASH_ATTN_EXT with a type of ours or a tail on at least one side; the other may be any type that has to_float. */
 bool tq_ggml_flash_attn_ext_used(const struct ggml_tensor * dst);
 void tq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst);

@@ -19,13 +19,18 @@ static struct ggml_tensor * new_companion(struct ggml_context * ctx, const struc
     return t;
 }
 
-/* One for all layers of a head size: the matrix of 256 has 256 KiB. */
-static struct ggml_tensor * rotation(struct ggml_context * ctx, int64_t head_dim) {
+/* One for all layers of a head size: the matrix of 256 has 256 KiB. It rotates all values of a head, or mixes its blocks
+ * of so many values, which types of ours rotate themselves. Noted in the tensor: their number. */
+static struct ggml_tensor * rotation(struct ggml_context * ctx, int64_t head_dim, int64_t n_block) {
     const int64_t n = head_dim & -head_dim; /* the largest power of two that divides it, as llama.cpp has it */
     char name[64];
-    snprintf(name, sizeof(name), "cache_k_rotation_%d", (int) n);
+    snprintf(name, sizeof(name), "cache_k_rotation_%d_%d", (int) n, (int) n_block);
     struct ggml_tensor * t = ggml_get_tensor(ctx, name);
-    return t ? t : ggml_set_name(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n), name);
+    if (!t) {
+        t = ggml_set_name(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n), name);
+        t->op_params[0] = (int32_t) n_block;
+    }
+    return t;
 }
 
 void tq_ggml_calibration_new(struct ggml_context * ctx, struct ggml_tensor * k, uint32_t il, int64_t head_dim) {
@@ -40,22 +45,25 @@ void tq_ggml_calibration_new(struct ggml_context * ctx, struct ggml_tensor * k, 
         k->src[TQ_GGML_K_GAIN] = new_companion(ctx, k, "gain", il, head_dim, layer->n_gain);
     }
     if (tq_ggml_policy_rotates_layer(il, head_dim)) {
-        k->src[TQ_GGML_K_ROTATION] = rotation(ctx, head_dim);
+        k->src[TQ_GGML_K_ROTATION] = rotation(ctx, head_dim, tq_ggml_is_pqo(k->type) ? TQ_GGML_BLOCK : 1);
     }
 }
 
-/* Sylvester's Hadamard matrix, orthonormal, which is its own inverse. */
+/* Sylvester's Hadamard matrix of values or of blocks, orthonormal, which is its own inverse. */
 static void set_rotation(struct ggml_tensor * t) {
     const int64_t n = t->ne[0];
-    const float scale = 1.0f / sqrtf((float) n);
+    const int64_t n_block = t->op_params[0];
+    const float scale = 1.0f / sqrtf((float) (n / n_block));
     float * values = malloc(ggml_nbytes(t));
     GGML_ASSERT(values && "no memory for the rotation of keys");
     for (int64_t i = 0; i < n * n; i++) {
+        const int64_t row = i / n;
+        const int64_t column = i % n;
         int odd = 0;
-        for (int64_t both = i / n & i % n; both; both &= both - 1) {
+        for (int64_t both = row / n_block & column / n_block; both; both &= both - 1) {
             odd = !odd;
         }
-        values[i] = odd ? -scale : scale;
+        values[i] = row % n_block != column % n_block ? 0.0f : odd ? -scale : scale;
     }
     ggml_backend_tensor_set(t, values, 0, ggml_nbytes(t));
     free(values);
@@ -136,13 +144,15 @@ static struct ggml_tensor * part(struct ggml_context * ctx, struct ggml_tensor *
     return t->ne[0] == n ? t : ggml_view_2d(ctx, t, n, t->ne[1], t->nb[1], 0);
 }
 
-/* As llama_mul_mat_hadamard of llama.cpp. */
+/* As llama_mul_mat_hadamard of llama.cpp. What a backend makes of the hint is its own affair: it is a product of
+ * matrices, too. */
 static struct ggml_tensor * rotate(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * matrix) {
     const int64_t n = matrix->ne[0];
     x = ggml_is_contiguous(x) ? x : ggml_cont(ctx, x);
     struct ggml_tensor * rows = ggml_reshape_2d(ctx, x, n, ggml_nelements(x) / n);
     struct ggml_tensor * rotated = ggml_mul_mat(ctx, matrix, rows);
-    ggml_mul_mat_set_hint(rotated, GGML_HINT_SRC0_IS_HADAMARD);
+    const int hint = matrix->op_params[0] == 1 ? GGML_HINT_SRC0_IS_HADAMARD : TQ_GGML_HINT_MIX;
+    ggml_mul_mat_set_hint(rotated, (enum ggml_op_hint) hint);
     return ggml_reshape_3d(ctx, rotated, x->ne[0], x->ne[1], x->ne[2]);
 }
 

@@ -9,6 +9,7 @@
 #include "tq_ggml_abi.h"
 #include "tqgguf.h"
 
+#include <math.h>
 #include <string.h>
 
 static_assert(GGML_MAX_DIMS == 4, "the loops below know four dimensions");
@@ -227,6 +228,42 @@ void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor *
         const int64_t m = MIN(end - b, TQ_RUN) * TQ_GGML_BLOCK;
         load(src, b * TQ_GGML_BLOCK, m, x);
         store(dst, b * TQ_GGML_BLOCK, m, x);
+    }
+}
+
+/* ---- MUL_MAT that mixes blocks ---- */
+
+bool tq_ggml_mix_used(const struct ggml_tensor * dst) {
+    return ggml_get_op_params_i32(dst, 1) == TQ_GGML_HINT_MIX;
+}
+
+void tq_ggml_mix(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct ggml_tensor * src = dst->src[1];
+    const int64_t n = src->ne[0];
+    const float scale = 1.0f / sqrtf((float) (n / TQ_GGML_BLOCK));
+    int64_t begin;
+    int64_t end;
+
+    GGML_ASSERT(src->type == GGML_TYPE_F32 && ggml_is_contiguous(src) && ggml_is_contiguous(dst));
+    share(params, ggml_nrows(src), &begin, &end);
+    for (int64_t r = begin; r < end; r++) {
+        const float * x = (const float *) src->data + r * n;
+        float * y = (float *) dst->data + r * n;
+        for (int64_t i = 0; i < n; i += 2 * TQ_GGML_BLOCK) {
+            for (int64_t j = i; j < i + TQ_GGML_BLOCK; j++) {
+                y[j] = (x[j] + x[j + TQ_GGML_BLOCK]) * scale;
+                y[j + TQ_GGML_BLOCK] = (x[j] - x[j + TQ_GGML_BLOCK]) * scale;
+            }
+        }
+        for (int64_t step = 2 * TQ_GGML_BLOCK; step < n; step *= 2) {
+            for (int64_t i = 0; i < n; i += 2 * step) {
+                for (int64_t j = i; j < i + step; j++) {
+                    const float sum = y[j] + y[j + step];
+                    y[j + step] = y[j] - y[j + step];
+                    y[j] = sum;
+                }
+            }
+        }
     }
 }
 

@@ -212,8 +212,8 @@ class CachePolicy:
 
         llama.cpp rotates the keys of all layers or of none. A policy that calibrates a layer leaves that to the layers:
         each of a stock quantized type is rotated, and each of a type of tqgguf that has a gain. Such a type rotates
-        every block of 32 values by itself; behind a gain, which makes keys large where queries are, its blocks should
-        be equal, too.
+        every block of 32 values by itself; behind a gain, which makes keys large where queries are, a Hadamard matrix
+        of its blocks makes them equal, too.
         """
         k, _ = self.types(layer.index)
         gains = k.quantized and (not k.ours or layer.index in self.k_gains)

@@ -254,7 +254,7 @@ def _tensor(
     nmse = _bit_errors(values, kind)
     mean, gain, turned = _calibration(stored, policy)
     if turned:
-        values = _unrotated(values, stored.head_dim & -stored.head_dim)
+        values = _unrotated(values, stored.head_dim & -stored.head_dim, reference.BLOCK if kind.ours else 1)
     elif rotated:
         sizes = rotation_sizes(kind, stored.layer.head_dim_k, stored.layer.head_dim_v)
         values = _unrotated(values, sizes[stored.side == "V"])
@@ -296,11 +296,15 @@ def _calibration(stored: StoredRows, policy: CachePolicy | None) -> tuple[F32, F
     return policy.k_means.get(layer.index, mean), policy.k_gains.get(layer.index, gain), policy.rotates_k(layer)
 
 
-def _unrotated(values: F32, size: int) -> F32:
-    """Values without the rotation of that size that llama.cpp's graph applies before it stores them; 0 for none."""
+def _unrotated(values: F32, size: int, n_block: int = 1) -> F32:
+    """Values without the rotation of that size that the graph applies before it stores them; 0 for none.
+
+    With n_block above 1 it mixes blocks of so many values (`set_rotation` in native/ggml/tq_ggml_calibration.c).
+    """
     if not size:
         return values
-    back: F32 = (values.reshape(-1, size) @ hadamard(size)).reshape(values.shape)
+    blocks = values.reshape(-1, size // n_block, n_block)
+    back: F32 = np.matmul(hadamard(size // n_block), blocks).reshape(values.shape)
     return back
 
 
