@@ -97,6 +97,7 @@ def measure(key: str, kind: str, n_chunks: int, n_threads: int | None) -> list[d
             n_ctx=2048,
             n_chunks=n_chunks,
             n_threads=n_threads,
+            calibration="off",
         )
         named = zip(["plain", *group], found.rows[1:], strict=True)
         rows += [{"variant": name, **asdict(row)} for name, row in named if name != "plain" or not first]

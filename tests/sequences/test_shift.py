@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tqgguf import dequantize, quantize
+from tqgguf import CACHE_TYPES, dequantize, quantize
 from tqgguf._native import library_path
 from tqgguf.cache.policy import CachePolicy
 
@@ -90,17 +90,25 @@ class Rope:
     def shifted(self, rows: U8, kind: str, by: int, mean: F32 | float = 0.0, gain: F32 | float = 1.0) -> U8:
         """Rows (n, bytes) of keys as a shift must leave them: decoded, their calibration taken off, turned, encoded.
 
-        Blocks of a head that hold no value that RoPE turns stay as they are.
+        Blocks of a head that hold no value that RoPE turns stay as they are, unless a gain has mixed them.
         """
         heads = rows.reshape(len(rows), self.n_head_kv, -1)
-        x = dequantize(heads, kind) / np.float32(gain) + np.float32(mean)
+        mixes = not np.isscalar(gain) and heads.shape[-1] // CACHE_TYPES[kind].bytes == 2
+        mix = mixed if mixes else lambda x: x
+        x = mix(dequantize(heads, kind)) / np.float32(gain) + np.float32(mean)
         turned = rope(x, np.full(len(rows), by, np.int32), self.n_rot, self.mode, self.base) - np.float32(mean)
-        turned *= np.float32(gain)
-        n_blocks = -(-self.n_rot // 32)
+        turned = mix(turned * np.float32(gain))
+        n_blocks = 2 if mixes else -(-self.n_rot // 32)
         block_bytes = heads.shape[-1] // (x.shape[-1] // 32)
         out = heads.copy()
         out[..., : n_blocks * block_bytes] = quantize(turned[..., : n_blocks * 32], kind)
         return out.reshape(rows.shape)
+
+
+def mixed(x: F32) -> F32:
+    """Keys (n, n_head_kv, 64) with their two blocks mixed, which is its own inverse."""
+    a, b = x[..., :32], x[..., 32:]
+    return np.concatenate([a + b, a - b], axis=-1) * np.float32(1 / np.sqrt(np.float32(2)))
 
 
 @pytest.fixture(scope="module")
