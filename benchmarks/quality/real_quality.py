@@ -127,7 +127,7 @@ def experiments(args: argparse.Namespace) -> list[Experiment]:
             else:
                 wanted.append(Experiment(name, path, text, 2048, 1, few))
         if args.long:
-            wanted.append(Experiment(name, path, "prose", 8192, 1, few))
+            wanted.append(Experiment(name, path, "prose", 8192, 1, few[1:]))
     if args.hot:
         hot = f"{real_sources.MODELS['smollm2'].name}, hot keys"
         wanted.append(Experiment(hot, hot_smollm2(), "prose", 2048, 1, few))
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="one chunk of prose on SmolLM2 with four types, not saved")
     parser.add_argument("--models", nargs="+", choices=list(real_sources.MODELS), default=list(real_sources.MODELS))
     parser.add_argument("--texts", nargs="+", choices=list(real_sources.TEXTS), default=list(real_sources.TEXTS))
-    parser.add_argument("--chunks", type=int, default=4, help="of prose at 2,048 tokens (default: 4)")
+    parser.add_argument("--chunks", type=int, default=1, help="of prose at 2,048 tokens (default: 1)")
     parser.add_argument("--no-long", dest="long", action="store_false", help="leave out 8,192 tokens")
     parser.add_argument("--no-hot", dest="hot", action="store_false", help="leave out the model with hot keys")
     parser.add_argument("--threads", type=int, help="default: as many as there are processors")
