@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -69,26 +69,3 @@ def capture_attention(
         return read_attention(loaded(model), tokens, layers, lambda inputs: inputs, cache)
     finally:
         model.close()
-
-
-def mean_keys(model: Llama, tokens: Sequence[int], layers: Collection[int]) -> dict[int, F32]:
-    """The mean key of each KV head, after RoPE, over tokens that are read into a new cache as one batch.
-
-    Args:
-        model: any loaded model; its own cache does not change.
-        tokens: at least one.
-        layers: numbers of the layers wanted; each must have a KV cache of its own.
-
-    Returns:
-        By layer, ascending: (n_head_kv, head_dim_k) float32.
-
-    Raises:
-        UnsupportedError: the model does not run flash attention.
-        TqggufError: llama.cpp could not run the tokens.
-    """
-
-    def mean(inputs: AttentionInputs) -> F32:
-        average: F32 = inputs.k.mean(axis=0, dtype=np.float64).astype(np.float32)
-        return average
-
-    return read_attention(loaded(model), tokens, layers, mean)

@@ -134,12 +134,14 @@ class NamedCache:
         policy: the type of every layer's K and V.
         tail: newest tokens kept in f16, as for `Llama`.
         rotate: whether llama.cpp may rotate stock quantized types, which it does by default.
+        at_once: tokens to compute at once at most.
     """
 
     label: str
     policy: CachePolicy
     tail: int | None = 0
     rotate: bool = True
+    at_once: int = UBATCH
 
     @property
     def kept(self) -> int:
@@ -149,7 +151,7 @@ class NamedCache:
     @property
     def n_ubatch(self) -> int:
         """Tokens to compute at once, as `Llama.eval` does."""
-        return tail_batch(self.kept, UBATCH)
+        return tail_batch(self.kept, self.at_once)
 
 
 class Trial(NamedTuple):

@@ -1,8 +1,10 @@
-"""Measures a cache policy: which type each layer stores K and V in, within a budget of bits or of divergence.
+"""Finds a cache policy: which type each layer stores K and V in, within a budget of bits or of divergence.
 
-The text is cut into chunks as in `compare`. The first half, the tuning part, measures what each type costs if K or V of
-one layer has that type and everything else is f16, and whether it costs less to store the keys of a layer less their
-mean. `allocation` makes a policy of these figures. The second half, held out, compares the policy with single types.
+The text is cut into chunks as in `compare`. The first half is the tuning part. One reading of its first chunk predicts
+how much each type distorts the outputs of each layer's attention (`distortion`). What such an error does to the model's
+predictions is measured by bands of layers: K or V of a band has the smallest type, and everything else is f16. The
+divergence of a band is shared out among its layers and types in proportion to their distortion, and `allocation` makes
+a policy of these figures. The second half, held out, compares the policy with single types.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -19,15 +22,18 @@ import numpy as np
 import numpy.typing as npt
 
 from .._util import check_count
+from ..cache.calibration import Calibration
 from ..cache.policy import CachePolicy, model_hash, refuse_impossible, resolve
 from ..cache.tail import DEFAULT_TAIL, check_tail
 from ..config import CacheType, cache_type
 from ..errors import ArgumentError, TextError, UnsupportedError
 from ..gguf.info import ModelInfo, read_model_info
+from ..model.calibrate import calibrated_by_default, chosen_calibration
 from ..model.control import Progress
 from ..model.llama import Llama
+from ..model.reading import AttentionInputs, read_attention
 from .allocation import Option, allocate, allocations
-from .capture import mean_keys
+from .capture import loaded
 from .compare import (
     Array,
     CountProgress,
@@ -40,62 +46,81 @@ from .compare import (
     read_chunks,
     standard_error,
 )
-from .texts import DEFAULT_CHUNKS, chosen_text, text_chunks
+from .distortion import distortions, storages
+from .texts import chosen_text, text_chunks
 
 CANDIDATE_TYPES: Final = ("pqt3", "pqt4", "q8_0")
 """The types that `tune` chooses from by default: the most precise ones at 3.5 and 4.5 bits, and one for parts that need
 more. pqo3 and pqo4 take the same bytes and less time, but cost more divergence."""
 
-BASELINE_TYPES: Final = ("pqo3", "pqo4")
-"""Types that are always measured beside the policy, each in all layers."""
+TUNING_CHUNKS: Final = 2
+"""Chunks that are read by default, both parts together."""
 
-MEAN_TOKENS: Final = 2048
-"""Tokens of the first chunk that mean keys are taken from at most: one batch, whose buffers grow with their number."""
+READ_TOKENS: Final = 2048
+"""Tokens of the first chunk that distortions are computed from at most: one batch, whose buffers grow with their
+number."""
+
+OTHER_UBATCH: Final = 128
+"""Tokens at once of the f16 cache that says what any change costs; the reference computes 512."""
+
+N_BANDS: Final = 3
+"""Bands of layers that are measured for each side."""
+
+N_SINGLE: Final = 2
+"""Single types that a policy within a budget is compared with at most."""
+
+N_TRIALS: Final = 5
+"""Policies that are tried at most to find the smallest one of a divergence."""
 
 Chunks = npt.NDArray[np.int32]
-F32 = npt.NDArray[np.float32]
-Means = Mapping[int, F32]
-"""By layer, (n_head_kv, head_dim_k)."""
+Distortions = Mapping[tuple[int, str, str], float]
+"""By layer, side and type."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """What the smallest type costs K or V of some layers together, measured on the tuning part of the text.
+
+    Attributes:
+        side: "K" or "V".
+        layers: numbers of the layers.
+        type: name of the type.
+        kld: mean KL divergence from f16 if only this part of the cache has this type, in nats, less `Tuning.floor`.
+        error: its standard error, over tokens.
+        distortion: sum of the distortions of its layers.
+    """
+
+    side: str
+    layers: tuple[int, ...]
+    type: str
+    kld: float
+    error: float
+    distortion: float
+
+    @property
+    def per_distortion(self) -> float:
+        """Divergence for each unit of distortion. A band that shows none may have as much as the error of its kld."""
+        return max(self.kld, self.error) / max(self.distortion, 1e-30)
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What one type costs one part of the cache, on the tuning part of the text.
+    """What one type is predicted to cost one part of the cache.
 
     Attributes:
         layer: number of the layer.
         side: "K" or "V".
         type: name of the type.
-        centred: whether keys were stored less their mean.
-        kld: mean KL divergence from f16 if only this part of the cache has this type, in nats.
+        distortion: squared error of the layer's outputs of attention relative to their squares.
+        kld: divergence of the layer's band for each unit of distortion, times this distortion: how much mean KL
+            divergence this part of the cache adds if it has this type, in nats.
     """
 
     layer: int
     side: str
     type: str
-    centred: bool
+    distortion: float
     kld: float
-
-
-@dataclass(frozen=True)
-class Centring:
-    """What centring does to the keys of one layer, with K of that layer alone in one type.
-
-    Attributes:
-        layer: number of the layer.
-        type: name of the type: the smallest, and each other type in layers where centring helps the smallest.
-        kld: mean KL divergence without centring, in nats.
-        kld_centred: the same with it.
-        error: standard error of the difference of the two, over tokens.
-        helps: whether the difference exceeds twice its error; only then are the keys centred.
-    """
-
-    layer: int
-    type: str
-    kld: float
-    kld_centred: float
-    error: float
-    helps: bool
 
 
 @dataclass(frozen=True)
@@ -112,12 +137,14 @@ class Tuning:
         n_ctx: tokens in a chunk.
         n_tuning: chunks of the tuning part, which are the first ones.
         n_held_out: chunks of the held-out part, which follow.
-        centring: measurements by layer and type; empty if centring was not wanted or is not possible.
-        sensitivities: measurements of every part and type.
-        predicted: mean KL divergence of the policy if the divergences in `sensitivities` add up, in nats.
+        floor: mean KL divergence of an f16 cache that computes other numbers of tokens at once, in nats: what any
+            change costs, because rounding falls out differently.
+        bands: measurements of K and V of some layers together.
+        sensitivities: predictions for every part and type.
+        predicted: mean KL divergence of the policy if the divergences in `sensitivities` and the floor add up, in nats.
         measured: mean KL divergence of the policy on the tuning part, in nats.
-        rows: figures on the held-out part: f16, the reference; "policy"; and single types in all layers, smallest
-            first.
+        rows: figures on the held-out part: f16, the reference; "policy"; and single types in all layers, calibrated if
+            the policy is, smallest first.
         line: mean KL divergence of single types at the policy's bits: of the best single type with the same bits, or
             on the line through the two nearest ones, in bits and the logarithm of divergence; None outside of them.
         notes: limits of the policy that a reader should know.
@@ -132,7 +159,8 @@ class Tuning:
     n_ctx: int
     n_tuning: int
     n_held_out: int
-    centring: tuple[Centring, ...]
+    floor: float
+    bands: tuple[Band, ...]
     sensitivities: tuple[Sensitivity, ...]
     predicted: float
     measured: float
@@ -148,26 +176,35 @@ def tune(
     budget: float | None = None,
     max_kld: float | None = None,
     types: Sequence[str] = CANDIDATE_TYPES,
-    centre: bool | None = None,
     tail: int | None = None,
     n_ctx: int | None = None,
     n_chunks: int | None = None,
     n_batch: int = 512,
     n_threads: int | None = None,
     n_parallel: int = 8,
+    calibration: Calibration | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
     """Measures a model's layers and makes a policy for its cache.
 
-    With a budget, the result is the best of these on the tuning part: the policy made from sensitivities, the same
-    policy without centring, and every single type within the budget. So it can be a single type; then a note says so.
+    The keys of all quantized layers are calibrated first, as `Llama` does it by default. So the policy has means and
+    gains of its own.
 
-    With max_kld, types grow from the smallest ones in the order of gain per byte, and bisection finds the first policy
-    on this way whose divergence on the held-out part, which decides nothing else, is at most max_kld.
+    With a budget, the result is the best of these on the tuning part: the policy made from sensitivities, and the two
+    single types within the budget that are predicted to be best. So it can be a single type; then a note says so.
 
-    The tuning part is read once for each part of the cache and type, 6 n times with n layers and three types; n times
-    more to measure centring; and twice more for each further type of a layer that centring helps. Memory is that of
-    `compare` with n_parallel + 1 caches.
+    With max_kld, types grow from the smallest ones in the order of gain per byte. The result is the smallest policy
+    found on this way whose divergence on the held-out part, which decides nothing else, is at most max_kld. Five are
+    tried at most, where the prediction, corrected by those tried before, expects that divergence.
+
+    Each cache that reads a part of the text is a reading. The tuning part is read 12 times at most, for any model: by
+    f16, f16 with another number of tokens at once, and three bands for each of K and V; then by f16, the policy and at
+    most two single types. (n_parallel below 8 adds readings by f16.) One chunk, or its first 2,048 tokens, is read once
+    before for the distortions, and a model that has not been calibrated yet reads 1,792 tokens for that. With max_kld
+    the tuning part is read 10 times, and the held-out part twice for each policy tried. The held-out part is read by
+    f16, the policy and each single type.
+
+    Memory is that of `compare` with n_parallel + 1 caches.
 
     Args:
         path: a GGUF file.
@@ -175,22 +212,23 @@ def tune(
         budget: bits per value, averaged over the whole cache (`CachePolicy.bits`).
         max_kld: largest mean KL divergence from f16 on the held-out part, in nats. Give either this or a budget.
         types: names of at least two cache types to choose from.
-        centre: whether keys may be stored less their mean where that helps. None: if the model allows it.
         tail: newest tokens kept in f16, as for `Llama`; the policy should be used with the same tail.
         n_ctx: tokens in a chunk, as for `compare`.
-        n_chunks: chunks to read at most, both parts together; None means DEFAULT_CHUNKS.
+        n_chunks: chunks to read at most, both parts together; None means TUNING_CHUNKS.
         n_batch: tokens per call of llama.cpp.
         n_threads: threads; None means the number of processors.
         n_parallel: caches read at once, beside the reference. Fewer save memory; the reference is read more often.
+        calibration: of the keys, as for `Llama`; "off" leaves them as they are.
         progress: called after every batch with the name of the step, tokens read and tokens in all, over all caches.
 
     Raises:
         ArgumentError: both or neither of budget and max_kld, or one that no policy reaches; fewer than two types, an
-            unknown type, or a type given twice; centre=True with a model whose keys cannot be centred; a number out of
-            its range; no text for a model that is not the demo model.
+            unknown type, or a type given twice; a number out of its range; no text for a model that is not the demo
+            model.
+        CalibrationError: as `Llama`.
         TextError: the text is empty or has fewer than two chunks.
         CacheTypeError: the model cannot have one of the types.
-        UnsupportedError: the model has no KV cache, or keeps V within K (MLA).
+        UnsupportedError: the model has no KV cache, keeps V within K (MLA), or does not run flash attention.
         TqggufError: as `compare`.
     """
     kinds = _kinds(types)
@@ -199,25 +237,39 @@ def tune(
             check_count(name, value, least)
     check_tail(tail)
     info = read_model_info(path)
-    _refuse_untunable(info, kinds, centre)
+    _refuse_untunable(info, kinds)
     _check_goal(budget, max_kld, kinds, info)
-    n_ctx, n_chunks = context_length(info, n_ctx), n_chunks or DEFAULT_CHUNKS
+    n_ctx, n_chunks = context_length(info, n_ctx), n_chunks or TUNING_CHUNKS
     own = text is None
     text = chosen_text(info, text, n_ctx, n_chunks)
+    calibration = _calibration(info, kinds, calibration, n_threads, progress)
     f16 = NamedCache("f16", resolve("f16", info.n_layer))
     with contextlib.closing(load(path, f16, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
         halves = _halves(text_chunks(model, text, n_ctx, n_chunks, own))
-        return _Tuner(_Bench(model, f16, *halves, tail, n_parallel, progress), kinds, centre).run(budget, max_kld)
+        bench = _Bench(model, f16, *halves, calibration, tail, n_parallel, progress)
+        return _Tuner(bench, [kind.name for kind in kinds]).run(budget, max_kld)
 
 
-def _refuse_untunable(info: ModelInfo, kinds: Sequence[CacheType], centre: bool | None) -> None:
+def _calibration(
+    info: ModelInfo,
+    kinds: Sequence[CacheType],
+    choice: Calibration | str | Path | None,
+    n_threads: int | None,
+    progress: Progress | None,
+) -> Calibration | None:
+    """The calibration that was chosen, or that a cache of one of the types has by default."""
+    if choice is None and not any(calibrated_by_default(info, resolve(kind.name, info.n_layer)) for kind in kinds):
+        return None
+    report = partial(progress, "calibrating") if progress else None
+    return chosen_calibration(info, choice, n_threads=n_threads, progress=report)
+
+
+def _refuse_untunable(info: ModelInfo, kinds: Sequence[CacheType]) -> None:
     if not info.layers or info.mla:
         reason = "keeps V within K (MLA)" if info.mla else "has no KV cache"
         raise UnsupportedError(f"{info.path.name}: architecture {info.architecture} {reason}; nothing to tune")
     for kind in kinds:
         refuse_impossible(info, resolve(kind.name, info.n_layer))
-    if centre and info.centring_obstacle:
-        raise ArgumentError(f"{info.path.name}: {info.centring_obstacle}")
 
 
 def _halves(chunks: Chunks) -> tuple[Chunks, Chunks]:
@@ -271,18 +323,21 @@ def _check_goal(budget: float | None, max_kld: float | None, kinds: Sequence[Cac
 
 @dataclass(frozen=True)
 class _Bench:
-    """A loaded model and the two parts of the text, (n_chunks, n_ctx) tokens each."""
+    """A loaded model, the two parts of the text, (n_chunks, n_ctx) tokens each, and what all caches have in common."""
 
     model: Llama
     f16: NamedCache
     tuning: Chunks
     held_out: Chunks
+    calibration: Calibration | None
     tail: int | None
     n_parallel: int
     progress: Progress | None
 
     def named(self, label: str, policy: CachePolicy) -> NamedCache:
-        """A cache to measure, with the common tail."""
+        """A cache to measure, calibrated and with the common tail."""
+        if self.calibration:
+            policy = self.calibration.applied(policy, self.model.model_info)
         return NamedCache(label, policy, self.tail)
 
     def read(self, title: str, caches: Sequence[NamedCache], chunks: Chunks) -> list[Reader]:
@@ -300,9 +355,8 @@ class _Bench:
             done += readers[1:] if done else readers
         return done
 
-    def klds(self, title: str, policies: Sequence[CachePolicy], rotate: bool = True) -> list[Array]:
-        """The divergence of every policy at each scored token of the tuning part, (n_scored)."""
-        caches = [replace(self.named("policy", policy), rotate=rotate) for policy in policies]
+    def klds(self, title: str, caches: Sequence[NamedCache]) -> list[Array]:
+        """The divergence of every cache at each scored token of the tuning part, (n_scored)."""
         return [np.concatenate(reader.kld) for reader in self.read(title, caches, self.tuning)[1:]]
 
     def qualities(self, title: str, caches: Sequence[NamedCache]) -> list[TypeQuality]:
@@ -318,53 +372,41 @@ class _Bench:
 class _Tuner:
     """The steps of `tune`, on one bench."""
 
-    def __init__(self, bench: _Bench, kinds: Sequence[CacheType], centre: bool | None) -> None:
+    def __init__(self, bench: _Bench, names: Sequence[str]) -> None:
         self.bench = bench
         self.info = bench.model.model_info
         self.notes = [] if self.info.exact else [f"bits are of the layers known: {'; '.join(self.info.notes)}"]
-        self.centre = centre is not False and self.info.centring_obstacle is None
-        if centre is None and self.info.centring_obstacle:
-            self.notes.append(f"{self.info.centring_obstacle}; tuned without")
         self.hash = model_hash(self.info)
-        self.means: Means = {}
-        self.helped: set[tuple[int, str]] = set()
+        self.names = tuple(names)
+        self.single = [bench.named(name, resolve(name, self.info.n_layer)) for name in names]
+        # llama.cpp rotates V of stock types unless a layer has a type of tqgguf; K, too, unless it is calibrated.
+        self.rotate = not any(cache.policy.ours for cache in self.single)
         # Parts of the cache, in the order of `options`.
-        self.parts = [(layer.index, side) for side in "KV" for layer in self.info.layers]
-        self.names = tuple(kind.name for kind in kinds)
-        # llama.cpp does not rotate stock types beside pqo and pqt types, so they are measured without rotation.
-        self.rotate = not any(kind.ours for kind in kinds)
-        fits = [name for name in BASELINE_TYPES if self.info.obstacle(cache_type(name), cache_type(name)) is None]
-        names = [*self.names, *fits]
-        self.uniform = [
-            self.bench.named(name, resolve(name, self.info.n_layer))
-            for name in sorted(dict.fromkeys(names), key=lambda name: cache_type(name).bits)
-        ]
+        self.parts = [(layer.index, side) for layer in self.info.layers for side in "KV"]
 
     def run(self, budget: float | None, max_kld: float | None) -> Tuning:
         single: list[TypeQuality] = []
-        if max_kld is not None:  # a goal that cannot be reached is refused before hours are spent
-            single = self.bench.qualities("single types", self.uniform)
+        if max_kld is not None:  # a goal that cannot be reached is refused before minutes are spent
+            single = self.bench.qualities("single types", self.single)
             self._refuse_below_largest(single, max_kld)
-        centring = self._centre()
-        sensitivities = self._sensitivities(centring)
+        distortion = self._distortions()
+        floor, bands = self._bands(distortion)
+        sensitivities = self._sensitivities(distortion, bands)
         options = self._options(sensitivities)
         if budget is not None:
-            policy, measured = self._within(budget, options)
+            policy, measured = self._within(budget, options, sensitivities)
         else:
             assert max_kld is not None
-            policy = self._smallest(max_kld, options, single)
-            measured = float(self.bench.klds("policy on the tuning part", [policy])[0].mean())
+            policy = self._smallest(max_kld, options, floor, single)
+            measured = self._klds("policy on the tuning part", [policy])[0]
         tail = DEFAULT_TAIL if self.bench.tail is None else self.bench.tail
-        policy = replace(policy, model_hash=self.hash, tail=tail)
-        measured_caches = [self.bench.named("policy", policy), *([] if single else self.uniform)]
-        rows = self.bench.qualities("held-out part", measured_caches)
+        policy = replace(policy, policy=replace(policy.policy, model_hash=self.hash, tail=tail))
+        rows = self.bench.qualities("held-out part", [policy, *([] if single else self.single)])
         rows += single[1:]
         line = self._judge(rows[1], rows[2:])
-        if centring and not self.helped:
-            self.notes.append("centring the keys helps no layer measurably; none is centred")
         return Tuning(
             model=self.info.path.name,
-            policy=policy,
+            policy=policy.policy,
             budget=budget,
             max_kld=max_kld,
             types=self.names,
@@ -372,9 +414,10 @@ class _Tuner:
             n_ctx=self.bench.tuning.shape[1],
             n_tuning=len(self.bench.tuning),
             n_held_out=len(self.bench.held_out),
-            centring=centring,
+            floor=floor,
+            bands=bands,
             sensitivities=sensitivities,
-            predicted=self._predicted(policy, sensitivities, centring),
+            predicted=floor + self._predicted(policy.policy, sensitivities),
             measured=measured,
             rows=tuple(rows),
             line=line,
@@ -383,41 +426,45 @@ class _Tuner:
 
     # ---- What parts cost ----
 
-    def _centre(self) -> tuple[Centring, ...]:
-        """Measures where centring helps; sets `means` and `helped`."""
-        if not self.centre:
-            return ()
-        layers = [layer.index for layer in self.info.layers]
-        means = mean_keys(self.bench.model, self.bench.tuning[0, :MEAN_TOKENS].tolist(), layers)
-        found = self._compare_centring("centring", [(layer, self.names[0]) for layer in layers], means)
-        # In the demo model's first layer it helped pqt3 by two standard errors, and pqt4 not at all.
-        more = [(row.layer, name) for row in found if row.helps for name in self.names[1:]]
-        found += self._compare_centring("centring, other types", more, means)
-        self.means = means
-        self.helped = {(row.layer, row.type) for row in found if row.helps}
-        return tuple(found)
+    def _distortions(self) -> Distortions:
+        """The distortion of every part in every type, from one reading of the first chunk."""
+        layers = {layer.index: layer for layer in self.info.layers}
+        stored = storages([cache.policy for cache in self.single], self.rotate, self.bench.tail)
+        done = 0
 
-    def _compare_centring(self, title: str, keys: Sequence[tuple[int, str]], means: Means) -> list[Centring]:
-        """Centring in every (layer, type) of `keys`."""
-        alone = [self._alone(layer, "K", name) for layer, name in keys]
-        centred = [replace(policy, k_means={key[0]: means[key[0]]}) for policy, key in zip(alone, keys, strict=True)]
-        klds = self.bench.klds(title, alone + centred, self.rotate)
-        found = []
-        for (layer, name), a, b in zip(keys, klds[: len(keys)], klds[len(keys) :], strict=True):
-            gain, error = float((a - b).mean()), standard_error(a - b)
-            found.append(Centring(layer, name, float(a.mean()), float(b.mean()), error, gain > 2 * error))
-        return found
+        def read(inputs: AttentionInputs) -> dict[tuple[str, str], float]:
+            nonlocal done
+            found = distortions(inputs, layers[inputs.layer], stored)
+            done += 1
+            if self.bench.progress:
+                self.bench.progress("distortion of layers", done, len(layers))
+            return found
 
-    def _sensitivities(self, centring: Sequence[Centring]) -> tuple[Sensitivity, ...]:
+        tokens = self.bench.tuning[0, :READ_TOKENS].tolist()
+        found = read_attention(loaded(self.bench.model), tokens, list(layers), read, cache="f16")
+        return {(layer, *part): value for layer, of_layer in found.items() for part, value in of_layer.items()}
+
+    def _bands(self, distortion: Distortions) -> tuple[float, tuple[Band, ...]]:
+        """The divergence of any change at all, and of K and V of bands of layers in the smallest type."""
+        smallest, layers = self.names[0], np.array([layer.index for layer in self.info.layers])
+        parts = np.array_split(layers, min(N_BANDS, len(layers)))
+        groups = [(side, tuple(part.tolist())) for side in "KV" for part in parts]
+        caches = [replace(self.bench.f16, at_once=OTHER_UBATCH)]
+        for side, group in groups:
+            cache = self._cache({(layer, side): smallest for layer in group}, rest="f16")
+            # Behind a calibration K is rotated by layer, as it will be in the policy.
+            caches.append(replace(cache, rotate=self.rotate or cache.policy.calibrated))
+        floor, *klds = self.bench.klds("bands of layers", caches)
+        bands = []
+        for (side, group), kld in zip(groups, klds, strict=True):
+            total = sum(distortion[layer, side, smallest] for layer in group)
+            bands.append(Band(side, group, smallest, float((kld - floor).mean()), standard_error(kld - floor), total))
+        return float(floor.mean()), tuple(bands)
+
+    def _sensitivities(self, distortion: Distortions, bands: Collection[Band]) -> tuple[Sensitivity, ...]:
+        cost = {(layer, band.side): band.per_distortion for band in bands for layer in band.layers}
         every = [(layer, side, name) for layer, side in self.parts for name in self.names]
-        known = {(row.layer, "K", row.type): row.kld_centred if row.helps else row.kld for row in centring}
-        wanted = [part for part in every if part not in known]
-        klds = self.bench.klds("layers and sides", [self._alone(*part) for part in wanted], self.rotate)
-        known |= {part: float(kld.mean()) for part, kld in zip(wanted, klds, strict=True)}
-        return tuple(
-            Sensitivity(layer, side, name, side == "K" and (layer, name) in self.helped, known[layer, side, name])
-            for layer, side, name in every
-        )
+        return tuple(Sensitivity(*part, distortion[part], cost[part[:2]] * distortion[part]) for part in every)
 
     def _options(self, sensitivities: Collection[Sensitivity]) -> list[list[Option]]:
         """The options of each part, in the order of `parts`, which is that of the sensitivities too."""
@@ -430,47 +477,51 @@ class _Tuner:
 
     # ---- The policy ----
 
-    def _within(self, budget: float, options: Sequence[Sequence[Option]]) -> tuple[CachePolicy, float]:
+    def _within(
+        self, budget: float, options: Sequence[Sequence[Option]], sensitivities: Collection[Sensitivity]
+    ) -> tuple[NamedCache, float]:
         """The best policy within a budget of bits per value, and its mean divergence on the tuning part."""
         # Rounding must not take a byte away from a budget that is met exactly.
         n_bytes = math.floor(budget * self.info.values_per_token / 8 + 1e-6)
-        policy = self._policy(allocate(options, n_bytes))
-        others = [x for x in self.uniform if x.label in self.names and x.policy.bytes_per_token(self.info) <= n_bytes]
-        candidates = [policy, *([replace(policy, k_means={})] if policy.k_means else [])]
-        klds = [float(kld.mean()) for kld in self.bench.klds("policies", [*candidates, *(x.policy for x in others)])]
+        fits = [cache for cache in self.single if cache.policy.bytes_per_token(self.info) <= n_bytes]
+        fits.sort(key=lambda cache: self._predicted(cache.policy, sensitivities))
+        caches = [self._chosen(allocate(options, n_bytes)), *fits[:N_SINGLE]]
+        klds = self._klds("policies", caches)
         best = int(np.argmin(klds))  # the policy is first, so it wins a tie
-        if best >= len(candidates):
-            name = others[best - len(candidates)].label
+        if best:
+            name = caches[best].label
             self.notes.append(f"no mixture of types measured better than {name} in all layers, so that is the policy")
-        elif best:
-            self.notes.append("centring helped single layers, but not all of them together; none is centred")
-        return [*candidates, *(x.policy for x in others)][best], klds[best]
+        return replace(caches[best], label="policy"), klds[best]
 
     def _smallest(
-        self,
-        max_kld: float,
-        options: Sequence[Sequence[Option]],
-        single: Sequence[TypeQuality],
-    ) -> CachePolicy:
-        """The smallest policy whose divergence on the held-out part is at most max_kld.
+        self, max_kld: float, options: Sequence[Sequence[Option]], floor: float, single: Sequence[TypeQuality]
+    ) -> NamedCache:
+        """The smallest policy found whose divergence on the held-out part is at most max_kld.
 
         Args:
             single: figures of the reference and the single types on the held-out part; at least one single type must
                 have a divergence of at most max_kld.
         """
-        way = [self._policy(chosen) for chosen in allocations(options)]
-        low, high = 0, len(way)  # way[high] is good, or beyond the end
-        while low < high:
-            middle = (low + high) // 2
-            cache = self.bench.named("policy", way[middle])
-            good = self.bench.qualities("policies", [cache])[1].kld.mean <= max_kld
-            low, high = (low, middle) if good else (middle + 1, high)
+        way = list(allocations(options))
+        predicted = [floor + sum(option.kld for option in chosen) for chosen in way]
+        low, high = -1, len(way)  # way[high] is good, or beyond the end
+        factor = single[1].kld.mean / predicted[0]  # what is measured for each nat that is predicted
+        for _ in range(N_TRIALS):
+            if high - low < 2:
+                break
+            expected = next((i for i, kld in enumerate(predicted) if factor * kld <= max_kld), len(way))
+            trial = min(max(expected, low + 1), high - 1)
+            kld = self.bench.qualities("policies", [self._chosen(way[trial])])[1].kld.mean
+            factor = kld / predicted[trial]
+            low, high = (low, trial) if kld <= max_kld else (trial, high)
         good_types = [row for row in single if row.type in self.names and row.kld.mean <= max_kld]
         smallest = min(good_types, key=lambda row: row.bytes_per_token)
-        if high == len(way) or smallest.bytes_per_token < way[high].bytes_per_token(self.info):
-            self.notes.append(f"no smaller mixture of types does it than {smallest.type} in all layers")
-            return resolve(smallest.type, self.info.n_layer)
-        return way[high]
+        if high < len(way):
+            found = self._chosen(way[high])
+            if found.policy.bytes_per_token(self.info) <= smallest.bytes_per_token:
+                return found
+        self.notes.append(f"no smaller mixture of types does it than {smallest.type} in all layers")
+        return replace(next(cache for cache in self.single if cache.label == smallest.type), label="policy")
 
     def _refuse_below_largest(self, single: Sequence[TypeQuality], max_kld: float) -> None:
         least = min((row for row in single if row.type in self.names), key=lambda row: row.kld.mean)
@@ -502,26 +553,20 @@ class _Tuner:
             )
         return line
 
-    def _predicted(
-        self, policy: CachePolicy, sensitivities: Collection[Sensitivity], centring: Collection[Centring]
-    ) -> float:
+    def _predicted(self, policy: CachePolicy, sensitivities: Collection[Sensitivity]) -> float:
+        """The sum of the divergences of a policy's parts."""
         chosen = {"K": policy.types_k, "V": policy.types_v}
-        plain = {(row.layer, row.type): row.kld for row in centring}
-        return sum(
-            plain[s.layer, s.type] if s.centred and s.layer not in policy.k_means else s.kld
-            for s in sensitivities
-            if chosen[s.side][s.layer] == s.type
-        )
+        return sum(s.kld for s in sensitivities if chosen[s.side][s.layer] == s.type)
 
-    def _policy(self, chosen: Sequence[Option]) -> CachePolicy:
-        types = {side: [self.names[0]] * self.info.n_layer for side in "KV"}
-        for (layer, side), option in zip(self.parts, chosen, strict=True):
-            types[side][layer] = option.type
-        means = {layer: mean for layer, mean in self.means.items() if (layer, types["K"][layer]) in self.helped}
-        return CachePolicy(tuple(types["K"]), tuple(types["V"]), means)
+    def _klds(self, title: str, caches: Sequence[NamedCache]) -> list[float]:
+        """The mean divergence of every cache on the tuning part."""
+        return [float(kld.mean()) for kld in self.bench.klds(title, caches)]
 
-    def _alone(self, layer: int, side: str, name: str) -> CachePolicy:
-        """A policy with one part of the cache in a type and everything else in f16."""
-        types = {other: ["f16"] * self.info.n_layer for other in "KV"}
-        types[side][layer] = name
-        return CachePolicy(tuple(types["K"]), tuple(types["V"]))
+    def _chosen(self, options: Sequence[Option]) -> NamedCache:
+        """The policy with an option for each part."""
+        return self._cache({part: option.type for part, option in zip(self.parts, options, strict=True)}, self.names[0])
+
+    def _cache(self, types: Mapping[tuple[int, str], str], rest: str) -> NamedCache:
+        """A policy with the types of some parts (layer, side), and one type everywhere else."""
+        k, v = (tuple(types.get((i, side), rest) for i in range(self.info.n_layer)) for side in "KV")
+        return self.bench.named("policy", CachePolicy(k, v))

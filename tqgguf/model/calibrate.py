@@ -31,7 +31,6 @@ from ..cache.policy import CachePolicy
 from ..errors import ArgumentError, CalibrationError, TextError, UnsupportedError
 from ..gguf.identity import model_identity
 from ..gguf.info import ModelInfo, read_model_info
-from ..reference import alibi_slopes
 from .context import captured_log, opened_model
 from .reading import AttentionInputs, Loaded, read_attention
 
@@ -324,7 +323,8 @@ def key_statistics(inputs: AttentionInputs, weighted: bool = True) -> KeyStatist
                 rows = read[first : first + QUERIES_AT_ONCE]
                 q = inputs.q[rows, query_head]
                 if weighted:
-                    moved = _movable(inputs, q, k, query_head, rows)
+                    p = inputs.weights(q @ k[: rows[-1] + 1].T, query_head, rows)
+                    moved = p - np.square(p)
                     of_keys[: moved.shape[1]] += moved.sum(axis=0)
                     of_queries = moved.sum(axis=1)
                 else:
@@ -338,23 +338,3 @@ def key_statistics(inputs: AttentionInputs, weighted: bool = True) -> KeyStatist
         k2[head] = weight @ np.square(k - mean[head])
         q2[head] /= max(total, 1e-30)
     return KeyStatistics(mean, k2, q2)
-
-
-def _movable(inputs: AttentionInputs, q: F32, k: F32, query_head: int, rows: npt.NDArray[np.intp]) -> F32:
-    """p (1 - p) of the queries of some rows, ascending: (n_rows, n_keys) up to the last key that they see."""
-    end = int(rows[-1]) + 1
-    scores = (q @ k[:end].T) * np.float32(inputs.scale)
-    if inputs.softcap:
-        scores = np.float32(inputs.softcap) * np.tanh(scores / np.float32(inputs.softcap))
-    slope = alibi_slopes(inputs.q.shape[1], inputs.max_bias)[query_head]
-    scores += inputs.mask[rows, :end] * np.float32(slope)
-    top = scores.max(axis=1, keepdims=True)
-    if inputs.sinks is not None:
-        top = np.maximum(top, inputs.sinks[query_head])
-    p = np.exp(scores - top)
-    total = p.sum(axis=1, keepdims=True)
-    if inputs.sinks is not None:
-        total += np.exp(inputs.sinks[query_head] - top)
-    p /= total
-    moved: F32 = p - np.square(p)
-    return moved

@@ -24,6 +24,7 @@ from .._util import ranges
 from ..cache.policy import resolve
 from ..errors import TqggufError, UnsupportedError
 from ..gguf.info import ModelInfo
+from ..reference import alibi_slopes
 from .context import make_context
 from .control import called_by_c
 
@@ -76,6 +77,32 @@ class AttentionInputs:
     sinks: F32 | None
     softcap: float
     max_bias: float
+
+    def weights(self, dots: F32, head: int, rows: npt.NDArray[np.intp]) -> F32:
+        """What softmax makes of a query head's dot products q.k.
+
+        Args:
+            dots: (n_rows, n_keys), with the first n_keys keys: all that these queries see.
+            head: number of the query head.
+            rows: (n_rows,) numbers of the queries' tokens.
+
+        Returns:
+            (n_rows, n_keys): weights; with sinks, their sum is less than 1.
+        """
+        scores = dots * np.float32(self.scale)
+        if self.softcap:
+            scores = np.float32(self.softcap) * np.tanh(scores / np.float32(self.softcap))
+        slope = alibi_slopes(self.q.shape[1], self.max_bias)[head]
+        scores += self.mask[rows, : dots.shape[1]] * np.float32(slope)
+        top = scores.max(axis=1, keepdims=True)
+        if self.sinks is not None:
+            top = np.maximum(top, self.sinks[head])
+        p: F32 = np.exp(scores - top)
+        total = p.sum(axis=1, keepdims=True)
+        if self.sinks is not None:
+            total += np.exp(self.sinks[head] - top)
+        p /= total
+        return p
 
 
 def read_attention(

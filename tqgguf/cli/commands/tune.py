@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..._util import check_folder
 from ...errors import ArgumentError, PolicyError
-from ..options import add_tail_option, add_text_options, cache_name, positive, positive_number, several
+from ..options import (
+    add_calibration_option,
+    add_tail_option,
+    add_text_options,
+    cache_name,
+    positive,
+    positive_number,
+    several,
+)
 from ..render.format import to_json
 from ..render.progress import Bar
 
@@ -25,12 +33,13 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "tune",
         help="a cache policy for a model: types by layer, measured",
-        description="Measures on a text what each cache type costs in K and V of every layer, and writes the best "
-        "policy within a budget. Half of the text is held out and measures the policy.",
+        description="Predicts from one reading of a text what each cache type costs in K and V of every layer, "
+        "measures bands of layers, and writes the best policy within a budget. Half of the text is held out and measures"
+        " the policy.",
         epilog="example: tqgguf tune model.gguf -f text.txt -o policy.gguf --budget 4.0 "
         "(then: tqgguf chat model.gguf --cache policy.gguf)",
     )
-    add_text_options(parser, chunks=", half of them held out (default: 8)")
+    add_text_options(parser, chunks=", half of them held out (default: 2)")
     parser.add_argument("-o", "--output", required=True, metavar="POLICY", help="the file to write, ending in .gguf")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument(
@@ -48,20 +57,11 @@ def add_parser(commands: Any) -> None:
         metavar="TYPE,TYPE",
         help="types to choose from (default: pqt3,pqt4,q8_0; pqo3,pqo4,q8_0 takes less time to store and attend)",
     )
-    centring = parser.add_mutually_exclusive_group()
-    centring.add_argument(
-        "--centre",
-        action="store_const",
-        const=True,
-        help="fail if the model's keys cannot be stored less their mean (default: go on without)",
-    )
-    centring.add_argument(
-        "--no-centre", action="store_const", const=False, dest="centre", help="store keys as they are"
-    )
     parser.add_argument(
         "--parallel", type=positive, default=8, metavar="N", help="caches at once; fewer save memory (default: 8)"
     )
     add_tail_option(parser)
+    add_calibration_option(parser, "mean and gain of each channel of the keys, which the policy file will hold")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(call=call)
 
@@ -82,13 +82,13 @@ def call(args: argparse.Namespace) -> int:
             budget=args.budget,
             max_kld=args.max_kld,
             types=args.types or CANDIDATE_TYPES,
-            centre=args.centre,
             tail=args.tail,
             n_ctx=args.ctx,
             n_chunks=args.chunks,
             n_batch=args.batch,
             n_threads=args.threads,
             n_parallel=args.parallel,
+            calibration=args.calibration,
             progress=bar,
         )
     tuning.policy.write(output)
@@ -121,17 +121,18 @@ def check_output(path: Path) -> None:
 
 
 def fields(tuning: Tuning) -> dict[str, Any]:
-    """All fields but the policy, whose mean keys are only in the file."""
+    """All fields but the policy, whose means and gains are only in the file."""
     return {field.name: getattr(tuning, field.name) for field in dataclasses.fields(tuning) if field.name != "policy"}
 
 
 def policy_json(tuning: Tuning) -> dict[str, Any]:
-    """The policy without its mean keys."""
+    """The policy without its means and gains."""
     policy = tuning.policy
     return {
         "types_k": policy.types_k,
         "types_v": policy.types_v,
         "centred": sorted(policy.k_means),
+        "gains": sorted(policy.k_gains),
         "model_hash": policy.model_hash,
         "tail": policy.tail,
     }

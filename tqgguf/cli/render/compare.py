@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from ..._util import ranges
 from ...config import CACHE_TYPES
 from ...diagnostics.attention import OUTLIER_FACTOR, AttentionQuality, HeadError, LayerAttention
 from ...diagnostics.compare import Comparison, TypeQuality
@@ -138,21 +139,23 @@ def print_tuning(tuning: Tuning, output: Path) -> None:
         + (f"; {_tailed(tuning)} caches with a tail of {tuning.tail} tokens in f16\n" if tuning.tail else "\n")
     )
     policy, smallest = tuning.policy, tuning.types[0]
-    table = new_table("layer", "K", f"KLD at {smallest}", "centred", "V", f"KLD at {smallest}")
+    table = new_table("layer", "K", f"KLD at {smallest}", "V", f"KLD at {smallest}")
     cost = {(s.layer, s.side): s.kld for s in tuning.sensitivities if s.type == smallest}
     for layer in sorted({layer for layer, _ in cost}):
         table.add_row(
             str(layer),
             policy.types_k[layer],
             f"{cost[layer, 'K']:#.3g}",
-            "yes" if layer in policy.k_means else "",
             policy.types_v[layer],
             f"{cost[layer, 'V']:#.3g}",
         )
     print_table(table)
+    print(f"\nKLD of layers: predicted, from KLD measured for bands of them in {smallest}, less {tuning.floor:#.2g}:")
+    for band in tuning.bands:
+        print(f"  {band.side} of layers {ranges(band.layers)}: {band.kld:#.3g} ± {band.error:#.2g}")
     print(
         f"\npolicy on the tuning part: mean KLD {tuning.measured:#.3g} measured, "
-        f"{tuning.predicted:#.3g} as the sum over layers and sides; on the part held out:\n"
+        f"{tuning.predicted:#.3g} predicted; on the part held out:\n"
     )
     print_qualities(tuning.rows)
     policy_row = tuning.rows[1]

@@ -1,0 +1,136 @@
+"""What a cache type does to the outputs of a layer's attention, computed from Q, K and V of one reading of a text.
+
+K or V is encoded and decoded as the cache would do it, behind calibration and rotation, and attention is computed again
+for some of the queries. A layer's distortion is the squared error of these outputs relative to their squares, over all
+heads. It says how layers, sides and types compare where the rest of the model is alike; what an error in a layer's
+output does to the model's predictions, it does not say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from .._native.ggml import round_trip
+from ..cache.policy import CachePolicy
+from ..cache.tail import kept, tail_batch
+from ..config import CacheType, cache_type
+from ..gguf.info import KVLayer
+from ..model.reading import AttentionInputs
+from .attention import hadamard, rotation_sizes
+from .compare import UBATCH
+
+F32 = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
+
+N_QUERIES: Final = 128
+"""Queries of each head, spread over the second half of the text, which is the half that is scored. With so many, the
+figures take less time than the reading."""
+
+N_FIRST: Final = 4
+"""Tokens at the beginning of a text that a tail keeps, too."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a type is stored where it is used.
+
+    Attributes:
+        kind: the type.
+        policy: the type in all layers, calibrated if it will be.
+        rotate: whether llama.cpp rotates stock types; it does so behind a calibration in any case.
+        tail: newest tokens kept in f16.
+        n_ubatch: tokens computed at once.
+    """
+
+    kind: CacheType
+    policy: CachePolicy
+    rotate: bool
+    tail: int
+    n_ubatch: int
+
+    def error_k(self, k: F32, layer: KVLayer) -> F32:
+        """What is decoded less what was stored, of a layer's keys (n_tokens, n_head_kv, head_dim_k)."""
+        mean = self.policy.k_means.get(layer.index, np.zeros(k.shape[1:], np.float32))
+        gain = self.policy.k_gains.get(layer.index, np.ones(k.shape[1:], np.float32))
+        if self.policy.calibrated:
+            size = layer.head_dim_k & -layer.head_dim_k if self.policy.rotates_k(layer) else 0
+        else:
+            size = rotation_sizes(self.kind, layer.head_dim_k, layer.head_dim_v)[0] if self.rotate else 0
+        return _error((k - mean) * gain, self.kind, size) / gain
+
+    def error_v(self, v: F32, layer: KVLayer) -> F32:
+        """The same of a layer's values (n_tokens, n_head_kv, head_dim_v)."""
+        sizes = rotation_sizes(self.kind, layer.head_dim_k, layer.head_dim_v)
+        return _error(v, self.kind, sizes[1] if self.rotate else 0)
+
+    def from_blocks(self, rows: npt.NDArray[np.intp], n: int) -> Flags:
+        """Whether queries of the tokens `rows` read a key from its block and not from the tail: (n_rows, n)."""
+        token = np.arange(n)
+        if not self.tail:
+            return np.ones((len(rows), n), np.bool_)
+        # A batch is written before it is read, so its first queries find fewer of their neighbours in the tail.
+        written = np.minimum((rows // self.n_ubatch + 1) * self.n_ubatch, n)
+        flags: Flags = (token < written[:, None] - self.tail) & (token >= N_FIRST)
+        return flags
+
+
+def storages(policies: Sequence[CachePolicy], rotate: bool, tail: int | None) -> list[Storage]:
+    """How types are stored that stand side by side in one cache.
+
+    Args:
+        policies: each with one type in all layers.
+        rotate: whether llama.cpp rotates stock types.
+        tail: as for `Llama`.
+    """
+    kinds = [cache_type(policy.types_k[0]) for policy in policies]
+    n_ubatch = tail_batch(max(kept(kind, tail) for kind in kinds), UBATCH)
+    return [
+        Storage(kind, policy, rotate, kept(kind, tail), n_ubatch) for kind, policy in zip(kinds, policies, strict=True)
+    ]
+
+
+def distortions(inputs: AttentionInputs, layer: KVLayer, stored: Sequence[Storage]) -> dict[tuple[str, str], float]:
+    """The relative squared error of a layer's outputs by side ("K", "V") and type, with the other side exact.
+
+    Args:
+        inputs: of the layer, whose text was read as one batch.
+        layer: its sizes.
+        stored: the types.
+    """
+    n, n_head, _ = inputs.q.shape
+    group = n_head // layer.n_head_kv
+    rows = np.linspace(n // 2, n - 1, min(N_QUERIES, n - n // 2)).astype(np.intp)
+    blocks = [each.from_blocks(rows, n) for each in stored]
+    errors_k = [each.error_k(inputs.k, layer) for each in stored]
+    errors_v = [each.error_v(inputs.v, layer) for each in stored]
+    total, found = 0.0, np.zeros((2, len(stored)))
+    for head in range(n_head):
+        q, v, kv = inputs.q[rows, head], inputs.v[:, head // group], head // group
+        dots = q @ inputs.k[:, kv].T
+        p = inputs.weights(dots, head, rows)
+        total += _energy(p @ v)
+        for i, (flags, error_k, error_v) in enumerate(zip(blocks, errors_k, errors_v, strict=True)):
+            moved = inputs.weights(dots + (q @ error_k[:, kv].T) * flags, head, rows)
+            found[0, i] += _energy((moved - p) @ v)
+            found[1, i] += _energy((p * flags) @ error_v[:, kv])
+    found /= max(total, 1e-30)
+    return {(side, each.kind.name): float(found[s, i]) for s, side in enumerate("KV") for i, each in enumerate(stored)}
+
+
+def _error(x: F32, kind: CacheType, rotation: int) -> F32:
+    """The error of x (n, n_head_kv, head_dim) where it is stored behind a rotation of that size; 0 for none."""
+    if not rotation:
+        return round_trip(x, kind) - x
+    matrix = hadamard(rotation)
+    rotated = (x.reshape(-1, rotation) @ matrix).reshape(x.shape)
+    back: F32 = ((round_trip(rotated, kind) - rotated).reshape(-1, rotation) @ matrix).reshape(x.shape)
+    return back
+
+
+def _energy(x: npt.NDArray[np.floating[Any]]) -> float:
+    return float(np.vdot(x, x))
