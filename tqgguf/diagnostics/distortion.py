@@ -1,16 +1,16 @@
-"""What a cache type does to the outputs of a layer's attention, computed from Q, K and V of one reading of a text.
+"""What a cache type does to the residual stream behind a layer's attention, computed from one reading of a text.
 
 K or V is encoded and decoded as the cache would do it, behind calibration and rotation, and attention is computed again
-for some of the queries. A layer's distortion is the squared error of these outputs relative to their squares, over all
-heads. It says how layers, sides and types compare where the rest of the model is alike; what an error in a layer's
-output does to the model's predictions, it does not say.
+for some of the queries. The error of its outputs goes through the matrix behind them. A layer's distortion is the
+squared error of what attention adds to the residual stream, relative to the squares of the stream: the stream grows
+from layer to layer, so an error of the same size matters less in later ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -95,10 +95,11 @@ def storages(policies: Sequence[CachePolicy], rotate: bool, tail: int | None) ->
 
 
 def distortions(inputs: AttentionInputs, layer: KVLayer, stored: Sequence[Storage]) -> dict[tuple[str, str], float]:
-    """The relative squared error of a layer's outputs by side ("K", "V") and type, with the other side exact.
+    """The relative squared error of the residual stream by side ("K", "V") and type, with the other side exact.
 
     Args:
-        inputs: of the layer, whose text was read as one batch.
+        inputs: of the layer, whose text was read as one batch. Without a branch the error is that of the outputs of
+            attention, relative to them.
         layer: its sizes.
         stored: the types.
     """
@@ -106,20 +107,21 @@ def distortions(inputs: AttentionInputs, layer: KVLayer, stored: Sequence[Storag
     group = n_head // layer.n_head_kv
     rows = np.linspace(n // 2, n - 1, min(N_QUERIES, n - n // 2)).astype(np.intp)
     blocks = [each.from_blocks(rows, n) for each in stored]
-    errors_k = [each.error_k(inputs.k, layer) for each in stored]
-    errors_v = [each.error_v(inputs.v, layer) for each in stored]
-    total, found = 0.0, np.zeros((2, len(stored)))
+    errors = [(each.error_k(inputs.k, layer), each.error_v(inputs.v, layer)) for each in stored]
+    exact: list[F32] = []
+    moved: dict[tuple[str, str], list[F32]] = {(side, each.kind.name): [] for side in "KV" for each in stored}
     for head in range(n_head):
         q, v, kv = inputs.q[rows, head], inputs.v[:, head // group], head // group
         dots = q @ inputs.k[:, kv].T
         p = inputs.weights(dots, head, rows)
-        total += _energy(p @ v)
-        for i, (flags, error_k, error_v) in enumerate(zip(blocks, errors_k, errors_v, strict=True)):
-            moved = inputs.weights(dots + (q @ error_k[:, kv].T) * flags, head, rows)
-            found[0, i] += _energy((moved - p) @ v)
-            found[1, i] += _energy((p * flags) @ error_v[:, kv])
-    found /= max(total, 1e-30)
-    return {(side, each.kind.name): float(found[s, i]) for s, side in enumerate("KV") for i, each in enumerate(stored)}
+        exact.append(p @ v)
+        for each, flags, (error_k, error_v) in zip(stored, blocks, errors, strict=True):
+            near = inputs.weights(dots + (q @ error_k[:, kv].T) * flags, head, rows)
+            moved["K", each.kind.name].append((near - p) @ v)
+            from_blocks: F32 = p * flags
+            moved["V", each.kind.name].append(from_blocks @ error_v[:, kv])
+    total = _energy(exact, inputs) / (inputs.branch.share if inputs.branch else 1.0)
+    return {part: _energy(error, inputs) / max(total, 1e-30) for part, error in moved.items()}
 
 
 def _error(x: F32, kind: CacheType, rotation: int) -> F32:
@@ -132,5 +134,9 @@ def _error(x: F32, kind: CacheType, rotation: int) -> F32:
     return back
 
 
-def _energy(x: npt.NDArray[np.floating[Any]]) -> float:
+def _energy(outputs: Sequence[F32], inputs: AttentionInputs) -> float:
+    """The sum of squares of outputs, (n_rows, head_dim_v) of each head, behind the matrix that they go through."""
+    x = np.concatenate(outputs, axis=1)
+    if inputs.branch:
+        x = x @ inputs.branch.matrix.T
     return float(np.vdot(x, x))

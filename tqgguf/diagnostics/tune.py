@@ -1,10 +1,10 @@
 """Finds a cache policy: which type each layer stores K and V in, within a budget of bits or of divergence.
 
 The text is cut into chunks as in `compare`. The first half is the tuning part. One reading of its first chunk predicts
-how much each type distorts the outputs of each layer's attention (`distortion`). What such an error does to the model's
-predictions is measured by bands of layers: K or V of a band has the smallest type, and everything else is f16. The
-divergence of a band is shared out among its layers and types in proportion to their distortion, and `allocation` makes
-a policy of these figures. The second half, held out, compares the policy with single types.
+how much each type distorts the residual stream behind each layer's attention (`distortion`). What such an error does to
+the model's predictions is measured by bands of layers: K or V of a band has the smallest type, and everything else is
+f16. The divergence of a band is shared out among its layers and types in proportion to their distortion, and
+`allocation` makes a policy of these figures. The second half, held out, compares the policy with single types.
 """
 
 from __future__ import annotations
@@ -66,9 +66,6 @@ OTHER_UBATCH: Final = 128
 N_BANDS: Final = 3
 """Bands of layers that are measured for each side."""
 
-N_SINGLE: Final = 2
-"""Single types that a policy within a budget is compared with at most."""
-
 N_TRIALS: Final = 5
 """Policies that are tried at most to find the smallest one of a divergence."""
 
@@ -111,7 +108,7 @@ class Sensitivity:
         layer: number of the layer.
         side: "K" or "V".
         type: name of the type.
-        distortion: squared error of the layer's outputs of attention relative to their squares.
+        distortion: squared error of the residual stream behind the layer's attention, relative to its squares.
         kld: divergence of the layer's band for each unit of distortion, times this distortion: how much mean KL
             divergence this part of the cache adds if it has this type, in nats.
     """
@@ -190,19 +187,20 @@ def tune(
     The keys of all quantized layers are calibrated first, as `Llama` does it by default. So the policy has means and
     gains of its own.
 
-    With a budget, the result is the best of these on the tuning part: the policy made from sensitivities, and the two
-    single types within the budget that are predicted to be best. So it can be a single type; then a note says so.
+    With a budget, the result is the best of these on the tuning part: the policy made from sensitivities, the same
+    policy without calibration, and the single type within the budget that is predicted to be best. So it can be a
+    single type; then a note says so.
 
     With max_kld, types grow from the smallest ones in the order of gain per byte. The result is the smallest policy
     found on this way whose divergence on the held-out part, which decides nothing else, is at most max_kld. Five are
     tried at most, where the prediction, corrected by those tried before, expects that divergence.
 
     Each cache that reads a part of the text is a reading. The tuning part is read 12 times at most, for any model: by
-    f16, f16 with another number of tokens at once, and three bands for each of K and V; then by f16, the policy and at
-    most two single types. (n_parallel below 8 adds readings by f16.) One chunk, or its first 2,048 tokens, is read once
-    before for the distortions, and a model that has not been calibrated yet reads 1,792 tokens for that. With max_kld
-    the tuning part is read 10 times, and the held-out part twice for each policy tried. The held-out part is read by
-    f16, the policy and each single type.
+    f16, f16 with another number of tokens at once, and three bands for each of K and V; then by f16, the policy, the
+    policy without calibration, and a single type. (n_parallel below 7 adds readings by f16.) Before, the first 2,048
+    tokens at most are read once for the distortions, and a model that has not been calibrated yet reads 1,792 tokens.
+    With max_kld the tuning part is read 10 times, and the held-out part twice for each policy tried. In the end the
+    held-out part is read by f16, the policy and each single type.
 
     Memory is that of `compare` with n_parallel + 1 caches.
 
@@ -441,7 +439,7 @@ class _Tuner:
             return found
 
         tokens = self.bench.tuning[0, :READ_TOKENS].tolist()
-        found = read_attention(loaded(self.bench.model), tokens, list(layers), read, cache="f16")
+        found = read_attention(loaded(self.bench.model), tokens, list(layers), read, cache="f16", branches=True)
         return {(layer, *part): value for layer, of_layer in found.items() for part, value in of_layer.items()}
 
     def _bands(self, distortion: Distortions) -> tuple[float, tuple[Band, ...]]:
@@ -484,13 +482,17 @@ class _Tuner:
         # Rounding must not take a byte away from a budget that is met exactly.
         n_bytes = math.floor(budget * self.info.values_per_token / 8 + 1e-6)
         fits = [cache for cache in self.single if cache.policy.bytes_per_token(self.info) <= n_bytes]
-        fits.sort(key=lambda cache: self._predicted(cache.policy, sensitivities))
-        caches = [self._chosen(allocate(options, n_bytes)), *fits[:N_SINGLE]]
+        single = min(fits, key=lambda cache: self._predicted(cache.policy, sensitivities))
+        cache = self._chosen(allocate(options, n_bytes))
+        plain = [replace(cache, policy=replace(cache.policy, k_means={}, k_gains={}))]
+        caches = [cache, single, *(plain if cache.policy.calibrated else [])]
         klds = self._klds("policies", caches)
         best = int(np.argmin(klds))  # the policy is first, so it wins a tie
-        if best:
-            name = caches[best].label
-            self.notes.append(f"no mixture of types measured better than {name} in all layers, so that is the policy")
+        if best == 1:
+            found = f"no mixture of types measured better than {single.label} in all layers, so that is the policy"
+            self.notes.append(found)
+        elif best == 2:
+            self.notes.append("on this text calibration makes the policy no better; it leaves the keys as they are")
         return replace(caches[best], label="policy"), klds[best]
 
     def _smallest(

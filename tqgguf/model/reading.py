@@ -6,13 +6,16 @@ fused QKV matrix), and scale, ALiBi bias and softcap as its parameters. Tensors 
 `Kcur-3`, because some architectures name them before the last step: Gemma 2 scales Q afterwards, Llama 4 normalises it.
 The number of the layer is that of the KV cache tensor which K is read from (`cache_k_l3`). A cache of f32 holds K and V
 exactly as they were computed.
+
+Behind attention come the matrix that its outputs are multiplied by, which is the first with as many columns as they
+have values, and the addition to the residual stream, which is the first of two tensors that both have rows for tokens.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
@@ -52,6 +55,19 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """What becomes of the outputs of one layer's attention.
+
+    Attributes:
+        matrix: (n_embd, n_head * head_dim_v) float32, which they are multiplied by.
+        share: squares of what is added to the residual stream, relative to those of the stream behind it.
+    """
+
+    matrix: F32
+    share: float
+
+
+@dataclass(frozen=True)
 class AttentionInputs:
     """The inputs of one layer's attention, for a text read into an empty cache.
 
@@ -66,6 +82,7 @@ class AttentionInputs:
         sinks: (n_head,) float32 logits, or None.
         softcap: c of c tanh(score / c); 0 for none.
         max_bias: ALiBi's largest bias; 0 for none.
+        branch: what becomes of the outputs; None if it was not asked for or not found.
     """
 
     layer: int
@@ -77,6 +94,7 @@ class AttentionInputs:
     sinks: F32 | None
     softcap: float
     max_bias: float
+    branch: Branch | None = None
 
     def weights(self, dots: F32, head: int, rows: npt.NDArray[np.intp]) -> F32:
         """What softmax makes of a query head's dot products q.k.
@@ -111,6 +129,7 @@ def read_attention(
     layers: Collection[int],
     read: Callable[[AttentionInputs], T],
     cache: str = "f32",
+    branches: bool = False,
 ) -> dict[int, T]:
     """What `read` makes of each layer's inputs of attention, for tokens that are read into a new cache as one batch.
 
@@ -121,6 +140,7 @@ def read_attention(
         cache: type of the KV cache. With another type than f32, K and V are as decoded from it; if llama.cpp rotates
             the type, Q, K and V are rotated.
         read: called while the graph waits, so that the inputs of one layer are held at a time.
+        branches: whether `AttentionInputs.branch` is wanted.
 
     Returns:
         By layer, ascending.
@@ -130,7 +150,7 @@ def read_attention(
         TqggufError: llama.cpp could not run the tokens.
     """
     info = model.info
-    hook = _Hook(frozenset(layers), lambda layer, node: read(_inputs(info, len(tokens), layer, node)))
+    hook = _Hook(frozenset(layers), lambda layer, node: _inputs(info, len(tokens), layer, node), read, branches)
     _decode(model, tokens, hook, cache)
     missing = sorted(set(layers) - set(hook.found))
     if missing:
@@ -144,28 +164,69 @@ def read_attention(
 class _Hook(Generic[T]):
     """The eval callback: asked for each node whether it is wanted, and called again when a wanted node is computed."""
 
-    def __init__(self, wanted: frozenset[int], read: Callable[[int, Tensor], T]) -> None:
+    def __init__(
+        self,
+        wanted: frozenset[int],
+        copy: Callable[[int, Tensor], AttentionInputs],
+        read: Callable[[AttentionInputs], T],
+        branches: bool,
+    ) -> None:
         self.wanted = wanted
+        self.copy = copy
         self.read = read
+        self.branches = branches
         self.found: dict[int, T] = {}
+        self.waiting: AttentionInputs | None = None  # for its branch
+        self.matrix: F32 | None = None
         self.error: BaseException | None = None
 
     @called_by_c
     def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
         try:
             node = tensor_at(address)
-            if op_name(node) != "FLASH_ATTN_EXT":
+            op = op_name(node)
+            if self.waiting and op in ("MUL_MAT", "ADD"):
+                return self._behind(self.waiting, node, op, ask)
+            if op != "FLASH_ATTN_EXT":
                 return False
             layer = _cache_layer(node.src[1], b"k")
             if ask:
                 # The first layer to use a cache owns it; layers that share it come later.
                 return layer in self.wanted and layer not in self.found
             if layer is not None:
-                self.found[layer] = self.read(layer, node)
+                self.finish()
+                self.waiting = self.copy(layer, node)
+                if not self.branches:
+                    self.finish()
             return True
         except BaseException as error:  # any: ctypes would print it and go on; `_decode` raises it
             self.error = error
             return False
+
+    def finish(self, branch: Branch | None = None) -> None:
+        """Reads the inputs that wait, with what was found of their branch."""
+        if self.waiting:
+            inputs, self.waiting, self.matrix = self.waiting, None, None
+            self.found[inputs.layer] = self.read(replace(inputs, branch=branch))
+
+    def _behind(self, inputs: AttentionInputs, node: Tensor, op: str, ask: bool) -> bool:
+        """A node behind attention whose branch is wanted."""
+        if op == "MUL_MAT":
+            weights = tensor_at(node.src[0])
+            if ask and self.matrix is None and weights.ne[0] == inputs.q.shape[1] * inputs.v.shape[2]:
+                self.matrix = read_tensor(weights)[0, 0]
+            return False
+        stream = tensor_at(node.src[1])
+        # A bias has one row. Few rows are left in the last layer, where those without logits are dropped.
+        if self.matrix is None or node.ne[0] != len(self.matrix) or list(stream.ne) != list(node.ne):
+            return False
+        if not ask:
+            after = read_tensor(node)
+            # The sum takes the place of one of its terms.
+            before = read_tensor(stream if stream.data != node.data else tensor_at(node.src[0]))
+            added = before if stream.data == node.data else after - before
+            self.finish(Branch(self.matrix, float(np.square(added).sum() / max(np.square(after).sum(), 1e-30))))
+        return True
 
 
 def _inputs(info: ModelInfo, n: int, layer: int, node: Tensor) -> AttentionInputs:
@@ -208,6 +269,8 @@ def _decode(model: Loaded, tokens: Sequence[int], hook: _Hook[T], cache: str) ->
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)
         status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
     del callback
+    if not (hook.error or status):
+        hook.finish()
     if hook.error:
         raise hook.error
     if status:

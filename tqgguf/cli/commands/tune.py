@@ -34,8 +34,8 @@ def add_parser(commands: Any) -> None:
         "tune",
         help="a cache policy for a model: types by layer, measured",
         description="Predicts from one reading of a text what each cache type costs in K and V of every layer, "
-        "measures bands of layers, and writes the best policy within a budget. Half of the text is held out and measures"
-        " the policy.",
+        "measures bands of layers, and writes the best policy within a budget. Half of the text is held out and "
+        "measures the policy.",
         epilog="example: tqgguf tune model.gguf -f text.txt -o policy.gguf --budget 4.0 "
         "(then: tqgguf chat model.gguf --cache policy.gguf)",
     )
