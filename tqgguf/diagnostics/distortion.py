@@ -21,11 +21,10 @@ from ..cache.tail import kept, tail_batch
 from ..config import CacheType, cache_type
 from ..gguf.info import KVLayer
 from ..model.reading import AttentionInputs
-from .attention import hadamard, rotation_sizes
+from .attention import Floats, hadamard, rotation_sizes
 from .compare import UBATCH
 
 F32 = npt.NDArray[np.float32]
-Flags = npt.NDArray[np.bool_]
 
 N_QUERIES: Final = 128
 """Queries of each head, spread over the second half of the text, which is the half that is scored. With so many, the
@@ -68,15 +67,15 @@ class Storage:
         sizes = rotation_sizes(self.kind, layer.head_dim_k, layer.head_dim_v)
         return _error(v, self.kind, sizes[1] if self.rotate else 0)
 
-    def from_blocks(self, rows: npt.NDArray[np.intp], n: int) -> Flags:
-        """Whether queries of the tokens `rows` read a key from its block and not from the tail: (n_rows, n)."""
+    def from_blocks(self, rows: npt.NDArray[np.intp], n: int) -> F32:
+        """1 where queries of the tokens `rows` read a key from its block, 0 where from the tail: (n_rows, n)."""
         token = np.arange(n)
         if not self.tail:
-            return np.ones((len(rows), n), np.bool_)
+            return np.ones((len(rows), n), np.float32)
         # A batch is written before it is read, so its first queries find fewer of their neighbours in the tail.
         written = np.minimum((rows // self.n_ubatch + 1) * self.n_ubatch, n)
-        flags: Flags = (token < written[:, None] - self.tail) & (token >= N_FIRST)
-        return flags
+        flags = (token < written[:, None] - self.tail) & (token >= N_FIRST)
+        return flags.astype(np.float32)
 
 
 def storages(policies: Sequence[CachePolicy], rotate: bool, tail: int | None) -> list[Storage]:
@@ -108,8 +107,8 @@ def distortions(inputs: AttentionInputs, layer: KVLayer, stored: Sequence[Storag
     rows = np.linspace(n // 2, n - 1, min(N_QUERIES, n - n // 2)).astype(np.intp)
     blocks = [each.from_blocks(rows, n) for each in stored]
     errors = [(each.error_k(inputs.k, layer), each.error_v(inputs.v, layer)) for each in stored]
-    exact: list[F32] = []
-    moved: dict[tuple[str, str], list[F32]] = {(side, each.kind.name): [] for side in "KV" for each in stored}
+    exact: list[Floats] = []
+    moved: dict[tuple[str, str], list[Floats]] = {(side, each.kind.name): [] for side in "KV" for each in stored}
     for head in range(n_head):
         q, v, kv = inputs.q[rows, head], inputs.v[:, head // group], head // group
         dots = q @ inputs.k[:, kv].T
@@ -118,8 +117,7 @@ def distortions(inputs: AttentionInputs, layer: KVLayer, stored: Sequence[Storag
         for each, flags, (error_k, error_v) in zip(stored, blocks, errors, strict=True):
             near = inputs.weights(dots + (q @ error_k[:, kv].T) * flags, head, rows)
             moved["K", each.kind.name].append((near - p) @ v)
-            from_blocks: F32 = p * flags
-            moved["V", each.kind.name].append(from_blocks @ error_v[:, kv])
+            moved["V", each.kind.name].append((p * flags) @ error_v[:, kv])
     total = _energy(exact, inputs) / (inputs.branch.share if inputs.branch else 1.0)
     return {part: _energy(error, inputs) / max(total, 1e-30) for part, error in moved.items()}
 
@@ -134,7 +132,7 @@ def _error(x: F32, kind: CacheType, rotation: int) -> F32:
     return back
 
 
-def _energy(outputs: Sequence[F32], inputs: AttentionInputs) -> float:
+def _energy(outputs: Sequence[Floats], inputs: AttentionInputs) -> float:
     """The sum of squares of outputs, (n_rows, head_dim_v) of each head, behind the matrix that they go through."""
     x = np.concatenate(outputs, axis=1)
     if inputs.branch:

@@ -152,6 +152,7 @@ def read_attention(
     info = model.info
     hook = _Hook(frozenset(layers), lambda layer, node: _inputs(info, len(tokens), layer, node), read, branches)
     _decode(model, tokens, hook, cache)
+    hook.finish()
     missing = sorted(set(layers) - set(hook.found))
     if missing:
         raise UnsupportedError(
@@ -269,8 +270,6 @@ def _decode(model: Loaded, tokens: Sequence[int], hook: _Hook[T], cache: str) ->
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)
         status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
     del callback
-    if not (hook.error or status):
-        hook.finish()
     if hook.error:
         raise hook.error
     if status:
