@@ -29,6 +29,8 @@ def test_a_policy_is_written_and_used(tune: Command, python: Any, tmp_path: Path
     done = tune(MODEL, "-o", "policy.gguf", "--budget", "4", *QUICK)
     assert done.returncode == 0, done.stderr
     assert "rotation" not in done.stderr  # it is tune itself that switches it off
+    assert "KLD of layers: predicted, from KLD measured for bands of them in pqo3" in done.stdout
+    assert "  V of layers 2-3: 0." in done.stdout
     policy = read_policy(tmp_path / "policy.gguf")
     assert policy.model_hash == model_hash(demo.MODEL_PATH)
     lines = done.stdout.splitlines()
@@ -56,12 +58,14 @@ def test_a_policy_is_written_and_used(tune: Command, python: Any, tmp_path: Path
 
 
 def test_json(tune: Command, tmp_path: Path) -> None:
-    done = tune(MODEL, "-o", "policy.gguf", "--max-kld", "0.2", "--no-centre", "--json", *QUICK)
+    done = tune(MODEL, "-o", "policy.gguf", "--max-kld", "0.2", "--calibration", "auto", "--json", *QUICK)
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     policy = read_policy(tmp_path / "policy.gguf")
-    assert data["policy"]["types_k"] == list(policy.types_k) and data["policy"]["centred"] == []
-    assert data["centring"] == [] and len(data["sensitivities"]) == 4 * 2 * 2
+    assert data["policy"]["types_k"] == list(policy.types_k) and data["policy"]["centred"] == data["policy"]["gains"]
+    assert sorted(policy.k_means) == data["policy"]["centred"] == [0, 1, 2, 3]
+    assert len(data["bands"]) == 6 and len(data["sensitivities"]) == 4 * 2 * 2
+    assert set(data["sensitivities"][0]) == {"layer", "side", "type", "distortion", "kld"}
     row = next(row for row in data["rows"] if row["type"] == "policy")
     assert row["kld"]["mean"] <= 0.2
 
@@ -78,7 +82,6 @@ def test_a_failure_leaves_the_file_that_was_there(
     latin.write_bytes(b"caf\xe9")
     text = tmp_path / "text"
     text.write_text("abcd " * 200)
-    softcap = str(random_model(arch="gemma2"))
     for args, said in (
         (["-f", str(short)], "the text has 27 bytes, but a context of 256 needs as many tokens"),
         (["-f", str(empty)], "the text is empty"),
@@ -88,7 +91,7 @@ def test_a_failure_leaves_the_file_that_was_there(
         (["--max-kld", "0.0001"], "no policy of pqo3, pqo4 has a mean KLD of 0.0001: pqo4 in all layers has 0.0"),
         (["--types", "pqo3"], "at least two cache types"),
         (["--chunks", "1"], "n_chunks is 1, must be at least 2"),
-        ([softcap, "-f", str(text), "--centre"], "keys cannot be centred: this model caps its attention scores"),
+        (["--calibration", "missing.gguf"], "calibration missing.gguf does not exist"),
         ([str(random_model(head_dim=80)), "-f", str(text)], "head_dim of K is 80"),
         ([str(random_model())], "needs a text to be measured on (-f FILE)"),
         (["-o", "policy.json"], "must end in .gguf"),
@@ -113,7 +116,6 @@ def test_a_failure_leaves_the_file_that_was_there(
         (["-o", "p.gguf", "--budget", "x"], "must be a positive number, not 'x'"),
         (["-o", "p.gguf", "--max-kld", "inf"], "must be a positive number, not 'inf'"),
         (["-o", "p.gguf", "--budget", "4", "--types", "pqo3,pqo9"], "unknown cache type 'pqo9'"),
-        (["-o", "p.gguf", "--budget", "4", "--centre", "--no-centre"], "not allowed with argument"),
     ],
 )
 def test_usage_errors(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tqgguf
 from tqgguf import CachePolicy, Tuning
 from tqgguf.cache.policy import model_hash
 from tqgguf.demo import model as demo
+from tqgguf.diagnostics.compare import Reader
 from tqgguf.diagnostics.tune import log_line
 from tqgguf.errors import ArgumentError, CacheTypeError, TextError, UnsupportedError
 
@@ -77,7 +79,65 @@ def test_what_is_said_of_how_it_was_found(tuned: Tuning) -> None:
     }
     # What parts cost nearly adds up; if they did not, the policy would be one for another model than this.
     assert tuned.predicted == pytest.approx(tuned.measured, rel=0.3)
-    assert [row.layer for row in tuned.centring if row.type == "pqo3"] == [0, 1, 2, 3]
+    assert [(band.side, band.layers, band.type) for band in tuned.bands] == [
+        (side, layers, "pqo3") for side in "KV" for layers in ((0,), (1,), (2, 3))
+    ]
+    for band in tuned.bands:
+        rows = [s for s in tuned.sensitivities if (s.side, s.type) == (band.side, "pqo3") and s.layer in band.layers]
+        assert sum(s.distortion for s in rows) == pytest.approx(band.distortion)
+        assert sum(s.kld for s in rows) == pytest.approx(max(band.kld, band.error))
+
+
+def test_a_prediction_is_near_what_each_part_costs(tuned: Tuning) -> None:
+    parts = [s for s in tuned.sensitivities if s.type == "pqo3"]
+    rest = ("f16",) * 4
+    policies = []
+    for s in parts:
+        one = (*rest[: s.layer], "pqo3", *rest[s.layer + 1 :])
+        policies.append(CachePolicy(one, rest) if s.side == "K" else CachePolicy(rest, one))
+    rows = tqgguf.compare(demo.MODEL_PATH, ["f16", *policies], **{**COMPARED, "n_chunks": 2}).rows[1:]
+    # Layers differ a thousandfold in what they cost. Distortions alone put all eight parts in the order of the bands.
+    for s, row in zip(parts, rows, strict=True):
+        assert 0.25 < s.kld / row.kld.mean < 4, s
+    by_distortion, by_cost = (
+        sorted(range(8), key=key) for key in (lambda i: parts[i].distortion, lambda i: rows[i].kld.mean)
+    )
+    assert set(by_distortion[4:]) == set(by_cost[4:])
+
+
+class Counted:
+    """Counts the tokens that readers read, but for the one that warms them up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.n = 0
+        decode = Reader.decode
+
+        def counted(reader: Reader, tokens: Any, scored: Any) -> None:
+            self.n += len(tokens) if len(tokens) > 1 else 0
+            decode(reader, tokens, scored)
+
+        monkeypatch.setattr(Reader, "decode", counted)
+
+
+@pytest.mark.parametrize("calibration", ["off", "auto"])
+def test_a_budget_takes_twelve_readings_of_the_tuning_part(
+    random_model: Model, monkeypatch: pytest.MonkeyPatch, calibration: str
+) -> None:
+    path = random_model(n_layer=7, head_dim=32)
+    text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 1200).tolist()))
+    counted = Counted(monkeypatch)
+    options: dict[str, Any] = {**QUICK, "n_ctx": 128, "n_chunks": 2, "calibration": calibration}
+    tqgguf.tune(path, text, budget=5.0, **options)
+    held_out = 1 + 1 + 3  # f16, the policy, single types
+    assert counted.n == 128 * ((12 if calibration == "auto" else 11) + held_out)
+
+
+def test_a_divergence_takes_ten(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted(monkeypatch)
+    options: dict[str, Any] = {**QUICK, "n_ctx": 256, "n_chunks": 2, "types": ("pqo3", "pqo4")}
+    tqgguf.tune(demo.MODEL_PATH, max_kld=0.15, **options)
+    held_out = 3 + 2  # f16 and single types, before; f16 and the policy, in the end
+    assert 10 + held_out + 2 <= counted.n / 256 <= 10 + held_out + 2 * 5
 
 
 def test_the_figures_are_of_the_part_held_out(tuned: Tuning) -> None:
@@ -90,7 +150,7 @@ def test_the_figures_are_of_the_part_held_out(tuned: Tuning) -> None:
 
 def test_the_smallest_policy_for_a_divergence() -> None:
     seen: list[tuple[str, int, int]] = []
-    options: dict[str, Any] = {**QUICK, "n_ctx": 256, "n_chunks": 2, "types": ("pqo3", "pqo4"), "centre": False}
+    options: dict[str, Any] = {**QUICK, "n_ctx": 256, "n_chunks": 2, "types": ("pqo3", "pqo4")}
     found = tqgguf.tune(demo.MODEL_PATH, max_kld=0.15, progress=lambda *at: seen.append(at), **options)
     kld = klds(found)
     assert kld["policy"] <= 0.15 < kld["pqo3"] and kld["pqo4"] < 0.15
@@ -103,24 +163,37 @@ def test_the_smallest_policy_for_a_divergence() -> None:
         assert last[1] == last[2]
 
 
-def test_keys_with_a_constant_are_centred(random_model: Model) -> None:
+def test_keys_with_a_constant_are_calibrated(random_model: Model) -> None:
     path = random_model(arch="qwen2", key_bias=8.0, head_dim=32, n_head=2)
     text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 1200).tolist()))
     options: dict[str, Any] = {**QUICK, "n_ctx": 256, "budget": 3.5, "types": ("pqo3", "pqo4")}
-    centred, plain = (tqgguf.tune(path, text, centre=centre, **options) for centre in (True, False))
-    assert sorted(centred.policy.k_means) == [0, 1] and not plain.policy.k_means and not plain.centring
-    assert klds(centred)["policy"] < 0.5 * klds(plain)["policy"] == 0.5 * klds(centred)["pqo3"]
+    calibrated, plain = (tqgguf.tune(path, text, calibration=choice, **options) for choice in ("auto", "off"))
+    assert sorted(calibrated.policy.k_means) == sorted(calibrated.policy.k_gains) == [0, 1]
+    assert not plain.policy.calibrated
+    assert klds(calibrated)["policy"] < 0.5 * klds(plain)["policy"] == 0.5 * klds(plain)["pqo3"]
+    # The mean takes most of the keys' energy with it, and the prediction knows.
+    k = [sum(s.distortion for s in t.sensitivities if (s.side, s.type) == ("K", "pqo3")) for t in (calibrated, plain)]
+    v = [sum(s.distortion for s in t.sensitivities if (s.side, s.type) == ("V", "pqo3")) for t in (calibrated, plain)]
+    assert k[0] < 0.5 * k[1] and v[0] == v[1]
 
 
 def test_models_whose_keys_cannot_be_centred(random_model: Model) -> None:
     path, text = random_model(arch="gemma2"), "abcd " * 100
     options: dict[str, Any] = {**QUICK, "n_ctx": 128, "budget": 4.0, "types": ("pqo3", "pqo4")}
-    with pytest.raises(ArgumentError, match=r"cannot be centred: this model caps its attention scores"):
-        tqgguf.tune(path, text, centre=True, **options)
-    found = tqgguf.tune(path, text, **options)
-    assert not found.centring and not found.policy.k_means
-    assert any("caps its attention scores (softcap); tuned without" in note for note in found.notes)
-    assert not any("softcap" in note for note in tqgguf.tune(path, text, centre=False, **options).notes)
+    found = tqgguf.tune(path, text, calibration="auto", **options)
+    assert not found.policy.k_means and found.policy.k_gains
+
+
+def test_a_calibration_that_does_harm_is_left_out(random_model: Model) -> None:
+    path = random_model(arch="qwen2", head_dim=32, n_head=2)
+    text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 1200).tolist()))
+    good = tqgguf.calibrate(path, n_threads=1)
+    gain = np.geomspace(1e-3, 1e3, 32, dtype=np.float32)
+    bad = replace(good, gains={layer: np.broadcast_to(gain, old.shape).copy() for layer, old in good.gains.items()})
+    options: dict[str, Any] = {**QUICK, "n_ctx": 256, "budget": 3.5, "types": ("pqo3", "pqo4")}
+    found = tqgguf.tune(path, text, calibration=bad, **options)
+    assert not found.policy.calibrated
+    assert found.notes == ("on this text calibration makes the policy no better; it leaves the keys as they are",)
 
 
 def test_a_mixture_that_does_not_pay_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +201,7 @@ def test_a_mixture_that_does_not_pay_is_not_made(monkeypatch: pytest.MonkeyPatch
 
     # A tuner that raises the wrong parts: what it makes of 4.5 bits is worse than pqo4 in all of them.
     monkeypatch.setattr(module, "allocate", lambda options, _: [part[0] for part in options])
-    found = tqgguf.tune(demo.MODEL_PATH, budget=4.5, types=("pqo3", "pqo4"), centre=False, **{**QUICK, "n_chunks": 2})
+    found = tqgguf.tune(demo.MODEL_PATH, budget=4.5, types=("pqo3", "pqo4"), **{**QUICK, "n_chunks": 2})
     assert set(found.policy.types_k + found.policy.types_v) == {"pqo4"}
     assert found.notes == ("no mixture of types measured better than pqo4 in all layers, so that is the policy",)
     assert klds(found)["policy"] == klds(found)["pqo4"] == found.line

@@ -63,8 +63,9 @@ number."""
 OTHER_UBATCH: Final = 128
 """Tokens at once of the f16 cache that says what any change costs; the reference computes 512."""
 
-N_BANDS: Final = 3
-"""Bands of layers that are measured for each side."""
+BAND_ENDS: Final = (1 / 6, 1 / 2, 1)
+"""Where the bands of layers end that are measured for each side, of all layers. Predictions are least sure of the first
+layers, whose errors pass through all others, so these bands are smaller."""
 
 N_TRIALS: Final = 5
 """Policies that are tried at most to find the smallest one of a divergence."""
@@ -445,8 +446,8 @@ class _Tuner:
     def _bands(self, distortion: Distortions) -> tuple[float, tuple[Band, ...]]:
         """The divergence of any change at all, and of K and V of bands of layers in the smallest type."""
         smallest, layers = self.names[0], np.array([layer.index for layer in self.info.layers])
-        parts = np.array_split(layers, min(N_BANDS, len(layers)))
-        groups = [(side, tuple(part.tolist())) for side in "KV" for part in parts]
+        parts = np.split(layers, [max(1, round(end * len(layers))) for end in BAND_ENDS[:-1]])
+        groups = [(side, tuple(part.tolist())) for side in "KV" for part in parts if len(part)]
         caches = [replace(self.bench.f16, at_once=OTHER_UBATCH)]
         for side, group in groups:
             cache = self._cache({(layer, side): smallest for layer in group}, rest="f16")
