@@ -4,7 +4,7 @@
     python benchmarks/quality/policies.py --chunks 4 --budgets 4 --output -
 
 A conversation of the demo model is cut in two: `tqgguf.tune` measures layers on the first half, and every figure here
-is of the second.
+is of the second. Keys are calibrated, those of single types, too.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def tuned_row(tuning: Tuning, budget: float) -> dict[str, Any]:
         types=tuning.types,
         types_k=policy.types_k,
         types_v=policy.types_v,
-        centred=sorted(policy.k_means),
+        calibrated=policy.calibrated,
         predicted_tuning=tuning.predicted,
         measured_tuning=tuning.measured,
         line=tuning.line,
-        centring=[vars(found) for found in tuning.centring],
+        bands=[vars(found) for found in tuning.bands],
         notes=tuning.notes,
     )
 
