@@ -382,16 +382,15 @@ def further_context(model: Llama, cache: NamedCache) -> AbstractContextManager[A
 
 def log_softmax(logits: npt.NDArray[Any]) -> Array:
     """Natural logarithms of the probabilities; logits (n, n_vocab), in float64."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
+    x: Array = np.subtract(logits, logits.max(axis=-1, keepdims=True), dtype=np.float64)
     x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
     return x
 
 
-def kl_divergence(reference: Array, other: Array) -> Array:
-    """sum p ln(p/q) of each row, in nats; both (n, n_vocab), from `log_softmax`."""
+def kl_divergence(reference: Array, other: Array, p: Array | None = None) -> Array:
+    """sum p ln(p/q) of each row, in nats; both (n, n_vocab), from `log_softmax`; p is exp(reference), if known."""
     # A divergence is never negative, but the sum of a few million roundings can be, by 1e-16.
-    divergence: Array = np.maximum((np.exp(reference) * (reference - other)).sum(axis=-1), 0.0)
+    divergence: Array = np.maximum(np.einsum("ij,ij->i", np.exp(reference) if p is None else p, reference - other), 0.0)
     return divergence
 
 
@@ -452,13 +451,22 @@ class Reader:
         """Empties the cache; its memory stays."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
 
-    def score(self, reference: Array, logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]) -> None:
-        """Compares logits (n, n_vocab) with the reference's log-probabilities and the tokens that followed (n)."""
+    def score(
+        self,
+        reference: Array,
+        logits: npt.NDArray[np.float32],
+        targets: npt.NDArray[np.int32],
+        p: Array | None = None,
+    ) -> None:
+        """Compares logits (n, n_vocab) with the reference's log-probabilities and the tokens that followed (n).
+
+        p: exp(reference), if it is known.
+        """
         own = log_softmax(logits)
         if not np.isfinite(own).all():
             raise TqggufError(f"logits are not finite with the cache {self.cache.label}")
         self.nll.append(-own[np.arange(len(targets)), targets])
-        self.kld.append(kl_divergence(reference, own))
+        self.kld.append(kl_divergence(reference, own, p))
         self.same_top.append(own.argmax(axis=-1) == reference.argmax(axis=-1))
 
     def quality(self, info: ModelInfo, n_ctx: int, n_tokens: int) -> TypeQuality:
@@ -522,5 +530,6 @@ def _score(readers: Sequence[Reader], targets: npt.NDArray[np.int32], n_vocab: i
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
         reference = log_softmax(readers[0].logits(len(targets), n_vocab)[part])
+        p = np.exp(reference)
         for reader in readers:
-            reader.score(reference, reader.logits(len(targets), n_vocab)[part], targets[part])
+            reader.score(reference, reader.logits(len(targets), n_vocab)[part], targets[part], p)

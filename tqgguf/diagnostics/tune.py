@@ -188,20 +188,19 @@ def tune(
     The keys of all quantized layers are calibrated first, as `Llama` does it by default. So the policy has means and
     gains of its own.
 
-    With a budget, the result is the best of these on the tuning part: the policy made from sensitivities, the same
-    policy without calibration, and the single type within the budget that is predicted to be best. So it can be a
-    single type; then a note says so.
+    With a budget, the result is the better one on the tuning part of the policy made from sensitivities and the single
+    type within the budget that is predicted to be best. If it is the single type, a note says so.
 
     With max_kld, types grow from the smallest ones in the order of gain per byte. The result is the smallest policy
     found on this way whose divergence on the held-out part, which decides nothing else, is at most max_kld. Five are
     tried at most, where the prediction, corrected by those tried before, expects that divergence.
 
-    Each cache that reads a part of the text is a reading. The tuning part is read 12 times at most, for any model: by
-    f16, f16 with another number of tokens at once, and three bands for each of K and V; then by f16, the policy, the
-    policy without calibration, and a single type. (n_parallel below 7 adds readings by f16.) Before, the first 2,048
-    tokens at most are read once for the distortions, and a model that has not been calibrated yet reads 1,792 tokens.
-    With max_kld the tuning part is read 10 times, and the held-out part twice for each policy tried. In the end the
-    held-out part is read by f16, the policy and each single type.
+    Each cache that reads a part of the text is a reading. The tuning part is read 11 times, for any model: by f16, f16
+    with another number of tokens at once, and three bands for each of K and V; then by f16, the policy and a single
+    type. (n_parallel below 7 adds readings by f16.) Before, its first 2,048 tokens at most are read once for the
+    distortions, and a model that has not been calibrated yet reads 1,792 tokens. With max_kld the tuning part is read
+    10 times, and the held-out part twice for each policy tried. In the end the held-out part is read by f16, the policy
+    and each single type.
 
     Memory is that of `compare` with n_parallel + 1 caches.
 
@@ -485,16 +484,12 @@ class _Tuner:
         fits = [cache for cache in self.single if cache.policy.bytes_per_token(self.info) <= n_bytes]
         single = min(fits, key=lambda cache: self._predicted(cache.policy, sensitivities))
         cache = self._chosen(allocate(options, n_bytes))
-        plain = [replace(cache, policy=replace(cache.policy, k_means={}, k_gains={}))]
-        caches = [cache, single, *(plain if cache.policy.calibrated else [])]
-        klds = self._klds("policies", caches)
-        best = int(np.argmin(klds))  # the policy is first, so it wins a tie
-        if best == 1:
-            found = f"no mixture of types measured better than {single.label} in all layers, so that is the policy"
-            self.notes.append(found)
-        elif best == 2:
-            self.notes.append("on this text calibration makes the policy no better; it leaves the keys as they are")
-        return replace(caches[best], label="policy"), klds[best]
+        of_policy, of_single = self._klds("policies", [cache, single])
+        if of_policy <= of_single:
+            return cache, of_policy
+        found = f"no mixture of types measured better than {single.label} in all layers, so that is the policy"
+        self.notes.append(found)
+        return replace(single, label="policy"), of_single
 
     def _smallest(
         self, max_kld: float, options: Sequence[Sequence[Option]], floor: float, single: Sequence[TypeQuality]

@@ -130,7 +130,8 @@ def _outliers(channels: Sequence[int]) -> str:
 
 
 def print_tuning(tuning: Tuning, output: Path) -> None:
-    """Prints the types and the cost of the smallest type in every layer, then the policy beside single types."""
+    """Prints the types, what the smallest type is predicted to cost every layer and was measured to cost bands of them,
+    then the policy beside single types."""
     n = tuning.n_tuning
     held_out = "tuning did not read" if tuning.max_kld is None else "told tuning where to stop, and nothing else"
     print(
@@ -166,7 +167,11 @@ def print_tuning(tuning: Tuning, output: Path) -> None:
         )
     bits = 16 * policy_row.bytes_per_token / tuning.rows[0].bytes_per_token
     tail = f"; {policy_row.bits:.4g} with the tail, at {tuning.n_ctx:,} tokens" if policy_row.bits > bits else ""
-    print(f"\nwritten to {output}: {bits:.4g} bits per value, {policy_row.bytes_per_token:,} bytes per token{tail}")
+    calibrated = ", keys calibrated" if policy.calibrated else ""
+    print(
+        f"\nwritten to {output}: {bits:.4g} bits per value{calibrated}, "
+        f"{policy_row.bytes_per_token:,} bytes per token{tail}"
+    )
 
 
 def _tailed(tuning: Tuning) -> str:
