@@ -60,7 +60,8 @@ class Branch:
 
     Attributes:
         matrix: (n_embd, n_head * head_dim_v) float32, which they are multiplied by.
-        share: squares of what is added to the residual stream, relative to those of the stream behind it.
+        share: squares of what is added to the residual stream, relative to those of the stream behind it: the mean over
+            tokens, because the first one may have a thousand times the norm of the others.
     """
 
     matrix: F32
@@ -226,7 +227,8 @@ class _Hook(Generic[T]):
             # The sum takes the place of one of its terms.
             before = read_tensor(stream if stream.data != node.data else tensor_at(node.src[0]))
             added = before if stream.data == node.data else after - before
-            self.finish(Branch(self.matrix, float(np.square(added).sum() / max(np.square(after).sum(), 1e-30))))
+            squares = [np.square(x).sum(axis=-1) for x in (added, after)]
+            self.finish(Branch(self.matrix, float((squares[0] / np.maximum(squares[1], 1e-30)).mean())))
         return True
 
 
