@@ -227,11 +227,11 @@ def attention_error(
     added = _check(q, k, v, mask, sinks, softcap, offset)
     (_, n_head, head_dim_k), (_, n_head_kv, head_dim_v) = q.shape, v.shape
     base = np.float32(0.0) if offset is None else offset.astype(np.float32)
-    stored = {}
+    found = {}
     for kind in kinds:
         size_k, size_v = rotation_sizes(kind, head_dim_k, head_dim_v) if rotate else (0, 0)
-        near_k = _stored(k.astype(np.float32) - base, kind, size_k) + base
-        stored[kind.name] = near_k, _stored(v.astype(np.float32), kind, size_v)
+        near_k = stored(k.astype(np.float32) - base, kind, size_k) + base
+        found[kind.name] = near_k, stored(v.astype(np.float32), kind, size_v)
     slopes = reference.alibi_slopes(n_head, max_bias)
     errors: dict[str, list[HeadError]] = {kind.name: [] for kind in kinds}
     # Head by head, because scores take more memory than all keys and values.
@@ -244,7 +244,7 @@ def attention_error(
             softcap=softcap,
         )
         exact = group.attend(k[:, h], v[:, h])
-        for name, (near_k, near_v) in stored.items():
+        for name, (near_k, near_v) in found.items():
             errors[name].append(_head_error(h, (k[:, h], near_k[:, h]), (v[:, h], near_v[:, h]), exact, group))
     return {name: tuple(found) for name, found in errors.items()}
 
@@ -369,14 +369,24 @@ def rotation_sizes(kind: CacheType, head_dim_k: int, head_dim_v: int) -> tuple[i
     return largest if head_dim_k % 64 == 0 else 0, 64 if head_dim_v % 64 == 0 else 0
 
 
-def _stored(x: F32, kind: CacheType, rotation_size: int) -> F32:
-    """x (n, n_head_kv, head_dim) after encoding and decoding, between a rotation of that size and its inverse."""
-    if not rotation_size:
-        return round_trip(x, kind)
-    matrix = hadamard(rotation_size)
-    rotated = x.reshape(-1, rotation_size) @ matrix
-    back: F32 = round_trip(rotated.reshape(x.shape), kind).reshape(-1, rotation_size) @ matrix
-    return back.reshape(x.shape)
+def stored(x: F32, kind: CacheType, rotation_size: int, n_block: int = 1) -> F32:
+    """x (n, n_head_kv, head_dim) after encoding and decoding between two rotations (`hadamard_rotated`)."""
+    return hadamard_rotated(round_trip(hadamard_rotated(x, rotation_size, n_block), kind), rotation_size, n_block)
+
+
+def hadamard_rotated(values: F32, size: int, n_block: int = 1) -> F32:
+    """Values (..., a multiple of size) as the graph rotates them before it stores them, which is its own inverse.
+
+    Args:
+        values: any values.
+        size: of the Hadamard matrix; 0 for none.
+        n_block: above 1 it mixes blocks of so many values (`set_rotation` in native/ggml/tq_ggml_calibration.c).
+    """
+    if not size:
+        return values
+    blocks = values.reshape(-1, size // n_block, n_block)
+    found: F32 = np.matmul(hadamard(size // n_block), blocks).reshape(values.shape)
+    return found
 
 
 def hadamard(n: int) -> F32:

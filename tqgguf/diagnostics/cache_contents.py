@@ -28,7 +28,7 @@ from ..gguf.info import ModelInfo, read_model_info
 from ..model.llama import Llama
 from ..session import file as session
 from ..session.state import CacheState, StoredRows, parse_state, read_state
-from .attention import hadamard, head_facts, rotation_sizes
+from .attention import hadamard_rotated, head_facts, rotation_sizes
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -254,10 +254,10 @@ def _tensor(
     nmse = _bit_errors(values, kind)
     mean, gain, turned = _calibration(stored, policy)
     if turned:
-        values = _unrotated(values, stored.head_dim & -stored.head_dim, reference.BLOCK if kind.ours else 1)
+        values = hadamard_rotated(values, stored.head_dim & -stored.head_dim, reference.BLOCK if kind.ours else 1)
     elif rotated:
         sizes = rotation_sizes(kind, stored.layer.head_dim_k, stored.layer.head_dim_v)
-        values = _unrotated(values, sizes[stored.side == "V"])
+        values = hadamard_rotated(values, sizes[stored.side == "V"])
         nmse = _bit_errors(values, kind)
     values = values / gain + mean
     scales, codes = _codes(rows, kind, n_head) if kind.ours else (None, None)
@@ -294,18 +294,6 @@ def _calibration(stored: StoredRows, policy: CachePolicy | None) -> tuple[F32, F
         return mean, gain, False
     layer = stored.layer
     return policy.k_means.get(layer.index, mean), policy.k_gains.get(layer.index, gain), policy.rotates_k(layer)
-
-
-def _unrotated(values: F32, size: int, n_block: int = 1) -> F32:
-    """Values without the rotation of that size that the graph applies before it stores them; 0 for none.
-
-    With n_block above 1 it mixes blocks of so many values (`set_rotation` in native/ggml/tq_ggml_calibration.c).
-    """
-    if not size:
-        return values
-    blocks = values.reshape(-1, size // n_block, n_block)
-    back: F32 = np.matmul(hadamard(size // n_block), blocks).reshape(values.shape)
-    return back
 
 
 def _n_codes(kind: CacheType) -> int:

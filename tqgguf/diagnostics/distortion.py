@@ -15,13 +15,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .._native.ggml import round_trip
 from ..cache.policy import CachePolicy
 from ..cache.tail import kept, tail_batch
 from ..config import CacheType, cache_type
 from ..gguf.info import KVLayer
 from ..model.reading import AttentionInputs
-from .attention import Floats, hadamard, rotation_sizes
+from ..reference import BLOCK
+from .attention import Floats, rotation_sizes, stored
 from .compare import UBATCH
 
 F32 = npt.NDArray[np.float32]
@@ -56,16 +56,19 @@ class Storage:
         """What is decoded less what was stored, of a layer's keys (n_tokens, n_head_kv, head_dim_k)."""
         mean = self.policy.k_means.get(layer.index, np.zeros(k.shape[1:], np.float32))
         gain = self.policy.k_gains.get(layer.index, np.ones(k.shape[1:], np.float32))
-        if self.policy.calibrated:
-            size = layer.head_dim_k & -layer.head_dim_k if self.policy.rotates_k(layer) else 0
-        else:
-            size = rotation_sizes(self.kind, layer.head_dim_k, layer.head_dim_v)[0] if self.rotate else 0
-        return _error((k - mean) * gain, self.kind, size) / gain
+        size, n_block = 0, 1
+        if self.policy.rotates_k(layer):
+            size, n_block = layer.head_dim_k & -layer.head_dim_k, BLOCK if self.kind.ours else 1
+        elif self.rotate and not self.policy.calibrated:
+            size = rotation_sizes(self.kind, layer.head_dim_k, layer.head_dim_v)[0]
+        x: F32 = (k - mean) * gain
+        error: F32 = np.divide(stored(x, self.kind, size, n_block) - x, gain, dtype=np.float32)
+        return error
 
     def error_v(self, v: F32, layer: KVLayer) -> F32:
         """The same of a layer's values (n_tokens, n_head_kv, head_dim_v)."""
         sizes = rotation_sizes(self.kind, layer.head_dim_k, layer.head_dim_v)
-        return _error(v, self.kind, sizes[1] if self.rotate else 0)
+        return stored(v, self.kind, sizes[1] if self.rotate else 0) - v
 
     def from_blocks(self, rows: npt.NDArray[np.intp], n: int) -> F32:
         """1 where queries of the tokens `rows` read a key from its block, 0 where from the tail: (n_rows, n)."""
@@ -93,43 +96,33 @@ def storages(policies: Sequence[CachePolicy], rotate: bool, tail: int | None) ->
     ]
 
 
-def distortions(inputs: AttentionInputs, layer: KVLayer, stored: Sequence[Storage]) -> dict[tuple[str, str], float]:
+def distortions(inputs: AttentionInputs, layer: KVLayer, types: Sequence[Storage]) -> dict[tuple[str, str], float]:
     """The relative squared error of the residual stream by side ("K", "V") and type, with the other side exact.
 
     Args:
         inputs: of the layer, whose text was read as one batch. Without a branch the error is that of the outputs of
             attention, relative to them.
         layer: its sizes.
-        stored: the types.
+        types: how they are stored.
     """
     n, n_head, _ = inputs.q.shape
     group = n_head // layer.n_head_kv
     rows = np.linspace(n // 2, n - 1, min(N_QUERIES, n - n // 2)).astype(np.intp)
-    blocks = [each.from_blocks(rows, n) for each in stored]
-    errors = [(each.error_k(inputs.k, layer), each.error_v(inputs.v, layer)) for each in stored]
+    blocks = [each.from_blocks(rows, n) for each in types]
+    errors = [(each.error_k(inputs.k, layer), each.error_v(inputs.v, layer)) for each in types]
     exact: list[Floats] = []
-    moved: dict[tuple[str, str], list[Floats]] = {(side, each.kind.name): [] for side in "KV" for each in stored}
+    moved: dict[tuple[str, str], list[Floats]] = {(side, each.kind.name): [] for side in "KV" for each in types}
     for head in range(n_head):
         q, v, kv = inputs.q[rows, head], inputs.v[:, head // group], head // group
         dots = q @ inputs.k[:, kv].T
         p = inputs.weights(dots, head, rows)
         exact.append(p @ v)
-        for each, flags, (error_k, error_v) in zip(stored, blocks, errors, strict=True):
+        for each, flags, (error_k, error_v) in zip(types, blocks, errors, strict=True):
             near = inputs.weights(dots + (q @ error_k[:, kv].T) * flags, head, rows)
             moved["K", each.kind.name].append((near - p) @ v)
             moved["V", each.kind.name].append((p * flags) @ error_v[:, kv])
     total = _energy(exact, inputs) / (inputs.branch.share if inputs.branch else 1.0)
     return {part: _energy(error, inputs) / max(total, 1e-30) for part, error in moved.items()}
-
-
-def _error(x: F32, kind: CacheType, rotation: int) -> F32:
-    """The error of x (n, n_head_kv, head_dim) where it is stored behind a rotation of that size; 0 for none."""
-    if not rotation:
-        return round_trip(x, kind) - x
-    matrix = hadamard(rotation)
-    rotated = (x.reshape(-1, rotation) @ matrix).reshape(x.shape)
-    back: F32 = ((round_trip(rotated, kind) - rotated).reshape(-1, rotation) @ matrix).reshape(x.shape)
-    return back
 
 
 def _energy(outputs: Sequence[Floats], inputs: AttentionInputs) -> float:
