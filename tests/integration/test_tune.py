@@ -14,7 +14,7 @@ from tqgguf import CachePolicy, Tuning
 from tqgguf.cache.policy import model_hash
 from tqgguf.demo import model as demo
 from tqgguf.diagnostics.compare import Reader
-from tqgguf.diagnostics.tune import log_line
+from tqgguf.diagnostics.tune import Band, cost, log_line
 from tqgguf.errors import ArgumentError, CacheTypeError, TextError, UnsupportedError
 
 pytestmark = pytest.mark.model
@@ -84,7 +84,7 @@ def test_what_is_said_of_how_it_was_found(tuned: Tuning) -> None:
     for band in tuned.bands:
         rows = [s for s in tuned.sensitivities if (s.side, s.type) == (band.side, "pqo3") and s.layer in band.layers]
         assert sum(s.distortion for s in rows) == pytest.approx(band.distortion)
-        assert sum(s.kld for s in rows) == pytest.approx(max(band.kld, band.error))
+        assert sum(s.kld for s in rows) == pytest.approx(band.distortion * cost(band, tuned.bands))
 
 
 def test_a_prediction_is_near_what_each_part_costs(tuned: Tuning) -> None:
@@ -243,3 +243,16 @@ def test_models_that_cannot_be_tuned(random_model: Model, tmp_path: Path) -> Non
 def test_the_line_is_straight_in_the_logarithm() -> None:
     assert log_line((3.5, 0.4), (4.5, 0.1), 4.0) == pytest.approx(0.2)
     assert log_line((3.5, 0.4), (4.5, 0.1), 4.5) == pytest.approx(0.1)
+
+
+def test_a_band_that_was_measured_badly_costs_what_others_cost() -> None:
+    def band(kld: float, error: float) -> Band:
+        return Band("K", (0,), "pqt3", kld, error, distortion=0.01)
+
+    sure = [band(0.02, 1e-6), band(0.04, 1e-6)]
+    assert [cost(each, sure) for each in sure] == pytest.approx([2.0, 4.0])
+    for kld in (0.0, -0.5, 0.5):
+        unsure = band(kld, 1.0)
+        assert cost(unsure, [*sure, unsure]) == pytest.approx(max((0.06 + kld), 1.0) / 0.03, rel=0.5)
+    exact = band(0.0, 1e-4)  # it costs little, and that is known
+    assert 0.01 <= cost(exact, [*sure, exact]) < 0.02

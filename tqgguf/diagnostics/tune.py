@@ -96,11 +96,6 @@ class Band:
     error: float
     distortion: float
 
-    @property
-    def per_distortion(self) -> float:
-        """Divergence for each unit of distortion. A band that shows none may have as much as the error of its kld."""
-        return max(self.kld, self.error) / max(self.distortion, 1e-30)
-
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -111,8 +106,8 @@ class Sensitivity:
         side: "K" or "V".
         type: name of the type.
         distortion: squared error of the residual stream behind the layer's attention, relative to its squares.
-        kld: divergence of the layer's band for each unit of distortion, times this distortion: how much mean KL
-            divergence this part of the cache adds if it has this type, in nats.
+        kld: distortion times what a unit of it costs in the layer's band (`cost`): how much mean KL divergence this
+            part of the cache adds if it has this type, in nats.
     """
 
     layer: int
@@ -280,6 +275,19 @@ def _halves(chunks: Chunks) -> tuple[Chunks, Chunks]:
         )
     n_tuning = (len(chunks) + 1) // 2
     return chunks[:n_tuning], chunks[n_tuning:]
+
+
+def cost(band: Band, bands: Collection[Band]) -> float:
+    """The divergence for each unit of distortion in a band.
+
+    Beside a tail of f16 a band may cost less than the error of its measurement. Its figure is weighed against that of
+    all bands together, from which bands are taken to differ by as much as it is; it is no less than its error.
+    """
+    unit = max(sum(each.distortion for each in bands), 1e-30)
+    common = max(sum(each.kld for each in bands), band.error) / unit
+    own, error = (value / max(band.distortion, 1e-30) for value in (band.kld, band.error))
+    weight = common**2 / max(common**2 + error**2, 1e-30)
+    return max(weight * own + (1 - weight) * common, min(error, common))
 
 
 def log_line(a: tuple[float, float], b: tuple[float, float], bits: float) -> float:
@@ -461,9 +469,9 @@ class _Tuner:
         return float(floor.mean()), tuple(bands)
 
     def _sensitivities(self, distortion: Distortions, bands: Collection[Band]) -> tuple[Sensitivity, ...]:
-        cost = {(layer, band.side): band.per_distortion for band in bands for layer in band.layers}
+        costs = {(layer, band.side): cost(band, bands) for band in bands for layer in band.layers}
         every = [(layer, side, name) for layer, side in self.parts for name in self.names]
-        return tuple(Sensitivity(*part, distortion[part], cost[part[:2]] * distortion[part]) for part in every)
+        return tuple(Sensitivity(*part, distortion[part], costs[part[:2]] * distortion[part]) for part in every)
 
     def _options(self, sensitivities: Collection[Sensitivity]) -> list[list[Option]]:
         """The options of each part, in the order of `parts`, which is that of the sensitivities too."""
