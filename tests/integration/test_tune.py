@@ -39,7 +39,7 @@ def test_a_budget_is_spent_where_it_counts(tuned: Tuning) -> None:
     info = tqgguf.read_model_info(demo.MODEL_PATH)
     assert tuned.policy.bits(info) == tuned.rows[1].bits == 4.0
     kld = klds(tuned)
-    assert tuple(kld) == ("f16", "policy", "pqo3", "pqo4", "q8_0") and kld["f16"] == 0
+    assert tuple(kld) == ("f16", "policy", "pqo3", "pqo4") and kld["f16"] == 0  # q8_0 is beside the question
     # Half-way between pqo3 and pqo4 in bytes, but nearly all the way in divergence: 1.03 times pqo4's. That is
     # 0.72 of what the line between the two gives, on which a choice of no worth lies.
     assert kld["policy"] < 0.6 * kld["pqo3"] and kld["policy"] < 1.25 * kld["pqo4"]

@@ -13,6 +13,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -510,26 +511,29 @@ def read_chunks(
     done, total = 0, chunks.size * len(readers)
     for reader in readers:
         reader.warm_up(chunks[0, :1])
-    for chunk in chunks:
-        following = np.roll(chunk, -1)  # the last token has no next one and is not scored
-        for reader in readers:
-            reader.forget()
-        for start in range(0, n_ctx, n_batch):
-            batch = slice(start, start + n_batch)
+    with ThreadPoolExecutor(max_workers=model.n_threads_batch) as pool:  # NumPy computes beside other threads
+        for chunk in chunks:
+            following = np.roll(chunk, -1)  # the last token has no next one and is not scored
             for reader in readers:
-                reader.decode(chunk[batch], scored[batch])
-                done += len(chunk[batch])
-                if progress:
-                    progress(done, total)
-            _score(readers, following[batch][scored[batch] > 0], n_vocab)
+                reader.forget()
+            for start in range(0, n_ctx, n_batch):
+                batch = slice(start, start + n_batch)
+                for reader in readers:
+                    reader.decode(chunk[batch], scored[batch])
+                    done += len(chunk[batch])
+                    if progress:
+                        progress(done, total)
+                _score(readers, following[batch][scored[batch] > 0], n_vocab, pool)
 
 
-def _score(readers: Sequence[Reader], targets: npt.NDArray[np.int32], n_vocab: int) -> None:
+def _score(readers: Sequence[Reader], targets: npt.NDArray[np.int32], n_vocab: int, pool: Executor) -> None:
     """Scores the last batch, 8 MiB of float64 at a time; `targets` (n) are the tokens that followed the scored ones."""
     rows = max(1, 2**20 // n_vocab)
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
         reference = log_softmax(readers[0].logits(len(targets), n_vocab)[part])
         p = np.exp(reference)
-        for reader in readers:
-            reader.score(reference, reader.logits(len(targets), n_vocab)[part], targets[part], p)
+        logits = [reader.logits(len(targets), n_vocab)[part] for reader in readers]
+        done = [pool.submit(r.score, reference, x, targets[part], p) for r, x in zip(readers, logits, strict=True)]
+        for each in done:
+            each.result()

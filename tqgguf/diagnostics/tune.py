@@ -138,7 +138,7 @@ class Tuning:
         predicted: mean KL divergence of the policy if the divergences in `sensitivities` and the floor add up, in nats.
         measured: mean KL divergence of the policy on the tuning part, in nats.
         rows: figures on the held-out part: f16, the reference; "policy"; and single types in all layers, calibrated if
-            the policy is, smallest first.
+            the policy is, smallest first; within a budget up to the first that is no smaller than the policy.
         line: mean KL divergence of single types at the policy's bits: of the best single type with the same bits, or
             on the line through the two nearest ones, in bits and the logarithm of divergence; None outside of them.
         notes: limits of the policy that a reader should know.
@@ -408,7 +408,7 @@ class _Tuner:
             measured = self._klds("policy on the tuning part", [policy])[0]
         tail = DEFAULT_TAIL if self.bench.tail is None else self.bench.tail
         policy = replace(policy, policy=replace(policy.policy, model_hash=self.hash, tail=tail))
-        rows = self.bench.qualities("held-out part", [policy, *([] if single else self.single)])
+        rows = self.bench.qualities("held-out part", [policy, *([] if single else self._beside(policy))])
         rows += single[1:]
         line = self._judge(rows[1], rows[2:])
         return Tuning(
@@ -537,6 +537,12 @@ class _Tuner:
                 f"no policy of {', '.join(self.names)} has a mean KLD of {max_kld:g}: "
                 f"{least.type} in all layers has {least.kld.mean:.3g}"
             )
+
+    def _beside(self, policy: NamedCache) -> list[NamedCache]:
+        """The single types that a policy is compared with: those that are smaller, and the next."""
+        bits = [cache.policy.bits(self.info) for cache in self.single]
+        most = min((each for each in bits if each >= policy.policy.bits(self.info)), default=math.inf)
+        return [cache for cache, each in zip(self.single, bits, strict=True) if each <= most]
 
     def _judge(self, policy: TypeQuality, single: Sequence[TypeQuality]) -> float | None:
         """Returns `Tuning.line` and notes how the policy compares with it."""
