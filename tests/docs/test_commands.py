@@ -116,7 +116,7 @@ RULES: Final[dict[str, Rule]] = {
     r"tqgguf calibrate ": Rule(r"means and gains of 4 layers, from 1,792 tokens, in "),
     r"tqgguf tune ": Rule(
         r"\npolicy .*written to policy\.gguf: 4 bits per value",
-        f"{SMALL} --types pqo3,pqo4 --no-centre",
+        f"{SMALL} --types pqo3,pqo4 --calibration off",
         makes="policy.gguf",
     ),
     r"tqgguf doctor$": Rule(r"ok +libggml-cpu +ours.*ok +libllama +ours"),
