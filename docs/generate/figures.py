@@ -316,6 +316,8 @@ def calibrated() -> Any:
     low, high = np.array([axes.get_ylim() for axes in both]).T
     for axes in both:
         axes.set_ylim(low.min(), high.max())
+        axes.set_yticks((0.5, 1, 2, 5, 10), ("0.5", "1", "2", "5", "10"))
+        axes.minorticks_off()
     both[0].set_ylabel("RMS")
     return figure
 
