@@ -38,6 +38,7 @@ def calibration() -> tqgguf.Calibration:
 @pytest.fixture
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tqgguf.model.calibrate._unkept", {})
     return stored_calibration(model_identity(DEMO))
 
 
@@ -320,6 +321,73 @@ def test_other_head_counts(calibration: tqgguf.Calibration) -> None:
     halves = {layer: values[:1] for layer, values in calibration.gains.items()}
     with pytest.raises(CalibrationError, match=r"does not suit demo\.gguf: layer 0"):
         tqgguf.Llama(DEMO, cache="pqt3", verbose=False, calibration=replace(calibration, gains=halves))
+
+
+def test_a_choice_that_could_change_nothing(calibration: tqgguf.Calibration) -> None:
+    with pytest.raises(CalibrationError, match="no keys of cache f16/pqt3 are quantized: leave the calibration out"):
+        layers_calibrated(cache=("f16", "pqt3"), calibration=calibration)
+    policy = calibration.applied(tqgguf.CachePolicy(("pqt3",) * 4, ("pqt3",) * 4), tqgguf.read_model_info(DEMO))
+    assert layers_calibrated(cache=policy) == [True] * 4
+    with pytest.raises(CalibrationError, match=r'of its own: leave calibration="off" out'):
+        layers_calibrated(cache=policy, calibration="off")
+    with pytest.raises(ArgumentError, match="calibration is ''"):
+        layers_calibrated(calibration="")
+
+
+def test_a_calibration_of_no_layer(calibration: tqgguf.Calibration, tmp_path: Path) -> None:
+    replace(calibration, means={}, gains={}).write(tmp_path / "none.gguf")
+    with pytest.raises(CalibrationError, match=r"none\.gguf calibrates no layer"):
+        tqgguf.read_calibration(tmp_path / "none.gguf")
+
+
+def test_states_and_prefixes_of_another_calibration(calibration: tqgguf.Calibration) -> None:
+    with contextlib.ExitStack() as stack:
+        plain, calibrated = (
+            stack.enter_context(
+                contextlib.closing(tqgguf.Llama(DEMO, cache="pqt3", n_ctx=256, verbose=False, calibration=choice))
+            )
+            for choice in ("off", calibration)
+        )
+        for model, other in ((plain, calibrated), (calibrated, plain)):
+            model.eval(model.tokenize(b"The capital of France is Paris."))
+            state = pickle.loads(pickle.dumps(model.save_state()))
+            n = other.n_tokens
+            with pytest.raises(tqgguf.StateFileError, match="calibrated otherwise; the model is as it was"):
+                other.load_state(state)
+            assert other.n_tokens == n
+            model.load_state(state)
+
+
+def test_an_interrupt_while_it_reads(by_default: Path, python: Callable[..., Any]) -> None:
+    code = f"""
+import os, signal, tqgguf
+from tqgguf.model import reading
+seen = []
+tensor_at = reading.tensor_at
+def counted(address):
+    seen.append(address)
+    if len(seen) == 40:
+        os.kill(os.getpid(), signal.SIGINT)
+    return tensor_at(address)
+reading.tensor_at = counted
+try:
+    tqgguf.Llama({str(DEMO)!r}, cache="pqt3", n_ctx=256, verbose=False)
+except KeyboardInterrupt:
+    print("interrupted")
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    done = python("-c", code)
+    assert done.stdout == "interrupted\nTrue\n" and "ignored" not in done.stderr, done.stderr
+    assert not by_default.exists()
+
+
+def test_the_command_overwrites_nothing_else(python: Callable[..., Any], tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(DEMO.read_bytes())
+    for output, said in ((model, "exists and is no calibration"), (tmp_path / "no" / "a.gguf", "does not exist")):
+        done = python("-m", "tqgguf", "calibrate", str(model), "--tokens", "64", "-o", str(output))
+        assert done.returncode == 1 and said in done.stderr
+    assert model.read_bytes() == DEMO.read_bytes()
 
 
 def test_no_calibration_file(tmp_path: Path) -> None:

@@ -145,6 +145,13 @@ def test_what_was_measured_of_each_cache(monkeypatch: pytest.MonkeyPatch) -> Non
         assert calibrated[i] < plain[1][i] < bare[i] and calibrated[i] < stock[i]
 
 
+def test_a_calibrated_policy_can_be_planned(tmp_path: Path) -> None:
+    calibration = tqgguf.calibrate(demo.MODEL_PATH, n_tokens=64)
+    calibration.applied(resolve("pqt3", 4), tqgguf.read_model_info(demo.MODEL_PATH)).write(tmp_path / "policy.gguf")
+    mine, plain = fit(demo.MODEL_PATH, 2**30, caches=[str(tmp_path / "policy.gguf"), "pqt3"]).rows
+    assert mine.n_ctx == plain.n_ctx == 2048 and mine.plan and plain.plan and mine.plan.cache == plain.plan.cache
+
+
 def test_the_first_in_order_that_is_long_enough_is_recommended() -> None:
     plenty = fit(demo.MODEL_PATH, 2**30)
     assert plenty.recommended == plenty.rows[0] and plenty.rows[0].cache == "f16"

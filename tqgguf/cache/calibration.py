@@ -107,10 +107,12 @@ def read_calibration(path: str | Path) -> Calibration:
         if not (isinstance(n_layer, int) and isinstance(n_tokens, int) and isinstance(model, str)):
             raise CalibrationError(f"{file} does not say which model it was measured on")
         means, gains = read_vectors(file, header, n_layer)
+        if not means and not gains:
+            raise CalibrationError(f"{file} calibrates no layer: make one with tqgguf calibrate")
         CachePolicy(("f16",) * n_layer, ("f16",) * n_layer, means, k_gains=gains)  # which checks the values
     except ModelNotFoundError:
         what = "is no regular file" if file.exists() else "does not exist"
-        raise CalibrationError(f"calibration {file} {what}") from None
+        raise CalibrationError(f"calibration {file} {what}: give auto, off, or a file of tqgguf calibrate") from None
     except (PolicyError, ModelFileError, ValueError, TypeError, OverflowError) as error:
         if isinstance(error, CalibrationError):
             raise

@@ -73,6 +73,7 @@ class CacheShape:
         swa_full: whether layers with a sliding window keep all tokens nevertheless.
         tail: newest tokens kept in f16, as for `Llama`.
         rotate: whether llama.cpp may rotate K and V.
+        planned: whether its tensors have no memory, so that nothing stands in them.
     """
 
     n_ctx: int
@@ -82,6 +83,7 @@ class CacheShape:
     swa_full: bool
     tail: int | None
     rotate: bool = True
+    planned: bool = False
 
     @property
     def n_stream(self) -> int:
@@ -159,7 +161,8 @@ def _differences(
     )
     yield "values of a mean key", 0 if mean is None else mean.size, tensor.n_mean
     yield "values of a key gain", 0 if gain is None else gain.size, tensor.n_gain
-    yield "a calibration that sums up to", calibration_sum(mean, gain), tensor.calibration_sum
+    if not shape.planned:
+        yield "a calibration that sums up to", calibration_sum(mean, gain), tensor.calibration_sum
     rows = tail_rows(kind, shape.tail, cells)
     yield "rows of a tail", rows, (tensor.tail_recent, tensor.tail_first)
     yield "bytes of a tail", tensor.n_stream * sum(rows) * tail_width(n_embd), tensor.tail_bytes

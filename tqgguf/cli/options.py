@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import secrets
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -255,6 +256,7 @@ def load_model(
     from ..model.llama import Llama
 
     n_ctx = n_ctx or context_of(args.ctx, path)
+    random_seed = 1 + secrets.randbelow(2**32 - 2)  # llama_cpp's default draws the same numbers each time
     asked = threading.Event()
 
     def progress(title: str, done: int, total: int) -> None:
@@ -274,7 +276,7 @@ def load_model(
                 n_threads=args.threads,
                 n_threads_batch=args.threads,
                 chat_format=chat_format,
-                **({} if getattr(args, "seed", None) is None else {"seed": args.seed}),
+                seed=random_seed if getattr(args, "seed", None) is None else args.seed,
                 progress=progress,
                 verbose=False,
             )

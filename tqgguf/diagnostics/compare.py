@@ -372,7 +372,7 @@ def load(path: str | Path, cache: NamedCache, n_ctx: int, n_threads: int | None,
     threads: dict[str, Any] = {"n_threads": n_threads, "n_threads_batch": n_threads}
     tail = cache.tail if cache.policy.quantized else None  # which further contexts may take for theirs
     options = {"n_ubatch": cache.n_ubatch, **threads, **options, "cache": cache.policy, "tail": tail}
-    options["calibration"] = "off"  # a cache that is to be calibrated is
+    options["calibration"] = None if cache.policy.calibrated else "off"  # a cache that is to be calibrated is
     return Llama(path, flash_attn=True, n_ctx=n_ctx, verbose=False, **options)
 
 

@@ -123,7 +123,7 @@ class PlannedModel:
         params.n_batch = min(n_ctx, N_BATCH)
         params.n_ubatch = params.n_batch
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # switched on where the policy needs it
-        making = make_context(self._model, self.info, policy, params, tail=setup.tail, quiet=True)
+        making = make_context(self._model, self.info, policy, params, tail=setup.tail, planned=True)
         try:
             with making as (_, made):
                 cache = sum(tensor.bytes + tensor.tail_bytes for tensor in made.tensors)

@@ -23,7 +23,8 @@ _SPLIT: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 def cache_folder() -> Path:
     """The folder of the user's cache where tqgguf keeps what it has measured."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqgguf"
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "tqgguf"  # a relative one counts for nothing
 
 
 def model_files(path: str | Path) -> tuple[Path, ...]:

@@ -164,6 +164,10 @@ def calibrated_policy(
     """
     if choice is None and not calibrated_by_default(info, policy):
         return policy
+    if choice == "off" and policy.calibrated:
+        raise CalibrationError('this cache policy has means or gains of its own: leave calibration="off" out')
+    if choice not in (None, "off") and not any(policy.types(layer.index)[0].quantized for layer in info.layers):
+        raise CalibrationError(f"no keys of cache {policy.words or 'policy'} are quantized: leave the calibration out")
     found = chosen_calibration(info, choice, **options)
     return found.applied(policy, info) if found else policy
 
@@ -195,10 +199,10 @@ def chosen_calibration(
     chosen = default_choice() if choice is None else choice
     if chosen == "off":
         return None
+    if not isinstance(chosen, (Calibration, str, Path)) or chosen == "":
+        raise ArgumentError(f'calibration is {choice!r}, must be "auto", "off", a Calibration or the path of one')
     if chosen == "auto":
         return _kept(info, choice is None, measure, n_threads, progress)
-    if not isinstance(chosen, (Calibration, str, Path)):
-        raise ArgumentError(f'calibration is {choice!r}, must be "auto", "off", a Calibration or the path of one')
     found = chosen if isinstance(chosen, Calibration) else read_calibration(chosen)
     if found.model != model_identity(info.path):
         raise CalibrationError(
@@ -245,7 +249,8 @@ def _kept(
         if not unasked:
             raise
         warn(f"{error}; its keys are stored as they are")
-        found = Calibration({}, {}, identity, info.n_layer, 0)  # kept, so that it is not tried again
+        found = _unkept[identity] = Calibration({}, {}, identity, info.n_layer, 0)  # it is not tried again
+        return found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         found.write(path)
@@ -259,7 +264,8 @@ def _kept(
 
 
 _unkept: Final[dict[str, Calibration]] = {}
-"""By model identity, calibrations that could not be written and serve this process alone."""
+"""By model identity, calibrations that serve this process alone: that could not be written, and those of models whose
+attention cannot be seen, which are empty."""
 
 
 def _tokens(model: Any, text: str) -> list[int]:

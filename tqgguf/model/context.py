@@ -12,6 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from .._native import import_llama_cpp
@@ -113,7 +114,7 @@ def making(
         policy: types and mean keys of its KV cache.
         tail: newest tokens kept in f16, as for `Llama`.
         rotate: whether llama.cpp may rotate a cache of stock quantized types, as it does by itself.
-        quiet: whether llama.cpp's log goes to nobody else.
+        planned: whether the model has no memory, so that the context has none; then llama.cpp's log is shown to nobody.
         verbose: whether llama.cpp's stderr stays on.
     """
     with (
@@ -137,7 +138,7 @@ def make_context(
     *,
     tail: int | None = 0,
     rotate: bool = True,
-    quiet: bool = False,
+    planned: bool = False,
 ) -> Iterator[tuple[Any, Making]]:
     """Makes a context, whose KV cache is compared with the policy; it is freed when the `with` statement ends.
 
@@ -161,12 +162,12 @@ def make_context(
     params.type_k, params.type_v = (kind.number for kind in base_types(policy, info))
     if needs_flash(policy, tail):
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    with making(policy, tail, rotate=rotate, quiet=quiet) as made:
+    with making(policy, tail, rotate=rotate, quiet=planned) as made:
         context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         raise load_error("no context", made.log, info)
     try:
-        check_tensors(made.tensors, info, policy, cache_of(context, params, tail, rotate))
+        check_tensors(made.tensors, info, policy, replace(cache_of(context, params, tail, rotate), planned=planned))
         yield context, made
     finally:
         llama_cpp.llama_free(context)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any, Final, TypeVar
 
@@ -25,6 +28,23 @@ def called_by_c(function: F) -> F:
     """Decorator: adds a function to `CALLED_BY_C`."""
     CALLED_BY_C.add(function.__code__)
     return function
+
+
+@contextlib.contextmanager
+def interrupts_held(act: Callable[[], None]) -> Iterator[None]:
+    """In this context a Ctrl-C calls `act`, where it would raise KeyboardInterrupt, which C code would lose.
+
+    Where somebody else handles Ctrl-C, or in another thread than the main one, nothing changes.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Control:

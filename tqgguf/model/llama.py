@@ -14,7 +14,7 @@ from ..cache.policy import CachePolicy, PolicySpec, needs_tqgguf, refuse_idle_ta
 from ..cache.tail import check_tail
 from ..errors import SessionError
 from ..gguf.info import ModelInfo
-from ..session.file import Owner, Session, check_target, load, put, save
+from ..session.file import Owner, Session, calibration_digest, check_target, load, put, save
 from .context import make_context
 from .control import Control, Progress
 from .options import cache_settings, checked_request
@@ -240,6 +240,9 @@ class Llama(GuardedLlama):
             self.n_tokens = session.n_tokens
             return session
 
+    def _calibration_digest(self) -> str:
+        return calibration_digest(self._request.policy, self._request.info)
+
     def _session_owner(self) -> Owner:
         return Owner(self._request.info, self._request.policy, cache_settings(self))
 
@@ -262,7 +265,7 @@ class Llama(GuardedLlama):
         del state["type_k"], state["type_v"]
         same = self._request.policy.uniform
         state["tail"] = self._request.tail
-        state["calibration"] = "off"  # the policy has it
+        state["calibration"] = None if self._request.policy.calibrated else "off"  # the policy has it
         state["rpc"] = self._arguments[4]
         state["cache"] = tuple(kind.name for kind in same) if same else self._request.policy
         return state

@@ -29,7 +29,7 @@ from ..errors import TqggufError, UnsupportedError
 from ..gguf.info import ModelInfo
 from ..reference import alibi_slopes
 from .context import make_context
-from .control import called_by_c
+from .control import called_by_c, interrupts_held
 
 llama_cpp: Any = import_llama_cpp()
 
@@ -181,9 +181,17 @@ class _Hook(Generic[T]):
         self.waiting: AttentionInputs | None = None  # for its branch
         self.matrix: F32 | None = None
         self.error: BaseException | None = None
+        self.interrupted = False
+
+    def interrupt(self) -> None:
+        """Ends the reading; it raises KeyboardInterrupt then."""
+        self.interrupted = True
+        self.error = KeyboardInterrupt()
 
     @called_by_c
     def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
+        if self.interrupted:
+            return ask  # a node that was asked for and is refused ends the graph
         try:
             node = tensor_at(address)
             op = op_name(node)
@@ -270,7 +278,8 @@ def _decode(model: Loaded, tokens: Sequence[int], hook: _Hook[T], cache: str) ->
     info = model.info
     with make_context(model.pointer, info, resolve(cache, info.n_layer), params) as (context, _):
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)
-        status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
+        with interrupts_held(hook.interrupt):
+            status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
     del callback
     if hook.error:
         raise hook.error

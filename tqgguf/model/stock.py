@@ -182,12 +182,14 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
         """
         with self.watched():
             if self._logits_all:
-                return super().save_state()
+                whole = super().save_state()
+                whole.calibration = self._calibration_digest()
+                return whole
             size = llama_cpp.llama_state_get_size(self.ctx)
             state = (ctypes.c_uint8 * size)()
             if llama_cpp.llama_state_get_data(self.ctx, state, size) != size:
                 raise TqggufError("llama.cpp could not write its state")
-        return llama_cpp.LlamaState(
+        kept = llama_cpp.LlamaState(
             input_ids=self.input_ids.copy(),
             scores=np.zeros((1, self.n_vocab()), np.float32),  # load_state spreads it over all rows
             n_tokens=self.n_tokens,
@@ -195,6 +197,12 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
             llama_state_size=size,
             seed=self._seed,
         )
+        kept.calibration = self._calibration_digest()
+        return kept
+
+    def _calibration_digest(self) -> str:
+        """What a state must have in common with the model beside what llama.cpp knows: how its keys are calibrated."""
+        return ""
 
     def load_state(self, state: Any) -> None:
         """As the stock method, but a state of a context of another length is taken if its tokens fit.
@@ -212,6 +220,11 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
         n = state.n_tokens
         if not 0 <= n <= min(len(self.input_ids), len(state.input_ids)):
             raise StateFileError(f"the state holds {n:,} tokens, the context has room for {len(self.input_ids):,}")
+        if getattr(state, "calibration", "") != self._calibration_digest():
+            raise StateFileError(
+                "the state is of a cache whose keys are calibrated otherwise; the model is as it was. "
+                "Prefix caches (set_cache) cannot be shared between calibrations"
+            )
         with self.watched():
             data = (ctypes.c_uint8 * len(state.llama_state)).from_buffer_copy(state.llama_state)
             if llama_cpp.llama_state_set_data(self.ctx, data, len(data)) != len(data):

@@ -207,25 +207,32 @@ def _parse(text: bytes, path: Path) -> Session:
 # ---- What a session belongs to ----
 
 
+def calibration_digest(policy: CachePolicy, info: ModelInfo) -> str:
+    """SHA-256 of what a policy does to keys: means, gains, and which layers it rotates; "" if nothing."""
+    if not policy.calibrated:
+        return ""
+    digest = hashlib.sha256()
+    for name, vectors in ((b"", policy.k_means), (b"gain", policy.k_gains)):
+        for i, values in sorted(vectors.items()):
+            digest.update(name + i.to_bytes(4, "little") + np.ascontiguousarray(values, np.float32).tobytes())
+    for layer in info.layers:
+        if policy.rotates_k(layer):
+            digest.update(b"rotated" + layer.index.to_bytes(4, "little"))
+    return digest.hexdigest()
+
+
 def _identity(owner: Owner) -> dict[str, Any]:
     """What must be the same when a session is loaded, by the names of `Session`."""
     policy, info = owner.policy, owner.info
     layers = [layer.index for layer in info.layers] or range(policy.n_layer)
     types_k = tuple(policy.types_k[i] for i in layers)
     types_v = tuple(policy.types_v[i] for i in layers)
-    calibration = hashlib.sha256()
-    for name, vectors in ((b"", policy.k_means), (b"gain", policy.k_gains)):
-        for i, values in sorted(vectors.items()):
-            calibration.update(name + i.to_bytes(4, "little") + np.ascontiguousarray(values, np.float32).tobytes())
-    for layer in info.layers:
-        if policy.rotates_k(layer):
-            calibration.update(b"rotated" + layer.index.to_bytes(4, "little"))
     return {
         "model_hash": model_hash(info),
         "types_k": types_k,
         "types_v": types_v,
         "type_numbers": {name: CACHE_TYPES[name].number for name in sorted({*types_k, *types_v})},
-        "k_means": calibration.hexdigest() if policy.calibrated else "",
+        "k_means": calibration_digest(policy, info),
         "settings": owner.settings,
         "codec": abi_version_expected(),
         "state": int(import_llama_cpp().LLAMA_STATE_SEQ_VERSION),
@@ -243,10 +250,9 @@ def _refuse_other(session: Session, owner: Owner, n_ctx: int, path: Path) -> Non
                 f"load the model with the cache the session was saved with"
             )
     if session.k_means != mine["k_means"]:
-        raise SessionError(
-            f"{path} was saved with a policy that calibrates keys otherwise (another mean or gain, or none): "
-            f"load the model with that one"
-        )
+        was = "with keys calibrated otherwise" if session.k_means else "without a calibration of keys"
+        advice = "with the calibration or policy that it had" if session.k_means else 'with calibration="off"'
+        raise SessionError(f"{path} was saved {was}: load the model {advice} (--calibration)")
     for what, there, here in (
         ("numbers the cache types", session.type_numbers, mine["type_numbers"]),
         ("was written by codec version", session.codec, mine["codec"]),

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..._util import check_folder
+from ...errors import ArgumentError, CalibrationError
 from ..options import positive, threads
 from ..render.progress import Bar
 
@@ -39,6 +41,8 @@ def call(args: argparse.Namespace) -> int:
     from ...diagnostics.texts import read_text
     from ...model.calibrate import calibrate
 
+    if args.output:
+        _check_output(args.output)
     text = None if args.file is None else read_text(args.file)
     start = time.monotonic()
     with contextlib.closing(Bar()) as bar:
@@ -46,9 +50,22 @@ def call(args: argparse.Namespace) -> int:
             args.model, text, n_tokens=args.tokens, n_threads=args.threads, progress=partial(bar, "calibrating")
         )
     path = args.output or stored_calibration(found.model)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not args.output:
+        path.parent.mkdir(parents=True, exist_ok=True)
     found.write(path)
     means = "means and gains" if found.means else "gains (this model's keys cannot be centred)"
     seconds = time.monotonic() - start
     print(f"{means} of {len(found.gains)} layers, from {found.n_tokens:,} tokens, in {seconds:.1f} s: {path}")
     return 0
+
+
+def _check_output(path: Path) -> None:
+    """Refuses an output that cannot be written, or is something else, before anything is measured."""
+    from ...cache.calibration import read_calibration
+
+    check_folder(path, f"cannot write {path}")
+    if path.exists():
+        try:
+            read_calibration(path)
+        except CalibrationError:
+            raise ArgumentError(f"{path} exists and is no calibration: it is not overwritten") from None

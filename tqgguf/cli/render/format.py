@@ -63,6 +63,7 @@ def show(result: Any, as_json: bool, render: Callable[[Any], None]) -> None:
 def cache_line(info: CacheInfo) -> str:
     """One line about a KV cache: types, bytes, and bytes against f16 in 64ths (14/64 is 3.5 of 16 bits)."""
     types = info.type_k if info.type_k == info.type_v else f"{info.type_k} (K) and {info.type_v} (V)"
+    types += ", keys calibrated" if any(layer.calibrated for layer in info.layers) else ""
     if not info.f16_bytes:
         return f"KV cache {types}: size not known for this architecture"
     blocks = info.bytes - info.tail_bytes
