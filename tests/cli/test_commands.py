@@ -89,7 +89,8 @@ def test_inspect(tqgguf: Command) -> None:
     assert rows["f16"][:3] == ["f16", "16", "2,048"]
     with_tail = json.loads(tqgguf("inspect", MODEL, "--ctx", "2048,100", "--json").stdout)["rows"]
     per_row = 4 * 2 * (2 * 64 * 2 + 4)  # layers, K and V; an owner's number of four bytes
-    assert with_tail[-1]["bytes"] == [917504 + (128 + 4) * per_row, 114688 + (128 + 4) * per_row]
+    (pqo3,) = (row for row in with_tail if row["type"] == "pqo3")
+    assert pqo3["bytes"] == [917504 + (128 + 4) * per_row, 114688 + (128 + 4) * per_row]
     assert with_tail[0]["bytes"][0] == 2048 * 2048
 
 

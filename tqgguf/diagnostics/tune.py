@@ -181,8 +181,7 @@ def tune(
 ) -> Tuning:
     """Measures a model's layers and makes a policy for its cache.
 
-    The keys of all quantized layers are calibrated first, as `Llama` does it by default. So the policy has means and
-    gains of its own.
+    The keys of all quantized layers are calibrated first, so that the policy has means and gains of its own.
 
     With a budget, the result is the better one on the tuning part of the policy made from sensitivities and the single
     type within the budget that is predicted to be best. If it is the single type, a note says so.
@@ -191,14 +190,8 @@ def tune(
     found on this way whose divergence on the held-out part, which decides nothing else, is at most max_kld. Five are
     tried at most, where the prediction, corrected by those tried before, expects that divergence.
 
-    Each cache that reads a part of the text is a reading. The tuning part is read 11 times, for any model: by f16, f16
-    with another number of tokens at once, and three bands for each of K and V; then by f16, the policy and a single
-    type. (n_parallel below 7 adds readings by f16.) Before, its first 2,048 tokens at most are read once for the
-    distortions, and a model that has not been calibrated yet reads 1,792 tokens. With max_kld the tuning part is read
-    10 times, and the held-out part twice for each policy tried. In the end the held-out part is read by f16, the policy
-    and each single type.
-
-    Memory is that of `compare` with n_parallel + 1 caches.
+    The tuning part is read 11 times, for any model (docs/quality.md says by which caches); with max_kld 10 times, and
+    the held-out part twice for each policy tried. Memory is that of `compare` with n_parallel + 1 caches.
 
     Args:
         path: a GGUF file.
@@ -211,7 +204,7 @@ def tune(
         n_chunks: chunks to read at most, both parts together; None means TUNING_CHUNKS.
         n_batch: tokens per call of llama.cpp.
         n_threads: threads; None means the number of processors.
-        n_parallel: caches read at once, beside the reference. Fewer save memory; the reference is read more often.
+        n_parallel: caches read at once, beside the reference; below 7 the reference is read more often.
         calibration: of the keys, as for `Llama`; "off" leaves them as they are.
         progress: called after every batch with the name of the step, tokens read and tokens in all, over all caches.
 
