@@ -186,9 +186,8 @@ def tune(
     With a budget, the result is the better one on the tuning part of the policy made from sensitivities and the single
     type within the budget that is predicted to be best. If it is the single type, a note says so.
 
-    With max_kld, types grow from the smallest ones in the order of gain per byte. The result is the smallest policy
-    found on this way whose divergence on the held-out part, which decides nothing else, is at most max_kld. Five are
-    tried at most, where the prediction, corrected by those tried before, expects that divergence.
+    With max_kld, types grow from the smallest ones in the order of gain per byte. The result is the smallest of at most
+    five policies tried on this way whose divergence on the held-out part, which decides nothing else, is at most it.
 
     The tuning part is read 11 times, for any model (docs/quality.md says by which caches); with max_kld 10 times, and
     the held-out part twice for each policy tried. Memory is that of `compare` with n_parallel + 1 caches.
