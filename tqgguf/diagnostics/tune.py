@@ -183,8 +183,8 @@ def tune(
 
     The keys of all quantized layers are calibrated first, so that the policy has means and gains of its own.
 
-    With a budget, the result is the better one on the tuning part of the policy made from sensitivities and the single
-    type within the budget that is predicted to be best. If it is the single type, a note says so.
+    With a budget, the result is the policy made from sensitivities, or the single type within the budget that is
+    predicted to be best: what is better on the tuning part. If it is the single type, a note says so.
 
     With max_kld, types grow from the smallest ones in the order of gain per byte. The result is the smallest of at most
     five policies tried on this way whose divergence on the held-out part, which decides nothing else, is at most it.
@@ -208,9 +208,8 @@ def tune(
         progress: called after every batch with the name of the step, tokens read and tokens in all, over all caches.
 
     Raises:
-        ArgumentError: both or neither of budget and max_kld, or one that no policy reaches; fewer than two types, an
-            unknown type, or a type given twice; a number out of its range; no text for a model that is not the demo
-            model.
+        ArgumentError: both or neither of budget and max_kld, or one that no policy reaches; fewer than two types, one
+            unknown or given twice; a number out of its range; no text, but for the demo model.
         CalibrationError: as `Llama`.
         TextError: the text is empty or has fewer than two chunks.
         CacheTypeError: the model cannot have one of the types.
@@ -226,8 +225,7 @@ def tune(
     _refuse_untunable(info, kinds)
     _check_goal(budget, max_kld, kinds, info)
     n_ctx, n_chunks = context_length(info, n_ctx), n_chunks or TUNING_CHUNKS
-    own = text is None
-    text = chosen_text(info, text, n_ctx, n_chunks)
+    own, text = text is None, chosen_text(info, text, n_ctx, n_chunks)
     calibration = _calibration(info, kinds, calibration, n_threads, progress)
     f16 = NamedCache("f16", resolve("f16", info.n_layer))
     with contextlib.closing(load(path, f16, n_ctx, n_threads, n_batch=n_batch, swa_full=False)) as model:
