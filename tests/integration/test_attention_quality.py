@@ -74,6 +74,9 @@ class Outputs:
         self.error = None
         self.found: dict[str, Any] = {}
 
+    def interrupt(self) -> None:
+        raise KeyboardInterrupt
+
     def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
         node = tensor_at(address)
         name = tensor_name(node).decode()

@@ -70,7 +70,8 @@ LIES: list[tuple[Callable[[list[CacheTensor]], list[CacheTensor]], str]] = [
             (6, {"calibration_sum": 1}, r"layer 3, K: asked for a calibration that sums up to \d+, got 1"),
             (7, {"tail_recent": 127}, r"layer 3, V: asked for rows of a tail \(128, 4\), got \(127, 4\)"),
             (7, {"tail_bytes": 0}, "layer 3, V: asked for bytes of a tail 34320, got 0"),
-            (0, {"rotated": True}, "layer 0, K: asked for rotation False, got True"),
+            (0, {"rotated": False}, "layer 0, K: asked for rotation True, got False"),
+            (2, {"rotated": True}, "layer 1, K: asked for rotation False, got True"),
         )
     ),
 ]
