@@ -254,7 +254,7 @@ def _kept(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         found.write(path)
-    except OSError as error:
+    except (OSError, ArgumentError) as error:  # the latter: it is no regular file
         warn(
             f"the calibration of {info.path.name} cannot be kept in {path.parent} ({error}): this process alone has it"
         )
