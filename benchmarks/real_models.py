@@ -37,6 +37,7 @@ import real_sources
 import tqgguf
 from tqgguf._util import write_whole
 from tqgguf.cache.policy import resolve
+from tqgguf.config import CACHE_TYPES
 
 HERE: Final = Path(__file__).parent
 ROOT: Final = HERE.parent
@@ -125,6 +126,28 @@ def leading_table() -> str:
             cells.append(next((f"{row['ratio']:.2f}" for row in rows), ""))
         lines.append(cells)
     return markdown(head, lines)
+
+
+ADVICE: Final = {
+    "q8_0": "memory for it",
+    "pqt4": "room for 4.5 bits per value",
+    "pqo4": "the same, and long prompts on few cores: it encodes four to five times as fast as `pqt4`",
+    "pqt3": "less than that",
+    "pqo3": "the same, and long prompts on few cores",
+}
+"""What speaks for a type, in the FAQ."""
+
+
+def ladder_table() -> str:
+    """What each step down costs, for the FAQ: types as `Llama` has them, and q4_0, which is none of the steps."""
+    measured = measured_quality()
+    lines = []
+    for kind in (*ADVICE, "q4_0"):
+        ours = CACHE_TYPES[kind].ours
+        medians = measured["median_kld"][f"{kind}+128 calibrated" if ours else kind]
+        advice = ADVICE.get(kind, "no reason to: it takes more than `pqt3` and is less precise")
+        lines.append([advice, f"`{kind}`", f"{CACHE_TYPES[kind].bits:g}", *map(figure, medians)])
+    return markdown(["you have", "take", "bits", *(f"median KLD, {name}" for name in measured["models"])], lines)
 
 
 def bits(kind: str, tail: int, n_ctx: int, info: tqgguf.ModelInfo) -> float:
@@ -234,6 +257,7 @@ def calibration_tables() -> str:
 
 TABLES: Final[dict[str, Callable[[], str]]] = {
     "leading": leading_table,
+    "ladder": ladder_table,
     "quality": quality_tables,
     "continuations": continuation_tables,
     "tasks": task_tables,
