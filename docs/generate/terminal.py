@@ -36,6 +36,7 @@ class Scene:
         typed: pairs of (pattern to wait for, keys to type then), in order.
         columns: width of the terminal.
         rows: height of the terminal; unused lines are cut off.
+        calibration: TQGGUF_CALIBRATION; "off" for a picture that does not depend on what this machine keeps.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Scene:
     typed: tuple[tuple[str, str], ...] = ()
     columns: int = 96
     rows: int = 40
+    calibration: str = "auto"
 
 
 FACTS: Final = "The code of Anna is falcon. The key of Max is river. What is the code of Anna?"
@@ -57,6 +59,7 @@ SCENES: Final = {
             ("tokens/s.*> ", "/cache\r"),
             ("mean scale.*> ", "/exit\r"),
         ),
+        calibration="off",
     ),
     "fit": Scene("tqgguf fit", "tqgguf fit demo.gguf --memory 128M --parallel 64"),
 }
@@ -105,6 +108,7 @@ def _run(scene: Scene) -> Any:
             os.chdir(folder)
             path = os.pathsep.join([str(REPOSITORY), *sys.path])
             env = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "LANG": "C.UTF-8"}
+            env["TQGGUF_CALIBRATION"] = scene.calibration
             for name in ("NO_COLOR", "COLUMNS", "LINES"):
                 env.pop(name, None)
             os.execve(sys.executable, [sys.executable, "-m", *words], env)

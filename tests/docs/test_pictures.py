@@ -47,9 +47,7 @@ def test_every_picture_has_a_script() -> None:
 
 
 @pytest.mark.parametrize("name", ["chat", "fit"])
-def test_a_session_is_what_the_program_shows_today(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "fit":  # which measures nothing; the chat is one without a calibration
-        monkeypatch.delenv("TQGGUF_CALIBRATION")
+def test_a_session_is_what_the_program_shows_today(name: str) -> None:
     terminal = load("terminal", "pyte")
     scene = terminal.SCENES[name]
     again = terminal.svg(scene, terminal.screen(scene))

@@ -9,10 +9,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from graph_hook import NamedTensors
 
 import tqgguf
 from tqgguf import CACHE_TYPES, reference
-from tqgguf._native.ggml import read_tensor, round_trip, tensor_at, tensor_name
+from tqgguf._native.ggml import round_trip
 from tqgguf.demo import model as demo
 from tqgguf.diagnostics.attention import attention_error, attention_quality
 from tqgguf.diagnostics.capture import capture_attention, loaded
@@ -67,24 +68,6 @@ def test_a_stock_cache_holds_them_rotated(name: str, inputs: dict[int, Attention
         assert np.mean(np.isclose(near, cached, rtol=1e-3, atol=1e-5)) > 0.999
 
 
-class Outputs:
-    """An eval callback that takes the outputs of attention, layer by layer."""
-
-    def __init__(self) -> None:
-        self.error = None
-        self.found: dict[str, Any] = {}
-
-    def interrupt(self) -> None:
-        raise KeyboardInterrupt
-
-    def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
-        node = tensor_at(address)
-        name = tensor_name(node).decode()
-        if name.startswith("kqv_out-") and not ask:
-            self.found[name] = read_tensor(node)[0, 0]
-        return name.startswith("kqv_out-")
-
-
 @pytest.mark.parametrize(
     ("arch", "scale", "softcap", "max_bias", "seen"),
     [
@@ -99,7 +82,7 @@ def test_attention_on_them_is_the_models(
     path = random_model(arch=arch, head_dim=32, n_head=4, n_head_kv=1, n_layer=2)
     inputs = capture_attention(path, WORDS, [0, 1], n_ctx=120)
     model = tqgguf.Llama(path, cache="f16", n_ctx=256, verbose=False)
-    hook: Any = Outputs()
+    hook: Any = NamedTensors("kqv_out-")
     reading._decode(loaded(model), model.tokenize(WORDS.encode())[:120], hook, "f32")
     model.close()
     for layer, x in inputs.items():

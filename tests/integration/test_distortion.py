@@ -9,10 +9,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from graph_hook import NamedTensors
 
 import tqgguf
 from tqgguf import reference
-from tqgguf._native.ggml import read_tensor, round_trip, tensor_at, tensor_name
+from tqgguf._native.ggml import round_trip
 from tqgguf.cache.policy import resolve
 from tqgguf.config import CACHE_TYPES
 from tqgguf.demo import model as demo
@@ -84,40 +85,20 @@ def test_calibration_and_rotation_are_those_of_the_cache(random_model: Model) ->
         assert after["K", name] < 0.5 * before["K", name] and after["V", name] == before["V", name]
 
 
-class Streams:
-    """An eval callback that takes the residual stream before and behind attention."""
-
-    def __init__(self) -> None:
-        self.error = None
-        self.found: dict[str, Any] = {}
-
-    def interrupt(self) -> None:
-        raise KeyboardInterrupt
-
-    def __call__(self, address: int, ask: bool, _user_data: Any) -> bool:
-        node = tensor_at(address)
-        name = tensor_name(node).decode()
-        if not name.startswith(("ffn_inp-", "l_out-")):
-            return False
-        if not ask:
-            self.found[name] = read_tensor(node)[0, 0].astype(np.float64)
-        return True
-
-
 def test_a_branch_is_what_is_added_to_the_stream(random_model: Model) -> None:
     path = random_model(head_dim=32, n_layer=3)
     model = tqgguf.Llama(path, cache="f16", n_ctx=256, verbose=False)
     tokens = model.tokenize(WORDS.encode())[:N]
     inputs = reading.read_attention(loaded(model), tokens, [0, 1, 2], lambda x: x, branches=True)
     without = reading.read_attention(loaded(model), tokens, [0, 1, 2], lambda x: x)
-    hook: Any = Streams()
+    hook: Any = NamedTensors("ffn_inp-", "l_out-")
     reading._decode(loaded(model), tokens, hook, "f32")
     model.close()
     weights = {x.name: gguf.dequantize(x.data, x.tensor_type) for x in gguf.GGUFReader(path).tensors}
     for layer, x in inputs.items():
         assert x.branch is not None and without[layer].branch is None
         assert np.array_equal(x.branch.matrix, weights[f"blk.{layer}.attn_output.weight"])
-    before, behind = hook.found["l_out-0"], hook.found["ffn_inp-1"]
+    before, behind = (hook.found[name].astype(np.float64) for name in ("l_out-0", "ffn_inp-1"))
     share = (np.square(behind - before).sum(axis=1) / np.square(behind).sum(axis=1)).mean()
     assert inputs[1].branch.share == pytest.approx(share, rel=1e-4)
     assert 0 < inputs[2].branch.share < 1  # of the one token that is left there

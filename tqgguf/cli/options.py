@@ -9,8 +9,10 @@ import secrets
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from .._util import check_folder
 from ..cache.tail import DEFAULT_TAIL, MAX_TAIL
 from ..config import cache_type
 from ..errors import ArgumentError, TqggufError
@@ -101,6 +103,25 @@ def _number(allowed: str, fits: Callable[[float], bool], text: str) -> float:
 
 temperature = partial(_number, "number between 0 and 100", lambda value: 0 <= value < 100)
 positive_number = partial(_number, "positive number", lambda value: 0 < value < math.inf)
+
+
+def check_output(path: Path, what: str, read: Callable[[Path], object]) -> None:
+    """Refuses an output that cannot be written, or is something else, before anything is measured.
+
+    Args:
+        path: the file to write.
+        what: what it will be, for the message.
+        read: reads such a file; a TqggufError or FileNotFoundError says that it is none.
+
+    Raises:
+        ArgumentError: its folder does not exist or cannot be written to, or it is another file.
+    """
+    check_folder(path, f"cannot write {path}")
+    if path.exists():
+        try:
+            read(path)
+        except (TqggufError, FileNotFoundError):  # the latter: it is no regular file
+            raise ArgumentError(f"{path} exists and is no {what}: it is not overwritten") from None
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:

@@ -251,14 +251,13 @@ def _tensor(
             f"layer {stored.layer.index}: {n_bad} of the sampled values of {stored.side} are not finite and count as 0"
         )
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    nmse = _bit_errors(values, kind)
     mean, gain, turned = _calibration(stored, policy)
-    if turned:
-        values = hadamard_rotated(values, stored.head_dim & -stored.head_dim, reference.BLOCK if kind.ours else 1)
-    elif rotated:
+    if rotated and not turned:
         sizes = rotation_sizes(kind, stored.layer.head_dim_k, stored.layer.head_dim_v)
         values = hadamard_rotated(values, sizes[stored.side == "V"])
-        nmse = _bit_errors(values, kind)
+    nmse = _bit_errors(values, kind)
+    if turned:
+        values = hadamard_rotated(values, stored.head_dim & -stored.head_dim, reference.BLOCK if kind.ours else 1)
     values = values / gain + mean
     scales, codes = _codes(rows, kind, n_head) if kind.ours else (None, None)
     norms = np.linalg.norm(values.astype(np.float64), axis=2)

@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..._util import check_folder
-from ...errors import ArgumentError, CalibrationError
-from ..options import positive, threads
+from ..options import check_output, positive, threads
 from ..render.progress import Bar
 
 
@@ -37,12 +35,12 @@ def add_parser(commands: Any) -> None:
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from ...cache.calibration import stored_calibration
+    from ...cache.calibration import read_calibration, stored_calibration
     from ...diagnostics.texts import read_text
     from ...model.calibrate import calibrate
 
     if args.output:
-        _check_output(args.output)
+        check_output(args.output, "calibration", read_calibration)
     text = None if args.file is None else read_text(args.file)
     start = time.monotonic()
     with contextlib.closing(Bar()) as bar:
@@ -57,15 +55,3 @@ def call(args: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     print(f"{means} of {len(found.gains)} layers, from {found.n_tokens:,} tokens, in {seconds:.1f} s: {path}")
     return 0
-
-
-def _check_output(path: Path) -> None:
-    """Refuses an output that cannot be written, or is something else, before anything is measured."""
-    from ...cache.calibration import read_calibration
-
-    check_folder(path, f"cannot write {path}")
-    if path.exists():
-        try:
-            read_calibration(path)
-        except CalibrationError:
-            raise ArgumentError(f"{path} exists and is no calibration: it is not overwritten") from None

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..._util import check_folder
-from ...errors import ArgumentError, PolicyError
+from ...errors import ArgumentError
 from ..options import (
     add_calibration_option,
     add_tail_option,
     add_text_options,
     cache_name,
+    check_output,
     positive,
     positive_number,
     several,
@@ -68,12 +68,15 @@ def add_parser(commands: Any) -> None:
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from ...cache.policy import read_policy
     from ...diagnostics.texts import read_text
     from ...diagnostics.tune import CANDIDATE_TYPES, tune
     from ..render.compare import print_tuning
 
     output = Path(args.output)
-    check_output(output)
+    if output.suffix != ".gguf":
+        raise ArgumentError(f"cannot write {output}: the name of a policy file must end in .gguf")
+    check_output(output, "cache policy", read_policy)
     text = None if args.file is None else read_text(args.file)
     with contextlib.closing(Bar()) as bar:
         tuning = tune(
@@ -99,25 +102,6 @@ def call(args: argparse.Namespace) -> int:
     for note in tuning.notes:
         print(f"tqgguf: note: {note}", file=sys.stderr)
     return 0
-
-
-def check_output(path: Path) -> None:
-    """Refuses an output that cannot be written, before anything is measured.
-
-    Raises:
-        ArgumentError: the name does not end in .gguf, its folder does not exist or cannot be written to, or it is a
-            file that is not a policy.
-    """
-    from ...cache.policy import read_policy
-
-    if path.suffix != ".gguf":
-        raise ArgumentError(f"cannot write {path}: the name of a policy file must end in .gguf")
-    check_folder(path, f"cannot write {path}")
-    if path.exists():
-        try:
-            read_policy(path)
-        except (PolicyError, FileNotFoundError):  # the latter: it is not a regular file
-            raise ArgumentError(f"{path} exists and is no cache policy: it is not overwritten") from None
 
 
 def fields(tuning: Tuning) -> dict[str, Any]:
