@@ -13,11 +13,12 @@ static inline bool tq_ggml_is_float(enum ggml_type type) {
 }
 
 /* The tail of a view of the cache, (head_dim, n_kv, n_head_kv, n_stream): the view may begin at a later stream or value
- * of a row. */
+ * of a row. A batch's copy begins at the view's stream. */
 static inline struct tq_attn_tail tq_ggml_tail_of(const struct ggml_tensor * t, const struct ggml_tensor * rows,
                                                   const struct ggml_tensor * owner) {
     const struct ggml_tensor * cache = t->view_src;
-    const int64_t stream = (int64_t) (t->view_offs / cache->nb[2]);
+    const int64_t n_own = rows->ne[1] - cache->src[0]->ne[1];
+    const int64_t stream = n_own > 0 ? 0 : (int64_t) (t->view_offs / cache->nb[2]);
     const int64_t block = (int64_t) (t->view_offs % cache->nb[2] / cache->nb[0]);
     const int64_t first = tq_ggml_tail_n_first(cache);
 
@@ -27,8 +28,9 @@ static inline struct tq_attn_tail tq_ggml_tail_of(const struct ggml_tensor * t, 
     return (struct tq_attn_tail) {
         .data = (const uint16_t *) ((const char *) rows->data + stream * (int64_t) rows->nb[2]) + block * TQ_GGML_BLOCK,
         .owner = (const int32_t *) ((const char *) owner->data + stream * (int64_t) owner->nb[1]),
-        .n_recent = owner->ne[0] - first,
+        .n_recent = cache->src[0]->ne[1] - first,
         .n_first = first,
+        .n_own = n_own,
         .stride_row = rows->nb[1],
         .stride_head = t->nb[2] / cache->nb[0] * TQ_GGML_BLOCK * rows->nb[0],
         .stride_stream = rows->nb[2],

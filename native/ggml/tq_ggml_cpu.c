@@ -206,7 +206,57 @@ void tq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_ten
 
 /* ---- DUP, CPY ---- */
 
+/* src0: (n_values, n_own * n_stream) of a batch, src1: rows of the tail */
+static void copy_tail_rows(const struct ggml_compute_params * params, const struct ggml_tensor * dst) {
+    const struct ggml_tensor * src = dst->src[0];
+    const struct ggml_tensor * rows = dst->src[1];
+    const int64_t n_own = dst->ne[1] - rows->ne[1];
+    float x[TQ_RUN * TQ_GGML_BLOCK];
+    int64_t begin;
+    int64_t end;
+
+    share(params, dst->ne[1] * dst->ne[2], &begin, &end);
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t row = i % dst->ne[1];
+        const int64_t stream = i / dst->ne[1];
+        uint16_t * to = (uint16_t *) ((char *) dst->data + row * (int64_t) dst->nb[1] + stream * (int64_t) dst->nb[2]);
+        if (row < rows->ne[1]) {
+            memcpy(to,
+                   (const char *) rows->data + row * (int64_t) rows->nb[1] +
+                       (stream + dst->op_params[1]) * (int64_t) rows->nb[2],
+                   dst->nb[1]);
+            continue;
+        }
+        const int64_t token = stream * n_own + row - rows->ne[1];
+        for (int64_t j = 0; j < dst->ne[0]; j += TQ_RUN * TQ_GGML_BLOCK) {
+            const int64_t m = MIN(dst->ne[0] - j, TQ_RUN * TQ_GGML_BLOCK);
+            load(src, token * src->ne[0] + j, m, x);
+            encode_tail((enum ggml_type) dst->op_params[2], x, m, to + j);
+        }
+    }
+}
+
+/* src0: owners of the tail, src1: (n_own * n_stream) cells of all streams */
+static void copy_tail_index(const struct ggml_compute_params * params, const struct ggml_tensor * dst) {
+    const struct ggml_tensor * owner = dst->src[0];
+    const struct ggml_tensor * idx = dst->src[1];
+    const int64_t n_own = idx->ne[0] / dst->ne[1];
+    const int64_t n_cells = dst->op_params[2];
+    const int64_t n_first = MIN(TQ_GGML_TAIL_FIRST, n_cells);
+
+    for (int64_t s = params->ith; s < dst->ne[1]; s += params->nth) {
+        const int64_t stream = s + dst->op_params[1];
+        tq_tail_batch(owner->ne[0] - n_first, n_first,
+                      (const int32_t *) ((const char *) owner->data + stream * (int64_t) owner->nb[1]),
+                      (const int64_t *) idx->data + s * n_own, stream * n_cells, n_own,
+                      (int32_t *) ((char *) dst->data + s * (int64_t) dst->nb[1]));
+    }
+}
+
 bool tq_ggml_dup_used(const struct ggml_tensor * dst) {
+    if (tq_ggml_copies_tail(dst)) {
+        return true;
+    }
     const enum ggml_type from = dst->src[0]->type;
     const enum ggml_type to = dst->type;
     return from != to && (tq_ggml_is_pqo(from) || tq_ggml_is_pqo(to)) &&
@@ -215,6 +265,15 @@ bool tq_ggml_dup_used(const struct ggml_tensor * dst) {
 
 void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * src = dst->src[0];
+
+    if (tq_ggml_copies_tail(dst)) {
+        if (dst->op_params[0] == TQ_GGML_TAIL_ROWS) {
+            copy_tail_rows(params, dst);
+        } else {
+            copy_tail_index(params, dst);
+        }
+        return;
+    }
 
     GGML_ASSERT(ggml_nelements(src) == ggml_nelements(dst));
 

@@ -5,6 +5,7 @@
 #include "tqgguf.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 static _Thread_local int32_t recent_of_ours;
 static _Thread_local int32_t recent_of_stock;
@@ -56,4 +57,60 @@ void tq_ggml_tail_disown_stream(struct ggml_tensor * t, int64_t stream) {
     if (tq_ggml_tail_rows(t)) {
         ggml_backend_tensor_memset(t->src[1], 0, (size_t) stream * t->src[1]->nb[1], t->src[1]->nb[1]);
     }
+}
+
+static void copy_node(struct ggml_tensor * node, int what, struct ggml_tensor * a, struct ggml_tensor * b,
+                      int64_t first_stream, int64_t of) {
+    const int32_t params[] = { what, (int32_t) first_stream, (int32_t) of };
+    node->op = GGML_OP_DUP;
+    node->src[0] = a;
+    node->src[1] = b;
+    memcpy(node->op_params, params, sizeof params);
+    ggml_format_name(node, "%s_batch", ggml_get_name(what == TQ_GGML_TAIL_ROWS ? b : a));
+}
+
+struct ggml_tensor * tq_ggml_tail_set_rows(struct ggml_context * ctx, struct ggml_tensor * node, int64_t first_stream,
+                                           int64_t n_stream) {
+    struct ggml_tensor * cache = node->view_src;
+    struct ggml_tensor * rows = tq_ggml_tail_rows(cache);
+    if (!rows) {
+        return node;
+    }
+    tq_ggml_set_src(node, 3, rows);
+    tq_ggml_set_src(node, 4, cache->src[1]);
+    const int64_t n_own = node->src[0]->ne[1] / n_stream;
+    if (n_own > 1) {
+        const int64_t n = rows->ne[1] + n_own;
+        struct ggml_tensor * copy = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, rows->ne[0], n, n_stream);
+        struct ggml_tensor * index = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2 * n + n_own, n_stream);
+        copy_node(copy, TQ_GGML_TAIL_ROWS, node->src[0], rows, first_stream, cache->type);
+        copy_node(index, TQ_GGML_TAIL_INDEX, cache->src[1], node->src[1], first_stream, cache->ne[1]);
+        tq_ggml_set_src(node, 5, copy);
+        tq_ggml_set_src(node, 6, index);
+    }
+    return node;
+}
+
+/* The node of graph that writes into a cache tensor; NULL if none does. */
+static const struct ggml_tensor * writer(struct ggml_cgraph * graph, const struct ggml_tensor * cache) {
+    for (int i = ggml_graph_n_nodes(graph) - 1; i >= 0; i--) {
+        const struct ggml_tensor * node = ggml_graph_node(graph, i);
+        if (node->op == GGML_OP_SET_ROWS && node->view_src == cache) {
+            return node;
+        }
+    }
+    return NULL;
+}
+
+struct ggml_tensor * tq_ggml_tail_flash_attn(struct ggml_cgraph * graph, struct ggml_tensor * node) {
+    for (int i = 0; i < 2; i++) {
+        const struct ggml_tensor * cache = node->src[1 + i]->view_src;
+        if (tq_ggml_tail_rows(cache)) {
+            const struct ggml_tensor * write = writer(graph, cache);
+            const bool batch = write && write->src[5];
+            tq_ggml_set_src(node, 5 + 2 * i, batch ? write->src[5] : cache->src[0]);
+            tq_ggml_set_src(node, 6 + 2 * i, batch ? write->src[6] : cache->src[1]);
+        }
+    }
+    return node;
 }

@@ -9,6 +9,10 @@
  * sources are free: it points to them with src[0] and src[1], and every view of it knows them through view_src.
  * SET_ROWS takes them as src[3] and src[4], FLASH_ATTN_EXT as src[5] to src[8] (rows and owner of K, then of V).
  *
+ * A batch of several tokens of a stream is written before it is read, so it reads a copy of these (tq_tail_batch in
+ * tqgguf.h), which two nodes make before SET_ROWS: src[5] and src[6] of that. They are DUP nodes that say by
+ * op_params[0] what they are.
+ *
  * A cell that is restored, copied or shifted owns nothing until it is written again: disown. In libggml-base. */
 #ifndef TQ_GGML_TAIL_H
 #define TQ_GGML_TAIL_H
@@ -58,6 +62,16 @@ static inline size_t tq_ggml_tail_bytes(const struct ggml_tensor * t) {
     return tq_ggml_tail_rows(t) ? ggml_nbytes(t->src[0]) + ggml_nbytes(t->src[1]) : 0;
 }
 
+/* op_params[0] of the nodes that make a batch's copy; [1]: the batch's first stream.
+ *   TAIL_ROWS   (n_embd_gqa, n_row + n_own, n_stream) f16; src: the batch's values, the rows. [2]: the cache's type
+ *   TAIL_INDEX  (2 * (n_row + n_own) + n_own, n_stream) i32; src: the owners, where the batch goes. [2]: a stream's cells */
+enum { TQ_GGML_TAIL_ROWS = 0x74716701, TQ_GGML_TAIL_INDEX };
+
+static inline bool tq_ggml_copies_tail(const struct ggml_tensor * node) {
+    return node->op == GGML_OP_DUP &&
+           (node->op_params[0] == TQ_GGML_TAIL_ROWS || node->op_params[0] == TQ_GGML_TAIL_INDEX);
+}
+
 /* Sets one source of a node. Upstream must not use it: a release that does is noticed here, and not by wrong numbers.
  * */
 static inline void tq_ggml_set_src(struct ggml_tensor * node, int i, struct ggml_tensor * src) {
@@ -65,25 +79,14 @@ static inline void tq_ggml_set_src(struct ggml_tensor * node, int i, struct ggml
     node->src[i] = src;
 }
 
-/* Makes a node that writes into, or reads, a view of the cache take its tail along; both return the node. */
-static inline struct ggml_tensor * tq_ggml_tail_set_rows(struct ggml_tensor * node) {
-    if (tq_ggml_tail_rows(node->view_src)) {
-        tq_ggml_set_src(node, 3, node->view_src->src[0]);
-        tq_ggml_set_src(node, 4, node->view_src->src[1]);
-    }
-    return node;
-}
+/* Makes a node that writes into a view of the cache take its tail along. first_stream, n_stream: where a batch goes, as
+ * many tokens to each stream. Returns the node. */
+struct ggml_tensor * tq_ggml_tail_set_rows(struct ggml_context * ctx, struct ggml_tensor * node, int64_t first_stream,
+                                           int64_t n_stream);
 
-static inline struct ggml_tensor * tq_ggml_tail_flash_attn(struct ggml_tensor * node) {
-    for (int i = 0; i < 2; i++) {
-        const struct ggml_tensor * cache = node->src[1 + i]->view_src;
-        if (tq_ggml_tail_rows(cache)) {
-            tq_ggml_set_src(node, 5 + 2 * i, cache->src[0]);
-            tq_ggml_set_src(node, 6 + 2 * i, cache->src[1]);
-        }
-    }
-    return node;
-}
+/* Makes a node that reads views of the cache take their tails along, as the batch reads them that graph has written
+ * there. Returns the node. */
+struct ggml_tensor * tq_ggml_tail_flash_attn(struct ggml_cgraph * graph, struct ggml_tensor * node);
 
 #ifdef __cplusplus
 }

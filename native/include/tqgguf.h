@@ -119,12 +119,21 @@ typedef struct tq_attn_tail {
     const int32_t * owner; /* (n_stream, n_recent + n_first) by owner_stride_stream: 1 + the row's token, 0: nobody's */
     int64_t n_recent;      /* rows that tokens take in turn, at least 1 */
     int64_t n_first;       /* rows of the first n_first tokens, after those */
+    int64_t n_own;         /* rows of the query rows' own tokens, after those; 0: they have none (see tq_tail_batch) */
     size_t stride_row;     /* strides are in bytes */
     size_t stride_head;
     size_t stride_stream;
     size_t owner_stride_stream;
 } tq_attn_tail;
 
+/* A batch of tokens that is written before it is read would take rows away which its first tokens still read. So it
+ * reads a copy: the rows from before it, n_row = n_recent + n_first, then a row for each of its n_own tokens. Query row
+ * i then reads what it would read if the tokens were written and read one by one. This fills what such a tail has in
+ * the place of owner, 2 * (n_row + n_own) + n_own integers: owners; the first query row that no longer reads a row; and
+ * the batch's tokens by ascending cell. owner: (n_row) from before the batch; cells: (n_own) the cells that its tokens
+ * go to, counted from `base`, none twice. */
+void tq_tail_batch(int64_t n_recent, int64_t n_first, const int32_t * owner, const int64_t * cells, int64_t base,
+                   int64_t n_own, int32_t * index);
 /* The row of token t >= 0 in a tail. */
 int64_t tq_tail_row(int64_t n_recent, int64_t n_first, int64_t token);
 /* What a tail holds of n values (a multiple of 32): transformed as blocks of that type and mode are, rounded to f16.

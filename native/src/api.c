@@ -100,6 +100,30 @@ int64_t tq_tail_row(int64_t n_recent, int64_t n_first, int64_t token) {
     return token < n_first ? n_recent + token : n_recent > 0 ? token % n_recent : 0;
 }
 
+void tq_tail_batch(int64_t n_recent, int64_t n_first, const int32_t * owner, const int64_t * cells, int64_t base,
+                   int64_t n_own, int32_t * index) {
+    const int64_t n_row = n_recent + n_first, n = n_row + n_own;
+    int32_t *until = index + n, *order = until + n;
+    memcpy(index, owner, (size_t) n_row * sizeof *owner);
+    for (int64_t r = 0; r < n_row; ++r) {
+        until[r] = (int32_t) n_own;
+    }
+    for (int64_t i = n_own - 1; i >= 0; --i) {
+        int32_t * taken =
+            &until[tq_tail_row(n_recent, n_first, cells[i] - base)]; /* by which token so far, from the end */
+        index[n_row + i] = (int32_t) (cells[i] - base + 1);
+        until[n_row + i] = *taken;
+        *taken = (int32_t) i;
+    }
+    for (int64_t i = 0; i < n_own; ++i) { /* cells ascend but for a wrap, as a rule */
+        int64_t at = i;
+        for (; at > 0 && cells[order[at - 1]] > cells[i]; --at) {
+            order[at] = order[at - 1];
+        }
+        order[at] = (int32_t) i;
+    }
+}
+
 int tq_tail_encode(int type, int mode, const float * x, int64_t n, uint16_t * rows) {
     const tqi_codec * codec = check_blocks(type, mode, x, rows, n);
     if (codec == NULL) {

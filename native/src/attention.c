@@ -30,30 +30,113 @@ typedef struct {
     run r[TILE];
 } runs;
 
-/* Cuts tokens t0 .. t0 + n - 1 of a stream into runs. */
-static void find_runs(const tq_attn_operand * x, int64_t stream, int64_t t0, int n, runs * to) {
+/* Tokens t0 .. t0 + n - 1, a tile. In a batch, some of a task's query rows may read a token from the tail and the others
+ * from its blocks, because a token in between takes its row. The task goes through such a tile twice: first all tokens
+ * count, but these only for the rows that read their blocks; then these alone, for the rows that read the tail. */
+typedef struct {
+    int64_t t0;
+    int n;
+    int again;           /* whether this is the second time */
+    int first, end;      /* of the tile, where these tokens lie; equal if there are none */
+    int32_t until[TILE]; /* of these tokens, the first query row that reads blocks; 0 for all others */
+} part;
+
+/* Goes on to the second time, if there is one. */
+static int once_more(part * p) {
+    if (p->again || p->first == p->end) {
+        return 0;
+    }
+    p->n = p->end - p->first;
+    p->t0 += p->first;
+    memmove(p->until, p->until + p->first, (size_t) p->n * sizeof *p->until);
+    p->first = 0;
+    p->end = p->n;
+    p->again = 1;
+    return 1;
+}
+
+/* Hides, of the scores of a query row, which lie stride floats apart, those that do not count this time. */
+static void hide(const part * p, int64_t row, float * s, int stride) {
+    for (int t = 0; p->first < p->end && t < p->n; ++t) {
+        if ((row < p->until[t]) != p->again) {
+            s[t * stride] = -INFINITY;
+        }
+    }
+}
+
+/* Where to look for the row of a token: tokens are asked for in ascending order. */
+typedef struct {
+    const tq_attn_tail * tail;
+    const int32_t * owner;
+    const int32_t * until; /* NULL: no batch, all query rows read what has an owner */
+    const int32_t * order; /* (n_own) the batch's tokens by their cells */
+    const uint8_t * rows;
+    int64_t n_row; /* before the batch's own */
+    int64_t row;   /* of the next token */
+    int64_t own;   /* first of order that is not behind the next token */
+} tail_cursor;
+
+static tail_cursor tail_from(const tq_attn_tail * tail, int64_t stream, int64_t t0) {
+    const uint8_t * owner = (const uint8_t *) tail->owner + (size_t) stream * tail->owner_stride_stream;
+    tail_cursor c = {
+        .tail = tail,
+        .owner = (const int32_t *) (const void *) owner,
+        .rows = (const uint8_t *) tail->data + (size_t) stream * tail->stride_stream,
+        .n_row = tail->n_recent + tail->n_first,
+        .row = tq_tail_row(tail->n_recent, 0, t0),
+    };
+    if (tail->n_own > 0) {
+        c.until = c.owner + c.n_row + tail->n_own;
+        c.order = c.until + c.n_row + tail->n_own;
+        for (int64_t end = tail->n_own; c.own < end;) {
+            const int64_t middle = c.own + (end - c.own) / 2;
+            const int before = c.owner[c.n_row + c.order[middle]] <= t0;
+            c.own = before ? middle + 1 : c.own;
+            end = before ? end : middle;
+        }
+    }
+    return c;
+}
+
+/* The row of the next token, t, and the first query row that does not read it; NULL if the token has none. */
+static const uint8_t * next_row(tail_cursor * c, int64_t t, int32_t * until) {
+    int64_t mine = t < c->tail->n_first ? c->tail->n_recent + t : c->row;
+    c->row = c->row + 1 < c->tail->n_recent ? c->row + 1 : 0;
+    if (c->own < c->tail->n_own && c->owner[c->n_row + c->order[c->own]] == t + 1) {
+        mine = c->n_row + c->order[c->own++];
+    } else if (c->owner[mine] != t + 1) {
+        return NULL;
+    }
+    *until = c->until != NULL ? c->until[mine] : INT32_MAX;
+    return c->rows + (size_t) mine * c->tail->stride_row;
+}
+
+/* Cuts a stream's tokens into runs, as query rows row0 .. row1 - 1 read them this time. */
+static void find_runs(const tq_attn_operand * x, int64_t stream, int64_t row0, int64_t row1, part * p, runs * to) {
     to->n = 1;
-    to->r[0] = (run) { .first = 0, .n = n, .rows = NULL };
+    to->r[0] = (run) { .first = 0, .n = p->n, .rows = NULL };
     if (x->tail.data == NULL) {
         return;
     }
-    const tq_attn_tail * tail = &x->tail;
-    const int32_t * owner =
-        (const int32_t *) (const void *) ((const uint8_t *) tail->owner + (size_t) stream * tail->owner_stride_stream);
-    const uint8_t * rows = (const uint8_t *) tail->data + (size_t) stream * tail->stride_stream;
+    tail_cursor cursor = tail_from(&x->tail, stream, p->t0);
     const uint8_t * after = NULL; /* where the run goes on */
-    int64_t row = tq_tail_row(tail->n_recent, 0, t0);
     to->n = 0;
-    for (int t = 0; t < n; ++t) {
-        const int64_t mine = t0 + t < tail->n_first ? tail->n_recent + t0 + t : row;
-        const uint8_t * at = owner[mine] == t0 + t + 1 ? rows + (size_t) mine * tail->stride_row : NULL;
+    for (int t = 0; t < p->n; ++t) {
+        int32_t until = 0;
+        const uint8_t * at = next_row(&cursor, p->t0 + t, &until);
+        if (!p->again && x->tail.n_own > 0) {
+            const int both = until > row0 && until < row1;
+            p->until[t] = both ? until : 0;
+            p->first = both && p->end == 0 ? t : p->first;
+            p->end = both ? t + 1 : p->end;
+        }
+        at = until >= (p->again ? row0 + 1 : row1) ? at : NULL;
         if (to->n > 0 && at == after) {
             to->r[to->n - 1].n++;
         } else {
             to->r[to->n++] = (run) { .first = t, .n = 1, .rows = at };
         }
-        after = at != NULL ? at + tail->stride_row : NULL;
-        row = row + 1 < tail->n_recent ? row + 1 : 0;
+        after = at != NULL ? at + x->tail.stride_row : NULL;
     }
 }
 
@@ -282,8 +365,10 @@ static void put_result(const tqi_kernels * kernel, const tq_attn * args, const t
 
 /* One task's share of a tile. */
 static void fused_tile(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
-                       const vectors * own, float * s, int64_t t0, int n, visibility seen, const runs * k,
+                       const vectors * own, float * s, const part * p, visibility seen, const runs * k,
                        const runs * v) {
+    const int64_t t0 = p->t0;
+    const int n = p->n;
     const int dk = (int) args->k.head_dim, dv = (int) args->v.head_dim;
     for (const run * r = k->r; r < k->r + k->n; ++r) {
         if (r->rows == NULL) {
@@ -297,11 +382,12 @@ static void fused_tile(const tqi_kernels * kernel, const tq_attn * args, const t
     }
     for (int i = 0; i < task->n_vec; ++i) {
         const int64_t head = task->head0 + i % plan->group;
+        const int64_t row = task->row0 + i / plan->group;
         if (seen == MIXED || args->softcap > 0.0f) {
-            const uint16_t * mask =
-                seen == ALL_SEEN ? NULL : mask_row(args, task->q_stream, head, task->row0 + i / plan->group) + t0;
+            const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(args, task->q_stream, head, row) + t0;
             finish_scores(args, s + i * TILE, n, 1, slope_of(args, head), mask);
         }
+        hide(p, row, s + i * TILE, 1);
         const float factor = kernel->softmax_row(s + i * TILE, n, &own->max[i], &own->sum[i]);
         if (factor != 1.0f) {
             for (int j = 0; j < dv; ++j) {
@@ -335,19 +421,21 @@ static void run_fused(const tqi_kernels * kernel, const tq_attn * args, const tq
     }
     const int64_t end = min64(args->n_kv, (tasks[0].chunk + 1) * plan->chunk);
     for (int64_t t0 = tasks[0].chunk * plan->chunk; t0 < end; t0 += TILE) {
-        const int n = (int) min64(TILE, end - t0);
         visibility seen = ALL_SEEN;
-        runs k, v;
-        find_runs(&args->k, tasks[0].kv_stream, t0, n, &k);
-        find_runs(&args->v, tasks[0].kv_stream, t0, n, &v);
-        for (int h = 0; h < n_tasks; ++h) {
-            if (h == 0 || args->n_mask_head > 1) {
-                seen = tile_visibility(args, plan, &tasks[h], t0, n);
+        part p = { .t0 = t0, .n = (int) min64(TILE, end - t0) };
+        do {
+            runs k, v;
+            find_runs(&args->k, tasks[0].kv_stream, tasks[0].row0, tasks[0].row0 + plan->rows, &p, &k);
+            find_runs(&args->v, tasks[0].kv_stream, tasks[0].row0, tasks[0].row0 + plan->rows, &p, &v);
+            for (int h = 0; h < n_tasks; ++h) {
+                if (h == 0 || args->n_mask_head > 1) {
+                    seen = tile_visibility(args, plan, &tasks[h], p.t0, p.n);
+                }
+                if (seen != NONE_SEEN) {
+                    fused_tile(kernel, args, plan, &tasks[h], &scratch->x[h], scratch->s, &p, seen, &k, &v);
+                }
             }
-            if (seen != NONE_SEEN) {
-                fused_tile(kernel, args, plan, &tasks[h], &scratch->x[h], scratch->s, t0, n, seen, &k, &v);
-            }
-        }
+        } while (once_more(&p));
     }
     for (int h = 0; h < n_tasks; ++h) {
         const vectors * own = &scratch->x[h];
@@ -377,6 +465,42 @@ static void drop_unseen(const tq_attn * args, const tqi_plan * plan, const tqi_t
     }
 }
 
+/* One task's share of a tile. */
+static void tiled_part(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
+                       const tqi_scratch * scratch, part * p) {
+    const int dk = (int) args->k.head_dim, dv = (int) args->v.head_dim, n_col = plan->n_col;
+    const int64_t row1 = task->row0 + plan->rows;
+    const vectors * own = &scratch->x[0];
+    const visibility seen = tile_visibility(args, plan, task, p->t0, p->n);
+    if (seen == NONE_SEEN) {
+        return;
+    }
+    runs k, v;
+    find_runs(&args->k, task->kv_stream, task->row0, row1, p, &k);
+    find_runs(&args->v, task->kv_stream, task->row0, row1, p, &v);
+    decode_tile(kernel, &args->k, plan->k_codec, task->kv_stream, task->kv_head, p->t0, &k, scratch->tile);
+    kernel->gemm(scratch->tile, dk, 1, own->q, p->n, dk, n_col, 0, scratch->s);
+    for (int i = 0; i < task->n_vec; ++i) {
+        const int64_t head = task->head0 + i % plan->group, row = task->row0 + i / plan->group;
+        if (seen == MIXED || args->softcap > 0.0f) {
+            const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(args, task->q_stream, head, row) + p->t0;
+            finish_scores(args, scratch->s + i, p->n, n_col, slope_of(args, head), mask);
+        }
+        hide(p, row, scratch->s + i, n_col);
+    }
+    kernel->softmax_columns(scratch->s, p->n, n_col, own->max, own->sum, scratch->factor);
+    for (int j = 0; j < dv; ++j) {
+        for (int i = 0; i < n_col; ++i) {
+            own->o[j * n_col + i] *= scratch->factor[i];
+        }
+    }
+    decode_tile(kernel, &args->v, plan->v_codec, task->kv_stream, task->kv_head, p->t0, &v, scratch->tile);
+    if (seen == MIXED && plan->v_codec == NULL) {
+        drop_unseen(args, plan, task, p->t0, p->n, scratch->tile);
+    }
+    kernel->gemm(scratch->tile, 1, dv, scratch->s, dv, p->n, n_col, 1, own->o);
+}
+
 static void run_tiled(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
                       const tqi_scratch * scratch, float * partial) {
     const int dk = (int) args->k.head_dim, dv = (int) args->v.head_dim, n_col = plan->n_col;
@@ -395,33 +519,10 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * args, const tq
     }
     const int64_t end = min64(args->n_kv, (task->chunk + 1) * plan->chunk);
     for (int64_t t0 = task->chunk * plan->chunk; t0 < end; t0 += TILE) {
-        const int n = (int) min64(TILE, end - t0);
-        const visibility seen = tile_visibility(args, plan, task, t0, n);
-        if (seen == NONE_SEEN) {
-            continue;
-        }
-        runs lie;
-        find_runs(&args->k, task->kv_stream, t0, n, &lie);
-        decode_tile(kernel, &args->k, plan->k_codec, task->kv_stream, task->kv_head, t0, &lie, scratch->tile);
-        kernel->gemm(scratch->tile, dk, 1, own->q, n, dk, n_col, 0, scratch->s);
-        for (int i = 0; i < task->n_vec && (seen == MIXED || args->softcap > 0.0f); ++i) {
-            const int64_t head = task->head0 + i % plan->group;
-            const uint16_t * mask =
-                seen == ALL_SEEN ? NULL : mask_row(args, task->q_stream, head, task->row0 + i / plan->group) + t0;
-            finish_scores(args, scratch->s + i, n, n_col, slope_of(args, head), mask);
-        }
-        kernel->softmax_columns(scratch->s, n, n_col, own->max, own->sum, scratch->factor);
-        for (int j = 0; j < dv; ++j) {
-            for (int i = 0; i < n_col; ++i) {
-                own->o[j * n_col + i] *= scratch->factor[i];
-            }
-        }
-        find_runs(&args->v, task->kv_stream, t0, n, &lie);
-        decode_tile(kernel, &args->v, plan->v_codec, task->kv_stream, task->kv_head, t0, &lie, scratch->tile);
-        if (seen == MIXED && plan->v_codec == NULL) {
-            drop_unseen(args, plan, task, t0, n, scratch->tile);
-        }
-        kernel->gemm(scratch->tile, 1, dv, scratch->s, dv, n, n_col, 1, own->o);
+        part p = { .t0 = t0, .n = (int) min64(TILE, end - t0) };
+        do {
+            tiled_part(kernel, args, plan, task, scratch, &p);
+        } while (once_more(&p));
     }
     for (int i = 0; i < task->n_vec; ++i) {
         for (int j = 0; j < dv; ++j) {

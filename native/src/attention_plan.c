@@ -6,7 +6,7 @@
 #define TILED_VECTORS 64 /* query vectors that a tiled task aims at */
 #define CHUNK_MIN 256    /* keys: a shorter range is not worth a partial result */
 
-static int check_tail(const char * name, const tq_attn_operand * x, const tqi_codec * codec) {
+static int check_tail(const char * name, const tq_attn * args, const tq_attn_operand * x, const tqi_codec * codec) {
     if (x->tail.data == NULL) {
         return TQ_OK;
     }
@@ -22,6 +22,13 @@ static int check_tail(const char * name, const tq_attn_operand * x, const tqi_co
                         "recent row and at least 0 first ones",
                         name, x->tail.owner == NULL ? "null" : "given", (long long) x->tail.n_recent,
                         (long long) x->tail.n_first);
+    }
+    if (x->tail.n_own != 0 && (x->tail.n_own != args->n_q || args->q.n_stream != args->k.n_stream)) {
+        return tqi_fail(TQ_E_ARGUMENT,
+                        "%s: a tail with n_own = %lld given for %lld query rows in %lld streams, and %lld streams of "
+                        "keys; a batch has a row for each query row, in as many streams",
+                        name, (long long) x->tail.n_own, (long long) args->n_q, (long long) args->q.n_stream,
+                        (long long) args->k.n_stream);
     }
     return TQ_OK;
 }
@@ -82,9 +89,19 @@ static int check_arguments(const tq_attn * args, int n_threads, const tqi_codec 
         return tqi_fail(TQ_E_ARGUMENT, "n_mask_head = %lld, n_mask_stream = %lld given; both must be positive",
                         (long long) args->n_mask_head, (long long) args->n_mask_stream);
     }
-    TQI_TRY(check_tail("k", &args->k, *k_codec));
-    TQI_TRY(check_tail("v", &args->v, *v_codec));
-    return check_tail("q", &args->q, NULL);
+    TQI_TRY(check_tail("k", args, &args->k, *k_codec));
+    TQI_TRY(check_tail("v", args, &args->v, *v_codec));
+    const tq_attn_tail *k = &args->k.tail, *v = &args->v.tail;
+    if (k->data != NULL && v->data != NULL && (k->n_own > 0 || v->n_own > 0) &&
+        (k->n_recent != v->n_recent || k->n_first != v->n_first || k->n_own != v->n_own)) {
+        return tqi_fail(
+            TQ_E_ARGUMENT,
+            "tails of %lld, %lld, %lld and %lld, %lld, %lld recent, first and own rows given for K and V; in "
+            "a batch both must have as many",
+            (long long) k->n_recent, (long long) k->n_first, (long long) k->n_own, (long long) v->n_recent,
+            (long long) v->n_first, (long long) v->n_own);
+    }
+    return check_tail("q", args, &args->q, NULL);
 }
 
 int tqi_plan_make(const tq_attn * args, int n_threads, tqi_plan * plan) {
