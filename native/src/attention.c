@@ -124,11 +124,10 @@ static void find_runs(const tq_attn_operand * x, int64_t stream, int64_t row0, i
     for (int t = 0; t < p->n; ++t) {
         int32_t until = 0;
         const uint8_t * at = next_row(&cursor, p->t0 + t, &until);
-        if (!p->again && x->tail.n_own > 0) {
-            const int both = until > row0 && until < row1;
-            p->until[t] = both ? until : 0;
-            p->first = both && p->end == 0 ? t : p->first;
-            p->end = both ? t + 1 : p->end;
+        if (!p->again && until > row0 && until < row1) { /* of K and V, one may own no row */
+            p->first = p->end == 0 || t < p->first ? t : p->first;
+            p->end = t + 1 > p->end ? t + 1 : p->end;
+            p->until[t] = until;
         }
         at = until >= (p->again ? row0 + 1 : row1) ? at : NULL;
         if (to->n > 0 && at == after) {

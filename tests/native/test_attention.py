@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from attention_case import Case, arguments, make_inputs
+from attention_case import Case, arguments, make_inputs, tail_index
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -174,6 +175,30 @@ def test_a_tail_is_read_where_it_owns_a_token(kernel: str, native: Any, n_q: int
             check_case(native, case)
 
 
+@pytest.mark.parametrize("tail", [1, 5, 64])
+@pytest.mark.parametrize("n_q", [1, 2, 3, 40, 100])
+def test_each_token_of_a_batch_reads_what_it_would_read_alone(kernel: str, native: Any, n_q: int, tail: int) -> None:
+    pairs = [("pqo3", "pqo4"), ("pqt4", "pqt3"), ("pqt3", "f16"), ("f16", "pqo3"), ("f32", "f32"), ("pqo3", "f32")]
+    for seed, (k_type, v_type) in enumerate(pairs):
+        for n_stream, n_threads in ((1, 1), (3, 2)):
+            shape = {"n_stream": n_stream, "n_mask_stream": n_stream, "n_threads": n_threads, "n_kv": 150}
+            check_case(native, Case(k_type, v_type, n_q=n_q, tail=tail, first=4, batch=True, seed=seed, **shape))
+
+
+@given(data=st.data())
+def test_the_index_of_a_batch_says_when_rows_are_taken(native: Any, data: st.DataObject) -> None:
+    n_recent, n_first = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 4))
+    cells = data.draw(st.lists(st.integers(0, 30), unique=True, max_size=20))
+    owner = data.draw(st.lists(st.integers(0, 31), min_size=n_recent + n_first, max_size=n_recent + n_first))
+    case = Case(tail=n_recent, first=n_first)
+    want = tail_index(np.array(owner, np.int32), np.array(cells, np.int64), case)
+    got = np.empty_like(want)
+    native.lib.tq_tail_batch(
+        n_recent, n_first, owner, [7 + cell for cell in cells], 7, len(cells), native.ffi.from_buffer("int32_t[]", got)
+    )
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_of_a_tail_are_the_transform_rounded_to_f16(kernel: str, native: Any, mode: str) -> None:
     ffi, lib = native.ffi, native.lib
@@ -190,7 +215,7 @@ def test_rows_of_a_tail_are_the_transform_rounded_to_f16(kernel: str, native: An
     np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
 
 
-@pytest.mark.parametrize("field", ["owner", "n_recent", "n_first", "type"])
+@pytest.mark.parametrize("field", ["owner", "n_recent", "n_first", "type", "n_own", "other"])
 def test_a_tail_that_cannot_be_is_refused(native: Any, field: str) -> None:
     ffi, lib = native.ffi, native.lib
     args, data = plain_arguments(ffi)
@@ -203,6 +228,12 @@ def test_a_tail_that_cannot_be_is_refused(native: Any, field: str) -> None:
         tail.n_recent = 0
     elif field == "n_first":
         tail.n_first = -1
+    elif field == "n_own":
+        tail.n_own = args.n_q + 1
+    elif field == "other":
+        tail.n_own = args.n_q
+        args.v.tail = tail
+        args.v.tail.n_recent = 9
     else:
         args.k.type = 1
     assert lib.tq_attn_work_bytes(args, 1) == 0
@@ -243,11 +274,12 @@ def test_streams_and_unaligned_operands(kernel: str, native: Any) -> None:
         offset=st.integers(0, 3),
         tail=st.sampled_from([0, 0, 1, 5, 64, 100, 400]),
         first=st.integers(0, 5),
+        batch=st.booleans(),
         seed=st.integers(0, 2**32 - 1),
     )
 )
 def test_any_case(kernel: str, native: Any, case: Case) -> None:
-    check_case(native, case)
+    check_case(native, replace(case, batch=case.batch and case.tail > 0 and case.n_q <= case.n_kv))
 
 
 def test_threads_that_really_run_at_once(native: Any, tolerance: float) -> None:

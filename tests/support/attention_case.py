@@ -28,6 +28,8 @@ class Case:
         head_major: whether a head's tokens lie side by side.
         tail, first: recent and first rows of the precise tail, where the type may have one; f32 stands for a type that
             tqgguf does not know, and has a decoder then.
+        batch: whether the query rows' own tokens, which lie anywhere, are a batch that is written before it is read. Then a
+            row sees no own token behind its own, and the tail has a row of each own token, too.
         spread: tokens of V differ in magnitude (the standard deviation of its logarithm); channel 0 of q stands out.
         poison: where NaN (q) or infinities (k, v: their last token, as it is stored) are put after the oracle has been
             asked; sinks: all are -infinity.
@@ -55,6 +57,7 @@ class Case:
     head_major: bool = False
     tail: int = 0
     first: int = 0
+    batch: bool = False
     spread: float = 0.0
     q_scale: float = 1.0
     v_scale: float = 1.0
@@ -67,7 +70,9 @@ class Case:
 class Operand:
     """K or V: its bytes (n_stream, n_kv, n_head, row bytes), and the values that they and the tail stand for.
 
-    The tail has rows (n_stream, tail + first, n_head, head_dim) and their owners (n_stream, tail + first).
+    The tail has rows (n_stream, tail + first, n_head, head_dim) and their owners (n_stream, tail + first). In a batch
+    it has n_q rows more, what `tail_index` makes instead of owners, and values are (n_stream, n_q, n_kv, n_head,
+    head_dim): those that each query row sees.
     """
 
     type: str
@@ -102,22 +107,65 @@ def store(x: npt.NDArray[np.float32], type: str, mode: str, encode: Encode) -> O
     return Operand(type, x.shape[-1], data, reference.decode(data, type, mode).reshape(x.shape))
 
 
+def own_cells(case: Case, stream: int) -> npt.NDArray[np.int64]:
+    """Where the query rows' own tokens lie: side by side, past the end and on from the beginning, or anywhere."""
+    rng = np.random.default_rng((case.seed, stream))
+    if rng.random() < 0.3:
+        return rng.permutation(case.n_kv)[: case.n_q]
+    return (rng.integers(case.n_kv) + np.arange(case.n_q)) % case.n_kv
+
+
+def tail_index(owner: npt.NDArray[np.int32], cells: npt.NDArray[np.int64], case: Case) -> npt.NDArray[np.int32]:
+    """The integers of `tq_tail_batch`, found by writing one token after the other."""
+    owners = np.concatenate((owner, cells + 1))
+    until = np.full(len(owners), len(cells))
+    held = np.arange(len(owner))  # the row of the copy that a row of the tail stands for
+    for i, cell in enumerate(cells):
+        row = case.tail + cell if cell < case.first else cell % case.tail
+        until[held[row]] = i
+        held[row] = len(owner) + i
+    return np.concatenate((owners, until, np.argsort(cells))).astype(np.int32)
+
+
 def add_tail(rng: Any, exact: npt.NDArray[np.float32], operand: Operand, case: Case) -> None:
     """A tail of tokens written in an order of chance, some of them disowned."""
     n_stream, n_kv, *shape = exact.shape
-    rows = np.full((n_stream, case.tail + case.first, *shape), np.nan, dtype=np.float16)
-    owner = np.zeros(rows.shape[:2], dtype=np.int32)
+    n_row, n_own = case.tail + case.first, case.n_q if case.batch else 0
+    rows = np.full((n_stream, n_row + n_own, *shape), np.nan, dtype=np.float16)
+    owner = np.zeros((n_stream, n_row), dtype=np.int32)
+    indices, seen = [], []
+
+    def write(s: int, t: int, values: npt.NDArray[np.float32], copy: int | None = None) -> None:
+        row = case.tail + t if t < case.first else t % case.tail
+        if left := owner[s, row]:
+            values[left - 1] = operand.values[s, left - 1]
+        owner[s, row] = t + 1
+        # f32 loses nothing that a tail could keep: its rows are others, so that a row not read is noticed
+        kept = exact[s, t] + 1 if operand.type == "f32" else reference.encode_tail(exact[s, t], case.mode)
+        rows[s, row if copy is None else copy] = kept
+        kept = kept.astype(np.float16)
+        values[t] = kept if operand.type == "f32" else reference.decode_tail(kept, case.mode)
+
     for s in range(n_stream):
+        own = own_cells(case, s) if case.batch else np.empty(0, np.int64)
+        values = operand.values[s].copy()
         for t in rng.permutation(n_kv) if rng.random() < 0.5 else np.arange(n_kv):
-            row = case.tail + t if t < case.first else t % case.tail
-            # f32 loses nothing that a tail could keep: its rows are others, so that a row not read is noticed
-            rows[s, row] = exact[s, t] + 1 if operand.type == "f32" else reference.encode_tail(exact[s, t], case.mode)
-            owner[s, row] = t + 1
-        owner[s, rng.random(owner.shape[1]) < 0.2] = 0
-        for row in np.flatnonzero(owner[s]):
-            values = rows[s, row] if operand.type == "f32" else reference.decode_tail(rows[s, row], case.mode)
-            operand.values[s, owner[s, row] - 1] = values
-    operand.tail = rows, owner
+            if t not in own:
+                write(s, t, values)
+        for row in np.flatnonzero(rng.random(n_row) < 0.2):
+            if left := owner[s, row]:
+                values[left - 1] = operand.values[s, left - 1]
+            owner[s, row] = 0
+        if case.batch:
+            indices.append(tail_index(owner[s], own, case))
+            seen.append([])
+            for i, t in enumerate(own):
+                write(s, t, values, n_row + i)
+                seen[-1].append(values.copy())
+        else:
+            seen.append(values)
+    operand.values = np.array(seen)
+    operand.tail = rows, np.array(indices) if case.batch else owner
 
 
 def make_mask(rng: Any, case: Case) -> npt.NDArray[np.float16] | None:
@@ -135,9 +183,13 @@ def make_mask(rng: Any, case: Case) -> npt.NDArray[np.float16] | None:
         mask[..., : (case.n_q + 1) // 2, :] = -np.inf
     elif case.mask == "last":
         mask[..., -1] = -np.inf
-    else:
+    elif not case.batch:
         assert case.mask == "none"
         return None
+    if case.batch:
+        for s in range(case.n_stream):
+            for i, cell in enumerate(own_cells(case, s)):
+                mask[s % case.n_mask_stream, :, :i, cell] = -np.inf
     return mask
 
 
@@ -172,19 +224,29 @@ def make_inputs(case: Case, encode: Encode = reference.encode) -> Inputs:
     sinks = normal(case.n_head) if case.sinks else None
     mask = make_mask(rng, case)
     seen = None if case.poison == "sinks" else sinks  # of -infinity they are none
-    want = [
-        reference.attention(
-            q[s].swapaxes(0, 1),
-            k.values[s * n_kv_stream // case.n_stream],
-            v.values[s * n_kv_stream // case.n_stream],
+    def attended(s: int, rows: slice, k: npt.NDArray[np.float32], v: npt.NDArray[np.float32]) -> Array:
+        return reference.attention(
+            q[s, :, rows].swapaxes(0, 1),
+            k,
+            v,
             case.head_dim_k**-0.5,
-            mask=None if mask is None else mask[s % case.n_mask_stream],
+            mask=None if mask is None else mask[s % case.n_mask_stream, :, rows],
             sinks=seen,
             softcap=case.softcap,
             max_bias=case.max_bias,
         )
-        for s in range(case.n_stream)
-    ]
+
+    def values(x: Operand, s: int, row: int) -> npt.NDArray[np.float32]:
+        return x.values[s, row] if x.values.ndim == 5 else x.values[s]
+
+    if case.batch:
+        want = [
+            np.concatenate([attended(s, slice(i, i + 1), values(k, s, i), values(v, s, i)) for i in range(case.n_q)])
+            for s in range(case.n_stream)
+        ]
+    else:
+        kv_streams = [s * n_kv_stream // case.n_stream for s in range(case.n_stream)]
+        want = [attended(s, slice(None), k.values[of], v.values[of]) for s, of in enumerate(kv_streams)]
     inputs = Inputs(q, k, v, mask, sinks, np.array(want))
     poison(case, inputs)
     return inputs
@@ -225,6 +287,7 @@ def arguments(ffi: Any, case: Case, inputs: Inputs, out: Array, put: Callable[[A
             rows, owner = x.tail
             target.tail.data, target.tail.owner = put(rows, 0), put(owner, 0)
             target.tail.n_recent, target.tail.n_first = case.tail, case.first
+            target.tail.n_own = case.n_q if case.batch else 0
             target.tail.stride_stream, target.tail.stride_row, target.tail.stride_head = rows.strides[:3]
             target.tail.owner_stride_stream = owner.strides[0]
     args.n_q, args.n_kv = case.n_q, case.n_kv
