@@ -1,6 +1,6 @@
 """The figures of two real language models that README and docs quote: measured, saved, and written into the pages.
 
-    make real                                          # everything, some two hours on two quiet cores
+    make real                                          # everything, on two quiet cores
     python benchmarks/real_models.py quality speed     # some parts, then the tables anew
     python benchmarks/real_models.py tables            # only the tables, from benchmarks/results/real_*.json
     python benchmarks/real_models.py --short           # one chunk of text on one model, saved nowhere
@@ -12,6 +12,7 @@ Parts are programs of their own, with options of their own:
     speed         benchmarks/speed/real_speed.py      tokens per second against the better f16
     calibration   benchmarks/quality/calibration.py   what decides how good a calibration of keys is
 
+Parts that time nothing (quality, answers, calibration) run as a process with one thread for each model, side by side.
 A table of a page stands between `<!-- table NAME -->` and `<!-- end -->`; tests/docs checks that it is what the saved
 figures give.
 """
@@ -24,13 +25,16 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 sys.path.append(str(Path(__file__).parent / "common"))
 sys.path.append(str(Path(__file__).parent / "quality"))
 
+import machine
 import peer
 import real_sources
 
@@ -48,6 +52,13 @@ PARTS: Final = {
     "speed": "speed/real_speed.py",
     "calibration": "quality/calibration.py",
 }
+SIDE_BY_SIDE: Final = {
+    "quality": {"smollm2": ["--threads", "1"], "gemma3": ["--threads", "1", "--no-hot"]},
+    "answers": {"smollm2": ["--threads", "1"], "gemma3": ["--threads", "1"]},
+    "calibration": {"smollm2": ["--threads", "1"], "gemma3": ["--threads", "1"]},
+}
+"""Parts that time nothing: options of a process for each model. With one thread each, none waits for another."""
+
 PAGES: Final = ("README.md", "docs/real-models.md", "docs/quality.md", "docs/faq.md")
 
 LEADING: Final = (
@@ -59,10 +70,14 @@ MEASURED: Final = ROOT / "tqgguf" / "diagnostics" / "measured.json"
 LENGTHS: Final = (2048, 8192, 32768)
 
 
+def saved_at(part: str) -> Path:
+    """The file of a part's figures."""
+    return HERE / "results" / (f"{part}.json" if part == "calibration" else f"real_{part}.json")
+
+
 def results(part: str) -> Any:
     """What a part saved."""
-    name = part if part == "calibration" else f"real_{part}"
-    return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(saved_at(part).read_text(encoding="utf-8"))
 
 
 # ---- Tables ----
@@ -304,6 +319,34 @@ def write_tables() -> None:
             print(f"wrote the tables of {name}")
 
 
+# ---- Parts ----
+
+
+def run_part(part: str, options: Sequence[str] = ()) -> None:
+    """Runs a part's program, and ends with its status if it fails."""
+    done = subprocess.run([sys.executable, str(HERE / PARTS[part]), *options], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def run_side_by_side(part: str) -> None:
+    """Runs a part with a process for each model, and saves what they found as one; ends with the status of one that
+    fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{key}.json" for key in SIDE_BY_SIDE[part]]
+        processes = []
+        for (key, options), file in zip(SIDE_BY_SIDE[part].items(), files, strict=True):
+            command = [sys.executable, str(HERE / PARTS[part]), "--models", key, *options, "--output", str(file)]
+            processes.append(subprocess.Popen(command))
+        if failed := [process.returncode for process in processes if process.wait()]:
+            sys.exit(failed[0])
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    merged = {**found[0], "command": f"python benchmarks/real_models.py {part}"}
+    for other in found[1:]:
+        merged.update({key: merged[key] + value for key, value in other.items() if isinstance(value, list)})
+    machine.save(merged, str(saved_at(part)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, tables (default: all)")
@@ -318,14 +361,17 @@ def main() -> None:
         return
     if unknown := set(args.parts) - {*PARTS, "tables"}:
         parser.error(f"unknown part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)} and tables")
-    for part in ["quality"] if args.short else args.parts or PARTS:
-        if part != "tables":
-            options = ["--short"] if args.short else []
-            done = subprocess.run([sys.executable, str(HERE / PARTS[part]), *options], check=False)
-            if done.returncode:
-                sys.exit(done.returncode)
-    if not args.short:
-        write_tables()
+    if args.short:
+        run_part("quality", ["--short"])
+        return
+    for part in args.parts or PARTS:
+        start = time.monotonic()
+        if part in SIDE_BY_SIDE:
+            run_side_by_side(part)
+        elif part != "tables":
+            run_part(part)
+        print(f"{part}: {(time.monotonic() - start) / 60:.0f} minutes")
+    write_tables()
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ RULES: Final[dict[str, Rule]] = {
         r"\npqo3\+128 +11\.88 +448 .*16  pqo3\+128 .*10/10", f"{SMALL} --cache f16,pqo3", makes="kld.png"
     ),
     r"tqgguf compare ": Rule(r"\npqo4\+128 .*\npqt3\+128 +11\.88 +448 ", f"{SMALL} --cache f16,pqo4,pqt3"),
-    r"tqgguf calibrate ": Rule(r"means and gains of 4 layers, from 1,792 tokens, in "),
+    r"tqgguf calibrate ": Rule(r"means and gains of 4 layers, from 1,408 tokens, in "),
     r"tqgguf tune ": Rule(
         r"\npolicy .*written to policy\.gguf: 4 bits per value",
         f"{SMALL} --types pqo3,pqo4 --calibration off",

@@ -22,7 +22,7 @@ from tqgguf.demo import model as demo
 from tqgguf.diagnostics.texts import own_text
 from tqgguf.errors import ArgumentError, CalibrationError, TextError
 from tqgguf.gguf.identity import model_identity
-from tqgguf.model.calibrate import key_statistics
+from tqgguf.model.calibrate import SPAN, key_statistics, sampled, spread
 from tqgguf.model.reading import AttentionInputs
 
 pytestmark = pytest.mark.model
@@ -45,11 +45,11 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---- What is measured ----
 
 
-def plain_statistics(q: Any, k: Any, scale: float) -> tuple[Any, Any, Any]:
+def plain_statistics(q: Any, k: Any, scale: float, step: int) -> tuple[Any, Any, Any]:
     """Mean of k, E (k - mean)^2 and E q^2 of one head, weighted by p (1 - p), pair by pair."""
     n = len(q)
     weights = np.zeros((n, n))
-    for i in range(n):
+    for i in range(0, n, step):
         p = np.exp(scale * (k[: i + 1] @ q[i]))
         p /= p.sum()
         weights[i, : i + 1] = p * (1 - p)
@@ -58,20 +58,33 @@ def plain_statistics(q: Any, k: Any, scale: float) -> tuple[Any, Any, Any]:
     return mean, of_keys @ np.square(k - mean) / of_keys.sum(), of_queries @ np.square(q) / of_queries.sum()
 
 
-def test_the_statistics_are_those_of_a_plain_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tqgguf.model.calibrate.QUERY_STEP", 1)
+@pytest.mark.parametrize("step", [1, 4])
+def test_the_statistics_are_those_of_a_plain_sum(step: int) -> None:
     rng = np.random.default_rng(0)
     n, dim = 300, 32
     q, k = rng.standard_normal((n, 1, dim)).astype("f4"), rng.standard_normal((n, 1, dim)).astype("f4")
     k[:, :, 3] += 5
     mask = np.where(np.tri(n, dtype=bool), 0, -np.inf).astype("f4")
-    found = key_statistics(AttentionInputs(0, q, k, k, 0.2, mask, None, 0.0, 0.0))
-    for mine, plain in zip((found.mean, found.k2, found.q2), plain_statistics(q[:, 0], k[:, 0], 0.2), strict=True):
-        np.testing.assert_allclose(mine[0], plain, rtol=1e-4)
+    k = k.astype("f2").astype("f4")  # as an f16 cache has them
+    found = key_statistics(sampled(AttentionInputs(0, q, k, k, 0.2, mask, None, 0.0, 0.0), step))
+    plain = plain_statistics(q[:, 0], k[:, 0], 0.2, step)
+    for mine, want in zip((found.mean, found.k2, found.q2), plain, strict=True):
+        np.testing.assert_allclose(mine[0], want, rtol=1e-4)
     gain = found.gain(1.0)
     assert np.log(gain).mean() == pytest.approx(0, abs=1e-6)
     expected = (found.q2 / found.k2) ** 0.25
     np.testing.assert_allclose(gain / gain[0, 0], expected / expected[0, 0], rtol=1e-3)
+
+
+def test_tokens_are_taken_from_all_of_a_text() -> None:
+    text = list(range(1000))
+    assert spread(text, 1000) == spread(text, 2000) == text
+    assert spread(text, SPAN) == text[:SPAN]
+    some = spread(text, 3 * SPAN + 5)
+    assert len(some) == 3 * SPAN + 5
+    assert some[:SPAN] == text[:SPAN]
+    assert some[3 * SPAN :] == text[-SPAN:][:5]
+    assert some == sorted(some)
 
 
 def test_the_heads_of_a_group_count_together() -> None:
@@ -224,7 +237,7 @@ def test_a_damaged_one_is_measured_again(cache_folder: Path) -> None:
     cache_folder.write_bytes(b"GGUF")
     with pytest.warns(UserWarning, match="calibrated again"):
         tqgguf.Llama(DEMO, cache="pqt3", n_ctx=256, verbose=False, calibration="auto").close()
-    assert tqgguf.read_calibration(cache_folder).n_tokens == 1792
+    assert tqgguf.read_calibration(cache_folder).n_tokens == 1408
 
 
 def test_a_folder_that_cannot_be_written(cache_folder: Path) -> None:

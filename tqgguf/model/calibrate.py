@@ -17,7 +17,8 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,8 +43,12 @@ F64 = npt.NDArray[np.float64]
 TEXT: Final = Path(__file__).with_name("calibration.txt")
 """Prose, code, dialogue, tables and eight languages, about 2,000 tokens, written for this."""
 
-DEFAULT_TOKENS: Final = 1792
+DEFAULT_TOKENS: Final = 1408
 FEWEST_TOKENS: Final = 64
+SPAN: Final = 128
+"""Tokens that are taken together, where a text has more than are read: a bit of every part says more than the first
+part alone (benchmarks/quality/calibration.py)."""
+
 EXPONENT: Final = 0.75
 """Of the best gain of the formula. Statistics of one text are not those of another, so the gain is held back: 1 leaves
 less error in Gemma 3 and more in SmolLM2, by a twentieth each (benchmarks/quality/calibration.py)."""
@@ -74,10 +79,10 @@ def calibrate(
     Args:
         path: a GGUF file.
         text: any text; None for a built-in one of about 2,000 tokens.
-        n_tokens: its first tokens, which are read as one batch. None: DEFAULT_TOKENS, or as many as the text has or the
-            model was trained on.
+        n_tokens: how many of its tokens are read, as one batch: in spans that lie evenly over the text. None:
+            DEFAULT_TOKENS, or as many as the text has or the model was trained on.
         n_threads: threads; None for all processors.
-        progress: called as progress(layers done, layers in all).
+        progress: called as progress(layers read, layers in all).
 
     Raises:
         ArgumentError: n_tokens below FEWEST_TOKENS.
@@ -95,26 +100,28 @@ def calibrate(
         raise ArgumentError(f"text is of type {type(words).__name__}, must be a str")
     done = 0
 
-    def read(inputs: AttentionInputs) -> KeyStatistics:
+    def read(inputs: AttentionInputs) -> AttentionInputs:
         nonlocal done
-        found = key_statistics(inputs)
         done += 1
         if progress:
             progress(done, len(info.layers))
-        return found
+        return sampled(inputs, QUERY_STEP)
 
     params = llama_cpp.llama_model_default_params()  # mapped, so that who loads it next finds it in memory
     params.n_gpu_layers = 0
     with captured_log(quiet=True), opened_model(info, params) as model:
         most = n_tokens or min(DEFAULT_TOKENS, llama_cpp.llama_model_n_ctx_train(model) or DEFAULT_TOKENS)
-        tokens = _tokens(model, words)[:most]
+        tokens = spread(_tokens(model, words), most)
         if len(tokens) < (n_tokens or FEWEST_TOKENS):
             raise TextError(
                 f"the text has {len(tokens):,} tokens, fewer than "
                 + (f"the {n_tokens:,} asked for" if n_tokens else f"{FEWEST_TOKENS}, which a calibration needs")
             )
         loaded = Loaded(model, info, n_threads or os.cpu_count() or 1)
-        found = read_attention(loaded, tokens, [layer.index for layer in info.layers], read, cache="f16")
+        inputs = read_attention(loaded, tokens, [layer.index for layer in info.layers], read, cache="f16")
+    # Not while the model waits: the threads of NumPy's matrix products and those of ggml would wait for each other.
+    with ThreadPoolExecutor(loaded.n_threads) as pool:
+        found = dict(zip(inputs, pool.map(key_statistics, inputs.values()), strict=True))
     centred = info.centring_obstacle is None
     return Calibration(
         means={layer: each.mean.astype(np.float32) for layer, each in found.items()} if centred else {},
@@ -123,6 +130,24 @@ def calibrate(
         n_layer=info.n_layer,
         n_tokens=len(tokens),
     )
+
+
+def spread(tokens: list[int], n: int) -> list[int]:
+    """n tokens of a text, or all if it has no more: spans of SPAN that lie evenly over it, the first at its beginning.
+
+    The last span is shorter if n is no multiple.
+    """
+    if len(tokens) <= n:
+        return tokens
+    n_span = -(-n // SPAN)
+    starts = (round(i * (len(tokens) - SPAN) / max(n_span - 1, 1)) for i in range(n_span))
+    return [token for start in starts for token in tokens[start : start + SPAN]][:n]
+
+
+def sampled(inputs: AttentionInputs, step: int) -> AttentionInputs:
+    """Every step-th query of a layer, and its keys, which come from an f16 cache: a fifth of the memory, or less."""
+    q, mask = (np.ascontiguousarray(x[::step]) for x in (inputs.q, inputs.mask))
+    return replace(inputs, q=q, k=inputs.k.astype(np.float16), v=inputs.v[:0], mask=mask.astype(np.float16))
 
 
 def calibrated_by_default(info: ModelInfo, policy: CachePolicy) -> bool:
@@ -312,26 +337,25 @@ def key_statistics(inputs: AttentionInputs, weighted: bool = True) -> KeyStatist
     """The statistics of a layer whose text was read as one batch.
 
     Args:
-        inputs: Q, K and what else attention takes.
+        inputs: Q, K and what else attention takes; of the queries, as many as there are.
         weighted: whether queries and keys count by what softmax lets through; else all count alike.
     """
-    n, n_head, _ = inputs.q.shape
-    read = np.arange(0, n, QUERY_STEP)
-    n_head_kv = inputs.k.shape[1]
-    group = n_head // n_head_kv
+    (n, n_head_kv, _), n_q = inputs.k.shape, len(inputs.q)
+    group = inputs.q.shape[1] // n_head_kv
     shape = (n_head_kv, inputs.k.shape[2])
     mean, k2, q2 = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    parts = [np.arange(first, min(first + QUERIES_AT_ONCE, n_q)) for first in range(0, n_q, QUERIES_AT_ONCE)]
+    ends = [int(np.flatnonzero(np.isfinite(inputs.mask[rows]).any(axis=0))[-1]) + 1 for rows in parts]
     for head in range(n_head_kv):
-        k = np.ascontiguousarray(inputs.k[:, head])
+        k = np.ascontiguousarray(inputs.k[:, head], dtype=np.float32)
         of_keys, total = np.zeros(n), 0.0
         for query_head in range(head * group, (head + 1) * group):
-            for first in range(0, len(read), QUERIES_AT_ONCE):
-                rows = read[first : first + QUERIES_AT_ONCE]
+            for rows, end in zip(parts, ends, strict=True):
                 q = inputs.q[rows, query_head]
                 if weighted:
-                    p = inputs.weights(q @ k[: rows[-1] + 1].T, query_head, rows)
+                    p = inputs.weights(q @ k[:end].T, query_head, rows)
                     moved = p - np.square(p)
-                    of_keys[: moved.shape[1]] += moved.sum(axis=0)
+                    of_keys[:end] += moved.sum(axis=0)
                     of_queries = moved.sum(axis=1)
                 else:
                     of_queries = np.ones(len(q), np.float32)

@@ -49,7 +49,7 @@ class Llama(GuardedLlama):
         calibration: a mean and a gain for each channel of quantized keys, which lessen their error and change nothing
             else. None calibrates keys of tqgguf's types where the model allows it, unless the policy brings means or
             gains of its own, with the calibration that is kept for this model in the user's cache folder. If there is
-            none yet, the model reads a text of 1,792 tokens first, once, and a line on stderr says so; on workers, a
+            none yet, the model reads a text of 1,408 tokens first, once, and a line on stderr says so; on workers, a
             warning says that there is none. "auto": the same for every quantized type, and an error where it cannot be.
             "off": none. Or a `Calibration`, or the path of one (`tqgguf calibrate`). The environment variable
             TQGGUF_CALIBRATION=off makes None mean "off".

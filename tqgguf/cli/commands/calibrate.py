@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text file (default: a text of tqgguf's own)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there, for --calibration FILE")
     parser.add_argument(
-        "--tokens", type=positive, metavar="N", help="of the text, read at once (default: 1792 at most)"
+        "--tokens", type=positive, metavar="N", help="of the text, taken evenly from all of it (default: 1408 at most)"
     )
     parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: all processors)")
     parser.set_defaults(call=call)
