@@ -33,7 +33,6 @@ import real_sources
 
 import tqgguf
 from tqgguf._native import import_llama_cpp
-from tqgguf.cache.tail import tail_batch
 
 llama_cpp: Any = import_llama_cpp()
 RESULTS: Final = Path(__file__).parents[1] / "results" / "real_speed.json"
@@ -87,7 +86,6 @@ class Runner:
             calibration=calibration if setting.calibrated else "off",
             n_ctx=n_ctx,
             n_batch=N_BATCH,
-            n_ubatch=tail_batch(setting.tail, N_BATCH),
             flash_attn=setting.flash,
             swa_full=False,
             verbose=False,

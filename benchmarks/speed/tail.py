@@ -29,7 +29,6 @@ from decoding import read
 
 import tqgguf
 from tqgguf._native import import_llama_cpp
-from tqgguf.cache.tail import tail_batch
 
 llama_cpp: Any = import_llama_cpp()
 
@@ -53,7 +52,7 @@ def measure(
         for i in range(rounds):
             for tail in TAILS if i % 2 else TAILS[::-1]:
                 llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(contexts[tail]), True)
-                prefill[tail].append(read(contexts[tail], tokens[:depth], tail_batch(tail, 512)))
+                prefill[tail].append(read(contexts[tail], tokens[:depth], 512))
                 steps = [read(contexts[tail], tokens[depth + j : depth + j + 1], 1) for j in range(n_decode)]
                 decode[tail].append(median(steps))
         for tail in TAILS:

@@ -277,13 +277,21 @@ def test_what_moves_takes_no_rows_of_others(model: Any, cache: str) -> None:
         api.llama_free(context)
 
 
-def test_reading_a_prompt_in_batches_of_the_tail_leaves_other_limits_alone() -> None:
-    # llama.cpp ends the process if a batch without causal attention is longer than n_ubatch.
+@pytest.mark.parametrize("cache", ["pqo3", "pqt4", "q4_0", ("pqo4", "q8_0"), ("f16", "pqt3")])
+def test_a_batch_reads_what_one_token_at_a_time_reads(model: Any, cache: Any) -> None:
+    contexts = [model.add_context(cache, tail=64) for _ in range(4)]
+    for start, end in ((0, 230), (230, 233), (233, 300)):  # behind one another, so that the ring goes around
+        want = read(contexts[0], start, end, batch=1)
+        for context, batch in zip(contexts[1:], (2, 50, 512), strict=True):
+            assert moved(read(context, start, end, batch=batch), want) < 5e-3, (batch, end)
+
+
+def test_the_tail_does_not_limit_what_is_computed_at_once() -> None:
     model = tqgguf.Llama(MODEL_PATH, cache="pqo3", n_ctx=N_CTX, verbose=False)
     assert model.context_params.n_ubatch == 512
     sizes: list[int] = []
     decode = model._ctx.decode
     model._ctx.decode = lambda batch: (sizes.append(batch.n_tokens()), decode(batch))[1]
     model.eval(TOKENS[:300].tolist())
-    assert sizes == [128, 128, 44] and model.n_tokens == 300
+    assert sizes == [300] and model.n_tokens == 300
     model.close()

@@ -28,7 +28,7 @@ class Case:
         head_major: whether a head's tokens lie side by side.
         tail, first: recent and first rows of the precise tail, where the type may have one; f32 stands for a type that
             tqgguf does not know, and has a decoder then.
-        batch: whether the query rows' own tokens, which lie anywhere, are a batch that is written before it is read. Then a
+        batch: whether the query rows' own tokens, which lie anywhere, are a batch written before it is read. Then a
             row sees no own token behind its own, and the tail has a row of each own token, too.
         spread: tokens of V differ in magnitude (the standard deviation of its logarithm); channel 0 of q stands out.
         poison: where NaN (q) or infinities (k, v: their last token, as it is stored) are put after the oracle has been
@@ -224,6 +224,7 @@ def make_inputs(case: Case, encode: Encode = reference.encode) -> Inputs:
     sinks = normal(case.n_head) if case.sinks else None
     mask = make_mask(rng, case)
     seen = None if case.poison == "sinks" else sinks  # of -infinity they are none
+
     def attended(s: int, rows: slice, k: npt.NDArray[np.float32], v: npt.NDArray[np.float32]) -> Array:
         return reference.attention(
             q[s, :, rows].swapaxes(0, 1),

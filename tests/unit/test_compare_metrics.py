@@ -138,12 +138,12 @@ def test_labels(tmp_path: Path) -> None:
         ("policy (2)+64", 64),
     ]
     usual = compared_caches(["f16", "q8_0", ranges, "pqo3", {"default": "q8_0", "layers": {"1": "pqt3"}}], 2)
-    assert [(cache.label, cache.tail, cache.kept, cache.n_ubatch) for cache in usual] == [
-        ("f16", 0, 0, 512),
-        ("q8_0", None, 0, 512),
-        ("policy", None, 0, 512),
-        ("pqo3+128", None, 128, 128),
-        ("policy (2)+128", None, 128, 128),
+    assert [(cache.label, cache.tail, cache.kept) for cache in usual] == [
+        ("f16", 0, 0),
+        ("q8_0", None, 0),
+        ("policy", None, 0),
+        ("pqo3+128", None, 128),
+        ("policy (2)+128", None, 128),
     ]
     CachePolicy(("pqo4", "pqo3"), ("pqo3", "pqo3")).write(tmp_path / "pqo3.gguf")
     named = compared_caches([tmp_path / "pqo3.gguf", "pqo3"], 2, tails=(0,))

@@ -62,16 +62,6 @@ def warn_unread(n: int, architecture: str) -> None:
         )
 
 
-def tail_batch(n: int, most: int) -> int:
-    """Tokens to compute at once, at most `most`, where n are kept.
-
-    A batch is written before it is read, so in one longer than the tail most tokens no longer find their neighbours
-    there: read 512 at once, a tail of 128 takes a tenth of the demo model's divergence away, read 128 at once more than
-    half (benchmarks/quality/tail_quality.py). Batches below 128 cost speed, for the weights are read once for each.
-    """
-    return min(most, max(n, 128)) if n else most
-
-
 def tail_rows(kind: CacheType, n: int | None, cells: int) -> tuple[int, int]:
     """Rows of the tail of a K or V in a stream of so many cells: for the newest tokens, and for the first ones."""
     recent = kept(kind, n)

@@ -26,7 +26,7 @@ from .._native import import_llama_cpp
 from .._util import check_count
 from ..cache.calibration import Calibration
 from ..cache.policy import CachePolicy, PolicySpec, refuse_impossible, resolve
-from ..cache.tail import check_tail, tail_batch
+from ..cache.tail import check_tail
 from ..config import MEASURED_TYPES
 from ..errors import ArgumentError, TqggufError
 from ..gguf.info import ModelInfo, read_model_info
@@ -135,24 +135,19 @@ class NamedCache:
         policy: the type of every layer's K and V.
         tail: newest tokens kept in f16, as for `Llama`.
         rotate: whether llama.cpp may rotate stock quantized types, which it does by default.
-        at_once: tokens to compute at once at most.
+        n_ubatch: tokens to compute at once.
     """
 
     label: str
     policy: CachePolicy
     tail: int | None = 0
     rotate: bool = True
-    at_once: int = UBATCH
+    n_ubatch: int = UBATCH
 
     @property
     def kept(self) -> int:
         """Newest tokens that are kept in f16."""
         return self.policy.kept(self.tail)
-
-    @property
-    def n_ubatch(self) -> int:
-        """Tokens to compute at once, as `Llama.eval` does."""
-        return tail_batch(self.kept, self.at_once)
 
 
 class Trial(NamedTuple):

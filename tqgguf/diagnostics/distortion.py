@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache.policy import CachePolicy
-from ..cache.tail import kept, tail_batch
+from ..cache.tail import kept
 from ..config import CacheType, cache_type
 from ..gguf.info import KVLayer
 from ..model.reading import AttentionInputs
 from ..reference import BLOCK
 from .attention import Floats, rotation_sizes, stored
-from .compare import UBATCH
 
 F32 = npt.NDArray[np.float32]
 
@@ -43,14 +42,12 @@ class Storage:
         policy: the type in all layers, calibrated if it will be.
         rotate: whether llama.cpp rotates stock types; it does so behind a calibration in any case.
         tail: newest tokens kept in f16.
-        n_ubatch: tokens computed at once.
     """
 
     kind: CacheType
     policy: CachePolicy
     rotate: bool
     tail: int
-    n_ubatch: int
 
     def error_k(self, k: F32, layer: KVLayer) -> F32:
         """What is decoded less what was stored, of a layer's keys (n_tokens, n_head_kv, head_dim_k)."""
@@ -75,9 +72,7 @@ class Storage:
         token = np.arange(n)
         if not self.tail:
             return np.ones((len(rows), n), np.float32)
-        # A batch is written before it is read, so its first queries find fewer of their neighbours in the tail.
-        written = np.minimum((rows // self.n_ubatch + 1) * self.n_ubatch, n)
-        flags = (token < written[:, None] - self.tail) & (token >= N_FIRST)
+        flags = (token <= rows[:, None] - self.tail) & (token >= N_FIRST)
         return flags.astype(np.float32)
 
 
@@ -90,10 +85,7 @@ def storages(policies: Sequence[CachePolicy], rotate: bool, tail: int | None) ->
         tail: as for `Llama`.
     """
     kinds = [cache_type(policy.types_k[0]) for policy in policies]
-    n_ubatch = tail_batch(max(kept(kind, tail) for kind in kinds), UBATCH)
-    return [
-        Storage(kind, policy, rotate, kept(kind, tail), n_ubatch) for kind, policy in zip(kinds, policies, strict=True)
-    ]
+    return [Storage(kind, policy, rotate, kept(kind, tail)) for kind, policy in zip(kinds, policies, strict=True)]
 
 
 def distortions(inputs: AttentionInputs, layer: KVLayer, types: Sequence[Storage]) -> dict[tuple[str, str], float]:

@@ -446,7 +446,7 @@ class _Tuner:
         smallest, layers = self.names[0], np.array([layer.index for layer in self.info.layers])
         parts = np.split(layers, [max(1, round(end * len(layers))) for end in BAND_ENDS[:-1]])
         groups = [(side, tuple(part.tolist())) for side in "KV" for part in parts if len(part)]
-        caches = [replace(self.bench.f16, at_once=OTHER_UBATCH)]
+        caches = [replace(self.bench.f16, n_ubatch=OTHER_UBATCH)]
         for side, group in groups:
             cache = self._cache({(layer, side): smallest for layer in group}, rest="f16")
             # Behind a calibration K is rotated by layer, as it will be in the policy.

@@ -18,7 +18,6 @@ from jinja2 import TemplateError
 
 from .._native import import_llama_cpp
 from .._native.threads import kept_threads
-from ..cache.tail import tail_batch
 from ..cache.tensors import CacheTensor, check_tensors
 from ..errors import (
     ArgumentError,
@@ -261,10 +260,7 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
             self.reset()
             self.eval(before)
         progress = self._control.progress
-        most = min(self.context_params.n_ubatch, self.n_batch) if progress else self.n_batch
-        step = tail_batch(self._request.tail_used, most)
-        if self.draft_model is not None and self.n_tokens:
-            step = most  # what is drafted is sampled from one batch
+        step = min(self.context_params.n_ubatch, self.n_batch) if progress else self.n_batch
         for start in range(0, len(tokens), step):
             self._refuse_stopped()
             try:
