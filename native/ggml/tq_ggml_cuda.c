@@ -40,6 +40,9 @@ bool tq_ggml_cuda_used(const struct ggml_tensor * node) {
         case GGML_OP_DUP:
         case GGML_OP_CPY:
         case GGML_OP_CONT:
+            if (tq_ggml_copies_tail(node)) {
+                return true;
+            }
             if (src[0]->type == node->type && ggml_is_contiguous(src[0]) && ggml_is_contiguous(node)) {
                 return false; /* bytes as they are: upstream's copy does */
             }
@@ -47,6 +50,20 @@ bool tq_ggml_cuda_used(const struct ggml_tensor * node) {
         default:
             return false;
     }
+}
+
+/* A FLASH_ATTN_EXT node's attention. On CUDA a batch reads the tail as it is behind the batch, not the copy that it has
+ * of it (tq_ggml_tail.h), which nothing fills: the kernels know one state of the tail for all query rows. */
+static struct tq_attn attention(const struct ggml_tensor * node) {
+    struct ggml_tensor x = *node;
+    for (int i = 0; i < 2; i++) {
+        if (node->src[5 + 2 * i]) {
+            const struct ggml_tensor * cache = node->src[1 + i]->view_src;
+            x.src[5 + 2 * i] = cache->src[0];
+            x.src[6 + 2 * i] = cache->src[1];
+        }
+    }
+    return tq_ggml_attention(&x);
 }
 
 /* ---- Tensors ---- */
@@ -169,7 +186,7 @@ static bool attention_supported(const struct ggml_tensor * node) {
     if (q->nb[0] != sizeof(float) || (mask && mask->nb[0] != sizeof(ggml_fp16_t))) {
         return REFUSE("attention with a q or a mask whose rows do not lie in one piece is not done on CUDA");
     }
-    const struct tq_attn a = tq_ggml_attention(node);
+    const struct tq_attn a = attention(node);
     return tq_cuda_attn_supported(&a) == TQ_OK;
 }
 
@@ -185,7 +202,7 @@ bool tq_ggml_cuda_supported(const struct ggml_tensor * node) {
         case GGML_OP_FLASH_ATTN_EXT:
             return tail_supported(node) && attention_supported(node);
         default:
-            return is_copy(node) && copy_supported(node);
+            return is_copy(node) && (tq_ggml_copies_tail(node) || copy_supported(node));
     }
 }
 
@@ -283,7 +300,7 @@ static void decode(const struct ggml_tensor * node, const struct ggml_tensor * t
 
 static void attend(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * work,
                    void * stream) {
-    const struct tq_attn a = tq_ggml_attention(node);
+    const struct tq_attn a = attention(node);
     struct dense_attention d;
     if (!is_dense(node, dense, work, &d)) {
         check(tq_cuda_attn(&a, work, stream), node);
@@ -305,7 +322,7 @@ static size_t work_bytes(const struct ggml_tensor * node, const struct tq_ggml_c
     if (is_dense(node, dense, NULL, &d)) {
         return d.work_bytes;
     }
-    const struct tq_attn a = tq_ggml_attention(node);
+    const struct tq_attn a = attention(node);
     const size_t bytes = tq_cuda_attn_work_bytes(&a);
     check(bytes == (size_t) -1 ? TQ_E_ARGUMENT : TQ_OK, node);
     return bytes;
@@ -340,6 +357,9 @@ void tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_d
             break;
         default:
             GGML_ASSERT(is_copy(node));
+            if (tq_ggml_copies_tail(node)) {
+                break; /* see attention() */
+            }
             check(tq_ggml_is_pqo(node->type) ? tq_cuda_encode(&src, NULL, &dst, stream)
                                              : tq_cuda_decode(&src, NULL, 0, &dst, stream),
                   node);

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised by one with every incompatible change of this header; tq_abi_version() returns the library's. */
-#define TQ_ABI_VERSION 2
+#define TQ_ABI_VERSION 3
 
 /* Values per block, of one head. */
 #define TQ_BLOCK 32

@@ -19,7 +19,7 @@ from tqgguf import CACHE_TYPES, CachePolicy, reference
 from tqgguf._native import abi_version_expected
 from tqgguf.cache.policy import POLICY_VERSION, model_hash
 from tqgguf.demo import model as demo
-from tqgguf.session.file import SESSION_VERSION
+from tqgguf.session.file import CODEC, SESSION_VERSION
 
 PAGE: Final = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 DECODER: Final = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
@@ -81,7 +81,7 @@ def test_numbers_of_types_and_versions() -> None:
         kind = CACHE_TYPES[name]
         assert (int(number), int(n_bytes), float(bits)) == (kind.number, kind.bytes, kind.bits)
         assert int(n_levels) == len(reference.codebook(name).levels)
-    assert f"| `TQ_ABI_VERSION` (codec of sessions) | {abi_version_expected()} |" in PAGE
+    assert f"| codec of sessions | {CODEC} |" in PAGE and f"| `TQ_ABI_VERSION` | {abi_version_expected()} |" in PAGE
     assert f"| session layout | {SESSION_VERSION} |" in PAGE and f"| policy layout | {POLICY_VERSION} |" in PAGE
 
 

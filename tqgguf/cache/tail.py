@@ -62,6 +62,15 @@ def warn_unread(n: int, architecture: str) -> None:
         )
 
 
+def tail_batch(n: int, most: int) -> int:
+    """Tokens of a prompt to compute at once, at most `most`, with a cache on CUDA where n are kept.
+
+    There a batch reads the tail as it is behind the batch (native/ggml/tq_ggml_cuda.c), so in one longer than the tail
+    most tokens no longer find their neighbours there. Batches below 128 cost speed: the weights are read for each.
+    """
+    return min(most, max(n, 128)) if n else most
+
+
 def tail_rows(kind: CacheType, n: int | None, cells: int) -> tuple[int, int]:
     """Rows of the tail of a K or V in a stream of so many cells: for the newest tokens, and for the first ones."""
     recent = kept(kind, n)

@@ -17,7 +17,9 @@ import numpy as np
 from jinja2 import TemplateError
 
 from .._native import import_llama_cpp
+from .._native.rpc import local_gpus
 from .._native.threads import kept_threads
+from ..cache.tail import tail_batch
 from ..cache.tensors import CacheTensor, check_tensors
 from ..errors import (
     ArgumentError,
@@ -261,6 +263,8 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
             self.eval(before)
         progress = self._control.progress
         step = min(self.context_params.n_ubatch, self.n_batch) if progress else self.n_batch
+        if len(tokens) > 1 and self.context_params.offload_kqv and self.model_params.n_gpu_layers and local_gpus():
+            step = tail_batch(self._request.tail_used, step)
         for start in range(0, len(tokens), step):
             self._refuse_stopped()
             try:

@@ -33,7 +33,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from .._native import abi_version_expected, import_llama_cpp
+from .._native import import_llama_cpp
 from .._util import check_folder, write_whole
 from ..cache.policy import CachePolicy, model_hash
 from ..config import CACHE_TYPES
@@ -43,6 +43,9 @@ from .state import cell_positions
 
 SESSION_VERSION: Final = 1
 """Of the layout above; another one is refused."""
+
+CODEC: Final = 2
+"""Of what the bytes of a block mean, and those of a calibrated key; another one is refused."""
 
 _MAGIC: Final = b"tqgguf\x00S"
 _HEAD: Final = struct.Struct("<8sII32s")
@@ -62,7 +65,7 @@ class Session:
         type_numbers: ggml's number of each of these types.
         k_means: SHA-256 of what the policy does to keys: means, gains, and which layers it rotates; "" if nothing.
         settings: options of the context that change what a cache holds: RoPE, flash attention, LoRA.
-        codec: TQ_ABI_VERSION of the library that wrote the blocks.
+        codec: CODEC of the library that wrote the blocks.
         state: version of llama.cpp's state (LLAMA_STATE_SEQ_VERSION).
         n_tokens: tokens in it.
         n_state_bytes: bytes of llama.cpp's state.
@@ -234,7 +237,7 @@ def _identity(owner: Owner) -> dict[str, Any]:
         "type_numbers": {name: CACHE_TYPES[name].number for name in sorted({*types_k, *types_v})},
         "k_means": calibration_digest(policy, info),
         "settings": owner.settings,
-        "codec": abi_version_expected(),
+        "codec": CODEC,
         "state": int(import_llama_cpp().LLAMA_STATE_SEQ_VERSION),
     }
 
