@@ -244,7 +244,7 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
     # ---- Computing ----
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Reads tokens behind those in the cache, in batches that suit the tail; reports progress between them.
+        """Reads tokens behind those in the cache, in batches; reports progress between them.
 
         Where tokens were taken back that a recurrent state or a window cannot give back, all are read again first.
 
