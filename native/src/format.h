@@ -35,7 +35,13 @@ typedef struct {
  * a block as eight words of four bytes, and shifts each by its own j. */
 typedef struct {
     uint16_t d;
-    uint8_t t[4];    /* a 32-bit word */
+    uint8_t t[4];   /* a 32-bit word */
+    uint8_t low[4]; /* the only bit of e[i] at bit i of a 32-bit word */
+} tqi_block_pqt2;
+
+typedef struct {
+    uint16_t d;
+    uint8_t t[4];
     uint8_t even[4]; /* bits 0 and 1 of e[i] for even i, at bits i and i + 1 of a 32-bit word */
     uint8_t odd[4];  /* the same for odd i, at bits i - 1 and i */
 } tqi_block_pqt3;
@@ -48,18 +54,31 @@ typedef struct {
     uint8_t top[4]; /* bit 2 of e[i] at bit i of a 32-bit word */
 } tqi_block_pqt4;
 
+typedef struct {
+    uint16_t d;
+    uint8_t t[4];
+    uint8_t even[4];
+    uint8_t odd[4];
+    uint8_t top[4];
+    uint8_t highest[4]; /* bit 3 of e[i] at bit i of a 32-bit word */
+} tqi_block_pqt5;
+
 /* Bytes of a block of a type with so many bits per value. */
 #define TQI_BLOCK_BYTES(bits) ((size_t) (TQ_BLOCK / 8 * (bits)) + sizeof(uint16_t))
 
 #define TQI_PQO3_BYTES TQI_BLOCK_BYTES(3)
 #define TQI_PQO4_BYTES TQI_BLOCK_BYTES(4)
+#define TQI_PQT2_BYTES TQI_BLOCK_BYTES(2)
 #define TQI_PQT3_BYTES TQI_BLOCK_BYTES(3)
 #define TQI_PQT4_BYTES TQI_BLOCK_BYTES(4)
+#define TQI_PQT5_BYTES TQI_BLOCK_BYTES(5)
 
 static_assert(sizeof(tqi_block_pqo3) == TQI_PQO3_BYTES, "block_pqo3 must have no padding");
 static_assert(sizeof(tqi_block_pqo4) == TQI_PQO4_BYTES, "block_pqo4 must have no padding");
+static_assert(sizeof(tqi_block_pqt2) == TQI_PQT2_BYTES, "block_pqt2 must have no padding");
 static_assert(sizeof(tqi_block_pqt3) == TQI_PQT3_BYTES, "block_pqt3 must have no padding");
 static_assert(sizeof(tqi_block_pqt4) == TQI_PQT4_BYTES, "block_pqt4 must have no padding");
+static_assert(sizeof(tqi_block_pqt5) == TQI_PQT5_BYTES, "block_pqt5 must have no padding");
 
 #define TQI_F16_MAX 65504.0f
 #define TQI_RSQRT_BLOCK 0.17677669529663687f /* 1 / sqrt(32) */

@@ -1,5 +1,5 @@
-/* trellis.h: trellis-coded quantisation (Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990), the types pqt3 and
- * pqt4.
+/* trellis.h: trellis-coded quantisation (Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990), the types pqt2 to
+ * pqt5.
  *
  * The 2^(k+1) levels of a k-bit type are dealt out to four subsets, level j to subset j % 4. Which subset a value is
  * quantised in follows from a 32-bit word t that all 32 values share; which of the subset's levels, from k - 1 bits e
@@ -18,8 +18,8 @@
 #define TQI_STATES 8
 #define TQI_SUBSETS 4
 #define TQI_CANDIDATES 8 /* scales per block that the encoder tries: four factors, both signs */
-#define TQI_CUT 16 /* values on either side of the cut that decide the state there: closed_path, trellis_portable.c */
-#define TQI_FAR 1e30f /* what the paths cost that begin in another state than the one wanted */
+#define TQI_MAX_WORDS 5  /* of a block, after its scale */
+#define TQI_FAR 1e30f    /* what the paths cost that begin in another state than the one wanted */
 
 static inline uint32_t tqi_rotate(uint32_t t, int n) {
     return t << n | t >> (32 - n);
@@ -49,16 +49,29 @@ static inline int tqi_trellis_candidates(const tqi_codec * codec, float max, flo
     return some;
 }
 
+/* e of value i, from a block's words, parts: t; bits 0 and 1 of e in two words (one bit in one word at two bits per value);
+ * a word for each further bit. */
+static inline uint32_t tqi_trellis_e(int bits, const uint32_t * parts, int i) {
+    uint32_t e = bits == 2 ? parts[1] >> i & 1 : parts[1 + i % 2] >> (i & ~1) & 3;
+    for (int k = 3; k < TQI_MAX_WORDS && k < bits; ++k) {
+        e |= (parts[k] >> i & 1) << (k - 1);
+    }
+    return e;
+}
+
 /* Writes a block of scale d (f16 bits), path t and e: (TQ_BLOCK); a zero scale makes a zero block. */
 static inline void tqi_trellis_put(int bits, uint16_t d, uint32_t t, const int32_t * e, uint8_t * to) {
     if ((d & 0x7fffu) == 0) {
         memset(to, 0, TQI_BLOCK_BYTES(bits));
         return;
     }
-    uint32_t parts[4] = { t, 0, 0, 0 }; /* t, even, odd, top */
+    uint32_t parts[TQI_MAX_WORDS] = { t };
     for (int i = 0; i < TQ_BLOCK; ++i) {
-        parts[1 + i % 2] |= (uint32_t) (e[i] & 3) << (i & ~1);
-        parts[3] |= (uint32_t) (e[i] >> 2) << i;
+        const uint32_t ei = (uint32_t) e[i];
+        parts[bits == 2 ? 1 : 1 + i % 2] |= bits == 2 ? ei << i : (ei & 3) << (i & ~1);
+        for (int k = 3; k < bits; ++k) {
+            parts[k] |= (ei >> (k - 1) & 1) << i;
+        }
     }
     memcpy(to, &d, sizeof d);
     memcpy(to + sizeof d, parts, (size_t) (4 * bits));
