@@ -63,6 +63,8 @@ typedef struct {
     uint8_t highest[4]; /* bit 3 of e[i] at bit i of a 32-bit word */
 } tqi_block_pqt5;
 
+#define TQI_MAX_WORDS 5 /* of a trellis block, after its scale */
+
 /* Bytes of a block of a type with so many bits per value. */
 #define TQI_BLOCK_BYTES(bits) ((size_t) (TQ_BLOCK / 8 * (bits)) + sizeof(uint16_t))
 
@@ -134,6 +136,27 @@ TQI_INLINE uint16_t tqi_f32_to_f16(float f) {
     }
     const uint32_t odd = (abs >> 13) & 1u;
     return (uint16_t) (sign | ((abs - 0x38000000u + 0xfffu + odd) >> 13));
+}
+
+/* e of value i, from a trellis block's words. */
+TQI_INLINE uint32_t tqi_trellis_e(int bits, const uint32_t * words, int i) {
+    uint32_t e = bits == 2 ? words[1] >> i & 1u : words[1 + i % 2] >> (i & ~1) & 3u;
+    for (int k = 3; k < TQI_MAX_WORDS && k < bits; ++k) {
+        e |= (words[k] >> i & 1u) << (k - 1);
+    }
+    return e;
+}
+
+/* Puts it there; its bits were zeros. */
+TQI_INLINE void tqi_trellis_put_e(int bits, uint32_t e, int i, uint32_t * words) {
+    if (bits == 2) {
+        words[1] |= e << i;
+    } else {
+        words[1 + i % 2] |= (e & 3u) << (i & ~1);
+    }
+    for (int k = 3; k < TQI_MAX_WORDS && k < bits; ++k) {
+        words[k] |= (e >> (k - 1) & 1u) << i;
+    }
 }
 
 /* NaN -> 0, magnitudes above the largest f16 -> the largest f16. */

@@ -49,16 +49,6 @@ static inline int tqi_trellis_candidates(const tqi_codec * codec, float max, flo
     return some;
 }
 
-/* e of value i, from a block's words, parts: t; bits 0 and 1 of e in two words (one bit in one word at two bits per value);
- * a word for each further bit. */
-static inline uint32_t tqi_trellis_e(int bits, const uint32_t * parts, int i) {
-    uint32_t e = bits == 2 ? parts[1] >> i & 1 : parts[1 + i % 2] >> (i & ~1) & 3;
-    for (int k = 3; k < TQI_MAX_WORDS && k < bits; ++k) {
-        e |= (parts[k] >> i & 1) << (k - 1);
-    }
-    return e;
-}
-
 /* Writes a block of scale d (f16 bits), path t and e: (TQ_BLOCK); a zero scale makes a zero block. */
 static inline void tqi_trellis_put(int bits, uint16_t d, uint32_t t, const int32_t * e, uint8_t * to) {
     if ((d & 0x7fffu) == 0) {
@@ -67,11 +57,7 @@ static inline void tqi_trellis_put(int bits, uint16_t d, uint32_t t, const int32
     }
     uint32_t parts[TQI_MAX_WORDS] = { t };
     for (int i = 0; i < TQ_BLOCK; ++i) {
-        const uint32_t ei = (uint32_t) e[i];
-        parts[bits == 2 ? 1 : 1 + i % 2] |= bits == 2 ? ei << i : (ei & 3) << (i & ~1);
-        for (int k = 3; k < bits; ++k) {
-            parts[k] |= (ei >> (k - 1) & 1) << i;
-        }
+        tqi_trellis_put_e(bits, (uint32_t) e[i], i, parts);
     }
     memcpy(to, &d, sizeof d);
     memcpy(to + sizeof d, parts, (size_t) (4 * bits));
