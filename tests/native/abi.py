@@ -3,7 +3,8 @@
 Usage: python tests/native/abi.py
 
 A declaration that is new is added, and so is a value at the end of an enum. One that has changed or gone is an
-incompatible change: then this refuses until TQ_ABI_VERSION (tqgguf.h) or TQ_CUDA_ABI_VERSION (tq_cuda.h) has been raised.
+incompatible change: then this refuses until TQ_ABI_VERSION (tqgguf.h) or TQ_CUDA_ABI_VERSION (tq_cuda.h) has been
+raised.
 """
 
 from __future__ import annotations

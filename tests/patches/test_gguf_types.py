@@ -95,7 +95,7 @@ def test_a_tensor_of_ours_is_read_with_its_size(tmp_path: Path, tensor_type: int
     assert found == [tensor_type, 3 * block_bytes]
 
 
-@pytest.mark.parametrize(("tensor_type", "name"), enumerate(("pqo3", "pqo4", "pqt3", "pqt4", "pqt2", "pqt5"), 300))
+@pytest.mark.parametrize(("tensor_type", "name"), [*enumerate(("pqo3", "pqo4", "pqt3", "pqt4", "pqt2", "pqt5"), 300)])
 def test_a_tensor_of_ours_of_a_part_of_a_block_is_rejected(tmp_path: Path, tensor_type: int, name: str) -> None:
     write_gguf(tmp_path / "x.gguf", tensor_type, 48, 64)
     found, message = read_gguf(tmp_path / "x.gguf")
