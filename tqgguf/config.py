@@ -70,10 +70,12 @@ CACHE_TYPES: Final[dict[str, CacheType]] = {
         CacheType("q4_1", 3, 32, 20),
         CacheType("q4_0", 2, 32, 18),
         CacheType("iq4_nl", 20, 32, 18),
+        CacheType("pqt5", 305, 32, 22),
         CacheType("pqt4", 303, 32, 18),
         CacheType("pqo4", 301, 32, 18),
         CacheType("pqt3", 302, 32, 14),
         CacheType("pqo3", 300, 32, 14),
+        CacheType("pqt2", 304, 32, 10),
     )
 }
 """Every type a KV cache may have, by name: ours, and those of llama.cpp (f32, f16, bf16, q8_0 to iq4_nl)."""

@@ -91,7 +91,7 @@ def errors() -> dict[str, tuple[float, float]]:
     """Bits per value and NMSE of each type on Gaussian blocks; stock types use the same transform."""
     x = gaussian()
     found = {}
-    for type in ("pqo3", "pqt3", "pqo4", "pqt4"):
+    for type in ("pqo3", "pqo4", "pqt2", "pqt3", "pqt4", "pqt5"):
         y = x[:2000] if type.startswith("pqt") else x  # the path search is slow in NumPy
         found[type] = (CACHE_TYPES[type].bits, nmse(y, decoded(y, type)))
     for type in ("q4_0", "q5_0", "q8_0"):
@@ -193,7 +193,7 @@ def outliers() -> Any:
 def error() -> Any:
     """Error of each type by its bits, and Shannon's bound."""
     figure, axes = _figure(6.5, 3.8)
-    bits = np.linspace(2.8, 9, 50)
+    bits = np.linspace(2.2, 9, 50)
     axes.plot(bits, 2.0 ** (-2 * bits), color=GRID, linewidth=2)
     axes.text(
         6.5,
@@ -224,20 +224,21 @@ def error() -> Any:
 
 def block() -> Any:
     """The bytes of a block of each type."""
-    figure, axes = _figure(9, 2.9)
+    figure, axes = _figure(9, 4.1)
     axes.set_axis_off()
-    axes.set_xlim(-2.6, 19)
-    axes.set_ylim(-0.6, 4.2)
+    axes.set_xlim(-2.6, 23)
+    axes.set_ylim(-0.6, 6.2)
+    path = (("d", 2, OURS), ("path t", 4, "#f8dfe1"))
+    pairs = (("e, even values", 4, SOFT), ("e, odd values", 4, SOFT))
     rows = {
         "pqo3": (("d", 2, OURS), *(("8 x 3 bits", 3, SOFT),) * 4),
         "pqo4": (("d", 2, OURS), *(("2 x 4", 1, SOFT),) * 16),
-        "pqt3": (("d", 2, OURS), ("path t", 4, "#f8dfe1"), ("e, even values", 4, SOFT), ("e, odd values", 4, SOFT)),
-        "pqt4": (
-            *(("d", 2, OURS), ("path t", 4, "#f8dfe1"), ("e, even values", 4, SOFT), ("e, odd values", 4, SOFT)),
-            ("bit 2 of e", 4, SOFT),
-        ),
+        "pqt2": (*path, ("e", 4, SOFT)),
+        "pqt3": (*path, *pairs),
+        "pqt4": (*path, *pairs, ("bit 2 of e", 4, SOFT)),
+        "pqt5": (*path, *pairs, ("bit 2 of e", 4, SOFT), ("bit 3 of e", 4, SOFT)),
     }
-    for y, (type, fields) in zip((3, 2, 1, 0), rows.items(), strict=True):
+    for y, (type, fields) in zip(reversed(range(len(rows))), rows.items(), strict=True):
         axes.text(-0.3, y + 0.35, type, ha="right", va="center", fontsize=10, color=INK)
         at = 0
         for name, n_bytes, colour in fields:

@@ -41,8 +41,12 @@ template <int NT, int BLOCKS> static tqi_attention_kernel kernel_of_types(const 
             return tqi_attend_warp_kernel<tqi_pqo3, tqi_pqo3, NT, BLOCKS>;
         case TQ_TYPE_PQO4:
             return tqi_attend_warp_kernel<tqi_pqo4, tqi_pqo4, NT, BLOCKS>;
+        case TQ_TYPE_PQT2:
+            return tqi_attend_warp_kernel<tqi_pqt2, tqi_pqt2, NT, BLOCKS>;
         case TQ_TYPE_PQT3:
             return tqi_attend_warp_kernel<tqi_pqt3, tqi_pqt3, NT, BLOCKS>;
+        case TQ_TYPE_PQT5:
+            return tqi_attend_warp_kernel<tqi_pqt5, tqi_pqt5, NT, BLOCKS>;
         default:
             return tqi_attend_warp_kernel<tqi_pqt4, tqi_pqt4, NT, BLOCKS>;
     }

@@ -63,7 +63,7 @@ static int check_operand(const char * name, const tq_attn_operand * x, tqi_opera
         const tqi_codec * codec = tqi_codec_get(x->type, x->mode);
         if (codec == NULL) {
             return tq_cuda_fail(TQ_E_UNSUPPORTED,
-                                "%s: type %d in mode %d given; CUDA attention takes pqo3, pqo4, pqt3, pqt4 and f16",
+                                "%s: type %d in mode %d given; CUDA attention takes pqo3, pqo4, pqt2 to pqt5 and f16",
                                 name, x->type, x->mode);
         }
         o->is_pqo = 1;
@@ -307,7 +307,7 @@ static void plan_copies(tqi_attention * a) {
     const int threads = a->blocks > 0 ? 32 : TQI_ATTENTION_THREADS;
     for (tqi_operand * x : { &a->k, &a->v }) {
         if (a->blocks > 0) { /* one kind of copy for both */
-            x->stride_shared = tqi_warp_stride(a->blocks);
+            x->stride_shared = tqi_warp_stride(x->type, a->blocks);
             x->grain = grain;
             x->units = grain == 16 ? tqi_wide_units(x->row_bytes) : x->row_bytes / grain;
         }

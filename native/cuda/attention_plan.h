@@ -70,11 +70,6 @@ TQI_HD uint32_t tqi_reciprocal_of(int n) {
     return n == 1 ? 0xffffffffu : (uint32_t) ((1ull << 32) / (uint64_t) n);
 }
 
-/* Copies of 16 bytes that a row takes, where it begins at most 8 bytes behind a multiple of 16, or fits anyway. */
-TQI_HD constexpr int tqi_wide_units(int row_bytes) {
-    return (row_bytes + 8 + 15) / 16;
-}
-
 /* Checks the arguments and fills *a but for stats and partials. */
 int tqi_cuda_plan(const tq_attn * args, const tqi_cuda_limits & limits, tqi_attention * a);
 

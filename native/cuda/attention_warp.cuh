@@ -64,11 +64,12 @@ TQI_D tqi_warp_loader tqi_warp_loader_of(bool one, const tqi_attention & p, cons
     return l;
 }
 
-/* Starts to copy a whole tile of one operand, 16 bytes at a time, to AT bytes behind to; up to three times, where rows
+/* Starts to copy a whole tile of one operand, 16 bytes at a time, to AT bytes behind to; up to four times, where rows
  * remain. */
 template <typename T, int BLOCKS, int AT>
 TQI_D void tqi_warp_copy(const tqi_operand & x, const uint8_t * from, uint8_t * to) {
-    const int units = tqi_wide_units(T::BYTES * BLOCKS), rows_on = 32 / units, step = rows_on * tqi_warp_stride(BLOCKS);
+    const int units = tqi_wide_units(T::BYTES * BLOCKS), rows_on = 32 / units;
+    const int step = rows_on * tqi_warp_stride(T::TYPE, BLOCKS);
     const int row = tqi_thread() % 32 / units, tile = TQI_WARP_TILE;
     if (row < rows_on) {
         tqi_copy_async<16, AT>(to, from);
@@ -78,6 +79,9 @@ TQI_D void tqi_warp_copy(const tqi_operand & x, const uint8_t * from, uint8_t * 
     }
     if (row < rows_on && row < tile - 2 * rows_on) {
         tqi_copy_async<16, AT + 2 * step>(to, from + 2 * x.step);
+    }
+    if (3 * rows_on < tile && row < rows_on && row < tile - 3 * rows_on) {
+        tqi_copy_async<16, AT + 3 * step>(to, from + 3 * x.step);
     }
 }
 
@@ -334,7 +338,8 @@ template <typename K, typename V, int NT, int BLOCKS>
 TQI_D void tqi_warp_tile(const tqi_attention & p, const unsigned char * shared, const uint8_t * stage,
                          const tqi_tile_keys & keys, tqi_warp_lane<K, V, NT, BLOCKS> * l) {
     constexpr tqi_warp_layout at = tqi_warp_layout_of(K::TYPE, V::TYPE, BLOCKS, NT);
-    const int lane = tqi_thread() % 32, g = lane / 4, t = lane % 4, stride = tqi_warp_stride(BLOCKS);
+    const int lane = tqi_thread() % 32, g = lane / 4, t = lane % 4;
+    const int k_stride = tqi_warp_stride(K::TYPE, BLOCKS), v_stride = tqi_warp_stride(V::TYPE, BLOCKS);
     const tqi_quad * in_q = (const tqi_quad *) (const void *) (shared + at.q);
     tqi_results<NT, BLOCKS> * r = &l->results;
     float s[NT][4], x[NT][4];
@@ -342,7 +347,7 @@ TQI_D void tqi_warp_tile(const tqi_attention & p, const unsigned char * shared, 
     const auto fragment = [&](int b, int i) {
         return NT == 1 ? l->q[NT == 1 ? b : 0] : in_q[(i * BLOCKS + b) * 32 + lane];
     };
-    tqi_multiply_keys<K, NT, BLOCKS>((const uint32_t *) (const void *) shared, stage + l->in_k, stride, l->k_part,
+    tqi_multiply_keys<K, NT, BLOCKS>((const uint32_t *) (const void *) shared, stage + l->in_k, k_stride, l->k_part,
                                      BLOCKS, fragment, s);
     if (keys.plain) {
         TQI_UNROLL
@@ -362,7 +367,7 @@ TQI_D void tqi_warp_tile(const tqi_attention & p, const unsigned char * shared, 
     }
     tqi_warp_softmax<NT, BLOCKS>(keys.plain, s, x, r, weights);
     tqi_multiply_values<V, NT, BLOCKS / 2>((const uint32_t *) (const void *) (shared + at.v_table), stage + l->in_v,
-                                           stride, l->v_parts, 0xffffffffu, weights, r->o);
+                                           v_stride, l->v_parts, 0xffffffffu, weights, r->o);
 }
 
 /* All warps' results, through the memory where tiles were. */
@@ -406,8 +411,8 @@ TQI_D void tqi_attend_by_warps(const tqi_attention & p, unsigned char * shared) 
     const int begin = task.begin + TQI_WARP_TILE * warp, slice = g * (BLOCKS / 2); /* the first of V's */
     const int first = at.stages + warp * p.n_stages * at.stage_bytes; /* of the stages that this warp has */
     tqi_warp_lane<K, V, NT, BLOCKS> l;
-    l.in_k = tqi_keep(tqi_lead(p.k, task) + g * tqi_warp_stride(BLOCKS));
-    l.in_v = tqi_keep(at.v_in_stage + tqi_lead(p.v, task) + 2 * t * tqi_warp_stride(BLOCKS));
+    l.in_k = tqi_keep(tqi_lead(p.k, task) + g * tqi_warp_stride(K::TYPE, BLOCKS));
+    l.in_v = tqi_keep(at.v_in_stage + tqi_lead(p.v, task) + 2 * t * tqi_warp_stride(V::TYPE, BLOCKS));
     tqi_warp_loader loader = tqi_warp_loader_of(K::TYPE == V::TYPE, p, task, begin, at.mask_in_stage);
     for (int i = 0; i < p.n_stages - 1; ++i) {
         tqi_warp_load<K, V, BLOCKS>(p, &loader, task.end - begin - i * TQI_WARP_STEP,

@@ -41,7 +41,7 @@ TQI_HD int tqi_index_of(const tqi_tables * tables, int bits, float t) {
 TQI_HD void tqi_store_block(int bits, uint16_t d, const uint32_t * words, int l, uint8_t * block) {
     uint16_t * halves = (uint16_t *) (void *) block;
     TQI_UNROLL
-    for (int i = 0; i < 9; ++i) {
+    for (int i = 0; i < 2 * TQI_MAX_WORDS + 1; ++i) {
         if (i < 2 * bits + 1 && i % TQI_TEAM == l) {
             halves[i] = (d & 0x7fffu) == 0 ? (uint16_t) 0
                         : i == 0           ? d
@@ -53,7 +53,7 @@ TQI_HD void tqi_store_block(int bits, uint16_t d, const uint32_t * words, int l,
 /* Writes scale d (f16 bits) and the indices of t, the values over their scale; a zero scale makes a zero block. */
 TQI_D void tqi_put_block(const tqi_tables * tables, int bits, uint16_t d, const float * t, int l, bool store,
                          uint8_t * block) {
-    uint32_t groups[4], words[4];
+    uint32_t groups[4], words[TQI_MAX_WORDS];
     TQI_UNROLL
     for (int m = 0; m < TQI_VALUES; ++m) {
         groups[m] = tqi_gather((uint32_t) tqi_index_of(tables, bits, t[m]) << (bits * l));
@@ -146,12 +146,13 @@ TQI_D void tqi_encode_block(const tqi_codec & codec, const tqi_tables * tables, 
 /* y: values l, l + 8, ... of a block, in the transformed domain. */
 TQI_HD void tqi_unpack_block(const tqi_tables * tables, int bits, int trellis, const uint8_t * block, int l,
                              float * y) {
-    uint32_t words[4];
+    uint32_t words[TQI_MAX_WORDS];
     const float d = tqi_f16_to_f32(tqi_finite_scale(*(const uint16_t *) (const void *) block));
     tqi_load_words(block, bits, words);
     TQI_UNROLL
     for (int m = 0; m < TQI_VALUES; ++m) {
-        const int index = trellis ? tqi_unpack_level(words, l + TQI_TEAM * m) : tqi_unpack_index(bits, words, l, m);
+        const int index =
+            trellis ? tqi_unpack_level(bits, words, l + TQI_TEAM * m) : tqi_unpack_index(bits, words, l, m);
         y[m] = d * tables->levels[index];
     }
 }

@@ -45,11 +45,11 @@ TQI_HD int tqi_subset_of(uint32_t t, int i) {
     return (int) (2 * (tqi_subset_high(t) >> i & 1u) + (tqi_subset_low(t) >> i & 1u));
 }
 
-/* A block's words after its scale; three of them at 3 bits. Blocks lie at even addresses. */
+/* A block's words after its scale: as many as bits. Blocks lie at even addresses. words: (TQI_MAX_WORDS). */
 TQI_HD void tqi_load_words(const uint8_t * block, int bits, uint32_t * words) {
     const uint16_t * halves = (const uint16_t *) (const void *) (block + 2);
     TQI_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < TQI_MAX_WORDS; ++i) {
         words[i] = i < bits ? halves[2 * i] | (uint32_t) halves[2 * i + 1] << 16 : 0;
     }
 }
@@ -72,12 +72,12 @@ TQI_HD void tqi_pack(int bits, const uint32_t * groups, uint32_t * words) {
     words[1] = bits == 4 ? groups[1] : groups[1] >> 8 | groups[2] << 16;
     words[2] = bits == 4 ? groups[2] : groups[2] >> 16 | groups[3] << 8;
     words[3] = bits == 4 ? groups[3] : 0;
+    words[4] = 0;
 }
 
 /* The level of value i of a trellis block. */
-TQI_HD int tqi_unpack_level(const uint32_t * words, int i) {
-    const uint32_t e = (i % 2 ? words[2] : words[1]) >> (i & ~1) & 3u;
-    return (int) (4 * (e + 4 * (words[3] >> i & 1u))) + tqi_subset_of(words[0], i);
+TQI_HD int tqi_unpack_level(int bits, const uint32_t * words, int i) {
+    return (int) (4 * tqi_trellis_e(bits, words, i)) + tqi_subset_of(words[0], i);
 }
 
 /* The row of a tail that a token goes to; tokens and rows are below 2^31. */

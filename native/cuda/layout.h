@@ -21,6 +21,15 @@ TQI_HD constexpr int tqi_round_up(int n, int unit) {
     return (n + unit - 1) / unit * unit;
 }
 
+/* Bits per value of a type's block. */
+TQI_HD constexpr int tqi_bits_of(int type) {
+    return type == TQ_TYPE_PQT2                           ? 2
+           : type == TQ_TYPE_PQO3 || type == TQ_TYPE_PQT3 ? 3
+           : type == TQ_TYPE_PQO4 || type == TQ_TYPE_PQT4 ? 4
+           : type == TQ_TYPE_PQT5                         ? 5
+                                                          : 0;
+}
+
 /* ---- Tables of levels (slices.cuh) ---- */
 
 struct tqi_table {
@@ -28,10 +37,11 @@ struct tqi_table {
 };
 
 TQI_HD constexpr tqi_table tqi_table_of(int type) {
-    return type == TQ_TYPE_PQO3                           ? tqi_table{ 64, 256 }
-           : type == TQ_TYPE_PQO4 || type == TQ_TYPE_PQT3 ? tqi_table{ 256, 128 }
-           : type == TQ_TYPE_PQT4                         ? tqi_table{ 32, 128 }
-                                                          : tqi_table{ 0, 0 };
+    return type == TQ_TYPE_PQO3    ? tqi_table{ 64, 256 }
+           : type == TQ_TYPE_PQT4  ? tqi_table{ 32, 128 }
+           : type == TQ_TYPE_PQT5  ? tqi_table{ 64, 128 }
+           : tqi_bits_of(type) > 0 ? tqi_table{ 256, 128 }
+                                   : tqi_table{ 0, 0 };
 }
 
 TQI_HD constexpr int tqi_table_bytes(int type) {
@@ -46,10 +56,15 @@ TQI_HD constexpr int tqi_table_bytes(int type) {
  * either. */
 #define TQI_PART_STRIDE 33
 
-/* Bytes from row to row in a stage: a constant, so that loads need one address, and no bank is met twice for K
- * (check_operand). */
-TQI_HD constexpr int tqi_warp_stride(int blocks) {
-    return blocks == 4 ? 80 : 48;
+/* Copies of 16 bytes that a row takes, where it begins at most 8 bytes behind a multiple of 16, or fits anyway. */
+TQI_HD constexpr int tqi_wide_units(int row_bytes) {
+    return (row_bytes + 8 + 15) / 16;
+}
+
+/* Bytes from row to row in a stage, for rows of `blocks` blocks: a constant, so that loads need one address, and an odd
+ * multiple of four words, so that no bank is met twice for K (check_operand). */
+TQI_HD constexpr int tqi_warp_stride(int type, int blocks) {
+    return 16 * (tqi_wide_units((int) TQI_BLOCK_BYTES(tqi_bits_of(type)) * blocks) | 1);
 }
 
 struct tqi_warp_layout {
@@ -72,8 +87,8 @@ TQI_HD constexpr tqi_warp_layout tqi_warp_layout_of(int k_type, int v_type, int 
     l.bases = l.slope + 4 * n_vec;
     l.totals = l.bases + 4 * n_vec * TQI_WARPS;
     l.stages = l.totals + 4 * n_vec * TQI_WARPS;
-    l.v_in_stage = TQI_WARP_TILE * tqi_warp_stride(blocks);
-    l.mask_in_stage = 2 * l.v_in_stage;
+    l.v_in_stage = TQI_WARP_TILE * tqi_warp_stride(k_type, blocks);
+    l.mask_in_stage = l.v_in_stage + TQI_WARP_TILE * tqi_warp_stride(v_type, blocks);
     l.stage_bytes = l.mask_in_stage + 2 * n_vec * TQI_WARP_TILE;
     return l;
 }

@@ -143,6 +143,22 @@ static int check_both(const tq_cuda_view * src, const tq_cuda_index * rows, cons
 
 /* ---- Launches ---- */
 
+static void (*encode_kernel_of(const tqi_codec & codec))(const tqi_rows) {
+    if (!codec.trellis) {
+        return codec.bits == 3 ? tqi_encode_kernel<3> : tqi_encode_kernel<4>;
+    }
+    switch (codec.bits) {
+        case 2:
+            return tqi_encode_trellis_kernel<2>;
+        case 3:
+            return tqi_encode_trellis_kernel<3>;
+        case 4:
+            return tqi_encode_trellis_kernel<4>;
+        default:
+            return tqi_encode_trellis_kernel<5>;
+    }
+}
+
 extern "C" int tq_cuda_encode(const tq_cuda_view * src, const tq_cuda_index * rows, const tq_cuda_view * dst,
                               void * stream) {
     const tqi_codec *from, *to;
@@ -154,10 +170,7 @@ extern "C" int tq_cuda_encode(const tq_cuda_view * src, const tq_cuda_index * ro
         r.source = *from;
     }
     const int threads = to->trellis ? TQI_TRELLIS_THREADS : TQI_ROW_THREADS;
-    void (*kernel)(const tqi_rows) = to->trellis
-                                         ? (to->bits == 3 ? tqi_encode_trellis_kernel<3> : tqi_encode_trellis_kernel<4>)
-                                         : (to->bits == 3 ? tqi_encode_kernel<3> : tqi_encode_kernel<4>);
-    return tqi_launch_each(kernel, "encode", r.n_blocks, threads / TQI_TEAM, threads, stream, r);
+    return tqi_launch_each(encode_kernel_of(*to), "encode", r.n_blocks, threads / TQI_TEAM, threads, stream, r);
 }
 
 extern "C" int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * rows, int transformed,

@@ -4,8 +4,9 @@
  * A table in shared memory holds, for every pair of indices, both levels as two f16. Lane i of a warp looks up in its
  * own copy, which lies in bank i: whatever the indices, a warp's look-up takes one cycle. 3 bits: 64 pairs * 32 copies
  * * 4 bytes = 8 KiB, spread over 16 (SPACING); 4 bits: 32 KiB. So two values take a shift, an and, and one load. pqt4
- * has 32 levels; a table of pairs would need 128 KiB, so it looks up values singly, 4 KiB. Byte permutation on a table
- * in registers needs indices spread to 4 bits first: about 2.5 instructions per value instead of 1.5.
+ * has 32 levels; a table of pairs would need 128 KiB, so it looks up values singly, 4 KiB, and so does pqt5, 8 KiB.
+ * Byte permutation on a table in registers needs indices spread to 4 bits first: about 2.5 instructions per value
+ * instead of 1.5.
  *
  * A score's sum may run over a row in any order, so each of the four lanes that share a row takes the eight values that
  * are cheapest for it to find, "part" 0 to 3 of the block: q is laid out to match (dim). For V the pairs must be of two
@@ -167,31 +168,41 @@ struct tqi_pqo4 : tqi_packed<TQ_TYPE_PQO4, 4>, tqi_plain_places<tqi_pqo4, uint32
  * words were laid out for that (format.h). Levels of the even ones and of the odd ones, four bytes each. */
 template <int BITS>
 TQI_D void tqi_trellis_slice(const uint32_t * row, int b, int part, uint32_t * even, uint32_t * odd) {
-    uint32_t words[4] = { 0, 0, 0, 0 };
+    uint32_t words[TQI_MAX_WORDS] = { 0 };
     TQI_UNROLL
     for (int j = 0; j < BITS; ++j) {
         words[j] = tqi_load_word<4 * BITS + 2>(row, b, 2, j);
     }
     const uint32_t low = tqi_subset_low(words[0]) >> (2 * part), high = tqi_subset_high(words[0]) >> (2 * part);
-    *even = (words[1] >> (2 * part) << 2 & 0x0c0c0c0cu) | (high << 1 & 0x02020202u) | (low & 0x01010101u);
-    *odd = (words[2] >> (2 * part) << 2 & 0x0c0c0c0cu) | (high & 0x02020202u) | (low >> 1 & 0x01010101u);
-    if (BITS == 4) {
-        const uint32_t top = words[3] >> (2 * part);
-        *even |= top << 4 & 0x10101010u;
-        *odd |= top << 3 & 0x10101010u;
+    *even = (high << 1 & 0x02020202u) | (low & 0x01010101u);
+    *odd = (high & 0x02020202u) | (low >> 1 & 0x01010101u);
+    if (BITS > 2) {
+        *even |= words[1] >> (2 * part) << 2 & 0x0c0c0c0cu;
+        *odd |= words[2] >> (2 * part) << 2 & 0x0c0c0c0cu;
+    }
+    TQI_UNROLL
+    for (int j = BITS == 2 ? 1 : 3; j < BITS; ++j) { /* words with a single bit of e, which becomes bit `to` */
+        const int to = BITS == 2 ? 2 : j + 1;
+        const uint32_t single = words[j] >> (2 * part);
+        *even |= single << to & 0x01010101u << to;
+        *odd |= single << (to - 1) & 0x01010101u << to;
     }
 }
 
-/* 16 levels: from here on like pqo4. */
-struct tqi_pqt3 : tqi_packed<TQ_TYPE_PQT3, 4>, tqi_plain_places<tqi_pqt3, uint32_t> {
-    static const int BYTES = TQI_PQT3_BYTES;
+/* 16 levels, or 8: from here on like pqo4. */
+template <typename T, int NUMBER, int BITS>
+struct tqi_trellis_pairs : tqi_packed<NUMBER, 4>, tqi_plain_places<T, uint32_t> {
+    static const int BYTES = (int) TQI_BLOCK_BYTES(BITS);
     static TQI_D uint32_t load(const uint32_t * row, int b, int part) {
         uint32_t even, odd;
-        tqi_trellis_slice<3>(row, b, part, &even, &odd);
+        tqi_trellis_slice<BITS>(row, b, part, &even, &odd);
         return even | odd << 4;
     }
     static TQI_D int dim(int part, int n) { return 8 * (n / 2) + 2 * part + n % 2; }
 };
+
+struct tqi_pqt2 : tqi_trellis_pairs<tqi_pqt2, TQ_TYPE_PQT2, 2> {};
+struct tqi_pqt3 : tqi_trellis_pairs<tqi_pqt3, TQ_TYPE_PQT3, 3> {};
 
 /* Of types that look up each value of two tokens for itself. */
 template <typename SLICE> struct tqi_two_slices {
@@ -203,13 +214,15 @@ template <typename SLICE> struct tqi_two_slices {
     static TQI_D merged merge(const slice & a, const slice & b) { return { a, b }; }
 };
 
-struct tqi_pqt4_slice {
+struct tqi_trellis_bytes {
     uint32_t even, odd;
 };
 
-struct tqi_pqt4 : tqi_two_slices<tqi_pqt4_slice>, tqi_plain_places<tqi_pqt4, tqi_pqt4_slice> {
-    static const int TYPE = TQ_TYPE_PQT4;
-    static const int BYTES = TQI_PQT4_BYTES;
+/* 32 or 64 levels: a byte for each value. */
+template <typename T, int NUMBER, int BITS>
+struct tqi_trellis_singles : tqi_two_slices<tqi_trellis_bytes>, tqi_plain_places<T, tqi_trellis_bytes> {
+    static const int TYPE = NUMBER;
+    static const int BYTES = (int) TQI_BLOCK_BYTES(BITS);
     static const int SCALED = 1;
     static const int ENTRIES = tqi_table_of(TYPE).entries;
     static const int SPACING = tqi_table_of(TYPE).spacing;
@@ -219,26 +232,30 @@ struct tqi_pqt4 : tqi_two_slices<tqi_pqt4_slice>, tqi_plain_places<tqi_pqt4, tqi
         return tqi_half2(levels[i] * unit(), levels[i] * unit());
     }
 
-    static TQI_D slice load(const uint32_t * row, int b, int part) {
-        slice s;
-        tqi_trellis_slice<4>(row, b, part, &s.even, &s.odd);
+    static TQI_D tqi_trellis_bytes load(const uint32_t * row, int b, int part) {
+        tqi_trellis_bytes s;
+        tqi_trellis_slice<BITS>(row, b, part, &s.even, &s.odd);
         return s;
     }
 
-    static TQI_D uint32_t look_up(const uint32_t * table, const slice & s, int n) {
+    static TQI_D uint32_t look_up(const uint32_t * table, const tqi_trellis_bytes & s, int n) {
         return tqi_look_up<ENTRIES, SPACING>(table, n & 1 ? s.odd : s.even, 8 * (n / 2));
     }
 
-    static TQI_D uint32_t along(const uint32_t * table, const slice & s, int n) {
+    static TQI_D uint32_t along(const uint32_t * table, const tqi_trellis_bytes & s, int n) {
         return tqi_permute(look_up(table, s, n), look_up(table, s, n + 1), 0x7610);
     }
 
-    static TQI_D uint32_t across(const uint32_t * table, const merged & m, int n) {
+    static TQI_D uint32_t across(const uint32_t * table, const typename tqi_two_slices<tqi_trellis_bytes>::merged & m,
+                                 int n) {
         return tqi_permute(look_up(table, m.a, n), look_up(table, m.b, n), 0x7610);
     }
 
     static TQI_D int dim(int part, int n) { return tqi_pqt3::dim(part, n); }
 };
+
+struct tqi_pqt4 : tqi_trellis_singles<tqi_pqt4, TQ_TYPE_PQT4, 4> {};
+struct tqi_pqt5 : tqi_trellis_singles<tqi_pqt5, TQ_TYPE_PQT5, 5> {};
 
 /* f16 as it is, for the one side of a mixed pair. Its "block" is 32 values. */
 struct tqi_f16_slice {
@@ -286,7 +303,7 @@ TQI_HD tqi_spot tqi_spot_of(bool trellis, int i) {
 }
 
 TQI_HD bool tqi_is_trellis(int type) {
-    return type == TQ_TYPE_PQT3 || type == TQ_TYPE_PQT4;
+    return type >= TQ_TYPE_PQT3 && type <= TQ_TYPE_PQT5;
 }
 
 /* Calls with an object of the type that the number means. */
@@ -296,10 +313,14 @@ template <typename F> TQI_D void tqi_with_type(int type, const F & call) {
             return call(tqi_pqo3());
         case TQ_TYPE_PQO4:
             return call(tqi_pqo4());
+        case TQ_TYPE_PQT2:
+            return call(tqi_pqt2());
         case TQ_TYPE_PQT3:
             return call(tqi_pqt3());
         case TQ_TYPE_PQT4:
             return call(tqi_pqt4());
+        case TQ_TYPE_PQT5:
+            return call(tqi_pqt5());
         default:
             return call(tqi_f16());
     }

@@ -37,11 +37,11 @@ TQI_D float tqi_token_value(const tqi_operand & x, const tqi_task & task, int to
         return tqi_half_to_float(((const uint16_t *) (const void *) from)[i]);
     }
     const bool trellis = tqi_is_trellis(x.type);
-    const int bits = x.type == TQ_TYPE_PQO3 || x.type == TQ_TYPE_PQT3 ? 3 : 4, n = i % TQ_BLOCK;
+    const int bits = tqi_bits_of(x.type), n = i % TQ_BLOCK;
     const uint8_t * block = from + i / TQ_BLOCK * (x.row_bytes / x.n_blocks);
-    uint32_t words[4];
+    uint32_t words[TQI_MAX_WORDS];
     tqi_load_words(block, bits, words);
-    const int index = trellis ? tqi_unpack_level(words, n) : tqi_unpack_index(bits, words, n % 8, n / 8);
+    const int index = trellis ? tqi_unpack_level(bits, words, n) : tqi_unpack_index(bits, words, n % 8, n / 8);
     return tqi_half_to_float(tqi_finite_scale(*(const uint16_t *) (const void *) block)) * x.levels[index];
 }
 

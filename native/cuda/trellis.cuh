@@ -12,7 +12,6 @@
 
 #define TQI_STATES 8
 #define TQI_SUBSETS 4
-#define TQI_CUT 16
 #define TQI_FAR 1e30f
 #define TQI_TRELLIS_THREADS 64
 
@@ -26,7 +25,7 @@ struct tqi_trellis_scratch {
 TQI_HD int tqi_nearest(const tqi_tables * tables, int bits, int u, float x) {
     int e = 0;
     TQI_UNROLL
-    for (int j = 0; j < 7; ++j) {
+    for (int j = 0; j < TQI_MAX_LEVELS / TQI_SUBSETS - 1; ++j) {
         if (j < (1 << (bits - 1)) - 1) {
             e += x > tables->boundaries[TQI_SUBSETS * j + u];
         }
@@ -58,40 +57,40 @@ TQI_HD uint32_t tqi_step(const float * distance, float * cost) {
 }
 
 /* The closed path of near enough the least distance, and that distance: closed_path of trellis_portable.c. */
-TQI_D uint32_t tqi_closed_path(tqi_trellis_scratch * w, float * distance) {
+TQI_D uint32_t tqi_closed_path(int cut, tqi_trellis_scratch * w, float * distance) {
     const int thread = tqi_thread();
     float cost[TQI_STATES], d[TQI_SUBSETS];
-    int cut[TQI_STATES];
+    int through[TQI_STATES];
     TQI_UNROLL
     for (int s = 0; s < TQI_STATES; ++s) {
         cost[s] = 0.0f;
-        cut[s] = s;
+        through[s] = s;
     }
     TQI_NO_UNROLL
-    for (int n = 0; n < TQ_BLOCK; ++n) {
-        const int i = (n + TQI_CUT) % TQ_BLOCK;
+    for (int n = -cut; n < cut; ++n) {
+        const int i = (n + TQ_BLOCK) % TQ_BLOCK;
         TQI_UNROLL
         for (int u = 0; u < TQI_SUBSETS; ++u) {
             d[u] = w->distances[TQI_SUBSETS * i + u][thread];
         }
         const uint32_t one = tqi_step(d, cost);
-        if (n >= TQI_CUT) {
+        if (n >= 0) {
             int before[TQI_STATES];
             TQI_UNROLL
             for (int s = 0; s < TQI_STATES; ++s) {
-                before[s] = cut[s];
+                before[s] = through[s];
             }
             TQI_UNROLL
             for (int s = 0; s < TQI_STATES; ++s) {
-                cut[s] = one >> s & 1u ? before[2 * (s % 4) + 1] : before[2 * (s % 4)];
+                through[s] = one >> s & 1u ? before[2 * (s % 4) + 1] : before[2 * (s % 4)];
             }
         }
     }
     float least = cost[0];
-    int closing = cut[0];
+    int closing = through[0];
     TQI_UNROLL
     for (int s = 1; s < TQI_STATES; ++s) {
-        closing = cost[s] < least ? cut[s] : closing;
+        closing = cost[s] < least ? through[s] : closing;
         least = cost[s] < least ? cost[s] : least;
     }
     TQI_UNROLL
@@ -148,22 +147,23 @@ TQI_D int tqi_best_candidate(float error, int l) {
     return tqi_thread() % 32 / TQI_TEAM * TQI_TEAM + best;
 }
 
-/* The words of a block of path t: t, even, odd, top (format.h). quotient: 1 / its scale. */
+/* The words of a block of path t (format.h). quotient: 1 / its scale. */
 TQI_D void tqi_trellis_words(const tqi_tables * tables, int bits, const float * y, uint32_t t, float quotient, int l,
                              uint32_t * words) {
     words[0] = t;
-    words[1] = words[2] = words[3] = 0;
+    TQI_UNROLL
+    for (int i = 1; i < TQI_MAX_WORDS; ++i) {
+        words[i] = 0;
+    }
     TQI_UNROLL
     for (int m = 0; m < TQI_VALUES; ++m) {
         const int i = l + TQI_TEAM * m;
         const uint32_t e = (uint32_t) tqi_nearest(tables, bits, tqi_subset_of(t, i), y[m] * quotient);
-        words[1] |= i % 2 ? 0u : (e & 3u) << (i & ~1);
-        words[2] |= i % 2 ? (e & 3u) << (i & ~1) : 0u;
-        words[3] |= (e >> 2) << i;
+        tqi_trellis_put_e(bits, e, i, words);
     }
     TQI_UNROLL
-    for (int i = 1; i < 4; ++i) {
-        words[i] = tqi_gather(words[i]);
+    for (int i = 1; i < TQI_MAX_WORDS; ++i) {
+        words[i] = i < bits ? tqi_gather(words[i]) : 0;
     }
 }
 
@@ -189,7 +189,7 @@ TQI_D void tqi_trellis_search(const tqi_codec & codec, const tqi_tables * tables
     const float tried = 1.0f / scale;
     float distance = 0.0f;
     tqi_trellis_distances(tables, bits, all, tried, w);
-    const uint32_t path = tqi_closed_path(w, &distance);
+    const uint32_t path = tqi_closed_path(codec.cut, w, &distance);
 
     const int from = tqi_best_candidate(distance * (scale * scale), l);
     const float inverse = tqi_lane(tried, from);
@@ -203,7 +203,7 @@ TQI_D void tqi_trellis_search(const tqi_codec & codec, const tqi_tables * tables
     }
     const float sum = tqi_sum32(yv), fitted = sum / tqi_sum32(vv);
     const uint16_t d = some ? tqi_f32_to_f16(tqi_sanitize(fitted)) : (uint16_t) 0;
-    uint32_t words[4];
+    uint32_t words[TQI_MAX_WORDS];
     tqi_trellis_words(tables, bits, y, t, 1.0f / tqi_f16_to_f32(d), l, words);
     if (store) {
         tqi_store_block(bits, d, words, l, block);

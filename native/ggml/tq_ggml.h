@@ -23,10 +23,12 @@ struct ggml_compute_params;
 #define TQ_GGML_PQO4_BYTES 18
 #define TQ_GGML_PQT3_BYTES 14
 #define TQ_GGML_PQT4_BYTES 18
+#define TQ_GGML_PQT2_BYTES 10
+#define TQ_GGML_PQT5_BYTES 22
 
 /* The types of tqgguf are neighbours. */
 static inline bool tq_ggml_is_pqo(enum ggml_type type) {
-    return type >= GGML_TYPE_PQO3 && type <= GGML_TYPE_PQT4;
+    return type >= GGML_TYPE_PQO3 && type <= GGML_TYPE_PQT5;
 }
 
 /* Nodes that are ours, whatever the types: they write or read a cache that has a precise tail (tq_ggml_tail.h). */
@@ -45,7 +47,7 @@ static inline bool tq_ggml_attends(const struct ggml_tensor * node) {
 
 /* The functions of each type; to_float and from_float are in libggml-base, vec_dot in libggml-cpu: s = <blocks, y>, y:
  * f32 (n). Its strides are unused: one row at a time (nrc = 1). */
-#define TQ_GGML_TYPES(X) X(pqo3, PQO3) X(pqo4, PQO4) X(pqt3, PQT3) X(pqt4, PQT4)
+#define TQ_GGML_TYPES(X) X(pqo3, PQO3) X(pqo4, PQO4) X(pqt3, PQT3) X(pqt4, PQT4) X(pqt2, PQT2) X(pqt5, PQT5)
 #define TQ_GGML_DECLARE(name, NAME)                                                                                    \
     void tq_ggml_to_float_##name(const void * blocks, float * x, int64_t n);                                           \
     void tq_ggml_from_float_##name(const float * x, void * blocks, int64_t n);                                         \

@@ -15,9 +15,9 @@ extern "C" {
 #endif
 
 /* What a worker must know of the graphs that use our types or a tail: the types, the tail's sources of SET_ROWS and
- * FLASH_ATTN_EXT, beside types of ours (1) and stock types (2), the mixing of blocks and a batch's copy of the tail (3).
- * To be raised when that changes. A worker sends it in the fourth byte of its greeting, where upstream's workers send 0.
- */
+ * FLASH_ATTN_EXT, beside types of ours (1) and stock types (2), pqt2 and pqt5, the mixing of blocks, and a batch's copy of
+ * the tail (3). To be raised when that changes. A worker sends it in the fourth byte of its greeting, where upstream's
+ * workers send 0. */
 #define TQ_GGML_RPC_VERSION 3
 
 /* In the place of answers that a lost worker owes, where zero would be a division by it or an assertion. */

@@ -39,15 +39,17 @@ typedef enum tq_status {
 } tq_status;
 
 /* Storage types. The numbers are ggml's for the types ggml has, and for those of tqgguf the ones that the patch series
- * registers in ggml. Saved sessions contain them, so they never change. The trellis types take the bytes of the PQO types
- * and make a quarter less squared error; encoding takes several times as long. */
+ * registers in ggml. Saved sessions contain them, so they never change. The trellis types of 3 and 4 bits take the bytes of
+ * the PQO types and make a quarter less squared error; encoding takes several times as long. */
 typedef enum tq_type {
     TQ_TYPE_F32 = 0,
     TQ_TYPE_F16 = 1,
     TQ_TYPE_PQO3 = 300, /* 14 bytes per 32 values, 3.5 bits per value */
     TQ_TYPE_PQO4 = 301, /* 18 bytes per 32 values, 4.5 bits per value */
     TQ_TYPE_PQT3 = 302, /* trellis, 14 bytes per 32 values */
-    TQ_TYPE_PQT4 = 303  /* trellis, 18 bytes per 32 values */
+    TQ_TYPE_PQT4 = 303, /* trellis, 18 bytes per 32 values */
+    TQ_TYPE_PQT2 = 304, /* trellis, 10 bytes per 32 values, 2.5 bits per value */
+    TQ_TYPE_PQT5 = 305  /* trellis, 22 bytes per 32 values, 5.5 bits per value */
 } tq_type;
 
 /* How a block's scale is found, and with it which codebook its indices refer to. All modes write the same block layout;
@@ -72,7 +74,7 @@ const char * tq_type_name(int type);
 const char * tq_mode_name(int mode);
 /* Bytes of n values of a type; 0 if the type is unknown, n is negative or not a multiple of the type's block. */
 size_t tq_row_bytes(int type, int64_t n);
-/* Copies a type's codebook for a mode: n_levels = 8, 16 or 32 ascending levels, and its decision boundaries. PQO types
+/* Copies a type's codebook for a mode: n_levels = 8 to 64 ascending levels, and its decision boundaries. PQO types
  * have n_levels - 1 of them (index = number of boundaries below the value), trellis types n_levels - 4 (boundary j is
  * midway between levels j and j + 4). Either pointer may be NULL. Returns n_levels or a negative status. */
 int tq_codebook(int type, int mode, float * levels, float * boundaries);

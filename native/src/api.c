@@ -15,8 +15,8 @@ const char * tq_version(void) {
 }
 
 const char * tq_type_name(int type) {
-    static const char * const ours[] = { "pqo3", "pqo4", "pqt3", "pqt4" }; /* by number, from TQ_TYPE_PQO3 on */
-    if (type >= TQ_TYPE_PQO3 && type <= TQ_TYPE_PQT4) {
+    static const char * const ours[] = { "pqo3", "pqo4", "pqt3", "pqt4", "pqt2", "pqt5" }; /* from TQ_TYPE_PQO3 on */
+    if (type >= TQ_TYPE_PQO3 && type <= TQ_TYPE_PQT5) {
         return ours[type - TQ_TYPE_PQO3];
     }
     return type == TQ_TYPE_F32 ? "f32" : type == TQ_TYPE_F16 ? "f16" : NULL;
@@ -38,7 +38,7 @@ size_t tq_row_bytes(int type, int64_t n) {
     return codec == NULL || n % TQ_BLOCK != 0 ? 0 : (size_t) (n / TQ_BLOCK) * (size_t) codec->block_bytes;
 }
 
-#define TYPES_AND_MODES "there are pqo3, pqo4 in modes search, maxnorm, l2norm and pqt3, pqt4 in mode search"
+#define TYPES_AND_MODES "there are pqo3, pqo4 in modes search, maxnorm, l2norm and pqt2 to pqt5 in mode search"
 
 int tq_codebook(int type, int mode, float * levels, float * boundaries) {
     const tqi_codec * codec = tqi_codec_get(type, mode);

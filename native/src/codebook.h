@@ -4,7 +4,7 @@
 
 #include "format.h"
 
-#define TQI_MAX_LEVELS 32
+#define TQI_MAX_LEVELS 64
 #define TQI_MAX_FACTORS 4
 
 /* Where the block transform applies the sign table. */
@@ -22,7 +22,8 @@ typedef struct {
     int type;
     int mode;
     int bits;
-    int trellis; /* whether this is pqt3 or pqt4; see trellis.h */
+    int trellis; /* whether this is one of pqt2 to pqt5; see trellis.h */
+    int cut; /* trellis: values on either side of the cut that decide the state there: closed_path, trellis_portable.c */
     int n_levels;
     int block_bytes;
     tqi_sign_order signs;

@@ -35,7 +35,13 @@ typedef struct {
  * a block as eight words of four bytes, and shifts each by its own j. */
 typedef struct {
     uint16_t d;
-    uint8_t t[4];    /* a 32-bit word */
+    uint8_t t[4];   /* a 32-bit word */
+    uint8_t low[4]; /* the only bit of e[i] at bit i of a 32-bit word */
+} tqi_block_pqt2;
+
+typedef struct {
+    uint16_t d;
+    uint8_t t[4];
     uint8_t even[4]; /* bits 0 and 1 of e[i] for even i, at bits i and i + 1 of a 32-bit word */
     uint8_t odd[4];  /* the same for odd i, at bits i - 1 and i */
 } tqi_block_pqt3;
@@ -48,18 +54,33 @@ typedef struct {
     uint8_t top[4]; /* bit 2 of e[i] at bit i of a 32-bit word */
 } tqi_block_pqt4;
 
+typedef struct {
+    uint16_t d;
+    uint8_t t[4];
+    uint8_t even[4];
+    uint8_t odd[4];
+    uint8_t top[4];
+    uint8_t highest[4]; /* bit 3 of e[i] at bit i of a 32-bit word */
+} tqi_block_pqt5;
+
+#define TQI_MAX_WORDS 5 /* of a trellis block, after its scale */
+
 /* Bytes of a block of a type with so many bits per value. */
 #define TQI_BLOCK_BYTES(bits) ((size_t) (TQ_BLOCK / 8 * (bits)) + sizeof(uint16_t))
 
 #define TQI_PQO3_BYTES TQI_BLOCK_BYTES(3)
 #define TQI_PQO4_BYTES TQI_BLOCK_BYTES(4)
+#define TQI_PQT2_BYTES TQI_BLOCK_BYTES(2)
 #define TQI_PQT3_BYTES TQI_BLOCK_BYTES(3)
 #define TQI_PQT4_BYTES TQI_BLOCK_BYTES(4)
+#define TQI_PQT5_BYTES TQI_BLOCK_BYTES(5)
 
 static_assert(sizeof(tqi_block_pqo3) == TQI_PQO3_BYTES, "block_pqo3 must have no padding");
 static_assert(sizeof(tqi_block_pqo4) == TQI_PQO4_BYTES, "block_pqo4 must have no padding");
+static_assert(sizeof(tqi_block_pqt2) == TQI_PQT2_BYTES, "block_pqt2 must have no padding");
 static_assert(sizeof(tqi_block_pqt3) == TQI_PQT3_BYTES, "block_pqt3 must have no padding");
 static_assert(sizeof(tqi_block_pqt4) == TQI_PQT4_BYTES, "block_pqt4 must have no padding");
+static_assert(sizeof(tqi_block_pqt5) == TQI_PQT5_BYTES, "block_pqt5 must have no padding");
 
 #define TQI_F16_MAX 65504.0f
 #define TQI_RSQRT_BLOCK 0.17677669529663687f /* 1 / sqrt(32) */
@@ -115,6 +136,27 @@ TQI_INLINE uint16_t tqi_f32_to_f16(float f) {
     }
     const uint32_t odd = (abs >> 13) & 1u;
     return (uint16_t) (sign | ((abs - 0x38000000u + 0xfffu + odd) >> 13));
+}
+
+/* e of value i, from a trellis block's words. */
+TQI_INLINE uint32_t tqi_trellis_e(int bits, const uint32_t * words, int i) {
+    uint32_t e = bits == 2 ? words[1] >> i & 1u : words[1 + i % 2] >> (i & ~1) & 3u;
+    for (int k = 3; k < TQI_MAX_WORDS && k < bits; ++k) {
+        e |= (words[k] >> i & 1u) << (k - 1);
+    }
+    return e;
+}
+
+/* Puts it there; its bits were zeros. */
+TQI_INLINE void tqi_trellis_put_e(int bits, uint32_t e, int i, uint32_t * words) {
+    if (bits == 2) {
+        words[1] |= e << i;
+    } else {
+        words[1 + i % 2] |= (e & 3u) << (i & ~1);
+    }
+    for (int k = 3; k < TQI_MAX_WORDS && k < bits; ++k) {
+        words[k] |= (e >> (k - 1) & 1u) << i;
+    }
 }
 
 /* NaN -> 0, magnitudes above the largest f16 -> the largest f16. */

@@ -79,12 +79,21 @@ static inline void tqi_decode(const tqi_kernels * kernel, const tqi_codec * code
     tqi_inverse_transform_blocks(kernel, codec, x, n_blocks);
 }
 
-/* Calls f(bits, ...), an inline function, with bits, 3 or 4, as a constant. */
+/* Calls f(bits, ...), an inline function, with bits as a constant: 3 or 4, the PQO types; 2 to 5, the trellis types. */
 #define TQI_BY_BITS(f, bits, ...)                                                                                      \
     if ((bits) == 3) {                                                                                                 \
         f(3, __VA_ARGS__);                                                                                             \
     } else {                                                                                                           \
         f(4, __VA_ARGS__);                                                                                             \
+    }
+
+#define TQI_BY_TRELLIS_BITS(f, bits, ...)                                                                              \
+    if ((bits) == 2) {                                                                                                 \
+        f(2, __VA_ARGS__);                                                                                             \
+    } else if ((bits) == 5) {                                                                                          \
+        f(5, __VA_ARGS__);                                                                                             \
+    } else {                                                                                                           \
+        TQI_BY_BITS(f, bits, __VA_ARGS__)                                                                              \
     }
 
 /* Calls f(bits, n_q, ...), an inline function, with both as constants. */

@@ -1,5 +1,5 @@
-/* trellis.h: trellis-coded quantisation (Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990), the types pqt3 and
- * pqt4.
+/* trellis.h: trellis-coded quantisation (Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990), the types pqt2 to
+ * pqt5.
  *
  * The 2^(k+1) levels of a k-bit type are dealt out to four subsets, level j to subset j % 4. Which subset a value is
  * quantised in follows from a 32-bit word t that all 32 values share; which of the subset's levels, from k - 1 bits e
@@ -18,8 +18,8 @@
 #define TQI_STATES 8
 #define TQI_SUBSETS 4
 #define TQI_CANDIDATES 8 /* scales per block that the encoder tries: four factors, both signs */
-#define TQI_CUT 16 /* values on either side of the cut that decide the state there: closed_path, trellis_portable.c */
-#define TQI_FAR 1e30f /* what the paths cost that begin in another state than the one wanted */
+#define TQI_MAX_WORDS 5  /* of a block, after its scale */
+#define TQI_FAR 1e30f    /* what the paths cost that begin in another state than the one wanted */
 
 static inline uint32_t tqi_rotate(uint32_t t, int n) {
     return t << n | t >> (32 - n);
@@ -55,10 +55,9 @@ static inline void tqi_trellis_put(int bits, uint16_t d, uint32_t t, const int32
         memset(to, 0, TQI_BLOCK_BYTES(bits));
         return;
     }
-    uint32_t parts[4] = { t, 0, 0, 0 }; /* t, even, odd, top */
+    uint32_t parts[TQI_MAX_WORDS] = { t };
     for (int i = 0; i < TQ_BLOCK; ++i) {
-        parts[1 + i % 2] |= (uint32_t) (e[i] & 3) << (i & ~1);
-        parts[3] |= (uint32_t) (e[i] >> 2) << i;
+        tqi_trellis_put_e(bits, (uint32_t) e[i], i, parts);
     }
     memcpy(to, &d, sizeof d);
     memcpy(to + sizeof d, parts, (size_t) (4 * bits));

@@ -29,7 +29,8 @@ def test_demo(tqgguf: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cache", "bytes_64ths"), [("pqo3", 14), ("pqo4", 18), ("pqt3", 14), ("q8_0", 34), ("f16", 64)]
+    ("cache", "bytes_64ths"),
+    [("pqo3", 14), ("pqo4", 18), ("pqt3", 14), ("pqt2", 10), ("pqt5", 22), ("q8_0", 34), ("f16", 64)],
 )
 def test_demo_json(tqgguf: Command, cache: str, bytes_64ths: int) -> None:
     done = tqgguf("demo", "--cache", cache, "--json")

@@ -39,7 +39,7 @@ MODEL = str(demo.MODEL_PATH)
 
 def test_what_it_says(worker: Callable[..., Any]) -> None:
     said = worker().said
-    for text in ("threads: 1", "pqo3", "pqt4", "protocol 7.0.0", "no passwords", "networks you trust"):
+    for text in ("threads: 1", "pqo3", "pqt5", "protocol 7.0.0", "no passwords", "networks you trust"):
         assert text in said
     assert "WARNING" not in said
 

@@ -58,13 +58,15 @@ static void decode_tail(const tq_attn_operand * o, const uint16_t * row, float *
 
 /* K or V: rows of a type, with gaps between them, of the input's bytes as they are or of tame ones. */
 static side make_side(bytes * in, uint32_t * state, int64_t head_dim, int64_t n_head, int64_t n_stream, int64_t n_kv) {
-    static const int types[] = { TQ_TYPE_PQO3, TQ_TYPE_PQO4, TQ_TYPE_PQT3, TQ_TYPE_PQT4, TQ_TYPE_F16, TQ_TYPE_F32 };
+    static const int types[] = { TQ_TYPE_PQO3, TQ_TYPE_PQO4, TQ_TYPE_PQT3, TQ_TYPE_PQT4,
+                                 TQ_TYPE_PQT2, TQ_TYPE_PQT5, TQ_TYPE_F16,  TQ_TYPE_F32 };
+    enum { N_TYPES = sizeof types / sizeof types[0] };
     side s;
     memset(&s, 0, sizeof s);
     const int pick = take(in), wild = take_below(in, 2), gap = take_below(in, 3);
-    const int n_type = head_dim % TQ_BLOCK == 0 ? 6 : 2;
-    const int type = types[pick % n_type + 6 - n_type], is_pqo = type >= TQ_TYPE_PQO3;
-    const int mode = type == TQ_TYPE_PQO3 || type == TQ_TYPE_PQO4 ? pick / 6 % 3 : TQ_MODE_SEARCH;
+    const int n_type = head_dim % TQ_BLOCK == 0 ? N_TYPES : 2;
+    const int type = types[pick % n_type + N_TYPES - n_type], is_pqo = type >= TQ_TYPE_PQO3;
+    const int mode = type == TQ_TYPE_PQO3 || type == TQ_TYPE_PQO4 ? pick / N_TYPES % 3 : TQ_MODE_SEARCH;
     const double outer = outermost(type, mode);
     const size_t row = tq_row_bytes(type, head_dim), step = row + (size_t) gap * (is_pqo ? 1 : 4);
     s.x = (tq_attn_operand) { .type = type,

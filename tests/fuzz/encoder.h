@@ -6,7 +6,7 @@
 #include "fuzz.h"
 
 #define MAX_BLOCKS 8
-#define MAX_BYTES (MAX_BLOCKS * 18)
+#define MAX_BYTES (MAX_BLOCKS * 22)
 
 static inline float sanitized(float x) {
     return x != x ? 0.0f : x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;

@@ -63,7 +63,7 @@ static inline double dot_bound(double q, double k, double reach) {
 
 /* The largest magnitude of a codec's levels. */
 static inline double outermost(int type, int mode) {
-    float levels[32];
+    float levels[64];
     const int n = tq_codebook(type, mode, levels, NULL);
     return n > 0 ? fmax(fabs((double) levels[0]), fabs((double) levels[n - 1])) : 0.0;
 }
@@ -83,7 +83,8 @@ typedef struct {
 static const codec codecs[] = {
     { TQ_TYPE_PQO3, TQ_MODE_SEARCH },  { TQ_TYPE_PQO4, TQ_MODE_SEARCH }, { TQ_TYPE_PQO3, TQ_MODE_MAXNORM },
     { TQ_TYPE_PQO4, TQ_MODE_MAXNORM }, { TQ_TYPE_PQO3, TQ_MODE_L2NORM }, { TQ_TYPE_PQO4, TQ_MODE_L2NORM },
-    { TQ_TYPE_PQT3, TQ_MODE_SEARCH },  { TQ_TYPE_PQT4, TQ_MODE_SEARCH },
+    { TQ_TYPE_PQT3, TQ_MODE_SEARCH },  { TQ_TYPE_PQT4, TQ_MODE_SEARCH }, { TQ_TYPE_PQT2, TQ_MODE_SEARCH },
+    { TQ_TYPE_PQT5, TQ_MODE_SEARCH },
 };
 #define N_CODECS ((int) (sizeof codecs / sizeof codecs[0]))
 #define N_PQO 6 /* of them; the others are trellis types, whose encoder is ten times as slow */

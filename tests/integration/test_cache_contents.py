@@ -104,7 +104,7 @@ def test_estimates_agree_with_what_the_values_themselves_give() -> None:
 
 
 def test_code_use() -> None:
-    for cache, levels in (("pqo3", 8), ("pqo4", 16), ("pqt3", 16), ("pqt4", 32)):
+    for cache, levels in (("pqo3", 8), ("pqo4", 16), ("pqt3", 16), ("pqt4", 32), ("pqt2", 8), ("pqt5", 64)):
         with read(demo.MODEL_PATH, cache) as model:
             heads = [head for tensor in inspect_cache(model).tensors for head in tensor.heads]
         for head in heads:

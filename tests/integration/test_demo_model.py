@@ -13,7 +13,7 @@ from tqgguf.demo import model as demo
 pytestmark = pytest.mark.model
 
 
-@pytest.fixture(params=["pqo3", "pqo4", "pqt3", "pqt4"])
+@pytest.fixture(params=["pqo3", "pqo4", "pqt3", "pqt4", "pqt2", "pqt5"])
 def model(request: pytest.FixtureRequest) -> Iterator[Any]:
     loaded = tqgguf.Llama(demo.MODEL_PATH, cache=request.param, n_ctx=2048, verbose=False)
     yield loaded

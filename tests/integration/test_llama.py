@@ -103,6 +103,7 @@ def test_every_type_is_stored_as_itself(random_model: Model, name: str) -> None:
         ("q8_0", "pqo4"),
         ("pqo3", "q4_0"),
         ("pqt4", "pqt3"),
+        ("pqt5", "pqt2"),
         ("q8_0", "pqt3"),
     ],
 )
@@ -123,7 +124,7 @@ def test_logits_stay_near_those_of_f16(random_model: Model, shape: dict[str, int
     # Random weights amplify errors. Measured here: pqo3 .25 to .29, pqo4 .125 to .14, q4_0 .14 to .18; noise gives 1.4.
     tokens = [3 + (i * 37) % 250 for i in range(200)]
     logits = {}
-    for cache in ("f16", "pqo3", "pqo4", "pqt3", "pqt4"):
+    for cache in ("f16", "pqo3", "pqo4", "pqt3", "pqt4", "pqt2", "pqt5"):
         model = load(random_model(**shape), cache=cache, flash_attn=True)
         model.eval(tokens[:150])
         rows = []

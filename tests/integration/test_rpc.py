@@ -285,7 +285,7 @@ class Impostor:
         (GREETING.pack(28, 6, 2, 1, 0), r"speaks llama.cpp's RPC protocol 6\.2\.1, this tqgguf 7\.0\.0"),
         (GREETING.pack(28, 7, 0, 1, 1), r"protocol 7\.0\.1, this tqgguf 7\.0\.0"),
         (GREETING.pack(28, 7, 0, 0, 0), "is llama.cpp without the types of tqgguf: run `tqgguf worker` there"),
-        (GREETING.pack(28, 7, 0, 0, 9), "has version 9 of what tqgguf adds to llama.cpp's RPC, this tqgguf 2"),
+        (GREETING.pack(28, 7, 0, 0, 9), "has version 9 of what tqgguf adds to llama.cpp's RPC, this tqgguf 3"),
         (None, "takes the connection but does not answer within 0.3 s: it serves another client"),
     ],
 )
@@ -574,7 +574,7 @@ def test_a_connection_that_breaks_anywhere(worker: Callable[..., Any], python: C
 
 def test_what_a_worker_is_told_is_right(python: Callable[..., Any]) -> None:
     """The header that other machines are built against: a change of either number must be meant."""
-    assert rpc.protocol() == (7, 0, 0, 2)
+    assert rpc.protocol() == (7, 0, 0, 3)
     done = python("-c", "import tqgguf._native.rpc as r; print(r.serving())")
     assert "CPU" in done.stdout or "CUDA" in done.stdout, done.stderr
 

@@ -105,8 +105,15 @@ static unsigned level_index(int type, const uint8_t * qs, int i) {
     memcpy(&t, qs, sizeof t);
     index = rotate(t, 2) >> i & 1;
     index |= ((t ^ rotate(t, 1) ^ rotate(t, 3)) >> i & 1) << 1;
+    if (type == TQ_TYPE_PQT2) {
+        return index | ((unsigned) qs[4 + i / 8] >> (i % 8) & 1) << 2;
+    }
     index |= ((unsigned) qs[4 + i / 8 + 4 * (i % 2)] >> (i % 8 & 6) & 3) << 2;
-    return type == TQ_TYPE_PQT3 ? index : index | ((unsigned) qs[12 + i / 8] >> (i % 8) & 1) << 4;
+    const size_t n_words = tq_row_bytes(type, TQ_BLOCK) / 4;
+    for (size_t word = 3; word < n_words; ++word) {
+        index |= ((unsigned) qs[4 * word + (size_t) i / 8] >> (i % 8) & 1) << (word + 1);
+    }
+    return index;
 }
 
 /* In place, the Hadamard matrix of order 32, not normalised. */
@@ -141,7 +148,7 @@ static void check_blocks(const char * kernel) {
         check(digest(blocks, bytes) == golden[g].digest, kernel, name, detail);
 
         /* a decoded block equals the definition */
-        float levels[32], signs[TQ_BLOCK];
+        float levels[64], signs[TQ_BLOCK];
         tq_codebook(type, mode, levels, NULL);
         tq_signs(signs);
         check(tq_decode(type, mode, blocks, n, y) == TQ_OK, kernel, name, tq_last_error());
@@ -420,7 +427,8 @@ static int check_kernel(const char * kernel) {
                                     { TQ_TYPE_F16, TQ_TYPE_PQO4 },  { TQ_TYPE_F32, TQ_TYPE_PQO3 },
                                     { TQ_TYPE_PQT3, TQ_TYPE_PQT3 }, { TQ_TYPE_PQT4, TQ_TYPE_PQT4 },
                                     { TQ_TYPE_PQO4, TQ_TYPE_PQT3 }, { TQ_TYPE_PQT4, TQ_TYPE_PQO3 },
-                                    { TQ_TYPE_F16, TQ_TYPE_PQT3 } };
+                                    { TQ_TYPE_F16, TQ_TYPE_PQT3 },  { TQ_TYPE_PQT2, TQ_TYPE_PQT2 },
+                                    { TQ_TYPE_PQT5, TQ_TYPE_PQT5 }, { TQ_TYPE_PQT5, TQ_TYPE_PQT2 } };
     int n = 0;
     check_blocks(kernel);
     for (size_t p = 0; p < sizeof pairs / sizeof pairs[0]; ++p) {

@@ -15,4 +15,6 @@ static const struct {
     { TQ_TYPE_PQO4, TQ_MODE_L2NORM, 0x61a1d24ab9cb9360u },
     { TQ_TYPE_PQT3, TQ_MODE_SEARCH, 0x06d2aa17c2f0df42u },
     { TQ_TYPE_PQT4, TQ_MODE_SEARCH, 0x489c45a273a190a3u },
+    { TQ_TYPE_PQT2, TQ_MODE_SEARCH, 0xb74305ecbdc2c99fu },
+    { TQ_TYPE_PQT5, TQ_MODE_SEARCH, 0x6ee33e257806fc8bu },
 };

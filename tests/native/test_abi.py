@@ -35,6 +35,8 @@ def test_a_header_does_not_change_without_its_version(abi: Any) -> None:
         ("int n_head_kv;", "int64_t n_head_kv;", "has another tq_cache_config: an incompatible change, so raise"),
         ("int64_t n_tokens,", "int32_t n_tokens,", "has another tq_cache_prefill"),
         ("TQ_TYPE_PQT4 = 303", "TQ_TYPE_PQT4 = 304", "has another tq_type"),
+        ("TQ_TYPE_PQT5 = 305", "TQ_TYPE_PQT5 = 305, TQ_TYPE_PQT6 = 306", None),
+        ("TQ_TYPE_PQT4 = 303,", "", "has another tq_type"),
         ("#define TQ_BLOCK 32", "#define TQ_BLOCK 64", "has another TQ_BLOCK"),
         ("int tq_cache_reset(tq_cache * cache);", "", "tqgguf.h lost tq_cache_reset"),
         ("/* Empties every layer and gives its memory back. */", "/* Another comment. */", None),

@@ -32,7 +32,7 @@ def test_counts_of_values(native: Any, n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("type", "mode"), [(0, 0), (299, 0), (304, 0), (-1, 0), (300, 3), (301, -1), (302, 1), (303, 2)]
+    ("type", "mode"), [(0, 0), (299, 0), (306, 0), (-1, 0), (300, 3), (301, -1), (302, 1), (303, 2), (304, 1), (305, 2)]
 )
 def test_unknown_types_and_modes(native: Any, type: int, mode: int) -> None:
     x = native.ffi.new("float[64]")

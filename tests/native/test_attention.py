@@ -76,6 +76,10 @@ TYPE_PAIRS = [
     ("pqt3", "pqo4"),
     ("pqo3", "pqt4"),
     ("pqt4", "f16"),
+    ("pqt2", "pqt2"),
+    ("pqt5", "pqt5"),
+    ("pqt5", "pqt2"),
+    ("pqo4", "pqt5"),
 ]
 
 
@@ -96,7 +100,8 @@ def test_grouped_queries(kernel: str, native: Any, group: int) -> None:
         check_case(
             native, Case("pqo4", "pqo4", n_head=group * n_head_kv, n_head_kv=n_head_kv, n_kv=33, n_q=3, mask="causal")
         )
-        check_case(native, Case("pqt3", "pqt4", n_head=group * n_head_kv, n_head_kv=n_head_kv, n_kv=130))
+        for types in (("pqt3", "pqt4"), ("pqt5", "pqt2")):
+            check_case(native, Case(*types, n_head=group * n_head_kv, n_head_kv=n_head_kv, n_kv=130))
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "holes", "values", "all"])
@@ -141,7 +146,7 @@ def test_outliers_and_tokens_of_very_different_size(kernel: str, native: Any, ty
 @pytest.mark.parametrize("n_kv", [1, 3, 7, 16, 65, 600])
 @pytest.mark.parametrize("n_q", [1, 40])
 def test_nan_in_q_is_never_hidden(kernel: str, native: Any, n_q: int, n_kv: int) -> None:
-    for type in ("pqo3", "pqo4", "pqt3", "pqt4"):
+    for type in reference.TYPES:
         for n_threads in (1, 3):
             got, _ = compute(native, Case(type, type, n_q=n_q, n_kv=n_kv, poison="q", n_threads=n_threads))
             assert np.isnan(got).all()
@@ -156,7 +161,7 @@ def test_what_is_masked_does_not_count_whatever_it_is(
         check_case(native, Case(*types, n_q=n_q, n_kv=70, mask="last", poison=poison))
 
 
-@pytest.mark.parametrize("type", ["pqo3", "pqo4", "pqt3", "pqt4"])
+@pytest.mark.parametrize("type", reference.TYPES)
 @pytest.mark.parametrize("n_q", [1, 40])
 def test_a_scale_that_is_not_finite_counts_as_zero(kernel: str, native: Any, n_q: int, type: str) -> None:
     for poison in ("k", "v"):
@@ -258,8 +263,8 @@ def test_streams_and_unaligned_operands(kernel: str, native: Any) -> None:
 @given(
     case=st.builds(
         Case,
-        k_type=st.sampled_from(["pqo3", "pqo4", "pqt3", "pqt4", "f16"]),
-        v_type=st.sampled_from(["pqo3", "pqo4", "pqt3", "pqt4", "f16"]),
+        k_type=st.sampled_from([*reference.TYPES, "f16"]),
+        v_type=st.sampled_from([*reference.TYPES, "f16"]),
         head_dim_k=st.sampled_from([32, 64, 96, 128, 160]),
         head_dim_v=st.sampled_from([32, 64, 128, 224]),
         n_head=st.sampled_from([2, 4, 6, 8]),

@@ -55,7 +55,7 @@ def test_any_floats(kernel: str, x: npt.NDArray[np.float32], codec: tuple[str, s
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.binary(min_size=18 * 7, max_size=18 * 7), codec=st.sampled_from(reference.CODECS))
+@given(data=st.binary(min_size=22 * 7, max_size=22 * 7), codec=st.sampled_from(reference.CODECS))
 def test_any_bytes_decode(kernel: str, data: bytes, codec: tuple[str, str]) -> None:
     type, mode = codec
     size = reference.BLOCK_BYTES[type]

@@ -60,7 +60,7 @@ def test_pairs_of_types(cuda: Any, k_type: str, v_type: str) -> None:
 )
 def test_head_sizes(cuda: Any, head_dim_k: int, head_dim_v: int) -> None:
     for type in reference.TYPES:
-        n_q = 7 if type in ("pqo3", "pqt4") else 1
+        n_q = 7 if type in ("pqo3", "pqt4", "pqt2") else 1
         check_case(
             cuda, Case(type, type, head_dim_k, head_dim_v, n_head=2, n_head_kv=1, n_q=n_q, n_kv=70, mask="holes")
         )
@@ -72,6 +72,7 @@ def test_grouped_queries(cuda: Any, group: int) -> None:
     check_case(cuda, Case("pqo4", "pqo4", n_head=group, n_head_kv=1, n_kv=33, n_q=3, mask="causal"))
     check_case(cuda, Case("pqo4", "pqo3", n_head=group, n_head_kv=1, n_kv=150, sinks=True))
     check_case(cuda, Case("pqt3", "pqt4", n_head=group, n_head_kv=1, n_kv=130))
+    check_case(cuda, Case("pqt5", "pqt5", n_head=group, n_head_kv=1, n_kv=130))
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "holes", "values", "all"])

@@ -148,7 +148,7 @@ def test_other_sources_and_targets(cuda: Any, type: str) -> None:
         np.testing.assert_array_equal(encoded(cuda, blocks, other, source=type), tqgguf.quantize(values, other))
 
 
-@pytest.mark.parametrize("type", ["pqo3", "pqt4"])
+@pytest.mark.parametrize("type", ["pqo3", "pqt4", "pqt5"])
 @pytest.mark.parametrize("number", [np.int32, np.int64])
 def test_set_rows_and_get_rows(cuda: Any, type: str, number: Any) -> None:
     rng = np.random.default_rng(4)
@@ -181,7 +181,7 @@ def test_set_rows_and_get_rows(cuda: Any, type: str, number: Any) -> None:
                 np.testing.assert_array_equal(got[i3, i2, i1, 3:67], stored.reshape(-1))
 
 
-@pytest.mark.parametrize("type", ["pqo4", "pqt3"])
+@pytest.mark.parametrize("type", ["pqo4", "pqt3", "pqt2"])
 def test_copies_between_shapes(cuda: Any, type: str) -> None:
     # the same sequence of values in other shapes, rows of 20 values, and steps of two values
     x = np.random.default_rng(5).standard_normal((16, 20)).astype(np.float32)

@@ -10,8 +10,10 @@ import tqgguf
 BARS = {
     ("pqo3", "search"): 0.0240,
     ("pqo4", "search"): 0.0058,
+    ("pqt2", "search"): 0.0700,
     ("pqt3", "search"): 0.0172,
     ("pqt4", "search"): 0.0041,
+    ("pqt5", "search"): 0.0010,
     ("pqo3", "maxnorm"): 0.0320,
     ("pqo3", "l2norm"): 0.0325,
 }

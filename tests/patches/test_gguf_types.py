@@ -78,22 +78,24 @@ def test_a_tensor_of_an_unused_type_is_rejected_as_one_of_a_removed_type_is(tmp_
     assert "failed to read tensor info" in message
 
 
-@pytest.mark.parametrize("tensor_type", [304, -1, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("tensor_type", [306, -1, 2**31 - 1, -(2**31)])
 def test_a_type_out_of_range_is_rejected(tmp_path: Path, tensor_type: int) -> None:
     write_gguf(tmp_path / "x.gguf", tensor_type, 64, 64)
     found, message = read_gguf(tmp_path / "x.gguf")
     assert found is None
-    assert f"invalid ggml type {tensor_type}. should be in [0, 304)" in message
+    assert f"invalid ggml type {tensor_type}. should be in [0, 306)" in message
 
 
-@pytest.mark.parametrize(("tensor_type", "block_bytes"), [(300, 14), (301, 18), (302, 14), (303, 18)])
+@pytest.mark.parametrize(
+    ("tensor_type", "block_bytes"), [(300, 14), (301, 18), (302, 14), (303, 18), (304, 10), (305, 22)]
+)
 def test_a_tensor_of_ours_is_read_with_its_size(tmp_path: Path, tensor_type: int, block_bytes: int) -> None:
     write_gguf(tmp_path / "x.gguf", tensor_type, 96, 3 * block_bytes)
     found, _ = read_gguf(tmp_path / "x.gguf")
     assert found == [tensor_type, 3 * block_bytes]
 
 
-@pytest.mark.parametrize(("tensor_type", "name"), [(300, "pqo3"), (301, "pqo4"), (302, "pqt3"), (303, "pqt4")])
+@pytest.mark.parametrize(("tensor_type", "name"), [*enumerate(("pqo3", "pqo4", "pqt3", "pqt4", "pqt2", "pqt5"), 300)])
 def test_a_tensor_of_ours_of_a_part_of_a_block_is_rejected(tmp_path: Path, tensor_type: int, name: str) -> None:
     write_gguf(tmp_path / "x.gguf", tensor_type, 48, 64)
     found, message = read_gguf(tmp_path / "x.gguf")
@@ -105,11 +107,18 @@ def test_every_type_number_has_a_name_and_only_real_ones_a_size() -> None:
     rows, _ = run(
         """
 row = lambda i: [ggml.ggml_type_name(i).decode(), ggml.ggml_blck_size(i), ggml.ggml_type_size(i)]
-print(json.dumps([row(i) for i in range(304)]))
+print(json.dumps([row(i) for i in range(306)]))
 """
     )
     assert rows[43:300] == [["UNUSED", 0, 0]] * 257
-    assert rows[300:] == [["pqo3", 32, 14], ["pqo4", 32, 18], ["pqt3", 32, 14], ["pqt4", 32, 18]]
+    assert rows[300:] == [
+        ["pqo3", 32, 14],
+        ["pqo4", 32, 18],
+        ["pqt3", 32, 14],
+        ["pqt4", 32, 18],
+        ["pqt2", 32, 10],
+        ["pqt5", 32, 22],
+    ]
     assert rows[42] == ["q2_0", 64, 18]
 
 
@@ -118,10 +127,11 @@ def test_row_validation_survives_unused_types_and_knows_bad_scales() -> None:
         """
 inf = b"\\x00\\x7c" + bytes(12)
 print(json.dumps([ggml.ggml_validate_row_data(*a) for a in (
-    (43, bytes(64), 64), (299, bytes(64), 64), (304, bytes(64), 64), (-1, bytes(64), 64), (4, bytes(64), 64),
+    (43, bytes(64), 64), (299, bytes(64), 64), (306, bytes(64), 64), (-1, bytes(64), 64), (4, bytes(64), 64),
     (300, bytes(28), 28), (301, bytes(36), 36), (302, bytes(28), 28),
-    (300, bytes(14) + inf, 28), (303, inf + bytes(4), 18), (300, bytes(15), 15))]))
+    (300, bytes(14) + inf, 28), (303, inf + bytes(4), 18), (300, bytes(15), 15),
+    (304, bytes(20), 20), (305, bytes(44), 44), (304, inf[:10], 10), (305, bytes(22) + inf + bytes(8), 44))]))
 """
     )
-    assert verdicts == [False] * 5 + [True, True, True, False, False, False]
+    assert verdicts == [False] * 5 + [True, True, True, False, False, False, True, True, False, False]
     assert "NaN or infinite in block 1 of type pqo3" in message

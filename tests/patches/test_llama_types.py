@@ -21,7 +21,7 @@ LIB = ROOT / "tqgguf" / "lib"
 
 pytestmark = pytest.mark.skipif(not LIB.exists(), reason="the native libraries are not built")
 
-TYPES = {"f16": 1, "q8_0": 8, "pqo3": 300, "pqo4": 301, "pqt3": 302, "pqt4": 303}
+TYPES = {"f16": 1, "q8_0": 8, "pqo3": 300, "pqo4": 301, "pqt3": 302, "pqt4": 303, "pqt2": 304, "pqt5": 305}
 N_VOCAB = 64
 
 # forget = 1: drops 64 tokens in the middle and leaves a gap in the positions; forget = 2: closes the gap, too, which
@@ -128,7 +128,7 @@ def distance(a: Any, b: Any) -> float:
 def test_context_shift_equals_that_of_an_f16_cache(tmp_path: Path, n_rot: int) -> None:
     model = write_model(tmp_path / "model.gguf", 64, n_rot)
     whole, gap, closed = (run(model, "f16", "f16", forget=forget)[0] for forget in (0, 1, 2))
-    for type_k in ("pqo4", "pqo3", "pqt4"):
+    for type_k in ("pqo4", "pqo3", "pqt4", "pqt5"):
         once = distance(run(model, type_k, "f16")[0], whole)
         twice = distance(run(model, type_k, "f16", forget=2)[0], closed)
         # Encoding the turned keys once more adds about as much error as encoding them the first time did,
@@ -139,7 +139,13 @@ def test_context_shift_equals_that_of_an_f16_cache(tmp_path: Path, n_rot: int) -
 
 @pytest.mark.parametrize(
     ("type_k", "type_v", "flags"),
-    [("pqo3", "pqo4", "00"), ("q8_0", "q8_0", "11"), ("pqo4", "q8_0", "01"), ("pqt3", "pqt4", "00")],
+    [
+        ("pqo3", "pqo4", "00"),
+        ("q8_0", "q8_0", "11"),
+        ("pqo4", "q8_0", "01"),
+        ("pqt3", "pqt4", "00"),
+        ("pqt5", "pqt2", "00"),
+    ],
 )
 def test_the_graph_rotates_stock_types_and_leaves_ours_alone(
     tmp_path: Path, type_k: str, type_v: str, flags: str

@@ -70,7 +70,9 @@ def state(context: Any, seq: int | None = None) -> Any:
     return buffer
 
 
-@pytest.mark.parametrize("cache", ["pqo3", "pqo4", "pqt3", "pqt4", *STOCK[1:], ("f16", "q4_0"), ("q4_0", "bf16")])
+@pytest.mark.parametrize(
+    "cache", ["pqo3", "pqo4", "pqt3", "pqt4", "pqt2", "pqt5", *STOCK[1:], ("f16", "q4_0"), ("q4_0", "bf16")]
+)
 def test_a_tail_of_all_tokens_is_an_f16_cache(model: Any, cache: Any) -> None:
     want = read(model.add_context("f16"), 0, 300)
     without = read(model.add_context(cache, tail=0), 0, 300)

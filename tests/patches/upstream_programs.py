@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-OURS = ("pqo3", "pqo4", "pqt3", "pqt4")
+OURS = ("pqo3", "pqo4", "pqt3", "pqt4", "pqt2", "pqt5")
 PAIRS = [*((kind, kind) for kind in OURS), ("pqo4", "pqo3")]
 ALL_PASS = ["PASS"] * 9
 

@@ -20,7 +20,7 @@ from tqgguf.cache.policy import CachePolicy
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-OURS = ("pqo3", "pqo4", "pqt3", "pqt4")
+OURS = ("pqo3", "pqo4", "pqt3", "pqt4", "pqt2", "pqt5")
 TOKENS = np.random.default_rng(0).integers(3, 250, 2000).tolist()
 NORMAL, NEOX = 0, 2
 

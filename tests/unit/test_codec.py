@@ -54,7 +54,7 @@ def test_the_last_axis_holds_blocks(shape: tuple[int, ...]) -> None:
 
 def test_unknown_names_list_the_valid_ones() -> None:
     x = np.zeros(32, dtype=np.float32)
-    with pytest.raises(ArgumentError, match="'q4_0'; valid types are pqo3, pqo4, pqt3, pqt4"):
+    with pytest.raises(ArgumentError, match="'q4_0'; valid types are pqo3, pqo4, pqt2, pqt3, pqt4, pqt5"):
         tqgguf.quantize(x, "q4_0")
     with pytest.raises(ArgumentError, match="type 302 in mode 1"):
         tqgguf.quantize(x, "pqt3", "maxnorm")

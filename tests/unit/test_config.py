@@ -22,7 +22,15 @@ def test_types_are_numbered_and_sized_as_in_ggml() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "bits"), [("pqo3", 300, 3.5), ("pqo4", 301, 4.5), ("pqt3", 302, 3.5), ("pqt4", 303, 4.5)]
+    ("name", "number", "bits"),
+    [
+        ("pqo3", 300, 3.5),
+        ("pqo4", 301, 4.5),
+        ("pqt3", 302, 3.5),
+        ("pqt4", 303, 4.5),
+        ("pqt2", 304, 2.5),
+        ("pqt5", 305, 5.5),
+    ],
 )
 def test_our_types_take_3_5_and_4_5_bits(name: str, number: int, bits: float) -> None:
     kind = config.CACHE_TYPES[name]

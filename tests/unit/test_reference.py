@@ -57,15 +57,17 @@ def test_pack_4_bits(indices: npt.NDArray[np.uint8]) -> None:
     np.testing.assert_array_equal(packed, indices[:, ::2] | indices[:, 1::2] << 4)
 
 
-@given(hnp.arrays(np.uint32, 3), hnp.arrays(np.uint8, (3, 32), elements=st.integers(0, 7)), st.sampled_from([3, 4]))
+@given(hnp.arrays(np.uint32, 3), hnp.arrays(np.uint8, (3, 32), elements=st.integers(0, 15)), st.integers(2, 5))
 def test_pack_trellis(t: npt.NDArray[np.uint32], e: npt.NDArray[np.uint8], bits: int) -> None:
     e = e & (2 ** (bits - 1) - 1)
     packed = reference.pack_trellis(t, e, bits)
     assert packed.shape == (3, 4 * bits)
     np.testing.assert_array_equal(reference.unpack_trellis(packed, bits), 4 * e + reference.subsets(t))
-    words = [int.from_bytes(packed[0, 4 * i : 4 * i + 4].tobytes(), "little") for i in range(4)]
+    words = [int.from_bytes(packed[0, 4 * i : 4 * i + 4].tobytes(), "little") for i in range(bits)]
     assert words[0] == t[0]
-    assert [(words[1 + i % 2] >> (i - i % 2) & 3) + 4 * (words[3] >> i & 1) for i in range(32)] == e[0].tolist()
+    pairs = [words[1 + i % 2] >> (i - i % 2) & 3 if bits > 2 else words[1] >> i & 1 for i in range(32)]
+    high = [sum((word >> i & 1) << bit for bit, word in enumerate(words[3:], 2)) for i in range(32)]
+    assert [a + b for a, b in zip(pairs, high, strict=True)] == e[0].tolist()
 
 
 def test_the_subset_of_a_value_depends_on_four_bits() -> None:
@@ -74,10 +76,11 @@ def test_the_subset_of_a_value_depends_on_four_bits() -> None:
         assert reference.subsets(bits)[:, i].tolist() == [2, 2, 1, 2] + 28 * [0]
 
 
-def test_the_path_closes_and_is_nearly_the_best() -> None:
+@pytest.mark.parametrize(("cut", "exact", "excess"), [(16, 0.8, 1.02), (32, 0.97, 1.002)])
+def test_the_path_closes_and_is_nearly_the_best(cut: int, exact: float, excess: float) -> None:
     rng = np.random.default_rng(3)
     distances = np.square(rng.standard_normal((200, 32, 4))).astype(np.float32)
-    t, distance = reference.closed_path(distances)
+    t, distance = reference.closed_path(distances, cut)
     on_path = np.take_along_axis(distances, reference.subsets(t)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(on_path.sum(axis=1), distance, rtol=1e-5)
     # The exact optimum: Viterbi's algorithm out of each of the eight states and back into it.
@@ -90,7 +93,7 @@ def test_the_path_closes_and_is_nearly_the_best() -> None:
         )
     best = np.diagonal(cost, axis1=1, axis2=2).min(axis=1)
     assert (distance >= best * (1 - 1e-5)).all()
-    assert (distance <= best * (1 + 1e-5)).mean() > 0.8 and distance.sum() < 1.02 * best.sum()
+    assert (distance <= best * (1 + 1e-5)).mean() > exact and distance.sum() < excess * best.sum()
 
 
 @pytest.mark.parametrize(("type", "mode"), reference.CODECS)
@@ -98,7 +101,7 @@ def test_codebooks_ascend_and_boundaries_lie_between(type: str, mode: str) -> No
     book = reference.codebook(type, mode)
     x = np.linspace(-3, 3, 5001, dtype=np.float32)
     if type in reference.TRELLIS_TYPES:
-        assert len(book.levels) == len(book.boundaries) + 4 == (16 if type == "pqt3" else 32)
+        assert len(book.levels) == len(book.boundaries) + 4 == 2 ** (int(type[-1]) + 1)
         assert (book.levels[:-1] < book.levels[1:]).all()
         e, levels = reference.nearest_in_subsets(x, book)
         for u in range(4):
@@ -129,8 +132,10 @@ def test_l2norm_levels_are_the_means_of_their_cells() -> None:
     [
         ("pqo3", "search", 0.0240),
         ("pqo4", "search", 0.0058),
+        ("pqt2", "search", 0.0704),  # .0700 on a million blocks
         ("pqt3", "search", 0.0172),
         ("pqt4", "search", 0.0041),
+        ("pqt5", "search", 0.00101),
         ("pqo3", "maxnorm", 0.0320),
         ("pqo3", "l2norm", 0.0325),
         ("pqo4", "maxnorm", 0.0083),
@@ -147,7 +152,7 @@ def test_error_on_gaussian_blocks(type: str, mode: str, bar: float) -> None:
 def test_decoded_blocks_are_near(x: npt.NDArray[np.float32], codec: tuple[str, str]) -> None:
     decoded = reference.decode(reference.encode(x, *codec), *codec)
     # The worst block is a single spike after the transform: 31 zeros then cost the distance to the level nearest zero.
-    worst = 0.15 if codec[1] == "search" else 0.5
+    worst = 0.3 if codec[0] == "pqt2" else 0.15 if codec[1] == "search" else 0.5
     energy = np.square(x.astype(np.float64)).sum(axis=1)
     error = np.square(decoded.astype(np.float64) - x).sum(axis=1)
     assert (error <= worst * energy + 32 * 2.0**-40).all()

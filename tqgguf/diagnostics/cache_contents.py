@@ -42,7 +42,10 @@ _CALIBRATED: Final = (
 )
 _CALIBRATED_SESSION: Final = "keys are shown as stored: less a mean or times a gain, which the session does not hold"
 
-_CODEC_NMSE: Final = {"pqo3": 0.0229, "pqt3": 0.0169, "pqo4": 0.0053, "pqt4": 0.0041, "q4_0": 0.0074, "iq4_nl": 0.0058}
+_CODEC_NMSE: Final = {
+    **{"pqo3": 0.0229, "pqo4": 0.0053, "pqt2": 0.0700, "pqt3": 0.0169, "pqt4": 0.0041, "pqt5": 0.0010},
+    **{"q4_0": 0.0074, "iq4_nl": 0.0058},
+}
 """Squared error on Gaussian blocks relative to their square (README, tests/native/test_quality.py); near 0 for types
 not listed."""
 

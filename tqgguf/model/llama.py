@@ -33,8 +33,8 @@ class Llama(GuardedLlama):
 
     Args:
         model_path: a GGUF file.
-        cache: type of the KV cache: "pqo3", "pqo4", "pqt3", "pqt4", or a stock type ("f16", "q8_0", ...); a pair for K
-            and V apart; or types by layer: `{"default": "pqo3", "layers": {"0-1": "q8_0", "-2:": "pqo4"}}`, a
+        cache: type of the KV cache: "pqo3", "pqo4", "pqt2" to "pqt5", or a stock type ("f16", "q8_0", ...); a pair for
+            K and V apart; or types by layer: `{"default": "pqo3", "layers": {"0-1": "q8_0", "-2:": "pqo4"}}`, a
             `CachePolicy`, or the path of a policy file. A policy measured on another model gives a warning.
         tail: how many of the newest tokens are kept in f16 as well, and read from there, where a type is quantized (and
             with them those in the first four cells); 0 turns it off. None means 128 for types of tqgguf and 0 for stock

@@ -22,7 +22,7 @@ def quantize(x: npt.NDArray[np.floating[Any]], type: str, mode: str = "search") 
 
     Args:
         x: (..., n) float32 or float16, n a multiple of 32.
-        type: "pqo3" or "pqt3" (14 bytes per 32 values), "pqo4" or "pqt4" (18 bytes).
+        type: "pqt2" (10 bytes per 32 values), "pqo3" or "pqt3" (14), "pqo4" or "pqt4" (18), or "pqt5" (22).
         mode: how block scales are found: "search", and for "pqo3" and "pqo4" also "maxnorm" or "l2norm". The bytes do
             not tell it: a reader must know.
 
@@ -53,7 +53,7 @@ def dequantize(b: npt.NDArray[np.uint8], type: str, mode: str = "search") -> npt
 
     Args:
         b: (..., n_blocks * block bytes) uint8, as `quantize` returns it.
-        type: "pqo3", "pqo4", "pqt3" or "pqt4".
+        type: "pqo3", "pqo4", or "pqt2" to "pqt5".
         mode: the mode the blocks were encoded in.
 
     Returns:

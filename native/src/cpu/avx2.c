@@ -110,6 +110,7 @@ INLINE vec values(int bits, const decoder * c, codes from, int g) {
 #include "gemm.h"
 #include "rows_f16.h"
 #include "softmax.h"
+#define BY_BITS TQI_BY_BITS
 #include "steps.h"
 
 TQI_KERNELS(avx2, &tqi_trellis_avx2);

@@ -363,6 +363,7 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
 #include "gemm.h"
 #include "rows_f16.h"
 #include "softmax.h"
+#define BY_BITS TQI_BY_BITS
 #include "steps.h"
 
 TQI_KERNELS(avx512, &tqi_trellis_avx512);

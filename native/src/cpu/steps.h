@@ -1,24 +1,25 @@
 /* steps.h: the steps of tqi_steps from the including file's unpack_rows, scores_rows and accumulate_rows, which are
- * made for each number of bits and of query vectors. */
+ * made for each number of bits and of query vectors. The file says which bits its types have: BY_BITS is TQI_BY_BITS or
+ * TQI_BY_TRELLIS_BITS. */
 
-static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
-    TQI_BY_BITS(unpack_rows, codec->bits, codec, blocks, n_blocks, y)
+static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks,
+                   float * y){ BY_BITS(unpack_rows, codec -> bits, codec, blocks, n_blocks, y) }
+
+INLINE void scores_by_n_q(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
+                          const float * q, int n_blocks, float * s, int ld) {
+    TQI_BY_N_Q(scores_rows, bits, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
 }
 
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
-                   int n_blocks, float * s, int ld) {
-    if (codec->bits == 3) {
-        TQI_BY_N_Q(scores_rows, 3, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
-    } else {
-        TQI_BY_N_Q(scores_rows, 4, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
-    }
+                   int n_blocks, float * s,
+                   int ld){ BY_BITS(scores_by_n_q, codec -> bits, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld) }
+
+INLINE void accumulate_by_n_q(int bits, int n_q, const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,
+                              const float * p, int ld, int n_blocks, float * o) {
+    TQI_BY_N_Q(accumulate_rows, bits, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
 }
 
 static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
                        int n_q, int n_blocks, float * o) {
-    if (codec->bits == 3) {
-        TQI_BY_N_Q(accumulate_rows, 3, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
-    } else {
-        TQI_BY_N_Q(accumulate_rows, 4, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
-    }
+    BY_BITS(accumulate_by_n_q, codec->bits, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
 }

@@ -8,14 +8,15 @@
 #include "trellis.h"
 
 #define N_BLOCKS (LANES / TQI_CANDIDATES)
-#define MAX_SUBSET (TQI_MAX_LEVELS / TQI_SUBSETS) /* levels in a subset: 4 or 8 */
+#define MAX_SUBSET (TQI_MAX_LEVELS / TQI_SUBSETS)
+#define IN_SUBSET(bits) (1 << ((bits) - 1)) /* levels in a subset: 2 to 16 */
 
 /* The codebook by subset. */
 typedef struct {
     float levels[TQI_SUBSETS][MAX_SUBSET];
     float boundaries[TQI_SUBSETS][MAX_SUBSET];
-    float level_row[MAX_SUBSET][MAX_SUBSET]; /* the same by e; a row holds the four subsets, filled up to eight */
-    float boundary_row[MAX_SUBSET][MAX_SUBSET];
+    float level_row[MAX_SUBSET][8]; /* the same by e; a row holds the four subsets, filled up to eight */
+    float boundary_row[MAX_SUBSET][8];
 } subset_tables;
 
 static subset_tables load_subsets(const tqi_codec * codec) {
@@ -31,15 +32,16 @@ static subset_tables load_subsets(const tqi_codec * codec) {
 }
 
 /* What it costs to put every value into each subset, squared distances in units of the candidate's scale. */
-INLINE void measure(int n, const subset_tables * c, const float * y, vec inverse, vec (*distance)[TQI_SUBSETS]) {
+INLINE void measure(int bits, const subset_tables * c, const float * y, vec inverse, vec (*distance)[TQI_SUBSETS]) {
     for (int u = 0; u < TQI_SUBSETS; ++u) {
         for (int i = 0; i < TQ_BLOCK; ++i) {
             const vec x = v_mul(v_per_block(y + i, TQ_BLOCK), inverse);
             words e = w_zero();
-            for (int j = 0; j < n - 1; ++j) {
+            for (int j = 0; j < IN_SUBSET(bits) - 1; ++j) {
                 e = w_count(e, v_less(v_set1(c->boundaries[u][j]), x));
             }
-            const vec difference = v_sub(x, v_lookup(c->levels[u], e));
+            const vec nearest = bits == 5 ? v_lookup16(c->levels[u], e) : v_lookup(c->levels[u], e);
+            const vec difference = v_sub(x, nearest);
             distance[i][u] = v_mul(difference, difference);
         }
     }
@@ -65,36 +67,36 @@ INLINE void step(const vec * distance, vec * cost, truth * one) {
 }
 
 /* The state between values 31 and 0 that the best path around the block, free at both ends, goes through. */
-INLINE vec closing_state(const vec (*distance)[TQI_SUBSETS]) {
-    vec cost[TQI_STATES], cut[TQI_STATES];
+INLINE vec closing_state(int cut, const vec (*distance)[TQI_SUBSETS]) {
+    vec cost[TQI_STATES], through[TQI_STATES];
     UNROLL
     for (int s = 0; s < TQI_STATES; ++s) {
         cost[s] = v_set1(0.0f);
-        cut[s] = v_set1((float) s);
+        through[s] = v_set1((float) s);
     }
-    for (int i = TQI_CUT; i < TQ_BLOCK; ++i) {
+    for (int i = TQ_BLOCK - cut; i < TQ_BLOCK; ++i) {
         step(distance[i], cost, NULL);
     }
-    for (int i = 0; i < TQI_CUT; ++i) {
+    for (int i = 0; i < cut; ++i) {
         truth one[TQI_STATES];
         vec before[TQI_STATES];
         step(distance[i], cost, one);
         UNROLL
         for (int s = 0; s < TQI_STATES; ++s) {
-            before[s] = cut[s];
+            before[s] = through[s];
         }
         UNROLL
         for (int s = 0; s < TQI_STATES; ++s) {
-            cut[s] = v_select(one[s], before[2 * (s % 4) + 1], before[2 * (s % 4)]);
+            through[s] = v_select(one[s], before[2 * (s % 4) + 1], before[2 * (s % 4)]);
         }
     }
     UNROLL
     for (int s = 1; s < TQI_STATES; ++s) {
         const truth better = v_less(cost[s], cost[0]);
         cost[0] = v_min(cost[s], cost[0]);
-        cut[0] = v_select(better, cut[s], cut[0]);
+        through[0] = v_select(better, through[s], through[0]);
     }
-    return cut[0];
+    return through[0];
 }
 
 /* The distance of the best path that begins and ends in that state, and the choices along it. */
@@ -121,13 +123,13 @@ INLINE words subsets_at(uint32_t t, int i) {
 }
 
 /* The scale that fits the levels on path t best, which are those nearest to y * inverse. */
-INLINE float fit(int n, const subset_tables * c, const float * y, float inverse, uint32_t t) {
+INLINE float fit(int bits, const subset_tables * c, const float * y, float inverse, uint32_t t) {
     float yv[TQ_BLOCK], vv[TQ_BLOCK];
     for (int i = 0; i < TQ_BLOCK; i += LANES) {
         const words u = subsets_at(t, i);
         const vec yi = v_load(y + i), x = v_mul(yi, v_set1(inverse));
         vec v = v_lookup(c->level_row[0], u);
-        for (int j = 1; j < n; ++j) {
+        for (int j = 1; j < IN_SUBSET(bits); ++j) {
             v = v_select(v_less(v_lookup(c->boundary_row[j - 1], u), x), v_lookup(c->level_row[j], u), v);
         }
         v_store(yv + i, v_mul(yi, v));
@@ -137,19 +139,19 @@ INLINE float fit(int n, const subset_tables * c, const float * y, float inverse,
     return sum / tqi_sum32(vv);
 }
 
-INLINE void put_block(int n, const subset_tables * c, const float * y, uint16_t d, uint32_t t, uint8_t * to) {
+INLINE void put_block(int bits, const subset_tables * c, const float * y, uint16_t d, uint32_t t, uint8_t * to) {
     int32_t e[TQ_BLOCK];
     const vec inverse = v_set1(1.0f / tqi_f16_to_f32(d));
     for (int i = 0; i < TQ_BLOCK; i += LANES) {
         const words u = subsets_at(t, i);
         const vec x = v_mul(v_load(y + i), inverse);
         words k = w_zero();
-        for (int j = 0; j < n - 1; ++j) {
+        for (int j = 0; j < IN_SUBSET(bits) - 1; ++j) {
             k = w_count(k, v_less(v_lookup(c->boundary_row[j], u), x));
         }
         w_store(e + i, k);
     }
-    tqi_trellis_put(n == MAX_SUBSET ? 4 : 3, d, t, e, to);
+    tqi_trellis_put(bits, d, t, e, to);
 }
 
 INLINE int block_candidates(const tqi_codec * codec, const float * y, float * scale) {
@@ -159,7 +161,7 @@ INLINE int block_candidates(const tqi_codec * codec, const float * y, float * sc
 }
 
 /* N_BLOCKS blocks at y, of which the first n_used are stored. */
-INLINE void encode_blocks(int n, const tqi_codec * codec, const subset_tables * c, const float * y, int n_used,
+INLINE void encode_blocks(int bits, const tqi_codec * codec, const subset_tables * c, const float * y, int n_used,
                           uint8_t * blocks) {
     vec distance[TQ_BLOCK][TQI_SUBSETS];
     truth one[TQ_BLOCK][TQI_STATES];
@@ -171,11 +173,11 @@ INLINE void encode_blocks(int n, const tqi_codec * codec, const subset_tables * 
     for (int j = 0; j < LANES; ++j) {
         inverse[j] = 1.0f / scale[j];
     }
-    measure(n, c, y, v_load(inverse), distance);
-    const vec cut = closing_state((const vec(*)[TQI_SUBSETS]) distance);
+    measure(bits, c, y, v_load(inverse), distance);
+    const vec state = closing_state(codec->cut, (const vec(*)[TQI_SUBSETS]) distance);
     const vec d = v_load(scale);
-    v_store(closing, cut);
-    v_store(error, v_mul(close_path((const vec(*)[TQI_SUBSETS]) distance, cut, one), v_mul(d, d)));
+    v_store(closing, state);
+    v_store(error, v_mul(close_path((const vec(*)[TQI_SUBSETS]) distance, state, one), v_mul(d, d)));
     for (int b = 0; b < n_used; ++b, y += TQ_BLOCK, blocks += codec->block_bytes) {
         int best = b * TQI_CANDIDATES;
         for (int j = best + 1; j < (b + 1) * TQI_CANDIDATES; ++j) {
@@ -186,8 +188,8 @@ INLINE void encode_blocks(int n, const tqi_codec * codec, const subset_tables * 
             t |= (uint32_t) (s >> 2) << i;
             s = 2 * (s % 4) + v_lane(&one[i][s], best);
         }
-        const uint16_t h = some[b] ? tqi_f32_to_f16(tqi_sanitize(fit(n, c, y, inverse[best], t))) : 0;
-        put_block(n, c, y, h, t, blocks);
+        const uint16_t h = some[b] ? tqi_f32_to_f16(tqi_sanitize(fit(bits, c, y, inverse[best], t))) : 0;
+        put_block(bits, c, y, h, t, blocks);
     }
 }
 
@@ -200,10 +202,6 @@ static void encode(const tqi_codec * codec, const float * x, int64_t n_blocks, u
             const float * from = x + (b + (i < n ? i : 0)) * TQ_BLOCK;
             store_block(y + i * TQ_BLOCK, transform_block(codec->signs, sanitize(load_block(from))));
         }
-        if (codec->bits == 3) {
-            encode_blocks(4, codec, &c, y, n, blocks);
-        } else {
-            encode_blocks(8, codec, &c, y, n, blocks);
-        }
+        TQI_BY_TRELLIS_BITS(encode_blocks, codec->bits, codec, &c, y, n, blocks)
     }
 }

@@ -17,7 +17,7 @@
  *   v_sum(a)                   sum in a halving tree, as tqi_sum32; v_highest(a): the largest value
  *   v_hadamard(a)              butterflies at distances 1, 2, ... LANES / 2: of each pair the sum, then the difference;
  *                              on x86 one FMA for both, which rounds alike because a product with 1 or -1 is exact
- *   v_lookup(table, index)     values of a table of eight floats
+ *   v_lookup(table, index)     values of a table of eight floats; v_lookup16: of sixteen
  *   v_per_block(p, stride)     lane j holds p[j / 8 * stride]
  *   v_less, v_not_less, v_equal(a, b)  truth values; with NaN only v_not_less is true
  *   v_select(which, yes, no)   yes where which is true, else no

@@ -47,6 +47,11 @@ INLINE vec v_scale(truth keep, vec a, vec n) {
     return v_keep(keep, _mm256_mul_ps(a, _mm256_castsi256_ps(power)));
 }
 
+INLINE vec v_lookup16(const float * table, words index) {
+    const vec upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return v_select(upper, v_lookup(table + 8, index), v_lookup(table, index));
+}
+
 INLINE float v_sum(vec a) {
     __m128 r = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     r = _mm_add_ps(r, _mm_movehl_ps(r, r));

@@ -31,6 +31,7 @@ typedef __mmask16 truth;
 #define v_scale(keep, a, n) _mm512_maskz_scalef_ps(keep, a, n)
 #define v_highest(a) _mm512_reduce_max_ps(a)
 #define v_lookup(table, index) _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(table)))
+#define v_lookup16(table, index) _mm512_permutexvar_ps(index, _mm512_loadu_ps(table))
 #define v_per_block(p, stride) _mm512_mask_blend_ps(0xff00, _mm512_set1_ps((p)[0]), _mm512_set1_ps((p)[stride]))
 #define v_less(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
 #define v_not_less(a, b) _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ)

@@ -133,6 +133,12 @@ INLINE vec v_lookup(const float * table, words index) {
                      vreinterpretq_f32_u8(vqtbl2q_u8(bytes, bytes_at(index.v[1]))) } };
 }
 
+INLINE vec v_lookup16(const float * table, words index) {
+    const uint8x16x4_t bytes = vld1q_u8_x4((const uint8_t *) (const void *) table);
+    return (vec) { { vreinterpretq_f32_u8(vqtbl4q_u8(bytes, bytes_at(index.v[0]))),
+                     vreinterpretq_f32_u8(vqtbl4q_u8(bytes, bytes_at(index.v[1]))) } };
+}
+
 INLINE words w_zero(void) {
     return (words) { { vdupq_n_u32(0), vdupq_n_u32(0) } };
 }
