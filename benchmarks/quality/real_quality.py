@@ -40,8 +40,11 @@ from tqgguf.diagnostics import compare as comparing
 RESULTS: Final = Path(__file__).parents[1] / "results" / "real_quality.json"
 
 STOCK: Final = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl", "q4_0")
-PQO: Final = ("pqt4", "pqo4", "pqt3", "pqo3")
-PAIRS: Final = (("q8_0", "pqt4"), ("pqt4", "pqt3"), ("pqo4", "pqo3"))
+PQO: Final = ("pqt5", "pqt4", "pqo4", "pqt3", "pqo3", "pqt2")
+PAIRS: Final = (
+    *(("q8_0", "pqt4"), ("pqt5", "pqt4"), ("pqt4", "pqt3"), ("pqo4", "pqo3")),
+    *(("pqt4", "pqt2"), ("pqt3", "pqt2")),
+)
 """K precise, V small."""
 
 TAILS: Final = (0, 128)
@@ -131,6 +134,9 @@ def experiments(args: argparse.Namespace) -> list[Experiment]:
     if args.hot:
         hot = f"{real_sources.MODELS['smollm2'].name}, hot keys"
         wanted.append(Experiment(hot, hot_smollm2(), "prose", 2048, 1, few))
+    if args.cache:
+        only = [tuple(words.split(",")) if "," in words else words for words in args.cache]
+        wanted = [each._replace(caches=only) for each in wanted]
     return wanted
 
 
@@ -152,6 +158,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=1, help="of prose at 2,048 tokens (default: 1)")
     parser.add_argument("--no-long", dest="long", action="store_false", help="leave out 8,192 tokens")
     parser.add_argument("--no-hot", dest="hot", action="store_false", help="leave out the model with hot keys")
+    parser.add_argument("--cache", nargs="+", metavar="TYPE", help="these alone; K,V for a pair")
     parser.add_argument("--threads", type=int, help="default: as many as there are processors")
     parser.add_argument("--output", default=str(RESULTS), help="file for the results, or - (default: %(default)s)")
     args = parser.parse_args()
