@@ -47,7 +47,7 @@ from tqgguf.errors import OutOfMemoryError, TqggufError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "results"
-OURS = ("pqo3", "pqo4", "pqt3", "pqt4")
+OURS = ("pqo3", "pqo4", "pqt3", "pqt4", "pqt2", "pqt5")
 MIXED = "pqo4/pqo3"
 """K's type and V's: the pair that people choose."""
 EMULATED = "EMULATED KERNELS ON THE CPU: THESE TIMES MEAN NOTHING"
@@ -122,14 +122,17 @@ AT_32K = {
     "pqt4": (34, 40),
     "f16": (31, 37),
 }
-"""Microseconds expected of 32,768 tokens, 8 KV heads of 128, batch 1, groups of up to 8."""
+"""Microseconds expected of 32,768 tokens, 8 KV heads of 128, batch 1, groups of up to 8. The instructions of pqt2 and pqt5
+have not been counted."""
 MERGING = (2, 4)
 ENCODE_512 = {"pqo3": (4, 6), "pqo4": (4, 6), "pqt3": (40, 40), "pqt4": (40, 40)}
 
 
-def predicted(contender: str, shape: Shape) -> tuple[float, float]:
+def predicted(contender: str, shape: Shape) -> tuple[float, float] | None:
     """docs/cuda.md's figures at 32k tokens, in proportion to the values of K and V, and the merging of splits."""
     name = contender.removeprefix("ggml ")
+    if name not in AT_32K:
+        return None
     part = shape.n_kv * shape.batch * shape.head_dim / (32768 * 128)
     low, high = (part * us for us in AT_32K[name])
     return (low, high) if name == "f16" else (low + MERGING[0], high + MERGING[1])
@@ -194,6 +197,14 @@ def in_turn(contenders: list[Contender], rounds: int) -> None:
     for i in range(rounds):
         for contender in contenders if i % 2 else contenders[::-1]:
             contender.round()
+
+
+def predicted_encode(type: str, n_tokens: int) -> tuple[float, float] | None:
+    """docs/cuda.md's figures for encoding 512 tokens, in proportion."""
+    if type not in ENCODE_512:
+        return None
+    low, high = ENCODE_512[type]
+    return low * n_tokens / 512, high * n_tokens / 512
 
 
 def copy_bandwidth(kernels: Kernels, settings: Plan) -> float:
@@ -272,14 +283,13 @@ def rows_figures(kernels: Kernels, settings: Plan, copy: float) -> list[RowsFigu
             kernels.clock.forget()
             for contender in contenders:
                 seconds, n_bytes = statistics.median(contender.seconds), made[contender.name][1]
-                low, high = (us * n_tokens / 512 for us in ENCODE_512[contender.name])
                 figures.append(
                     RowsFigure(
                         step,
                         contender.name,
                         n_tokens,
                         us=round(seconds * 1e6, 2),
-                        predicted_us=(low, high) if step == "encode" else None,
+                        predicted_us=predicted_encode(contender.name, n_tokens) if step == "encode" else None,
                         gb_per_s=round(n_bytes / seconds / 1e9, 1),
                         of_copy=round(n_bytes / seconds / copy, 3),
                     )
@@ -356,17 +366,20 @@ def gpu_facts(native: CudaLibrary, clock: Clock) -> dict[str, Any]:
 # ---- Reports ----
 
 
+def in_words(predicted_us: tuple[float, float] | None) -> str:
+    return "" if predicted_us is None else f"{predicted_us[0]:.0f} to {predicted_us[1]:.0f}"
+
+
 def attention_table(figures: list[AttentionFigure]) -> Table:
     table = Table(title="attention over one layer of 8 KV heads: microseconds per call; speed beside f16's")
     for column in ("tokens", "GQA", "batch", "head", "cache", "us", "predicted (H200)", "GB/s", "of copy", "x f16"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     for f in figures:
-        low, high = f.predicted_us or (0, 0)
         table.add_row(
             *(f"{n:,}" for n in (f.n_kv, f.group, f.batch, f.head_dim)),
             f.contender,
             f"{f.us:.1f}",
-            f"{low:.0f} to {high:.0f}",
+            in_words(f.predicted_us),
             f"{f.gb_per_s:.0f}",
             f"{f.of_copy:.0%}",
             "" if f.speedup is None else f"{f.speedup:.2f}",
@@ -379,7 +392,7 @@ def rows_table(figures: list[RowsFigure]) -> Table:
     for column in ("step", "type", "tokens", "us", "predicted (H200)", "GB/s", "of copy"):
         table.add_column(column, justify="left" if column in ("step", "type") else "right")
     for f in figures:
-        expected = "" if f.predicted_us is None else f"{f.predicted_us[0]:.0f} to {f.predicted_us[1]:.0f}"
+        expected = in_words(f.predicted_us)
         table.add_row(
             f.step, f.type, f"{f.n_tokens:,}", f"{f.us:.1f}", expected, f"{f.gb_per_s:.0f}", f"{f.of_copy:.0%}"
         )

@@ -88,6 +88,7 @@ def names(pair: list[Any]) -> list[str]:
     ("cache", "tail"),
     [
         *(("f16", 0), ("q8_0", 0), ("pqo3", 0), ("pqo3", 128), (("pqo4", "pqt3"), 0), (("pqo4", "pqt3"), 16)),
+        (("pqt5", "pqt2"), 16),
         ("q4_0", 16),
         ({"default": "pqo3", "layers": {"0-1": "q8_0", "3": ("pqo4", "f16")}}, 8),
     ],

@@ -63,7 +63,9 @@ def resealed(data: bytes, **changes: Any) -> bytes:
     return data[:12] + struct.pack("<I", len(header)) + hashlib.sha256(header).digest() + header + data[48 + n :]
 
 
-@pytest.mark.parametrize("cache", ["pqo3", "pqt4", ("q8_0", "pqo4"), {"default": "pqo3", "layers": {"0": "q8_0"}}])
+@pytest.mark.parametrize(
+    "cache", ["pqo3", "pqt4", ("pqt5", "pqt2"), ("q8_0", "pqo4"), {"default": "pqo3", "layers": {"0": "q8_0"}}]
+)
 def test_what_was_saved_comes_back(tmp_path: Path, cache: Any) -> None:
     model = load(cache, tail=0)
     model.eval(list(range(5, 105)))

@@ -239,13 +239,16 @@ def shift_50_times(opened: Any, model: Rope, kind: str, drop: int, tail: int = 0
 
 
 FIGURES = {"pqo3": (0.0229, 0.041, 0.33), "pqo4": (0.0053, 0.0096, 0.14), "pqt3": (0.0169, 0.030, 0.28)}
-FIGURES |= {"pqt4": (0.0041, 0.0073, 0.12)}
+FIGURES |= {"pqt4": (0.0041, 0.0073, 0.12), "pqt2": (0.0700, 0.120, 0.50), "pqt5": (0.0010, 0.0018, 0.066)}
 """As docs/sequences.md has them."""
 
 
 @pytest.mark.parametrize(
     ("kind", "tail", "nats"),
-    [("pqo3", 0, 0.05), ("pqo3", 128, 0.035), ("pqo4", 0, 0.01), ("pqt3", 0, 0.035), ("pqt4", 0, 0.007)],
+    [
+        *(("pqo3", 0, 0.05), ("pqo3", 128, 0.035), ("pqo4", 0, 0.01)),
+        *(("pqt2", 0, 0.1), ("pqt3", 0, 0.035), ("pqt4", 0, 0.007), ("pqt5", 0, 0.0017)),
+    ],
 )
 def test_shifts_that_drop_many_tokens_do_not_add_up(
     models: Any, opened: Any, kind: str, tail: int, nats: float
@@ -264,5 +267,7 @@ def test_shifts_that_drop_many_tokens_do_not_add_up(
 def test_each_shift_adds_at_most_the_error_of_one_encoding(models: Any, opened: Any, kind: str) -> None:
     # The worst there is: two tokens go at a time, so that most keys are turned and encoded again 50 times.
     errors, _ = shift_50_times(opened, models["llama"], kind, 2)
-    assert all(error < (i + 1.2) * errors[0] for i, error in enumerate(errors))
+    # Half of a head turns so little at a time that it goes back to its old levels. pqt5 is precise enough to show it.
+    lag = 1.4 if kind == "pqt5" else 1.0
+    assert all(error < (i + 1.2) * lag * errors[0] for i, error in enumerate(errors))
     assert errors[50] == pytest.approx(FIGURES[kind][2], rel=0.05)
