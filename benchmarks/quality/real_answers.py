@@ -44,7 +44,7 @@ from tqgguf.diagnostics.compare import Reader, Trial, also_calibrated, further_c
 
 RESULTS: Final = Path(__file__).parents[1] / "results" / "real_answers.json"
 
-CACHES: Final = ("q8_0", "q5_0", "q4_0", "pqt4", "pqo4", "pqt3", "pqo3")
+CACHES: Final = ("q8_0", "q5_0", "q4_0", "pqt5", "pqt4", "pqo4", "pqt3", "pqo3", "pqt2")
 CONTINUED: Final = ("q8_0", "q4_0", "pqt4", "pqt3")
 """Those that follow answers token by token, which takes longest."""
 
@@ -53,7 +53,7 @@ TOGETHER: Final = 4
 
 CONTEXT: Final = 2048
 N_BATCH: Final = 512
-ROUNDS: Final = 4
+ROUNDS: Final = 2
 """Prompts of each task."""
 
 
