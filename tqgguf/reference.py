@@ -426,10 +426,10 @@ def unpack_trellis(data: U8, bits: int) -> U8:
     i = np.arange(BLOCK)
     e = np.zeros((len(words), BLOCK), dtype=np.uint32)
     if bits > 2:
-        e = words[:, 1 + i % 2] >> (i - i % 2).astype(np.uint32) & 3
+        e |= words[:, 1 + i % 2] >> (i - i % 2).astype(np.uint32) & np.uint32(3)
     single = _single_bits(bits)
     for k, bit in enumerate(single, bits - len(single)):
-        e = e | (words[:, k : k + 1] >> i.astype(np.uint32) & 1) << np.uint32(bit)
+        e |= (words[:, k : k + 1] >> i.astype(np.uint32) & np.uint32(1)) << np.uint32(bit)
     return (4 * e + subsets(words[:, 0])).astype(np.uint8)
 
 

@@ -9,10 +9,19 @@
 
 static _Thread_local int32_t recent_of_ours;
 static _Thread_local int32_t recent_of_stock;
+static _Thread_local bool in_states;
 
 void tq_ggml_tail_set(int32_t n_ours, int32_t n_stock) {
     recent_of_ours = n_ours;
     recent_of_stock = n_stock;
+}
+
+void tq_ggml_tail_in_states(bool held) {
+    in_states = held;
+}
+
+bool tq_ggml_tail_states(void) {
+    return in_states;
 }
 
 void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t, bool flash) {
@@ -57,6 +66,28 @@ void tq_ggml_tail_disown_stream(struct ggml_tensor * t, int64_t stream) {
     if (tq_ggml_tail_rows(t)) {
         ggml_backend_tensor_memset(t->src[1], 0, (size_t) stream * t->src[1]->nb[1], t->src[1]->nb[1]);
     }
+}
+
+int64_t tq_ggml_tail_owners(const struct ggml_tensor * t, int64_t stream, int32_t * owner) {
+    if (!tq_ggml_tail_rows(t)) {
+        return 0;
+    }
+    if (owner) {
+        ggml_backend_tensor_get(t->src[1], owner, (size_t) stream * t->src[1]->nb[1], t->src[1]->nb[1]);
+    }
+    return t->src[1]->ne[0];
+}
+
+void tq_ggml_tail_own(struct ggml_tensor * t, int64_t stream, int64_t cell, const void * row) {
+    if (!tq_ggml_tail_rows(t)) {
+        return;
+    }
+    const int64_t n_first = tq_ggml_tail_n_first(t);
+    const size_t at = (size_t) tq_tail_row(t->src[0]->ne[1] - n_first, n_first, cell);
+    const int32_t owner = (int32_t) (cell + 1);
+    ggml_backend_tensor_set(t->src[0], row, (size_t) stream * t->src[0]->nb[2] + at * t->src[0]->nb[1],
+                            t->src[0]->nb[1]);
+    ggml_backend_tensor_set(t->src[1], &owner, (size_t) stream * t->src[1]->nb[1] + at * sizeof owner, sizeof owner);
 }
 
 static void copy_node(struct ggml_tensor * node, int what, struct ggml_tensor * a, struct ggml_tensor * b,

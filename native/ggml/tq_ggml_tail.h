@@ -13,7 +13,8 @@
  * tqgguf.h), which two nodes make before SET_ROWS: src[5] and src[6] of that. They are DUP nodes that say by
  * op_params[0] what they are.
  *
- * A cell that is restored, copied or shifted owns nothing until it is written again: disown. In libggml-base. */
+ * A cell that is copied or shifted owns nothing until it is written again: disown. So does one that is restored, unless
+ * the state holds the tail. In libggml-base. */
 #ifndef TQ_GGML_TAIL_H
 #define TQ_GGML_TAIL_H
 
@@ -35,8 +36,12 @@ static_assert(GGML_MAX_SRC >= 9, "FLASH_ATTN_EXT takes the tails of K and V in s
 /* How many recent tokens the KV caches that this thread makes from now on keep in f16, in types of ours and in stock
  * types; 0: none, and no first ones. */
 void tq_ggml_tail_set(int32_t n_ours, int32_t n_stock);
+/* Whether states that this thread reads and writes from now on hold the tail (tq_ggml_tail_state.h). */
+void tq_ggml_tail_in_states(bool held);
 
 /* cffi: end */
+
+bool tq_ggml_tail_states(void);
 
 /* Gives a cache tensor (n_embd_gqa, kv_size, n_stream) its companions in ctx, if this thread wants a tail of its type;
  * t may be NULL. flash: whether attention is FLASH_ATTN_EXT, which alone reads a tail. */
@@ -46,6 +51,11 @@ void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t, bool fl
  * */
 void tq_ggml_tail_disown(struct ggml_tensor * t, int64_t stream, const uint32_t * cells, size_t n_cells);
 void tq_ggml_tail_disown_stream(struct ggml_tensor * t, int64_t stream);
+
+/* Owners of the rows of a stream's tail, (n_row), if owner is not NULL; returns n_row, 0 without a tail. */
+int64_t tq_ggml_tail_owners(const struct ggml_tensor * t, int64_t stream, int32_t * owner);
+/* Puts back the row of a cell. Nothing happens without a tail. */
+void tq_ggml_tail_own(struct ggml_tensor * t, int64_t stream, int64_t cell, const void * row);
 
 static inline struct ggml_tensor * tq_ggml_tail_rows(const struct ggml_tensor * t) {
     return t && t->op == GGML_OP_NONE && ggml_blck_size(t->type) == TQ_GGML_BLOCK ? t->src[0] : NULL;

@@ -37,7 +37,7 @@ def policy(path: Path) -> None:
 def session() -> bytes:
     fields = {"model": "m", "model_hash": "00", "types_k": ["pqo3"], "types_v": ["pqo3"], "type_numbers": {"pqo3": 300}}
     fields |= {"k_means": "", "settings": {"a": 1.5}, "codec": 2, "state": 3, "n_tokens": 1, "n_state_bytes": 2}
-    fields |= {"sha256": "00", "extra": {}}
+    fields |= {"sha256": "00", "extra": {}, "tail": False}
     header = json.dumps(fields).encode()
     return b"\xff" + struct.pack("<H", len(header)) + header + bytes(6)
 

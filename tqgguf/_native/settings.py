@@ -50,6 +50,16 @@ def tail_set(n: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def tail_in_states(held: bool = True) -> Iterator[None]:
+    """While it lasts, states that this thread reads and writes hold the tail (native/ggml/tq_ggml_tail_state.h)."""
+    base().tq_ggml_tail_in_states(held)
+    try:
+        yield
+    finally:
+        base().tq_ggml_tail_in_states(False)
+
+
+@contextlib.contextmanager
 def rotation_allowed(allowed: bool) -> Iterator[None]:
     """While it lasts, contexts that this thread makes may rotate stock quantized types, or may not."""
     base().tq_ggml_policy_set_rotation(allowed)

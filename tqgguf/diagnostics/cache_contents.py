@@ -212,7 +212,7 @@ def inspect_session(path: str | Path, model: str | Path, *, sample: int = DEFAUL
         return _contents(info, str(path), read_state(path, info), sample, notes)
     saved, data = session.read_body(path, info)
     notes = [_CALIBRATED_SESSION] if saved.k_means else []
-    return _contents(info, str(path), parse_state(data, info, str(path), sequence=True), sample, notes)
+    return _contents(info, str(path), parse_state(data, info, str(path), sequence=True, tail=saved.tail), sample, notes)
 
 
 def _contents(

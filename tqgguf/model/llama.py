@@ -38,8 +38,9 @@ class Llama(GuardedLlama):
             `CachePolicy`, or the path of a policy file. A policy measured on another model gives a warning.
         tail: how many of the newest tokens are kept in f16 as well, and read from there, where a type is quantized (and
             with them those in the first four cells); 0 turns it off. None means 128 for types of tqgguf and 0 for stock
-            types, whose tail is for the CPU alone. Saved states do not hold them. With a cache on CUDA `eval` reads a
-            prompt in batches of as many tokens: in longer ones most would not find their neighbours in the tail.
+            types, whose tail is for the CPU alone. Sessions and `save_state` hold them. With a cache on CUDA `eval`
+            reads a prompt in batches of as many tokens: in longer ones most would not find their neighbours in the
+            tail.
         flash_attn: None switches it on where the cache needs it. A quantized V, every type of tqgguf, and every tail
             needs it.
         rpc: workers (`tqgguf worker`), each "host:port", that hold the model's layers and their cache in its place; the
@@ -233,7 +234,7 @@ class Llama(GuardedLlama):
         with self.watched():
             session, tokens, state = load(path, self._session_owner(), len(self.input_ids), self.n_vocab())
             self.reset()
-            if not put(self.ctx, state, session.n_tokens):
+            if not put(self.ctx, state, session):
                 self.reset()
                 raise SessionError(f"llama.cpp refused the cache in {path}; the model is empty now")
             self.input_ids[: session.n_tokens] = tokens

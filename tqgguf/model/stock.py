@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 
 from .._native import import_llama_cpp
 from .._native.rpc import local_gpus
+from .._native.settings import tail_in_states
 from .._native.threads import kept_threads
 from ..cache.tail import tail_batch
 from ..cache.tensors import CacheTensor, check_tensors
@@ -181,10 +182,10 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
 
         With a vocabulary of 128,000 that matrix takes 262 MB, many times what the compressed cache does.
         """
-        with self.watched():
+        with self.watched(), tail_in_states():
             if self._logits_all:
                 whole = super().save_state()
-                whole.calibration = self._calibration_digest()
+                whole.calibration, whole.tail = self._calibration_digest(), True
                 return whole
             size = llama_cpp.llama_state_get_size(self.ctx)
             state = (ctypes.c_uint8 * size)()
@@ -198,7 +199,7 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
             llama_state_size=size,
             seed=self._seed,
         )
-        kept.calibration = self._calibration_digest()
+        kept.calibration, kept.tail = self._calibration_digest(), True
         return kept
 
     def _calibration_digest(self) -> str:
@@ -226,7 +227,7 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
                 "the state is of a cache whose keys are calibrated otherwise; the model is as it was. "
                 "Prefix caches (set_cache) cannot be shared between calibrations"
             )
-        with self.watched():
+        with self.watched(), tail_in_states(getattr(state, "tail", False)):
             data = (ctypes.c_uint8 * len(state.llama_state)).from_buffer_copy(state.llama_state)
             if llama_cpp.llama_state_set_data(self.ctx, data, len(data)) != len(data):
                 self.reset()

@@ -8,13 +8,12 @@ All numbers are little-endian::
     16  32 SHA-256 of the header
     48     header: JSON, what the session belongs to and what follows, with the SHA-256 of all that follows
            tokens: int32 each
-           state: llama.cpp's own state of sequence 0 (llama_state_seq_get_data): the cells in use and nothing else
+           state: llama.cpp's own state of sequence 0 (llama_state_seq_get_data): the cells in use, and the rows of the
+           precise tail that belong to them (native/ggml/tq_ggml_tail_state.h)
 
 The checksum is SHA-256 because the standard library has it at 2 GB/s, which no disk that is waited for reaches, and
 because 32 bits would let one damaged file in four thousand million pass as whole. It tells accidents, not forgery: a
 file that was made to deceive still meets llama.cpp's own checks of every count and type, and ours of every position.
-
-The precise tail is not in a session: restored tokens are read from their blocks (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._native import import_llama_cpp
+from .._native.settings import tail_in_states
 from .._util import check_folder, write_whole
 from ..cache.policy import CachePolicy, model_hash
 from ..config import CACHE_TYPES
@@ -41,8 +41,8 @@ from ..errors import ArgumentError, OutOfMemoryError, SessionError, StateFileErr
 from ..gguf.info import ModelInfo
 from .state import cell_positions
 
-SESSION_VERSION: Final = 1
-"""Of the layout above; another one is refused."""
+SESSION_VERSION: Final = 2
+"""Of the layout above. Version 1 had no rows of the tail, and is read; another one is refused."""
 
 CODEC: Final = 2
 """Of what the bytes of a block mean, and those of a calibrated key; another one is refused."""
@@ -71,6 +71,7 @@ class Session:
         n_state_bytes: bytes of llama.cpp's state.
         sha256: of tokens and state.
         extra: what the caller of `Llama.save_session` gave to be kept beside it.
+        tail: whether the state holds the rows of the precise tail; sessions of version 1 do not.
     """
 
     model: str
@@ -86,6 +87,7 @@ class Session:
     n_state_bytes: int
     sha256: str
     extra: dict[str, Any]
+    tail: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,10 @@ def _read_header(file: BufferedReader, path: Path) -> Session:
     if len(head) < _HEAD.size:
         raise SessionError(f"{path} is truncated: it has {len(head)} bytes, a session has at least {_HEAD.size}")
     _, version, n_header, digest = _HEAD.unpack(head)
-    if version != SESSION_VERSION:
-        raise SessionError(f"{path} has session version {version}, this tqgguf reads {SESSION_VERSION}: save it again")
+    if not 1 <= version <= SESSION_VERSION:
+        raise SessionError(
+            f"{path} has session version {version}, this tqgguf reads 1 to {SESSION_VERSION}: save it again"
+        )
     if n_header > _LARGEST_HEADER:
         raise SessionError(f"{path} is damaged: its header has {n_header:,} bytes, at most {_LARGEST_HEADER:,} can be")
     n_file = os.fstat(file.fileno()).st_size
@@ -166,7 +170,7 @@ def _read_header(file: BufferedReader, path: Path) -> Session:
     text = file.read(n_header)
     if hashlib.sha256(text).digest() != digest:
         raise SessionError(f"{path} is damaged: the checksum of its header does not match")
-    session = _parse(text, path)
+    session = _parse(text, path, version)
     expected = _HEAD.size + n_header + 4 * session.n_tokens + session.n_state_bytes
     if n_file != expected:
         what = "truncated" if n_file < expected else "damaged"
@@ -186,12 +190,14 @@ def _read_body(file: BufferedReader, session: Session, path: Path) -> bytearray:
     return body
 
 
-def _parse(text: bytes, path: Path) -> Session:
+def _parse(text: bytes, path: Path, version: int) -> Session:
     try:
         data = json.loads(text)
         kinds = {"n_tokens": int, "n_state_bytes": int, "codec": int, "state": int, "settings": dict, "extra": dict}
         kinds |= {"model": str, "model_hash": str, "k_means": str, "sha256": str, "type_numbers": dict}
         kinds |= {"types_k": list, "types_v": list}
+        if version > 1:
+            kinds["tail"] = bool
         if not isinstance(data, dict) or data.keys() != kinds.keys():
             raise ValueError("its keys are not those of a session")
         for key, kind in kinds.items():
@@ -322,12 +328,13 @@ def save(
     llama_cpp.llama_memory_seq_rm(memory, 0, len(tokens), -1)
     if (last := llama_cpp.llama_memory_seq_pos_max(memory, 0)) != len(tokens) - 1:
         raise SessionError(f"cannot save: the cache ends at token {last}, the model counts {len(tokens)}")
-    try:
-        size = llama_cpp.llama_state_seq_get_size(context, 0)
-        state = (ctypes.c_uint8 * size)()
-    except MemoryError:
-        raise OutOfMemoryError(f"no memory for a copy of the cache of {size:,} bytes, which saving needs") from None
-    n_written = llama_cpp.llama_state_seq_get_data(context, state, size, 0)
+    with tail_in_states():
+        try:
+            size = llama_cpp.llama_state_seq_get_size(context, 0)
+            state = (ctypes.c_uint8 * size)()
+        except MemoryError:
+            raise OutOfMemoryError(f"no memory for a copy of the cache of {size:,} bytes, which saving needs") from None
+        n_written = llama_cpp.llama_state_seq_get_data(context, state, size, 0)
     if size == 0 or n_written != size:
         raise SessionError("llama.cpp could not write the state of its cache")
     numbers = tokens.astype("<i4").tobytes()
@@ -339,6 +346,7 @@ def save(
         n_state_bytes=size,
         sha256=digest.hexdigest(),
         extra=dict(extra),
+        tail=True,
         **_identity(owner),
     )
     try:
@@ -388,7 +396,7 @@ def load(path: str | Path, owner: Owner, n_ctx: int, n_vocab: int) -> tuple[Sess
 def _refuse_positions(state: memoryview, session: Session, info: ModelInfo, path: Path) -> None:
     """Raises SessionError if a cell is of no token of the session. llama.cpp takes what it is given."""
     try:
-        positions = cell_positions(state, info)
+        positions = cell_positions(state, info, session.tail)
     except (StateFileError, UnsupportedError):
         return  # of a layout that is not modelled here, or damaged: llama.cpp checks its counts, types and sizes
     wrong = positions[(positions < 0) | (positions >= session.n_tokens)]
@@ -396,12 +404,13 @@ def _refuse_positions(state: memoryview, session: Session, info: ModelInfo, path
         raise SessionError(f"{path} is damaged: it has a cell of token {wrong[0]}, and {session.n_tokens:,} tokens")
 
 
-def put(context: Any, state: memoryview, n_tokens: int) -> bool:
-    """Puts a state that `load` read into an empty context; whether llama.cpp took it, all n_tokens tokens."""
+def put(context: Any, state: memoryview, session: Session) -> bool:
+    """Puts a state that `load` read into an empty context; whether llama.cpp took it, all of the session's tokens."""
     llama_cpp = import_llama_cpp()
     data = (ctypes.c_uint8 * len(state)).from_buffer(state)
-    if llama_cpp.llama_state_seq_set_data(context, data, len(state), 0) != len(state):
-        return False
+    with tail_in_states(session.tail):
+        if llama_cpp.llama_state_seq_set_data(context, data, len(state), 0) != len(state):
+            return False
     memory = llama_cpp.llama_get_memory(context)
     first, last = llama_cpp.llama_memory_seq_pos_min(memory, 0), llama_cpp.llama_memory_seq_pos_max(memory, 0)
-    return bool(last == n_tokens - 1 and (first >= 0 or not n_tokens))
+    return bool(last == session.n_tokens - 1 and (first >= 0 or not session.n_tokens))

@@ -111,11 +111,15 @@ def _file(file: Path, data: memoryview, info: ModelInfo) -> CacheState:
                 f"{file} is a {kind} file of version {version}, this tqgguf reads version {expected}: save it anew"
             )
         reader.take(4 * reader.number("I"), "tokens")
-        return _parse(reader, info, has_architecture=magic == _SESSION)
+        return _parse(reader, info, magic == _SESSION, tail=False)
 
 
 def parse_state(
-    data: bytes | memoryview, info: ModelInfo, name: str = "the context's state", sequence: bool = False
+    data: bytes | memoryview,
+    info: ModelInfo,
+    name: str = "the context's state",
+    sequence: bool = False,
+    tail: bool = False,
 ) -> CacheState:
     """Reads what `llama_state_get_data` gave for a context of a model. The rows are copies.
 
@@ -124,6 +128,7 @@ def parse_state(
         info: the model it is of.
         name: of the state, for messages.
         sequence: whether it is one sequence, from `llama_state_seq_get_data`.
+        tail: whether it holds the tail (native/ggml/tq_ggml_tail_state.h).
 
     Raises:
         StateFileError: it is damaged or of another model.
@@ -132,11 +137,13 @@ def parse_state(
     reader = _Reader(memoryview(data), name)
     if sequence and (begin := reader.number("Q") & 0xFFFFFFFF) != _SEQUENCE_DATA:  # the number of the sequence follows
         raise reader.error(f"it begins with {begin:#x}, {_SEQUENCE_DATA:#x} expected")
-    return _parse(reader, info, has_architecture=not sequence)
+    return _parse(reader, info, not sequence, tail)
 
 
-def cell_positions(data: bytes | memoryview, info: ModelInfo) -> npt.NDArray[np.int32]:
+def cell_positions(data: bytes | memoryview, info: ModelInfo, tail: bool) -> npt.NDArray[np.int32]:
     """The position of every cell in what `llama_state_seq_get_data` gave for a model, one cache after another.
+
+    tail: whether the state holds the tail.
 
     llama.cpp takes positions from a state as they are, and looks at those of the windows' cache alone afterwards.
 
@@ -145,10 +152,10 @@ def cell_positions(data: bytes | memoryview, info: ModelInfo) -> npt.NDArray[np.
     """
     reader = _Reader(memoryview(data), "the sequence's state", with_rows=False)
     reader.take(8, "marks")  # a magic number and the sequence's, which llama.cpp reads
-    return _parse(reader, info, has_architecture=False).positions
+    return _parse(reader, info, False, tail).positions
 
 
-def _parse(reader: _Reader, info: ModelInfo, has_architecture: bool) -> CacheState:
+def _parse(reader: _Reader, info: ModelInfo, has_architecture: bool, tail: bool) -> CacheState:
     if not info.layers or not info.exact:
         what = "is not modelled here" if info.layers else "does not exist"
         raise UnsupportedError(f"{info.path.name}: the KV cache of architecture {info.architecture} {what}")
@@ -161,16 +168,16 @@ def _parse(reader: _Reader, info: ModelInfo, has_architecture: bool) -> CacheSta
     caches = [full, windows] if windows else [full]
     begin = reader.at
     try:
-        found = [_cache(reader, layers, info, 0) for layers in caches]
+        found = [_cache(reader, layers, info, 0, tail) for layers in caches]
     except StateFileError:
         # Cells of some architectures have more to them, which their file does not tell. Rows whose types and lengths
         # all fit will not come about by reading them wrongly.
         reader.at = begin
         try:
-            found = [_cache(reader, layers, info, _EXT_BYTES) for layers in caches]
+            found = [_cache(reader, layers, info, _EXT_BYTES, tail) for layers in caches]
         except StateFileError:
             reader.at = begin
-            found = [_cache(reader, layers, info, 0) for layers in caches]
+            found = [_cache(reader, layers, info, 0, tail) for layers in caches]
     if reader.left and not any("hybrid" in note for note in info.notes):
         raise reader.error(f"{reader.left} bytes follow its last row")
     return CacheState(
@@ -182,7 +189,7 @@ def _parse(reader: _Reader, info: ModelInfo, has_architecture: bool) -> CacheSta
 
 
 def _cache(
-    reader: _Reader, layers: Sequence[KVLayer], info: ModelInfo, ext_bytes: int
+    reader: _Reader, layers: Sequence[KVLayer], info: ModelInfo, ext_bytes: int, tail: bool
 ) -> tuple[npt.NDArray[np.int32], int, list[StoredRows]]:
     """Positions of the cells, number of streams and rows of one cache, the streams' one after another."""
     n_stream = reader.number("I")
@@ -198,10 +205,15 @@ def _cache(
         transposed, n_layer = reader.number("I"), reader.number("I")
         if transposed > 1 or n_layer != len(layers):
             raise reader.error(f"it has {n_layer} layers where {info.path.name} has {len(layers)}")
-        for side in ("K",) if info.mla else ("K", "V"):
+        sides = ("K",) if info.mla else ("K", "V")
+        for side in sides:
             for layer in layers:
                 kind, rows = _rows(reader, layer, side, n_cells, bool(transposed) and side == "V")
                 parts.setdefault((side, layer.index), []).append((kind, rows))
+        if tail:
+            for layer in layers:
+                for side in sides:
+                    _skip_tail(reader, layer, side, n_cells)
     tensors = []
     for (side, index), pieces in parts.items():
         kind = pieces[0][0]
@@ -211,6 +223,18 @@ def _cache(
         rows = pieces[0][1] if len(pieces) == 1 else np.concatenate([rows for _, rows in pieces])
         tensors.append(StoredRows(layer, side, kind, rows))
     return np.concatenate(positions), n_stream, tensors
+
+
+def _skip_tail(reader: _Reader, layer: KVLayer, side: str, n_cells: int) -> None:
+    """Goes past the rows that K or V of a layer has beside its cells (native/ggml/tq_ggml_tail_state.h)."""
+    n, n_bytes = reader.number("I"), reader.number("I")
+    expected = 2 * layer.n_head_kv * (layer.head_dim_k if side == "K" else layer.head_dim_v)
+    if n > n_cells or n_bytes != expected:
+        raise reader.error(
+            f"layer {layer.index} has a tail of {n} rows of {n_bytes} bytes of {side} beside {n_cells} cells; rows have "
+            f"{expected} bytes"
+        )
+    reader.take(n * (4 + n_bytes), "a tail")
 
 
 def _cells(reader: _Reader, n_cells: int, ext_bytes: int) -> npt.NDArray[np.int32]:
