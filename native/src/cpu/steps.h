@@ -2,8 +2,10 @@
  * made for each number of bits and of query vectors. The file says which bits its types have: BY_BITS is TQI_BY_BITS or
  * TQI_BY_TRELLIS_BITS. */
 
-static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks,
-                   float * y){ BY_BITS(unpack_rows, codec -> bits, codec, blocks, n_blocks, y) }
+static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
+    const int bits = codec->bits;
+    BY_BITS(unpack_rows, bits, codec, blocks, n_blocks, y)
+}
 
 INLINE void scores_by_n_q(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
                           const float * q, int n_blocks, float * s, int ld) {
@@ -11,8 +13,10 @@ INLINE void scores_by_n_q(int bits, int n_q, const tqi_codec * codec, const uint
 }
 
 static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
-                   int n_blocks, float * s,
-                   int ld){ BY_BITS(scores_by_n_q, codec -> bits, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld) }
+                   int n_blocks, float * s, int ld) {
+    const int bits = codec->bits;
+    BY_BITS(scores_by_n_q, bits, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+}
 
 INLINE void accumulate_by_n_q(int bits, int n_q, const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,
                               const float * p, int ld, int n_blocks, float * o) {
@@ -21,5 +25,6 @@ INLINE void accumulate_by_n_q(int bits, int n_q, const tqi_codec * codec, const 
 
 static void accumulate(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
                        int n_q, int n_blocks, float * o) {
-    BY_BITS(accumulate_by_n_q, codec->bits, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
+    const int bits = codec->bits;
+    BY_BITS(accumulate_by_n_q, bits, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o)
 }
