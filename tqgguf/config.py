@@ -13,7 +13,7 @@ Mode = Literal["search", "maxnorm", "l2norm"]
 MODES: Final[tuple[Mode, ...]] = ("search", "maxnorm", "l2norm")
 
 CacheSpec = str | Sequence[str]
-"""What `cache=` accepts: one type name, or a pair (K type, V type)."""
+"""What `cache=` accepts: the name of a type or of a preset, or a pair (K type, V type)."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,15 @@ PREFERRED_TYPES: Final = ("f16", "q8_0", "pqt4", "pqo4", "pqt3", "pqo3", "q4_0")
 models, each as `Llama` has it (README). q4_0 is larger than the two before it and less precise."""
 
 
+PRESETS: Final[dict[str, tuple[str, str]]] = {
+    "best": ("pqt5", "pqt4"),
+    "balanced": ("pqt4", "pqt3"),
+    "small": ("pqt3", "pqt3"),
+    "tiny": ("pqt3", "pqt2"),
+}
+"""Pairs (K type, V type) by purpose. Errors of keys cost more than those of values, so K is the more precise one."""
+
+
 def cache_type(name: Any) -> CacheType:
     """The cache type of that name (case does not matter).
 
@@ -104,14 +113,20 @@ def parse_cache(spec: CacheSpec) -> tuple[CacheType, CacheType]:
     """K and V type of a `cache=` specification.
 
     Args:
-        spec: the name of a type for both, or a pair of names for K and V apart, such as ("pqo4", "pqo3").
+        spec: the name of a type for both, a pair of names for K and V apart, such as ("pqo4", "pqo3"), or the name of
+            one of PRESETS.
 
     Raises:
         ArgumentError: neither a name nor a pair of names, or an unknown name.
     """
     if isinstance(spec, str):
-        both = cache_type(spec)
-        return both, both
+        if spec.lower() not in {*PRESETS, *CACHE_TYPES}:
+            raise ArgumentError(
+                f"unknown cache type {spec!r}; valid types are {', '.join(CACHE_TYPES)}; presets are "
+                f"{', '.join(f'{name} ({k}/{v})' for name, (k, v) in PRESETS.items())}"
+            )
+        k, v = PRESETS.get(spec.lower(), (spec, spec))
+        return cache_type(k), cache_type(v)
     if isinstance(spec, Sequence) and len(spec) == 2:
         return cache_type(spec[0]), cache_type(spec[1])
     raise ArgumentError(f"cache must be a type name or a pair (K type, V type), not {spec!r}")

@@ -52,6 +52,8 @@ def test_numbers_are_those_of_the_library(native: Any) -> None:
         ("PQO4", ("pqo4", "pqo4")),
         (("pqo4", "q8_0"), ("pqo4", "q8_0")),
         (["f16", "f32"],) * 2,
+        *config.PRESETS.items(),
+        ("Balanced", config.PRESETS["balanced"]),
     ],
 )
 def test_parse_cache(spec: Any, expected: Any) -> None:
@@ -62,8 +64,14 @@ def test_an_unknown_type_lists_the_valid_ones() -> None:
     with pytest.raises(ArgumentError) as caught:
         config.parse_cache("q3")
     assert "'q3'" in str(caught.value)
-    for name in config.CACHE_TYPES:
+    for name in (*config.CACHE_TYPES, *config.PRESETS):
         assert name in str(caught.value)
+
+
+def test_a_preset_is_a_pair_of_falling_size_and_its_keys_are_the_more_precise() -> None:
+    pairs = [[config.cache_type(name).bits for name in pair] for pair in config.PRESETS.values()]
+    assert all(k >= v for k, v in pairs)
+    assert sorted(pairs, key=sum, reverse=True) == pairs
 
 
 @pytest.mark.parametrize("spec", [None, 300, (), ("pqo3",), ("pqo3", "pqo3", "pqo3"), ("pqo3", None), {"k": "pqo3"}])

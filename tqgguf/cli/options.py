@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from .._util import check_folder
 from ..cache.tail import DEFAULT_TAIL, MAX_TAIL
-from ..config import cache_type
+from ..config import PRESETS, cache_type, parse_cache
 from ..errors import ArgumentError, TqggufError
 from .interrupt import on_interrupt
 from .render.progress import Bar
@@ -37,8 +37,14 @@ def cache_name(text: str) -> str:
 
 
 def cache_name_or_policy(text: str) -> str:
-    """argparse type: the name of a cache type, or the path of a policy file."""
-    return text if text.endswith(".gguf") else cache_name(text)
+    """argparse type: the name of a cache type or of a preset, or the path of a policy file."""
+    if text.endswith(".gguf"):
+        return text
+    try:
+        parse_cache(text)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text.lower()
 
 
 def cache_or_pair(text: str) -> str | tuple[str, str]:
@@ -132,7 +138,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         type=cache_name_or_policy,
         metavar="TYPE",
         default="pqo3",
-        help="type of K and V, or a policy file (default: pqo3)",
+        help=f"type of K and V, a preset ({', '.join(PRESETS)}), or a policy file (default: pqo3)",
     )
     group.add_argument("--cache-k", type=cache_name, metavar="TYPE", help="type of K alone")
     group.add_argument("--cache-v", type=cache_name, metavar="TYPE", help="type of V alone")
@@ -224,7 +230,8 @@ def chosen_cache(args: argparse.Namespace) -> str | tuple[str, str]:
         return str(args.cache)
     if args.cache.endswith(".gguf") and None in (args.cache_k, args.cache_v):
         raise ArgumentError("--cache-k and --cache-v need types beside them, not a policy file")
-    return (args.cache_k or args.cache, args.cache_v or args.cache)
+    k, v = PRESETS.get(args.cache, (args.cache, args.cache))
+    return (args.cache_k or k, args.cache_v or v)
 
 
 def add_chat_format_option(parser: argparse.ArgumentParser) -> None:

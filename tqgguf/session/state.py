@@ -231,8 +231,8 @@ def _skip_tail(reader: _Reader, layer: KVLayer, side: str, n_cells: int) -> None
     expected = 2 * layer.n_head_kv * (layer.head_dim_k if side == "K" else layer.head_dim_v)
     if n > n_cells or n_bytes != expected:
         raise reader.error(
-            f"layer {layer.index} has a tail of {n} rows of {n_bytes} bytes of {side} beside {n_cells} cells; rows have "
-            f"{expected} bytes"
+            f"layer {layer.index} has a tail of {n} rows of {n_bytes} bytes of {side} beside {n_cells} cells; "
+            f"rows have {expected} bytes"
         )
     reader.take(n * (4 + n_bytes), "a tail")
 
