@@ -122,8 +122,8 @@ AT_32K = {
     "pqt4": (34, 40),
     "f16": (31, 37),
 }
-"""Microseconds expected of 32,768 tokens, 8 KV heads of 128, batch 1, groups of up to 8. The instructions of pqt2 and pqt5
-have not been counted."""
+"""Microseconds expected of 32,768 tokens, 8 KV heads of 128, batch 1, groups of up to 8. The instructions of pqt2 and
+pqt5 have not been counted."""
 MERGING = (2, 4)
 ENCODE_512 = {"pqo3": (4, 6), "pqo4": (4, 6), "pqt3": (40, 40), "pqt4": (40, 40)}
 
