@@ -112,7 +112,8 @@ def own_cells(case: Case, stream: int) -> npt.NDArray[np.int64]:
     rng = np.random.default_rng((case.seed, stream))
     if rng.random() < 0.3:
         return rng.permutation(case.n_kv)[: case.n_q]
-    return (rng.integers(case.n_kv) + np.arange(case.n_q)) % case.n_kv
+    cells: npt.NDArray[np.int64] = (rng.integers(case.n_kv) + np.arange(case.n_q)) % case.n_kv
+    return cells
 
 
 def tail_index(owner: npt.NDArray[np.int32], cells: npt.NDArray[np.int64], case: Case) -> npt.NDArray[np.int32]:
@@ -133,9 +134,10 @@ def add_tail(rng: Any, exact: npt.NDArray[np.float32], operand: Operand, case: C
     n_row, n_own = case.tail + case.first, case.n_q if case.batch else 0
     rows = np.full((n_stream, n_row + n_own, *shape), np.nan, dtype=np.float16)
     owner = np.zeros((n_stream, n_row), dtype=np.int32)
-    indices, seen = [], []
+    indices: list[Array] = []
+    seen: list[Any] = []
 
-    def write(s: int, t: int, values: npt.NDArray[np.float32], copy: int | None = None) -> None:
+    def write(s: int, t: Any, values: Array, copy: int | None = None) -> None:
         row = case.tail + t if t < case.first else t % case.tail
         if left := owner[s, row]:
             values[left - 1] = operand.values[s, left - 1]
@@ -237,8 +239,9 @@ def make_inputs(case: Case, encode: Encode = reference.encode) -> Inputs:
             max_bias=case.max_bias,
         )
 
-    def values(x: Operand, s: int, row: int) -> npt.NDArray[np.float32]:
-        return x.values[s, row] if x.values.ndim == 5 else x.values[s]
+    def values(x: Operand, s: int, row: int) -> Array:
+        of_stream: Array = x.values[s]
+        return of_stream[row] if of_stream.ndim == 4 else of_stream
 
     if case.batch:
         want = [
