@@ -3,8 +3,7 @@
     python benchmarks/quality/tail_quality.py   # saves results/tail_quality.json, prints that of docs/quality.md
     python benchmarks/quality/tail_quality.py --chunks 1 --output -
 
-A batch is written into the cache before it is read. With one token at a time every token finds its predecessors in the
-tail, as it does when a model answers; of a batch longer than the tail only the last ones do.
+Each token of a batch reads what it would read alone, so the tokens computed at once must not matter.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tqgguf.diagnostics.texts import own_text, text_chunks
 
 RESULTS = Path(__file__).parents[1] / "results" / "tail_quality.json"
 N_CTX = 2048
-UBATCHES = (1, 32, 128, 512)
+UBATCHES = (1, 64, 512, 2048)
 TAILS = (0, 1, 32, 128, 512)
 """A tail of one token is little more than the first four."""
 
@@ -38,7 +37,9 @@ def measure(cache: str, n_ubatch: int, n_chunks: int, n_threads: int) -> list[di
     info = read_model_info(demo.MODEL_PATH)
     reference = NamedCache("f16", resolve("f16", info.n_layer))
     policy = resolve(cache, info.n_layer)
-    with contextlib.closing(load(demo.MODEL_PATH, reference, N_CTX, n_threads, n_ubatch=n_ubatch)) as model:
+    with contextlib.closing(
+        load(demo.MODEL_PATH, reference, N_CTX, n_threads, n_batch=N_CTX, n_ubatch=n_ubatch)
+    ) as model:
         chunks = text_chunks(model, own_text(info, N_CTX, n_chunks), N_CTX, n_chunks, special=True)
         readers = [Reader(reference, model.ctx)]
         for tail in TAILS:

@@ -47,18 +47,15 @@ def test_what_the_demo_model_missed() -> None:
 
 def test_the_tables_of_the_tail() -> None:
     rows = results("tail_quality")["rows"]
+    kld = {(row["cache"], row["n_ubatch"], row["tail"]): row["mean_kld"] for row in rows}
+    tails = (0, 1, 32, 128, 512)
     for cache in ("pqo3", "pqo4"):
-        for n in (1, 32, 128, 512):
-            cells = [f"{row['mean_kld']:.3g}" for row in rows if (row["cache"], row["n_ubatch"]) == (cache, n)]
-            assert len(cells) == 5 and f"| {cache} | {n} | {' | '.join(cells)} |" in QUALITY
-    said = re.search(
-        r"has (\S+) for pqo3 and (\S+) for pqo4 with a tail .* row \"128\" and has (\S+) and (\S+)\. ",
-        words("docs/quality.md"),
-    )
-    assert said
-    same = [row["mean_kld"] for row in rows if (row["n_ubatch"], row["tail"]) == (128, 128)]
-    figures = [mean_kld("pqo3", "128"), mean_kld("pqo4", "128"), *(float(f"{kld:.3g}") for kld in same)]
-    assert [float(text) for text in said.groups()] == figures
+        for n in (1, 64, 512, 2048):
+            cells = [f"{kld[cache, n, tail]:.3g}" for tail in tails]
+            assert f"| {cache} | {n:,} | {' | '.join(cells)} |" in QUALITY
+            assert all(kld[cache, n, tail] == pytest.approx(kld[cache, 1, tail], rel=0.03) for tail in tails)
+    removed = [f"{1 - kld[cache, 1, 128] / kld[cache, 1, 0]:.0%}".replace("%", " %") for cache in ("pqo3", "pqo4")]
+    assert f"removes {removed[0]} of pqo3's KLD and {removed[1]} of pqo4's" in words("docs/quality.md")
 
 
 def test_what_readme_says_of_memory() -> None:
