@@ -41,7 +41,7 @@ import real_sources
 import tqgguf
 from tqgguf._util import write_whole
 from tqgguf.cache.policy import resolve
-from tqgguf.config import CACHE_TYPES
+from tqgguf.config import parse_cache
 
 HERE: Final = Path(__file__).parent
 ROOT: Final = HERE.parent
@@ -145,10 +145,13 @@ def leading_table() -> str:
 
 ADVICE: Final = {
     "q8_0": "memory for it",
-    "pqt4": "room for 4.5 bits per value",
+    "best": "room for 5 bits per value",
+    "pqt4": "room for 4.5 bits",
     "pqo4": "the same, and long prompts on few cores: it encodes four to five times as fast as `pqt4`",
-    "pqt3": "less than that",
+    "balanced": "room for 4 bits",
+    "pqt3": "room for 3.5 bits",
     "pqo3": "the same, and long prompts on few cores",
+    "tiny": "less than that",
 }
 """What speaks for a type, in the FAQ."""
 
@@ -158,10 +161,12 @@ def ladder_table() -> str:
     measured = measured_quality()
     lines = []
     for kind in (*ADVICE, "q4_0"):
-        ours = CACHE_TYPES[kind].ours
-        medians = measured["median_kld"][f"{kind}+128 calibrated" if ours else kind]
-        advice = ADVICE.get(kind, "no reason to: it takes more than `pqt3` and is less precise")
-        lines.append([advice, f"`{kind}`", f"{CACHE_TYPES[kind].bits:g}", *map(figure, medians)])
+        k, v = parse_cache(kind)
+        words = resolve(kind, 1).words
+        medians = measured["median_kld"][f"{words}+128 calibrated" if k.ours else words]
+        advice = ADVICE.get(kind, "no reason to: it takes more than `tiny` and is less precise")
+        named = f"`{kind}`" if words == kind else f"`{kind}` (K {k.name}, V {v.name})"
+        lines.append([advice, named, f"{(k.bits + v.bits) / 2:g}", *map(figure, medians)])
     return markdown(["you have", "take", "bits", *(f"median KLD, {name}" for name in measured["models"])], lines)
 
 

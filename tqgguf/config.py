@@ -84,7 +84,7 @@ MEASURED_TYPES: Final = ("f16", "q8_0", "q5_0", "q4_0", "iq4_nl", "pqo4", "pqt4"
 """The types that `compare` and `recall` measure by default; the first is the reference."""
 
 PREFERRED_TYPES: Final = ("f16", "q8_0", "pqt4", "pqo4", "pqt3", "pqo3", "q4_0")
-"""The types that `fit` and `inspect` list by default, in the order of the median KL divergence from f16 on two real
+"""The types that `inspect` lists by default, in the order of the median KL divergence from f16 on two real
 models, each as `Llama` has it (README). q4_0 is larger than the two before it and less precise."""
 
 
@@ -95,6 +95,10 @@ PRESETS: Final[dict[str, tuple[str, str]]] = {
     "tiny": ("pqt3", "pqt2"),
 }
 """Pairs (K type, V type) by purpose. Errors of keys cost more than those of values, so K is the more precise one."""
+
+
+FIT_CACHES: Final = ("f16", "q8_0", "best", "pqt4", "pqo4", "balanced", "pqt3", "pqo3", "tiny", "q4_0")
+"""What `fit` lists by default, in that order of the median KL divergence, too. `small` is pqt3."""
 
 
 def cache_type(name: Any) -> CacheType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import program
 import pytest
 
-from tqgguf.config import CACHE_TYPES, PREFERRED_TYPES
+from tqgguf.config import FIT_CACHES, PRESETS, cache_type
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,10 @@ def test_a_changed_figure_is_noticed(real: Any, monkeypatch: pytest.MonkeyPatch)
 def test_what_fit_shows_is_what_was_measured(real: Any) -> None:
     saved = json.loads(real.MEASURED.read_text(encoding="utf-8"))
     assert saved == real.measured_quality(), "run benchmarks/real_models.py tables"
-    # `fit` takes the first type with which the context fits, as `Llama` has it.
-    shown = [f"{name}+128 calibrated" if CACHE_TYPES[name].ours else name for name in PREFERRED_TYPES]
+    # `fit` takes the first cache with which the context fits, as `Llama` has it. Those at the beginning differ from f16
+    # by no more than f16 itself does with another number of tokens at once.
+    shown = ["/".join(PRESETS.get(name, (name,))) for name in FIT_CACHES]
+    labels = [f"{name}+128 calibrated" if cache_type(name.partition("/")[0]).ours else name for name in shown]
     for model in range(len(saved["models"])):
-        klds = [saved["median_kld"][kind][model] for kind in shown]
-        assert klds == sorted(klds)
+        klds = [saved["median_kld"][kind][model] for kind in labels]
+        assert all(after >= 0.9 * before for before, after in itertools.pairwise(klds))

@@ -14,7 +14,7 @@ from tqgguf import CACHE_TYPES
 from tqgguf._native import import_llama_cpp
 from tqgguf._native.settings import tail_set
 from tqgguf.cache.policy import resolve
-from tqgguf.config import PREFERRED_TYPES
+from tqgguf.config import FIT_CACHES, PRESETS
 from tqgguf.demo import model as demo
 from tqgguf.diagnostics.fit import FIRST_LOOK, _longest, fit
 from tqgguf.diagnostics.plan import ContextPlan, Setup, planned_model
@@ -156,7 +156,7 @@ def test_a_calibrated_policy_can_be_planned(tmp_path: Path) -> None:
 def test_the_first_in_order_that_is_long_enough_is_recommended() -> None:
     plenty = fit(demo.MODEL_PATH, 2**30)
     assert plenty.recommended == plenty.rows[0] and plenty.rows[0].cache == "f16"
-    assert [row.cache for row in plenty.rows] == list(PREFERRED_TYPES)
+    assert [row.cache for row in plenty.rows] == ["/".join(PRESETS.get(name, (name,))) for name in FIT_CACHES]
     assert all(row.n_ctx == plenty.n_ctx == 2048 for row in plenty.rows)
     # Without flash attention f16 needs large compute buffers; where pqt4 just fits, f16 gets less than half.
     enough = next(row.memory for row in plenty.rows if row.cache == "pqt4")

@@ -17,7 +17,7 @@ from .._native import library_path
 from ..cache.calibration import default_choice
 from ..cache.policy import CachePolicy, PolicySpec, resolve
 from ..cache.tail import check_tail
-from ..config import PREFERRED_TYPES
+from ..config import FIT_CACHES
 from ..errors import ArgumentError, TqggufError
 from ..gguf.header import read_header
 from ..gguf.info import CELL_PADDING, ModelInfo
@@ -120,7 +120,7 @@ def fit(
     n_seq: int = 1,
     unified: bool = False,
     swa_full: bool = True,
-    caches: Sequence[PolicySpec] = PREFERRED_TYPES,
+    caches: Sequence[PolicySpec] = FIT_CACHES,
     tail: int | None = None,
 ) -> Fit:
     """Finds the longest context that fits for each cache, with the settings of `tqgguf.Llama`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ...config import PREFERRED_TYPES
+from ...config import FIT_CACHES
 from ...errors import CacheTypeError
 from ..options import add_tail_option, cache_list, memory_size, positive
 from ..render.format import show
@@ -69,7 +69,7 @@ def call(args: argparse.Namespace) -> int:
         n_seq=args.parallel,
         unified=args.unified,
         swa_full=not args.window_only,
-        caches=args.cache or PREFERRED_TYPES,
+        caches=args.cache or FIT_CACHES,
         tail=args.tail,
     )
     if all(row.obstacle for row in result.rows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from ...config import CACHE_TYPES
+from ...config import CACHE_TYPES, PRESETS
 from ...diagnostics.fit import Fit, FitRow
 from .format import size
 from .table import new_table, print_facts, print_table, print_text
@@ -52,6 +52,8 @@ def print_fit(result: Fit) -> None:
     if setup.n_seq == 1 and setup.swa_full and not result.vram:  # the settings of `tqgguf chat`
         k, _, v = best.cache.partition("/")
         types = ["--cache-k", k, "--cache-v", v] if v and not best.cache.endswith(".gguf") else ["--cache", best.cache]
+        if preset := next((name for name, pair in PRESETS.items() if pair == (k, v)), None):
+            types = ["--cache", preset]
         unlike_f16 = any(kind not in CACHE_TYPES or CACHE_TYPES[kind].quantized for kind in best.cache.split("/"))
         tail = [] if setup.tail is None or not unlike_f16 else ["--tail", str(setup.tail)]
         command = ["tqgguf", "chat", str(info.path), *types, *tail, "--ctx", str(best.n_ctx)]
