@@ -63,8 +63,10 @@ PAGES: Final = ("README.md", "docs/real-models.md", "docs/quality.md", "docs/faq
 
 LEADING: Final = (
     *("q8_0", "q5_0", "q4_0", "q4_0+128"),
-    *("pqt4", "pqt4+128", "pqt4+128 calibrated", "pqo4+128", "pqo4+128 calibrated"),
-    *("pqt3", "pqt3+128", "pqt3+128 calibrated", "pqo3+128", "pqo3+128 calibrated"),
+    *("pqt5+128 calibrated", "pqt5/pqt4+128 calibrated"),
+    *("pqt4", "pqt4+128", "pqt4+128 calibrated", "pqo4+128 calibrated", "pqt4/pqt3+128 calibrated"),
+    *("pqt3", "pqt3+128", "pqt3+128 calibrated", "pqo3+128 calibrated"),
+    *("pqt3/pqt2+128 calibrated", "pqt2+128 calibrated"),
 )
 MEASURED: Final = ROOT / "tqgguf" / "diagnostics" / "measured.json"
 LENGTHS: Final = (2048, 8192, 32768)
@@ -172,7 +174,8 @@ def ladder_table() -> str:
 
 def bits(kind: str, tail: int, n_ctx: int, info: tqgguf.ModelInfo) -> float:
     """Bits per cached value of a context, the tail included."""
-    policy, f16 = resolve(kind, info.n_layer), resolve("f16", info.n_layer)
+    policy = resolve(kind.split("/") if "/" in kind else kind, info.n_layer)
+    f16 = resolve("f16", info.n_layer)
     return 16 * policy.bytes(info, n_ctx, tail, 1) / f16.bytes(info, n_ctx, 0, 1)
 
 
