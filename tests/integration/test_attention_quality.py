@@ -83,7 +83,7 @@ def test_attention_on_them_is_the_models(
     inputs = capture_attention(path, WORDS, [0, 1], n_ctx=120)
     model = tqgguf.Llama(path, cache="f16", n_ctx=256, verbose=False)
     hook: Any = NamedTensors("kqv_out-")
-    reading._decode(loaded(model), model.tokenize(WORDS.encode())[:120], hook, "f32")
+    reading._decode(loaded(model), model.tokenize(WORDS.encode())[:120], hook, "f32", (0,))
     model.close()
     for layer, x in inputs.items():
         assert (x.scale, x.softcap, x.max_bias) == (pytest.approx(scale), softcap, max_bias)

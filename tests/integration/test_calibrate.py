@@ -22,8 +22,8 @@ from tqgguf.demo import model as demo
 from tqgguf.diagnostics.texts import own_text
 from tqgguf.errors import ArgumentError, CalibrationError, TextError
 from tqgguf.gguf.identity import model_identity
-from tqgguf.model.calibrate import SPAN, key_statistics, sampled, spread
-from tqgguf.model.reading import AttentionInputs
+from tqgguf.model.calibrate import FAR, LONGEST, SPAN, far_starts, key_statistics, sampled, spread
+from tqgguf.model.reading import AttentionInputs, Loaded, read_attention
 
 pytestmark = pytest.mark.model
 
@@ -85,6 +85,33 @@ def test_tokens_are_taken_from_all_of_a_text() -> None:
     assert some[:SPAN] == text[:SPAN]
     assert some[3 * SPAN :] == text[-SPAN:][:5]
     assert some == sorted(some)
+
+
+def test_where_the_parts_of_a_text_are_read() -> None:
+    n = SPAN * len(FAR)
+    assert far_starts(n, 10**6) == tuple(round(share * (LONGEST - SPAN)) for share in FAR)
+    assert far_starts(n, 4096)[-1] == round(0.9 * (4096 - SPAN))
+    assert far_starts(n, n) == far_starts(n - 1, 4096) == (0,)  # no room, or parts that are too short
+
+
+def test_a_part_sees_itself_alone_at_its_own_positions(random_model: Callable[..., Path]) -> None:
+    """What is read at position 1,000 has other keys than at 0, and the same values and scores."""
+    path = random_model(n_layer=1)
+    info = tqgguf.read_model_info(path)
+    with contextlib.closing(tqgguf.Llama(path, cache="f16", n_ctx=256, verbose=False)) as model:
+        loaded = Loaded(model._model.model, info, 1)
+        tokens = list(range(5, 45))
+        (near,) = read_attention(loaded, tokens, [0], lambda x: x).values()
+        (both,) = read_attention(loaded, tokens + tokens, [0], lambda x: x, starts=(0, 100)).values()
+    assert np.isneginf(both.mask[40:, :40]).all() and np.isneginf(both.mask[:40, 40:]).all()
+    np.testing.assert_array_equal(both.k[:40], near.k)
+    np.testing.assert_array_equal(both.v[40:], near.v)
+    assert np.abs(both.k[40:] - near.k).max() > 0.1 * np.abs(near.k).max()
+    far_q, far_k = both.q[40:], both.k[40:]
+    group = near.q.shape[1] // near.k.shape[1]
+    for head in range(near.q.shape[1]):
+        want = near.q[:, head] @ near.k[:, head // group].T
+        np.testing.assert_allclose(far_q[:, head] @ far_k[:, head // group].T, want, atol=1e-3 * np.abs(want).max())
 
 
 def test_the_heads_of_a_group_count_together() -> None:

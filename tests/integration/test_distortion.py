@@ -91,7 +91,7 @@ def test_a_branch_is_what_is_added_to_the_stream(random_model: Model) -> None:
     inputs = reading.read_attention(loaded(model), tokens, [0, 1, 2], lambda x: x, branches=True)
     without = reading.read_attention(loaded(model), tokens, [0, 1, 2], lambda x: x)
     hook: Any = NamedTensors("ffn_inp-", "l_out-")
-    reading._decode(loaded(model), tokens, hook, "f32")
+    reading._decode(loaded(model), tokens, hook, "f32", (0,))
     model.close()
     weights = {x.name: gguf.dequantize(x.data, x.tensor_type) for x in gguf.GGUFReader(path).tensors}
     for layer, x in inputs.items():

@@ -56,6 +56,12 @@ less error in Gemma 3 and more in SmolLM2, by a twentieth each (benchmarks/quali
 QUERY_STEP: Final = 4
 """Every fourth query is asked which keys it looks at: reading the text takes longer than these statistics then."""
 
+FAR: Final = (0.0, 0.1, 0.35, 0.9)
+LONGEST: Final = 8192
+"""Shares of a context of so many tokens, or of the trained one, at which the text's parts are read: those of short
+contexts are favoured. Read at the beginning alone, the keys of SmolLM2 lost more than without a calibration at 8,192
+tokens (benchmarks/quality/calibration.py)."""
+
 QUERIES_AT_ONCE: Final = 256
 SMALLEST_SHARE: Final = 1e-4
 """Of a head's mean energy, the least a channel is taken to have: a constant channel needs no infinite gain."""
@@ -118,7 +124,11 @@ def calibrate(
                 + (f"the {n_tokens:,} asked for" if n_tokens else f"{FEWEST_TOKENS}, which a calibration needs")
             )
         loaded = Loaded(model, info, n_threads or os.cpu_count() or 1)
-        inputs = read_attention(loaded, tokens, [layer.index for layer in info.layers], read, cache="f16")
+        # Where layers keep a recurrent state, llama.cpp computes sequences side by side and not one after another.
+        hybrid = llama_cpp.llama_model_is_hybrid(model) or llama_cpp.llama_model_is_recurrent(model)
+        starts = (0,) if hybrid else far_starts(len(tokens), llama_cpp.llama_model_n_ctx_train(model))
+        layers = [layer.index for layer in info.layers]
+        inputs = read_attention(loaded, tokens, layers, read, cache="f16", starts=starts)
     # Not while the model waits: the threads of NumPy's matrix products and those of ggml would wait for each other.
     with ThreadPoolExecutor(loaded.n_threads) as pool:
         found = dict(zip(inputs, pool.map(key_statistics, inputs.values()), strict=True))
@@ -130,6 +140,17 @@ def calibrate(
         n_layer=info.n_layer,
         n_tokens=len(tokens),
     )
+
+
+def far_starts(n_tokens: int, n_ctx_train: int) -> tuple[int, ...]:
+    """Positions at which equal parts of a text are read, each from an empty context.
+
+    RoPE turns slow channels by little in a thousand tokens, so the mean that keys have there is not the mean of keys at
+    other positions, and subtracting it would add to them. Positions of a long context in part have both in view.
+    """
+    n_part = n_tokens // len(FAR)
+    end = min(n_ctx_train, LONGEST)
+    return tuple(round(share * (end - n_part)) for share in FAR) if end > n_tokens and n_part >= SPAN else (0,)
 
 
 def spread(tokens: list[int], n: int) -> list[int]:

@@ -131,6 +131,7 @@ def read_attention(
     read: Callable[[AttentionInputs], T],
     cache: str = "f32",
     branches: bool = False,
+    starts: Sequence[int] = (0,),
 ) -> dict[int, T]:
     """What `read` makes of each layer's inputs of attention, for tokens that are read into a new cache as one batch.
 
@@ -142,6 +143,8 @@ def read_attention(
             the type, Q, K and V are rotated.
         read: called while the graph waits, so that the inputs of one layer are held at a time.
         branches: whether `AttentionInputs.branch` is wanted.
+        starts: the first position of each part of the tokens. Parts are as equal as can be, and sequences of their own,
+            which do not see each other.
 
     Returns:
         By layer, ascending.
@@ -152,7 +155,7 @@ def read_attention(
     """
     info = model.info
     hook = _Hook(frozenset(layers), lambda layer, node: _inputs(info, len(tokens), layer, node), read, branches)
-    _decode(model, tokens, hook, cache)
+    _decode(model, tokens, hook, cache, starts)
     hook.finish()
     missing = sorted(set(layers) - set(hook.found))
     if missing:
@@ -268,18 +271,28 @@ def _cache_layer(address: Any, side: bytes) -> int | None:
     return int(match[2]) if match and match[1] == side else None
 
 
-def _decode(model: Loaded, tokens: Sequence[int], hook: _Hook[T], cache: str) -> None:
+def _decode(model: Loaded, tokens: Sequence[int], hook: _Hook[T], cache: str, starts: Sequence[int]) -> None:
     """Runs tokens through a new context of the model as one batch, with the hook as its callback."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = len(tokens)
+    params.n_seq_max, params.kv_unified = len(starts), True
     params.n_threads = params.n_threads_batch = model.n_threads
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.cb_eval = callback = llama_cpp.ggml_backend_sched_eval_callback(hook)
     info = model.info
     with make_context(model.pointer, info, resolve(cache, info.n_layer), params) as (context, _):
-        ids = (llama_cpp.llama_token * len(tokens))(*tokens)
-        with interrupts_held(hook.interrupt):
-            status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for i, token in enumerate(tokens):
+                part = i * len(starts) // len(tokens)
+                first = -(-part * len(tokens) // len(starts))
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, starts[part] + i - first, 1
+                batch.seq_id[i][0], batch.logits[i] = part, i == len(tokens) - 1
+            with interrupts_held(hook.interrupt):
+                status = llama_cpp.llama_decode(context, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
     del callback
     if hook.error:
         raise hook.error
