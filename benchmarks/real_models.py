@@ -263,7 +263,7 @@ def calibration_tables() -> str:
     parts = []
     for run in results("calibration")["runs"]:
         plain = run["rows"][0]["kld"]["mean"]
-        head = [f"{run['model']}, {run['cache']}", "mean KLD", "of plain", "median", "99.9 %"]
+        head = [f"{run['model']}, {run['cache']}, {run['n_ctx']:,} tokens", "mean KLD", "of plain", "median", "99.9 %"]
         lines = [
             [
                 row["variant"],

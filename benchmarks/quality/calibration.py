@@ -1,17 +1,19 @@
-"""What decides how good a calibration of keys is: the exponent of the gain, the text, the number of tokens.
+"""What decides how good a calibration of keys is: the exponent of the gain, the text, its positions, how long it is.
 
     python benchmarks/quality/calibration.py     # saves results/calibration.json
 
-Each variant is measured as `tqgguf compare` does, on prose of benchmarks/common/real_sources.py at 2,048 tokens,
-without a tail, beside the plain type. The text is that of `tqgguf calibrate`, unless the variant names one of
-real_sources. Nothing is calibrated on what it is measured on, but for the row "prose", which says how much there is to
-gain by that.
+Each variant is measured as `tqgguf compare` does, on prose of benchmarks/common/real_sources.py at 2,048 tokens, and
+those of DEEP at 8,192, without a tail, beside the plain type. The text is that of `tqgguf calibrate`, unless the variant
+names one of real_sources. Nothing is calibrated on what it is measured on, but for the row "prose", which says how much
+there is to gain by that.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -37,21 +39,24 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "exponent 0.75, the default": {},
     "exponent 1": {"exponent": 1.0},
     "every pair alike": {"weighted": False},
+    "at the beginning alone": {"starts": (0,)},
     "256 tokens": {"n_tokens": 256},
     "1,024 tokens": {"n_tokens": 1024},
     "code": {"text": "code"},
     "chat": {"text": "chat"},
     "prose": {"text": "prose"},
 }
+DEEP: Final = ("exponent 0.75, the default", "at the beginning alone")
 
 
 def calibrated(path: Path, n_threads: int | None, variant: dict[str, Any]) -> tqgguf.Calibration:
     """The calibration of a variant."""
     text = real_sources.text(variant["text"]) if "text" in variant else None
     exponent = variant.get("exponent", calibrating.EXPONENT)
-    statistics = calibrating.key_statistics
+    statistics, starts = calibrating.key_statistics, calibrating.far_starts
     with (
         mock.patch.object(calibrating, "EXPONENT", exponent),
+        mock.patch.object(calibrating, "far_starts", lambda *sizes: variant.get("starts") or starts(*sizes)),
         mock.patch.object(
             calibrating, "key_statistics", lambda inputs: statistics(inputs, variant.get("weighted", True))
         ),
@@ -79,12 +84,13 @@ def channels(key: str, layer: int, head: int) -> dict[str, Any]:
     return {"model": real_sources.MODELS[key].name, "layer": layer, "head": head, **rounded}
 
 
-def measure(key: str, kind: str, n_chunks: int, n_threads: int | None) -> list[dict[str, Any]]:
+def measure(
+    key: str, kind: str, names: Sequence[str], n_ctx: int, n_chunks: int, n_threads: int | None
+) -> list[dict[str, Any]]:
     """A row for the plain type and for each variant."""
     path = real_sources.model_path(key)
     info = tqgguf.read_model_info(path)
     plain = resolve(kind, info.n_layer)
-    names = list(VARIANTS)
     rows: list[dict[str, Any]] = []
     for first in range(0, len(names), 5):  # a context of Gemma takes about 1 GiB
         group = names[first : first + 5]
@@ -94,7 +100,7 @@ def measure(key: str, kind: str, n_chunks: int, n_threads: int | None) -> list[d
             ["f16", kind, *policies],
             real_sources.text("prose"),
             tails=(0,),
-            n_ctx=2048,
+            n_ctx=n_ctx,
             n_chunks=n_chunks,
             n_threads=n_threads,
             calibration="off",
@@ -117,11 +123,12 @@ def main() -> None:
     try:
         result["channels"] = channels("smollm2", 12, 0)
         for key in args.models:
-            for kind in args.cache:
-                name, rows = real_sources.MODELS[key].name, measure(key, kind, args.chunks, args.threads)
-                result["runs"].append({"model": name, "cache": kind, "rows": rows})
+            name = real_sources.MODELS[key].name
+            for kind, (n_ctx, names) in itertools.product(args.cache, ((2048, VARIANTS), (8192, DEEP))):
+                rows = measure(key, kind, list(names), n_ctx, args.chunks if n_ctx == 2048 else 1, args.threads)
+                result["runs"].append({"model": name, "cache": kind, "n_ctx": n_ctx, "rows": rows})
                 shown = Table("calibration", "mean KLD", "of plain", "median", "99.9 %", "perplexity")
-                shown.title = f"{name}, {kind}"
+                shown.title = f"{name}, {kind}, {n_ctx:,} tokens"
                 for row in rows:
                     kld = row["kld"]
                     figures = (kld["mean"], kld["mean"] / rows[0]["kld"]["mean"], kld["median"], kld["p999"])
