@@ -3,9 +3,9 @@
     python benchmarks/quality/calibration.py     # saves results/calibration.json
 
 Each variant is measured as `tqgguf compare` does, on prose of benchmarks/common/real_sources.py at 2,048 tokens, and
-those of DEEP at 8,192, without a tail, beside the plain type. The text is that of `tqgguf calibrate`, unless the variant
-names one of real_sources. Nothing is calibrated on what it is measured on, but for the row "prose", which says how much
-there is to gain by that.
+those of DEEP at 8,192, without a tail, beside the plain type. The text is that of `tqgguf calibrate`, or the one of
+real_sources that a variant names. Nothing is calibrated on what it is measured on, but for the row "prose", which says
+how much there is to gain by that.
 """
 
 from __future__ import annotations
