@@ -104,6 +104,30 @@ def calibrate(
     words = TEXT.read_text(encoding="utf-8") if text is None else text
     if not isinstance(words, str):
         raise ArgumentError(f"text is of type {type(words).__name__}, must be a str")
+    if n_threads is None:
+        n_threads = os.cpu_count() or 1
+    inputs, used = _reading(info, words, n_tokens, n_threads, progress)
+    # Not while the model waits: the threads of NumPy's matrix products and those of ggml would wait for each other.
+    with ThreadPoolExecutor(n_threads) as pool:
+        found = dict(zip(inputs, pool.map(key_statistics, inputs.values()), strict=True))
+    centred = info.centring_obstacle is None
+    return Calibration(
+        means={layer: each.mean.astype(np.float32) for layer, each in found.items()} if centred else {},
+        gains={layer: each.gain(EXPONENT, centred) for layer, each in found.items()},
+        model=model_identity(info.path),
+        n_layer=info.n_layer,
+        n_tokens=used,
+    )
+
+
+def _reading(
+    info: ModelInfo,
+    text: str,
+    n_tokens: int | None,
+    n_threads: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[int, AttentionInputs], int]:
+    """The inputs of attention of each layer that `sampled` leaves, for tokens of a text, and how many tokens these are."""
     done = 0
 
     def read(inputs: AttentionInputs) -> AttentionInputs:
@@ -117,29 +141,18 @@ def calibrate(
     params.n_gpu_layers = 0
     with captured_log(quiet=True), opened_model(info, params) as model:
         most = n_tokens or min(DEFAULT_TOKENS, llama_cpp.llama_model_n_ctx_train(model) or DEFAULT_TOKENS)
-        tokens = spread(_tokens(model, words), most)
+        tokens = spread(_tokens(model, text), most)
         if len(tokens) < (n_tokens or FEWEST_TOKENS):
             raise TextError(
                 f"the text has {len(tokens):,} tokens, fewer than "
                 + (f"the {n_tokens:,} asked for" if n_tokens else f"{FEWEST_TOKENS}, which a calibration needs")
             )
-        loaded = Loaded(model, info, n_threads or os.cpu_count() or 1)
         # Where layers keep a recurrent state, llama.cpp computes sequences side by side and not one after another.
         hybrid = llama_cpp.llama_model_is_hybrid(model) or llama_cpp.llama_model_is_recurrent(model)
         starts = (0,) if hybrid else far_starts(len(tokens), llama_cpp.llama_model_n_ctx_train(model))
         layers = [layer.index for layer in info.layers]
-        inputs = read_attention(loaded, tokens, layers, read, cache="f16", starts=starts)
-    # Not while the model waits: the threads of NumPy's matrix products and those of ggml would wait for each other.
-    with ThreadPoolExecutor(loaded.n_threads) as pool:
-        found = dict(zip(inputs, pool.map(key_statistics, inputs.values()), strict=True))
-    centred = info.centring_obstacle is None
-    return Calibration(
-        means={layer: each.mean.astype(np.float32) for layer, each in found.items()} if centred else {},
-        gains={layer: each.gain(EXPONENT, centred) for layer, each in found.items()},
-        model=model_identity(info.path),
-        n_layer=info.n_layer,
-        n_tokens=len(tokens),
-    )
+        loaded = Loaded(model, info, n_threads)
+        return read_attention(loaded, tokens, layers, read, cache="f16", starts=starts), len(tokens)
 
 
 def far_starts(n_tokens: int, n_ctx_train: int) -> tuple[int, ...]:
