@@ -127,7 +127,7 @@ def _reading(
     n_threads: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[int, AttentionInputs], int]:
-    """The inputs of attention of each layer that `sampled` leaves, for tokens of a text, and how many tokens these are."""
+    """What `sampled` leaves of the inputs of each layer, for tokens of a text, and how many tokens these are."""
     done = 0
 
     def read(inputs: AttentionInputs) -> AttentionInputs:
