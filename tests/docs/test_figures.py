@@ -105,7 +105,8 @@ def test_the_figures_of_the_real_models() -> None:
     shown = [f"{kld[model][cache]:.3f}"[1:] for model in (smol, gemma) for cache in ("pqt3", "pqt3+128")]
     said = "from {} to {} for SmolLM2-135M, and from {} to {} for Gemma 3 270M".format(*shown)
     assert said in words("README.md")
-    hot = {row["type"]: row["kld"]["mean"] for row in results("real_quality")["runs"][-1]["rows"]}
+    (run,) = (run for run in results("real_quality")["runs"] if "hot" in run["model"])
+    hot = {row["type"]: row["kld"]["mean"] for row in run["rows"]}
     said = f"{hot['pqt3']:.2f} nats with pqt3, and of {hot['pqt3 calibrated']:.3f}".replace("of 0.", "of .")
     assert f"such a model has a mean KLD of {said} with calibrated pqt3" in words("README.md")
     speeds = [f"{decode[model, f'{cache}+128']:.1f}" for model in (smol, gemma) for cache in ("pqo3", "pqt3")]
