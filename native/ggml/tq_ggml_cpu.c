@@ -117,6 +117,16 @@ static void encode_tail(enum ggml_type type, const float * x, int64_t n, uint16_
     }
 }
 
+/* Writes the values of a token, a row of src, as a row of the tail beside a type. */
+static void store_tail(enum ggml_type type, const struct ggml_tensor * src, int64_t token, uint16_t * to) {
+    float x[TQ_RUN * TQ_GGML_BLOCK];
+    for (int64_t j = 0; j < src->ne[0]; j += TQ_RUN * TQ_GGML_BLOCK) {
+        const int64_t m = MIN(src->ne[0] - j, TQ_RUN * TQ_GGML_BLOCK);
+        load(src, token * src->ne[0] + j, m, x);
+        encode_tail(type, x, m, to + j);
+    }
+}
+
 /* Writes the same rows into the tail that dst has, and makes them its owners. A row of the tail belongs to one thread,
  * which goes through its tokens in their order: the last one stays. */
 static void set_tail(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
@@ -131,7 +141,6 @@ static void set_tail(const struct ggml_compute_params * params, struct ggml_tens
     const int64_t n_cells = dst->ne[1] * dst->ne[2] / owner->ne[1]; /* of a stream; dst may be all streams in one */
     const int64_t n_first = MIN(TQ_GGML_TAIL_FIRST, n_cells);
     const int64_t n_recent = owner->ne[0] - n_first;
-    float x[TQ_RUN * TQ_GGML_BLOCK];
 
     for (int64_t i = 0; i < n; i++) {
         const int64_t cell = row_number(idx, i, 0, 0);
@@ -147,11 +156,7 @@ static void set_tail(const struct ggml_compute_params * params, struct ggml_tens
         }
         uint16_t * to =
             (uint16_t *) ((char *) rows->data + row * (int64_t) rows->nb[1] + stream * (int64_t) rows->nb[2]);
-        for (int64_t j = 0; j < src->ne[0]; j += TQ_RUN * TQ_GGML_BLOCK) {
-            const int64_t m = MIN(src->ne[0] - j, TQ_RUN * TQ_GGML_BLOCK);
-            load(src, i * src->ne[0] + j, m, x);
-            encode_tail(dst->type, x, m, to + j);
-        }
+        store_tail(dst->type, src, i, to);
         *(int32_t *) ((char *) owner->data + row * (int64_t) owner->nb[0] + stream * (int64_t) owner->nb[1]) =
             (int32_t) (token + 1);
     }
@@ -211,7 +216,6 @@ static void copy_tail_rows(const struct ggml_compute_params * params, const stru
     const struct ggml_tensor * src = dst->src[0];
     const struct ggml_tensor * rows = dst->src[1];
     const int64_t n_own = dst->ne[1] - rows->ne[1];
-    float x[TQ_RUN * TQ_GGML_BLOCK];
     int64_t begin;
     int64_t end;
 
@@ -227,12 +231,7 @@ static void copy_tail_rows(const struct ggml_compute_params * params, const stru
                    dst->nb[1]);
             continue;
         }
-        const int64_t token = stream * n_own + row - rows->ne[1];
-        for (int64_t j = 0; j < dst->ne[0]; j += TQ_RUN * TQ_GGML_BLOCK) {
-            const int64_t m = MIN(dst->ne[0] - j, TQ_RUN * TQ_GGML_BLOCK);
-            load(src, token * src->ne[0] + j, m, x);
-            encode_tail((enum ggml_type) dst->op_params[2], x, m, to + j);
-        }
+        store_tail((enum ggml_type) dst->op_params[2], src, stream * n_own + row - rows->ne[1], to);
     }
 }
 

@@ -188,6 +188,17 @@ static visibility tile_visibility(const tq_attn * args, const tqi_plan * plan, c
     return any == 0 ? ALL_SEEN : NONE_SEEN;
 }
 
+/* Makes of query vector i's scores of a part, which lie stride floats apart, what softmax takes. */
+static void finish_vector(const tq_attn * args, const tqi_plan * plan, const tqi_task * task, const part * p,
+                          visibility seen, int i, float * s, int stride) {
+    const int64_t head = task->head0 + i % plan->group, row = task->row0 + i / plan->group;
+    if (seen == MIXED || args->softcap > 0.0f) {
+        const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(args, task->q_stream, head, row) + p->t0;
+        finish_scores(args, s, p->n, stride, slope_of(args, head), mask);
+    }
+    hide(p, row, s, stride);
+}
+
 /* Loads query vector i, scaled, and transformed if K is. */
 static void load_query(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
                        int i, float * q) {
@@ -257,13 +268,7 @@ static void fused_tile(const tqi_kernels * kernel, const tq_attn * args, const t
         }
     }
     for (int i = 0; i < task->n_vec; ++i) {
-        const int64_t head = task->head0 + i % plan->group;
-        const int64_t row = task->row0 + i / plan->group;
-        if (seen == MIXED || args->softcap > 0.0f) {
-            const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(args, task->q_stream, head, row) + t0;
-            finish_scores(args, s + i * TILE, n, 1, slope_of(args, head), mask);
-        }
-        hide(p, row, s + i * TILE, 1);
+        finish_vector(args, plan, task, p, seen, i, s + i * TILE, 1);
         const float factor = kernel->softmax_row(s + i * TILE, n, &own->max[i], &own->sum[i]);
         if (factor != 1.0f) {
             for (int j = 0; j < dv; ++j) {
@@ -357,12 +362,7 @@ static void tiled_part(const tqi_kernels * kernel, const tq_attn * args, const t
     decode_tile(kernel, &args->k, plan->k_codec, task->kv_stream, task->kv_head, p->t0, &k, scratch->tile);
     kernel->gemm(scratch->tile, dk, 1, own->q, p->n, dk, n_col, 0, scratch->s);
     for (int i = 0; i < task->n_vec; ++i) {
-        const int64_t head = task->head0 + i % plan->group, row = task->row0 + i / plan->group;
-        if (seen == MIXED || args->softcap > 0.0f) {
-            const uint16_t * mask = seen == ALL_SEEN ? NULL : mask_row(args, task->q_stream, head, row) + p->t0;
-            finish_scores(args, scratch->s + i, p->n, n_col, slope_of(args, head), mask);
-        }
-        hide(p, row, scratch->s + i, n_col);
+        finish_vector(args, plan, task, p, seen, i, scratch->s + i, n_col);
     }
     kernel->softmax_columns(scratch->s, p->n, n_col, own->max, own->sum, scratch->factor);
     for (int j = 0; j < dv; ++j) {
