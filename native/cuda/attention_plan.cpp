@@ -92,6 +92,11 @@ static bool has_tail(const tq_attn_operand & x) {
 
 static int check_tail(const char * name, const tq_attn_operand * x, tqi_operand * o) {
     const tq_attn_tail & tail = x->tail;
+    if (tail.n_own != 0) {
+        return tq_cuda_fail(TQ_E_UNSUPPORTED,
+                            "%s: a batch's own rows in its tail (n_own = %lld) given; they are read on the CPU only",
+                            name, (long long) tail.n_own);
+    }
     if (!has_tail(*x)) {
         return TQ_OK;
     }

@@ -297,6 +297,7 @@ def usable(cuda: Any) -> Any:
         ("n_kv", -1, -1, "n_kv = -1"),
         ("out_stride_head", 6, -1, "multiples of four"),
         ("k.tail.data", 2, -1, "a tail of 0 and 0 rows"),
+        ("v.tail.n_own", 1, -3, "v: a batch's own rows in its tail (n_own = 1)"),
     ],
 )
 def test_what_is_refused_is_named(cuda: Any, field: str, value: int, status: int, text: str) -> None:
