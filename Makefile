@@ -152,7 +152,7 @@ soak: build/installed ## MINUTES=30 of mixed requests, 1,000 requests at once, 1
 	$(BIN)/python benchmarks/endurance/serve_load.py
 	$(BIN)/python benchmarks/endurance/session_kill.py --kills 1000
 
-real: build/installed ## two real models: quality, answers and speed of each type, and the tables of the pages (two hours)
+real: build/installed ## two real models: quality, answers and speed of each type, and the tables of the pages
 	$(BIN)/python benchmarks/real_models.py
 
 report: $(VENV)/ready ## what becomes of the patches on other releases, which it downloads (patches/README.md)
