@@ -86,6 +86,25 @@ static tail_cursor tail_from(const tq_attn_tail * tail, int64_t stream, int64_t 
     return c;
 }
 
+/* Whether any of n tokens from t0 on, where the cursor is, may have a row: most tiles have none. */
+static int may_have_rows(const tail_cursor * c, int64_t t0, int n) {
+    if (t0 < c->tail->n_first || (c->own < c->tail->n_own && c->owner[c->n_row + c->order[c->own]] <= t0 + n)) {
+        return 1;
+    }
+    int any = 0;
+    int64_t row = c->row;
+    for (int t = 0; t < n; row = 0) {
+        const int32_t * owner = c->owner + row;
+        const int32_t next = (int32_t) (t0 + t + 1);
+        const int m = (int) min64(n - t, c->tail->n_recent - row);
+        for (int i = 0; i < m; ++i) {
+            any |= owner[i] == next + i;
+        }
+        t += m;
+    }
+    return any;
+}
+
 /* The row of the next token, t, and the first query row that does not read it; NULL if the token has none. */
 static const uint8_t * next_row(tail_cursor * c, int64_t t, int32_t * until) {
     int64_t mine = t < c->tail->n_first ? c->tail->n_recent + t : c->row;
@@ -107,6 +126,9 @@ static void find_runs(const tq_attn_operand * x, int64_t stream, int64_t row0, i
         return;
     }
     tail_cursor cursor = tail_from(&x->tail, stream, p->t0);
+    if (!may_have_rows(&cursor, p->t0, p->n)) {
+        return;
+    }
     const uint8_t * after = NULL; /* where the run goes on */
     to->n = 0;
     for (int t = 0; t < p->n; ++t) {
