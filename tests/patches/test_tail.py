@@ -281,12 +281,16 @@ def test_what_moves_takes_no_rows_of_others(model: Any, cache: str) -> None:
 
 
 @pytest.mark.parametrize("cache", ["pqo3", "pqt4", "q4_0", ("pqo4", "q8_0"), ("f16", "pqt3")])
-def test_a_batch_reads_what_one_token_at_a_time_reads(model: Any, cache: Any) -> None:
-    contexts = [model.add_context(cache, tail=64) for _ in range(4)]
-    for start, end in ((0, 230), (230, 233), (233, 300)):  # behind one another, so that the ring goes around
-        want = read(contexts[0], start, end, batch=1)
-        for context, batch in zip(contexts[1:], (2, 50, 512), strict=True):
-            assert moved(read(context, start, end, batch=batch), want) < 5e-3, (batch, end)
+def test_a_batch_reads_what_one_token_at_a_time_reads(random_model: Callable[..., Path], cache: Any) -> None:
+    # With one layer K and V depend on the tokens alone. With more, another rounding may move a level of the next layer.
+    tokens = TOKENS % 250
+    with contextlib.closing(tqgguf.Llama(random_model(n_layer=1), cache="f16", n_ctx=N_CTX, verbose=False)) as model:
+        contexts = [model.add_context(cache, tail=64) for _ in range(4)]
+        for start, end in ((0, 230), (230, 233), (233, 300)):  # behind one another, so that the ring goes around
+            want = read(contexts[0], start, end, batch=1, tokens=tokens)
+            for context, batch in zip(contexts[1:], (2, 50, 512), strict=True):
+                # Measured: 1e-4, 3e-4 with avx512, which sums 16-bit integers; 2e-2 and more without a tail.
+                assert moved(read(context, start, end, batch=batch, tokens=tokens), want) < 1e-3, (batch, end)
 
 
 def test_the_tail_does_not_limit_what_is_computed_at_once() -> None:
