@@ -149,14 +149,15 @@ float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n
     }
     const tqi_kernels * kernel = tqi_active();
     const int64_t n_blocks = n / TQ_BLOCK;
-    float q[CHUNK_BLOCKS * TQ_BLOCK], sum = 0.0f;
+    float q[CHUNK_BLOCKS * TQ_BLOCK], query[TQI_QUERY_FLOATS(CHUNK_BLOCKS)], sum = 0.0f;
     for (int64_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
         const int n_part = (int) (n_blocks - b < CHUNK_BLOCKS ? n_blocks - b : CHUNK_BLOCKS);
         float s;
         memcpy(q, x + b * TQ_BLOCK, (size_t) n_part * TQ_BLOCK * sizeof(float));
         kernel->transform(codec->signs, q, n_part);
-        tqi_steps_of(kernel, codec)
-            ->scores(codec, (const uint8_t *) blocks + b * codec->block_bytes, 0, 1, q, 1, n_part, &s, 1);
+        const tqi_steps * steps = tqi_steps_of(kernel, codec);
+        steps->load_query(codec, q, n_part, query);
+        steps->scores(codec, (const uint8_t *) blocks + b * codec->block_bytes, 0, 1, query, 1, n_part, &s, 1);
         sum += s;
     }
     return sum;

@@ -18,10 +18,11 @@
 
 /* What one task keeps while it goes through its keys. */
 typedef struct {
-    float * q;   /* fused: (n_vec, dk); tiled: (dk, n_col) */
-    float * o;   /* fused: (n_vec, dv); tiled: (dv, n_col) */
-    float * max; /* (n_col) */
-    float * sum; /* (n_col) */
+    float * q;     /* fused: (n_vec, dk); tiled: (dk, n_col) */
+    float * query; /* fused: (n_vec, TQI_QUERY_FLOATS), of q */
+    float * o;     /* fused: (n_vec, dv); tiled: (dv, n_col) */
+    float * max;   /* (n_col) */
+    float * sum;   /* (n_col) */
 } vectors;
 
 /* A thread's scratch. */
@@ -50,6 +51,7 @@ static tqi_scratch carve(const tq_attn * args, const tqi_plan * plan, void * wor
     tqi_scratch w;
     for (int i = 0; i < plan->span; ++i) {
         w.x[i].q = take(&at, dk * n);
+        w.x[i].query = take(&at, plan->query * n);
         w.x[i].o = take(&at, dv * n);
         w.x[i].max = take(&at, n);
         w.x[i].sum = take(&at, n);
@@ -200,8 +202,8 @@ static void finish_vector(const tq_attn * args, const tqi_plan * plan, const tqi
 }
 
 /* Loads query vector i, scaled, and transformed if K is. */
-static void load_query(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
-                       int i, float * q) {
+static void load_vector(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
+                        int i, float * q) {
     memcpy(q, operand_at(&args->q, task->q_stream, task->head0 + i % plan->group, task->row0 + i / plan->group),
            (size_t) args->q.head_dim * sizeof(float));
     const float scale = args->softcap > 0.0f ? args->scale / args->softcap : args->scale;
@@ -261,7 +263,7 @@ static void fused_tile(const tqi_kernels * kernel, const tq_attn * args, const t
         if (r->rows == NULL) {
             tqi_steps_of(kernel, plan->k_codec)
                 ->scores(plan->k_codec, operand_at(&args->k, task->kv_stream, task->kv_head, t0 + r->first),
-                         args->k.stride_token, r->n, own->q, task->n_vec, dk / TQ_BLOCK, s + r->first, TILE);
+                         args->k.stride_token, r->n, own->query, task->n_vec, dk / TQ_BLOCK, s + r->first, TILE);
         } else {
             kernel->scores_f16(r->rows + (size_t) task->kv_head * args->k.tail.stride_head, args->k.tail.stride_row,
                                r->n, own->q, task->n_vec, dk, s + r->first, TILE);
@@ -294,7 +296,10 @@ static void run_fused(const tqi_kernels * kernel, const tq_attn * args, const tq
     const int dk = (int) args->k.head_dim, dv = (int) args->v.head_dim;
     for (int h = 0; h < n_tasks; ++h) {
         for (int i = 0; i < tasks[h].n_vec; ++i) {
-            load_query(kernel, args, plan, &tasks[h], i, scratch->x[h].q + i * dk);
+            float * q = scratch->x[h].q + i * dk;
+            load_vector(kernel, args, plan, &tasks[h], i, q);
+            tqi_steps_of(kernel, plan->k_codec)
+                ->load_query(plan->k_codec, q, dk / TQ_BLOCK, scratch->x[h].query + (size_t) i * plan->query);
             scratch->x[h].max[i] = -INFINITY;
             scratch->x[h].sum[i] = 0.0f;
         }
@@ -388,7 +393,7 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * args, const tq
         own->sum[i] = 0.0f;
     }
     for (int i = 0; i < task->n_vec; ++i) {
-        load_query(kernel, args, plan, task, i, scratch->row);
+        load_vector(kernel, args, plan, task, i, scratch->row);
         for (int j = 0; j < dk; ++j) {
             own->q[j * n_col + i] = scratch->row[j];
         }
@@ -423,14 +428,14 @@ static void merge_chunks(const tqi_kernels * kernel, const tq_attn * args, const
         }
         memset(o, 0, dv * sizeof(float));
         for (int64_t c = 0; c < plan->n_chunks; ++c) {
-            const float * part = at + (size_t) c * next;
-            if (part[0] == -INFINITY && part[1] == 0.0f) {
+            const float * found = at + (size_t) c * next;
+            if (found[0] == -INFINITY && found[1] == 0.0f) {
                 continue; /* no key seen */
             }
-            const float factor = expf(part[0] - max);
-            sum += factor * part[1];
+            const float factor = expf(found[0] - max);
+            sum += factor * found[1];
             for (size_t j = 0; j < dv; ++j) {
-                o[j] += factor * part[2 + j];
+                o[j] += factor * found[2 + j];
             }
         }
         write_output(kernel, args, plan, &t, i, max, sum, o);

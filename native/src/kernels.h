@@ -11,6 +11,7 @@
 #define TQI_AHEAD 64    /* rows; the next tile's, see attention.c */
 #define TQI_LINE 64     /* bytes of a cache line */
 #define TQI_LANES 16    /* gemm's n_col and softmax_columns' n_col are multiples of this */
+#define TQI_QUERY_FLOATS(n_blocks) ((size_t) ((n_blocks) + 3) / 4 * 288) /* room for a query vector, see load_query */
 
 /* What differs between the PQO types and the trellis types. */
 typedef struct {
@@ -19,13 +20,15 @@ typedef struct {
     /* y <- scale * codebook value: a decode that stays in the transformed domain */
     void (*unpack)(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
 
+    /* query <- q: (dim), transformed, as scores takes it: what can be done once for all keys; (TQI_QUERY_FLOATS) */
+    void (*load_query)(const tqi_codec * codec, const float * q, int n_blocks, float * query);
     /* scores and accumulate prefetch the rows TQI_AHEAD further on. With keys in memory rather than in a cache this
      * decides their speed. The prefetches come in bursts: spread over the loop they would keep too few cache misses
      * under way.
      *
-     * s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok <= TQI_AHEAD rows, stride bytes apart; q: (n_q,
-     * dim), transformed; s: (n_q, ld) */
-    void (*scores)(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
+     * s[i, t] = <k[t], q[i]> for i < n_q <= TQI_MAX_FUSED; k: n_tok <= TQI_AHEAD rows, stride bytes apart; query: (n_q,
+     * TQI_QUERY_FLOATS), from load_query; s: (n_q, ld) */
+    void (*scores)(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * query, int n_q,
                    int n_blocks, float * s, int ld);
     /* o[i] += sum_t p[i, t] v[t]; p: (n_q, ld), o: (n_q, dim), transformed */
     void (*accumulate)(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
@@ -128,7 +131,7 @@ extern const tqi_steps tqi_trellis_avx2, tqi_trellis_avx512, tqi_trellis_neon;
 
 /* The list of an instruction set's kernels, which its file has by these names. */
 #define TQI_KERNELS(isa, trellis_steps)                                                                                \
-    static const tqi_steps pqo = { encode, unpack, scores, accumulate };                                               \
+    static const tqi_steps pqo = { encode, unpack, load_query, scores, accumulate };                                   \
     const tqi_kernels tqi_kernels_##isa = {                                                                            \
         .name = #isa,                                                                                                  \
         .supported = supported,                                                                                        \

@@ -3,7 +3,7 @@
  *
  * Both formats decode alike: vpermb brings each lane its two bytes, a variable shift brings the index down, vpermps
  * looks it up in 16 levels (3 bits: the eight levels twice, so bit 3 need not be cleared). */
-#include "vector_avx512.h"
+#include "blocks_avx512.h"
 
 #include "features_x86.h"
 
@@ -142,11 +142,9 @@ INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * block
 #define Q_MAX 8191
 #define V_LEVEL_MAX 4095
 #define WEIGHT_MAX 8191
+#define MAX_BLOCKS 18 /* of a row at once: head_dim 576 */
 _Static_assert((int64_t) TQ_BLOCK * K_LEVEL_MAX * Q_MAX <= INT32_MAX, "scores must not overflow");
 _Static_assert((int64_t) TQI_AHEAD * V_LEVEL_MAX * WEIGHT_MAX <= INT32_MAX, "the sum over a tile must not overflow");
-
-#define TINY 1e-30f   /* magnitudes below it count as zero, so that their reciprocals stay finite */
-#define MAX_BLOCKS 18 /* of a row at once: head_dim 576 */
 
 /* The codebook as integers for vpermw, which looks up by five bits: those above the index's own come from its neighbour
  * and must not matter, so the levels are repeated. step: what the integer 1 stands for. */
@@ -155,10 +153,14 @@ typedef struct {
     float step;
 } integer_table;
 
+INLINE float codebook_step(const tqi_codec * codec, int level_max) {
+    const float low = -codec->levels[0], high = codec->levels[codec->n_levels - 1];
+    return (low > high ? low : high) / (float) level_max;
+}
+
 INLINE integer_table load_integer_table(int bits, const tqi_codec * codec, int level_max) {
     integer_table c;
-    const float low = -codec->levels[0], high = codec->levels[codec->n_levels - 1];
-    c.step = (low > high ? low : high) / (float) level_max;
+    c.step = codebook_step(codec, level_max);
     const __m512 levels = _mm512_div_ps(_mm512_loadu_ps(codec->levels), _mm512_set1_ps(c.step));
     const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(levels));
     c.levels = bits == 3 ? _mm512_broadcast_i32x4(_mm256_castsi256_si128(rounded)) : _mm512_broadcast_i64x4(rounded);
@@ -179,10 +181,8 @@ INLINE void gather_scales(int bits, const uint8_t * rows, size_t stride, int n_t
     }
 }
 
-/* 16 scales; those that are not finite count as 0, as they do everywhere. */
 INLINE __m512 load_scales(const uint16_t * d) {
-    const __m512 x = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (const void *) d));
-    return _mm512_maskz_mov_ps(_mm512_knot(_mm512_fpclass_ps_mask(x, 0x99)), x);
+    return widen_scales(_mm256_loadu_si256((const __m256i *) (const void *) d));
 }
 
 /* Rounds n vectors of values to integers of magnitude max at most; returns what the integer 1 stands for (NaN if a
@@ -207,94 +207,109 @@ INLINE __m512i pair_at(const uint16_t * at) {
     return _mm512_set1_epi32((int) tqi_load_u32(at));
 }
 
-/* Word j of out: index j of groups[g] in its low bits, for 16 tokens side by side; rows are their blocks. */
-INLINE void transpose16(int bits, const uint8_t * const * rows, int b, int n_blocks, __m512i * groups) {
-    /* a group of eight 3-bit indices is three bytes: one dword each */
-    const __m128i place = _mm_add_epi8(_mm_setr_epi8(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11),
-                                       _mm_set1_epi8((char) index_begin(bits, b, n_blocks)));
-    __m512i x[4];
-    for (int i = 0; i < 4; ++i) {
-        __m512i y = _mm512_castsi128_si512(load_indices(bits, rows[i], b, n_blocks));
-        y = _mm512_inserti32x4(y, load_indices(bits, rows[i + 4], b, n_blocks), 1);
-        y = _mm512_inserti32x4(y, load_indices(bits, rows[i + 8], b, n_blocks), 2);
-        y = _mm512_inserti32x4(y, load_indices(bits, rows[i + 12], b, n_blocks), 3);
-        x[i] = bits == 3 ? _mm512_shuffle_epi8(y, _mm512_broadcast_i32x4(place)) : y;
-    }
-    const __m512i lo01 = _mm512_unpacklo_epi32(x[0], x[1]), lo23 = _mm512_unpacklo_epi32(x[2], x[3]);
-    const __m512i hi01 = _mm512_unpackhi_epi32(x[0], x[1]), hi23 = _mm512_unpackhi_epi32(x[2], x[3]);
-    groups[0] = _mm512_unpacklo_epi64(lo01, lo23);
-    groups[1] = _mm512_unpackhi_epi64(lo01, lo23);
-    groups[2] = _mm512_unpacklo_epi64(hi01, hi23);
-    groups[3] = _mm512_unpackhi_epi64(hi01, hi23);
-}
-
 /* For vpmultishiftqb: brings indices j and j + 1 of each dword's group into the low bits of its two words. */
 INLINE __m512i pair_shift(int bits, int j) {
     const uint64_t low = (uint64_t) (bits * j) * 0x0101u + ((uint64_t) (bits * (j + 1)) * 0x0101u << 16);
     return _mm512_set1_epi64((long long) (low | (low + 0x20202020u) << 32));
 }
 
-/* Blocks b0 .. b0 + n_part - 1 of the rows; adds to s if b0 is not the first. */
-INLINE void scores_part(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
-                        const float * q, int n_blocks, int b0, int n_part, float * s, int ld) {
-    const integer_table c = load_integer_table(bits, codec, K_LEVEL_MAX);
-    uint16_t q_words[TQI_MAX_FUSED][MAX_BLOCKS * TQ_BLOCK], d[MAX_BLOCKS][TQI_AHEAD];
-    float q_unit[TQI_MAX_FUSED][MAX_BLOCKS];
-    for (int i = 0; i < n_q; ++i) {
-        for (int b = 0; b < n_part; ++b) {
-            const block x = load_block(q + (i * n_blocks + b0 + b) * TQ_BLOCK);
-            q_unit[i][b] = c.step * round_to_words(x.v, 2, Q_MAX, q_words[i] + b * TQ_BLOCK);
+/* A part of a query vector, up to four blocks: lane b is block b's (wide 2: lane 2 + b, too), all dwords of pair[j] the
+ * integers of values 2 j and 2 j + 1. */
+typedef struct {
+    __m512i pair[TQ_BLOCK / 2];
+    __m512 unit; /* what the integer 1 times the codebook's stands for; NaN if a value is not finite */
+} query4;
+_Static_assert(sizeof(query4) <= sizeof(float) * TQI_QUERY_FLOATS(4), "a query of four blocks has its room");
+
+static void load_query(const tqi_codec * codec, const float * q, int n_blocks, float * query) {
+    const int wide = WIDE(n_blocks);
+    const float step = codebook_step(codec, K_LEVEL_MAX);
+    for (int b0 = 0; b0 < n_blocks; b0 += wide, query += TQI_QUERY_FLOATS(4)) {
+        uint16_t integers[4][TQ_BLOCK] = { { 0 } };
+        float unit[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        query4 y;
+        for (int b = 0; b < wide && b0 + b < n_blocks; ++b) {
+            const block x = load_block(q + (b0 + b) * TQ_BLOCK);
+            unit[b] = step * round_to_words(x.v, 2, Q_MAX, integers[b]);
         }
-    }
-    for (int b = 0; b < n_part; ++b) {
-        gather_scales(bits, k, stride, n_tok, b0 + b, d[b]);
-    }
-    for (int t = 0; t < n_tok; t += 16) {
-        const int n = n_tok - t < 16 ? n_tok - t : 16;
-        const uint8_t * rows[16]; /* past the end: the last row again, not stored */
-        __m512 total[TQI_MAX_FUSED];
-        for (int j = 0; j < 16; ++j) {
-            rows[j] = k + (size_t) (t + (j < n ? j : n - 1)) * stride;
-        }
-        for (int i = 0; i < n_q; ++i) {
-            total[i] = _mm512_setzero_ps();
-        }
-        for (int b = 0; b < n_part; ++b) {
-            __m512i groups[4], sum[TQI_MAX_FUSED];
-            transpose16(bits, rows, b0 + b, n_blocks, groups);
-            for (int i = 0; i < n_q; ++i) {
-                sum[i] = _mm512_setzero_si512();
+        for (int half = 0; half < 2; ++half) {
+            __m256i x[4];
+            for (int b = 0; b < 4; ++b) {
+                x[b] = _mm256_loadu_si256((const __m256i *) (const void *) (integers[b] + 16 * half));
             }
-            UNROLL
-            for (int j = 0; j < TQ_BLOCK; j += 2) {
-                const __m512i index = _mm512_multishift_epi64_epi8(pair_shift(bits, j % 8), groups[j / 8]);
-                const __m512i levels = _mm512_permutexvar_epi16(index, c.levels);
+            for (int j = 0; j < 8; ++j) {
+                y.pair[8 * half + j] = spread_dwords(wide, x, j);
+            }
+        }
+        y.unit = spread_floats(wide, unit);
+        memcpy(query, &y, sizeof y);
+    }
+}
+
+#define N_CHAINS(n_q) ((n_q) <= 4 ? 2 : 1) /* sums of a query vector: as many as hide the latency of vpdpwssd */
+
+INLINE void scores_wide(int bits, int n_q, int wide, const tqi_codec * codec, const uint8_t * k, size_t stride,
+                        int n_tok, const float * query, int n_blocks, float * s, int ld) {
+    const integer_table c = load_integer_table(bits, codec, K_LEVEL_MAX);
+    const size_t n_floats = TQI_QUERY_FLOATS(n_blocks);
+    for (int t = 0; t < n_tok; t += 16) {
+        __m512 total[TQI_MAX_FUSED][4];
+        for (int j = t; j < n_tok && j < t + 16; ++j) {
+            tqi_prefetch(k + (size_t) (TQI_AHEAD + j) * stride, (size_t) n_blocks * TQI_BLOCK_BYTES(bits));
+        }
+        for (int g = 0; g < wide; ++g) {
+            const int t1 = t + g * N_TOKENS(wide);
+            const uint8_t * at = k + (size_t) (t1 < n_tok ? t1 : n_tok - 1) * stride;
+            __m512 part[TQI_MAX_FUSED];
+            for (int i = 0; i < n_q; ++i) {
+                part[i] = _mm512_setzero_ps();
+            }
+            for (int b = 0; b < n_blocks; b += wide) {
+                const query4 * q4 = (const query4 *) (const void *) (query + (size_t) (b / wide) * TQI_QUERY_FLOATS(4));
+                const int n = n_blocks - b < wide ? n_blocks - b : wide;
+                const blocks16 x =
+                    load_blocks(0, bits, wide, at + (size_t) b * TQI_BLOCK_BYTES(bits), stride, n_tok - t1, n);
+                __m512i sum[TQI_MAX_FUSED][N_CHAINS(n_q)];
                 for (int i = 0; i < n_q; ++i) {
-                    sum[i] = _mm512_dpwssd_epi32(sum[i], levels, pair_at(q_words[i] + b * TQ_BLOCK + j));
+                    for (int h = 0; h < N_CHAINS(n_q); ++h) {
+                        sum[i][h] = _mm512_setzero_si512();
+                    }
+                }
+                UNROLL
+                for (int j = 0; j < TQ_BLOCK; j += 2) {
+                    const __m512i index = _mm512_multishift_epi64_epi8(pair_shift(bits, j % 8), x.words[j / 8]);
+                    const __m512i levels = _mm512_permutexvar_epi16(index, c.levels);
+                    for (int i = 0; i < n_q; ++i) {
+                        __m512i * to = &sum[i][j / 2 % N_CHAINS(n_q)];
+                        *to = _mm512_dpwssd_epi32(
+                            *to, levels, _mm512_loadu_si512((const float *) &q4->pair[j / 2] + (size_t) i * n_floats));
+                    }
+                }
+                for (int i = 0; i < n_q; ++i) {
+                    const __m512 unit = _mm512_loadu_ps((const float *) &q4->unit + (size_t) i * n_floats);
+                    for (int h = 1; h < N_CHAINS(n_q); ++h) {
+                        sum[i][0] = _mm512_add_epi32(sum[i][0], sum[i][h]);
+                    }
+                    part[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][0]), _mm512_mul_ps(x.scale, unit), part[i]);
                 }
             }
-            const __m512 scale = load_scales(d[b] + t);
             for (int i = 0; i < n_q; ++i) {
-                total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]),
-                                           _mm512_mul_ps(scale, _mm512_set1_ps(q_unit[i][b])), total[i]);
+                total[i][g] = part[i];
             }
         }
-        const __mmask16 stored = (__mmask16) ((1u << n) - 1u);
+        const __mmask16 stored = (__mmask16) (n_tok - t < 16 ? (1u << (n_tok - t)) - 1u : 0xffffu);
         for (int i = 0; i < n_q; ++i) {
-            float * to = s + i * ld + t;
-            if (b0 > 0) {
-                total[i] = _mm512_add_ps(total[i], _mm512_maskz_loadu_ps(stored, to));
-            }
-            _mm512_mask_storeu_ps(to, stored, total[i]);
+            _mm512_mask_storeu_ps(s + i * ld + t, stored, sum_blocks(wide, total[i]));
         }
     }
 }
 
 INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
-                        const float * q, int n_blocks, float * s, int ld) {
-    for (int b = 0; b < n_blocks; b += MAX_BLOCKS) {
-        const int n_part = n_blocks - b < MAX_BLOCKS ? n_blocks - b : MAX_BLOCKS;
-        scores_part(bits, n_q, codec, k, stride, n_tok, q, n_blocks, b, n_part, s, ld);
+                        const float * query, int n_blocks, float * s, int ld) {
+    if (WIDE(n_blocks) == 2) {
+        scores_wide(bits, n_q, 2, codec, k, stride, n_tok, query, n_blocks, s, ld);
+    } else {
+        scores_wide(bits, n_q, 4, codec, k, stride, n_tok, query, n_blocks, s, ld);
     }
 }
 

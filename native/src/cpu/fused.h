@@ -1,32 +1,15 @@
-/* fused.h: unpack, scores and accumulate in f32, over the vocabulary of vector.h: each block is decoded once for all
- * query vectors.
- *
- * The including file defines
- *   decoder                      a codebook in registers; load_decoder(bits, codec)
- *   codes                        a block's codes; open_block(bits, &c, block)
- *   values(bits, &c, codes, g)   values LANES * g and on, in units of LEVEL_UNIT and without the block's scale
- *   DECODE_AHEAD                 whether accumulate decodes codes of all tokens first, because opening a block takes
- * long */
-#include "block.h"
+/* fused.h: the attention steps in f32, over the vocabulary of vector.h: each block is decoded once for all query
+ * vectors. The including file defines what unpack.h needs, and
+ *   DECODE_AHEAD   whether accumulate decodes codes of all tokens first, because opening a block takes long */
+#include "unpack.h"
 
-INLINE float scale_of(const uint8_t * in) {
-    return LEVEL_UNIT * block_scale(in);
-}
-
-INLINE void unpack_rows(int bits, const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
-    const decoder c = load_decoder(bits, codec);
-    for (int64_t b = 0; b < n_blocks; ++b, y += TQ_BLOCK, blocks += TQI_BLOCK_BYTES(bits)) {
-        const vec d = v_set1(scale_of(blocks));
-        const codes x = open_block(bits, &c, blocks);
-        UNROLL
-        for (int g = 0; g < N_VEC; ++g) {
-            v_store(y + LANES * g, v_mul(d, values(bits, &c, x, g)));
-        }
-    }
+static void load_query(const tqi_codec * codec, const float * q, int n_blocks, float * query) {
+    (void) codec;
+    memcpy(query, q, (size_t) n_blocks * TQ_BLOCK * sizeof(float));
 }
 
 INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
-                        const float * q, int n_blocks, float * s, int ld) {
+                        const float * query, int n_blocks, float * s, int ld) {
     const decoder c = load_decoder(bits, codec);
     for (int t = 0; t < n_tok; ++t) {
         const uint8_t * in = k + (size_t) t * stride;
@@ -44,7 +27,7 @@ INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_
                 v[g] = values(bits, &c, x, g);
             }
             for (int i = 0; i < n_q; ++i) {
-                const float * qi = q + (i * n_blocks + b) * TQ_BLOCK;
+                const float * qi = query + i * (int) TQI_QUERY_FLOATS(n_blocks) + b * TQ_BLOCK;
                 vec p = v_mul(v[0], v_load(qi));
                 for (int g = 1; g < N_VEC; ++g) {
                     p = v_fma(v[g], v_load(qi + LANES * g), p);

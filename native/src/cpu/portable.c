@@ -170,7 +170,12 @@ static void unpack_block(const tqi_codec * codec, const uint8_t * block, float *
     tqi_steps_of(&tqi_kernels_portable, codec)->unpack(codec, block, 1, y);
 }
 
-static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
+static void load_query(const tqi_codec * codec, const float * q, int n_blocks, float * query) {
+    (void) codec;
+    memcpy(query, q, (size_t) n_blocks * TQ_BLOCK * sizeof(float));
+}
+
+static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * query, int n_q,
                    int n_blocks, float * s, int ld) {
     for (int t = 0; t < n_tok; ++t) {
         for (int i = 0; i < n_q; ++i) {
@@ -180,7 +185,7 @@ static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, in
             float y[TQ_BLOCK];
             unpack_block(codec, k + (size_t) t * stride + (size_t) (b * codec->block_bytes), y);
             for (int i = 0; i < n_q; ++i) {
-                const float * qb = q + (i * n_blocks + b) * TQ_BLOCK;
+                const float * qb = query + i * (int) TQI_QUERY_FLOATS(n_blocks) + b * TQ_BLOCK;
                 float sum = 0.0f;
                 for (int j = 0; j < TQ_BLOCK; ++j) {
                     sum += y[j] * qb[j];
@@ -281,6 +286,7 @@ static void v_store_f16(uint16_t * to, float x) {
 
 #include "rows_f16.h"
 
-static const tqi_steps trellis = { tqi_trellis_encode_portable, tqi_trellis_unpack_portable, scores, accumulate };
+static const tqi_steps trellis = { tqi_trellis_encode_portable, tqi_trellis_unpack_portable, load_query, scores,
+                                   accumulate };
 
 TQI_KERNELS(portable, &trellis);

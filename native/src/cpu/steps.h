@@ -8,14 +8,14 @@ static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_bl
 }
 
 INLINE void scores_by_n_q(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
-                          const float * q, int n_blocks, float * s, int ld) {
-    TQI_BY_N_Q(scores_rows, bits, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+                          const float * query, int n_blocks, float * s, int ld) {
+    TQI_BY_N_Q(scores_rows, bits, n_q, codec, k, stride, n_tok, query, n_blocks, s, ld)
 }
 
-static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * q, int n_q,
+static void scores(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * query, int n_q,
                    int n_blocks, float * s, int ld) {
     const int bits = codec->bits;
-    BY_BITS(scores_by_n_q, bits, n_q, codec, k, stride, n_tok, q, n_blocks, s, ld)
+    BY_BITS(scores_by_n_q, bits, n_q, codec, k, stride, n_tok, query, n_blocks, s, ld)
 }
 
 INLINE void accumulate_by_n_q(int bits, int n_q, const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,
