@@ -64,15 +64,12 @@ SETTINGS: Final = (
     Setting("q8_0"),
     Setting("q4_0"),
     Setting("q4_0", tail=128),
-    Setting("pqo4", tail=128),
-    Setting("pqt4"),
-    Setting("pqt4", tail=128),
-    Setting("pqt4", tail=128, calibrated=True),
-    Setting("pqo3", tail=128),
-    Setting("pqt3"),
-    Setting("pqt3", tail=128),
-    Setting("pqt3", tail=128, calibrated=True),
+    *(Setting(kind, tail=128, calibrated=True) for kind in ("pqt5", "pqt4", "pqo4", "pqt3", "pqo3", "pqt2")),
+    *(Setting(pair, tail=128, calibrated=True) for pair in ("pqt5/pqt4", "pqt4/pqt3", "pqt3/pqt2")),
+    *(Setting(kind, tail=tail) for kind in ("pqt4", "pqt3") for tail in (0, 128)),
 )
+"""As `Llama` has them by default, which is with a tail and calibrated keys for types of tqgguf; the last four show what
+each of the two costs."""
 
 
 class Runner:
@@ -81,7 +78,7 @@ class Runner:
     def __init__(self, path: Path, setting: Setting, n_ctx: int, calibration: tqgguf.Calibration) -> None:
         self.model = tqgguf.Llama(
             path,
-            cache=setting.cache,
+            cache=tuple(setting.cache.split("/")) if "/" in setting.cache else setting.cache,
             tail=setting.tail,
             calibration=calibration if setting.calibrated else "off",
             n_ctx=n_ctx,
