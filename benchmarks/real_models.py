@@ -235,8 +235,9 @@ def task_tables() -> str:
             for found in tasks.values():
                 mine = found["rows"][i]
                 cells += [f"{mine['log_probability']:.2f}", f"{mine['right']} of {mine['n']}"]
-            lines.append(cells)
-        head = ["cache", *(cell for name in tasks for cell in (f"{name}: log p", "right"))]
+            counts = [found["rows"][i] for found in tasks.values()]
+            lines.append([*cells, f"{sum(row['right'] for row in counts)} of {sum(row['n'] for row in counts)}"])
+        head = ["cache", *(cell for name in tasks for cell in (f"{name}: log p", "right")), "all: right"]
         parts.append(f"**{model['model']}**:\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 

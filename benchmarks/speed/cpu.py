@@ -6,8 +6,11 @@
 `make tools` builds the patched llama-bench, `make stock-tools` a stock one for --stock build/stock/cmake/bin.
 
 `llama` runs the patched llama-bench and, for the stock types, the stock one of `--stock DIR` in turn, round by round,
-so that a drift of the machine hits all of them alike; it prints medians, and ratios of each round to f16 in that
-round. Figures and machine facts go to benchmarks/results/.
+so that a drift of the machine hits all of them alike. f16 runs with flash attention and without. It prints medians, and
+ratios of each round to the f16 that is the better one in the test. The model is one of random weights, or one of
+real_sources.py (`--model smollm2`), or a file. Figures and machine facts go to benchmarks/results/.
+
+`micro` prints beside them how fast one thread copies memory: GB/s of attention that come near it are all there is.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ sys.path.append(str(Path(__file__).parents[1] / "common"))
 import machine
 import numpy as np
 import random_model
+import real_sources
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -157,9 +161,17 @@ def micro(runs: int) -> list[Step]:
     return list(Micro(runs).steps())
 
 
-def micro_table(steps: list[Step]) -> Table:
+def copied() -> float:
+    """Bytes per second, in 10^9, that one thread copies between two arrays of 256 MiB: read, and as many written."""
+    source = np.ones(2**28, np.uint8)
+    to = np.zeros_like(source)
+    return float(source.nbytes / _median_seconds(lambda: np.copyto(to, source), 5) / 1e9)
+
+
+def micro_table(steps: list[Step], memory: float) -> Table:
     kernels = list(dict.fromkeys(s.kernel for s in steps))
-    table = Table(title="libtqgguf, one thread: ns per block of 32 values (GB/s of encoded bytes)")
+    title = f"libtqgguf, one thread: ns per block of 32 values (GB/s of encoded bytes); memory copies {memory:.1f} GB/s"
+    table = Table(title=title)
     for column in ("type", "step", *kernels):
         table.add_column(column, justify="left" if column in ("type", "step") else "right")
     found = {(s.type, s.step, s.kernel): s for s in steps}
@@ -197,7 +209,7 @@ class Speed:
 
     Attributes:
         rounds: one figure per round, the median of its repeats.
-        ratio: median over the rounds of this type's figure over f16's in the same round.
+        ratio: median over the rounds of this type's figure over the better f16's in the same round.
     """
 
     shape: str
@@ -210,73 +222,86 @@ class Speed:
     rounds: tuple[float, ...]
 
 
-def _llama_bench(
-    binary: Path, model: Path, cache: str, threads: int, tests: list[Test], repeats: int
-) -> dict[Test, float]:
+@dataclass(frozen=True)
+class Run:
+    """A cache type in one build of llama-bench."""
+
+    cache: str
+    build: str
+    folder: Path
+    flash: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.cache if self.flash else f"{self.cache}, no flash attention"
+
+
+def _llama_bench(run: Run, model: Path, threads: int, tests: list[Test], repeats: int) -> dict[Test, float]:
     """Runs llama-bench once for each kind of test; a figure is the median of its repeats."""
     found: dict[Test, float] = {}
     for kind in ("tg", "pp"):
         mine = [t for t in tests if t.kind == kind]
         if not mine:
             continue
-        command = [str(binary), "-m", str(model), "-t", str(threads), "-fa", "1", "-ctk", cache, "-ctv", cache]
+        command = [str(run.folder / "llama-bench"), "-m", str(model), "-t", str(threads), "-fa", str(int(run.flash))]
+        command += ["-ctk", run.cache, "-ctv", run.cache]
         command += ["-r", str(repeats), "-o", "json", "-d", ",".join(str(t.depth) for t in mine)]
         command += ["-p", "0", "-n", str(mine[0].n)] if kind == "tg" else ["-n", "0", "-p", str(mine[0].n)]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode != 0:
-            raise SystemExit(f"{binary} failed: {run.stderr.strip().splitlines()[-1:]}")
-        for row in json.loads(run.stdout):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
+        for row in json.loads(done.stdout):
             found[Test(kind, row["n_gen"] or row["n_prompt"], row["n_depth"])] = statistics.median(row["samples_ts"])
     return found
 
 
+def runs_of(caches: list[str], patched: Path, stock: Path | None, both: bool) -> list[Run]:
+    """Stock types run in the stock build if there is one, or in `both`; f16 with flash attention and without."""
+    runs = []
+    for cache in caches:
+        in_stock = stock is not None and cache not in OURS
+        builds = [("patched", patched)] if both or not in_stock else []
+        builds += [("stock", stock)] if in_stock and stock is not None else []
+        for build, folder in builds:
+            runs += [Run(cache, build, folder, flash) for flash in ((True, False) if cache == "f16" else (True,))]
+    return runs
+
+
 def llama(
-    patched: Path,
-    stock: Path | None,
-    shape: random_model.Shape,
-    caches: list[str],
-    threads: int,
-    tests: list[Test],
-    rounds: int,
-    repeats: int,
-    both: bool,
+    runs: list[Run], model: Path, shape: str, threads: int, tests: list[Test], rounds: int, repeats: int
 ) -> list[Speed]:
-    """Runs every cache type in every test, round by round. Stock types run in the stock build, or in `both`."""
-    stock_types = [cache for cache in caches if cache not in OURS] if stock is not None else []
-    runs = [(cache, "patched", patched) for cache in caches if both or cache not in stock_types]
-    runs += [(cache, "stock", stock) for cache in stock_types if stock is not None]
-    base = ("f16", "stock" if stock is not None else "patched")
-    figures: dict[tuple[str, str], dict[Test, list[float]]] = {(cache, build): {} for cache, build, _ in runs}
-    with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
-        model = Path(folder) / f"{shape.name}.gguf"
-        random_model.write(model, shape)
-        task = progress.add_task(f"{shape.name}, {threads} threads", total=rounds * len(runs))
+    """Runs every cache type in every test, round by round."""
+    figures: dict[Run, dict[Test, list[float]]] = {run: {} for run in runs}
+    with Progress(console=console) as progress:
+        task = progress.add_task(f"{shape}, {threads} threads", total=rounds * len(runs))
         for _ in range(rounds):
-            for cache, build, folder_of in runs:
-                for test, value in _llama_bench(
-                    folder_of / "llama-bench", model, cache, threads, tests, repeats
-                ).items():
-                    figures[cache, build].setdefault(test, []).append(value)
+            for run in runs:
+                for test, value in _llama_bench(run, model, threads, tests, repeats).items():
+                    figures[run].setdefault(test, []).append(value)
                 progress.advance(task)
+    bases = {
+        test: max((figures[run][test] for run in runs if run.cache == "f16"), key=statistics.median) for test in tests
+    }
     return [
         Speed(
-            shape=shape.name,
+            shape=shape,
             threads=threads,
             test=test.name,
-            cache=cache,
-            build=build,
+            cache=run.name,
+            build=run.build,
             tokens_per_s=round(statistics.median(values), 2),
-            ratio=round(statistics.median(v / f for v, f in zip(values, figures[base][test], strict=True)), 3),
+            ratio=round(statistics.median(v / f for v, f in zip(values, bases[test], strict=True)), 3),
             rounds=tuple(round(v, 2) for v in values),
         )
-        for (cache, build), by_test in figures.items()
+        for run, by_test in figures.items()
         for test, values in by_test.items()
     ]
 
 
 def llama_table(speeds: list[Speed]) -> Table:
     tests = list(dict.fromkeys(s.test for s in speeds))
-    table = Table(title=f"llama-bench, {speeds[0].shape}, {speeds[0].threads} thread(s): tokens/s (ratio to f16)")
+    title = f"llama-bench, {speeds[0].shape}, {speeds[0].threads} thread(s): tokens/s (ratio to the better f16)"
+    table = Table(title=title)
     for column in ("cache", "build", *tests):
         table.add_column(column, justify="right" if column in tests else "left")
     found = {(s.cache, s.build, s.test): s for s in speeds}
@@ -286,13 +311,13 @@ def llama_table(speeds: list[Speed]) -> Table:
     return table
 
 
-def save(name: str, key: str, rows: list[Any]) -> Path:
+def save(name: str, key: str, rows: list[Any], **more: Any) -> Path:
     """Writes results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     document = {"command": " ".join(["python", "benchmarks/speed/cpu.py", *words]), "machine": machine.facts()}
-    path.write_text(json.dumps({**document, key: [asdict(row) for row in rows]}, indent=1) + "\n")
+    path.write_text(json.dumps({**document, **more, key: [asdict(row) for row in rows]}, indent=1) + "\n")
     return path
 
 
@@ -305,31 +330,41 @@ def main() -> None:
     bench = commands.add_parser("llama", help="llama-bench, cache types in turn")
     bench.add_argument("--bin", type=Path, required=True, help="folder with the patched llama-bench")
     bench.add_argument("--stock", type=Path, help="folder with the stock llama-bench")
-    bench.add_argument("--cache", default="f16,q8_0,q4_0,pqo4,pqo3")
+    bench.add_argument("--cache", default="f16,q8_0,q4_0,pqo4,pqt4,pqo3,pqt3")
     bench.add_argument("--threads", type=int, default=1)
     bench.add_argument("--rounds", type=int, default=5)
     bench.add_argument("--both", action="store_true", help="with --stock: stock types in the patched build, too")
     bench.add_argument("--repeats", type=int, default=1, help="timings per round; long depths are filled once for all")
-    bench.add_argument("--heads", type=int, default=16)
+    bench.add_argument("--model", metavar="NAME", help=f"{', '.join(real_sources.MODELS)} or a GGUF file")
+    bench.add_argument("--heads", type=int, default=16, help="of the model of random weights")
     bench.add_argument("--heads-kv", type=int, default=8)
     bench.add_argument("--head-dim", type=int, default=128)
-    bench.add_argument("--tg", default="0,512,4096,16384", help="depths at which 32 tokens are generated")
-    bench.add_argument("--pp", default="0,4096", help="depths at which 1024 tokens are read")
+    bench.add_argument("--tg", default="0,1024,4096,16384", help="depths at which 32 tokens are generated")
+    bench.add_argument("--pp", default="0,4096", help="depths at which 512 tokens are read")
     bench.add_argument("--save", default="cpu_llama", metavar="NAME")
     args = parser.parse_args()
     out = Console()
     if args.command == "micro":
-        rows = micro(args.runs)
-        out.print(micro_table(rows))
-        console.print(f"saved to {save(args.save, 'steps', rows)}")
+        rows, memory = micro(args.runs), copied()
+        out.print(micro_table(rows, memory))
+        console.print(f"saved to {save(args.save, 'steps', rows, copied_gb_per_s=round(memory, 2))}")
         return
-    shape = replace(random_model.Shape(), n_head=args.heads, n_head_kv=args.heads_kv, head_dim=args.head_dim)
     tests = [Test("tg", 32, int(d)) for d in args.tg.split(",") if d] + [
-        Test("pp", 1024, int(d)) for d in args.pp.split(",") if d
+        Test("pp", 512, int(d)) for d in args.pp.split(",") if d
     ]
-    speeds = llama(
-        args.bin, args.stock, shape, args.cache.split(","), args.threads, tests, args.rounds, args.repeats, args.both
-    )
+    runs = runs_of(args.cache.split(","), args.bin, args.stock, args.both)
+    if not any(run.cache == "f16" for run in runs):
+        parser.error(f"--cache is {args.cache}: f16 must be among the types, since ratios are to it")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model in real_sources.MODELS:
+            model, shape = real_sources.model_path(args.model), real_sources.MODELS[args.model].name
+        elif args.model:
+            model, shape = Path(args.model), Path(args.model).name
+        else:
+            random = replace(random_model.Shape(), n_head=args.heads, n_head_kv=args.heads_kv, head_dim=args.head_dim)
+            model, shape = Path(folder) / f"{random.name}.gguf", random.name
+            random_model.write(model, random)
+        speeds = llama(runs, model, shape, args.threads, tests, args.rounds, args.repeats)
     out.print(llama_table(speeds))
     console.print(f"saved to {save(args.save, 'speeds', speeds)}")
 

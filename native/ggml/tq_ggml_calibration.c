@@ -2,6 +2,7 @@
 #include "tq_ggml_calibration.h"
 
 #include "tq_ggml_policy.h"
+#include "tq_ggml_tail.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -166,14 +167,18 @@ struct ggml_tensor * tq_ggml_k_calibrate(struct ggml_context * ctx, struct ggml_
     return matrix ? rotate(ctx, x, matrix) : x;
 }
 
-struct ggml_tensor * tq_ggml_k_restore(struct ggml_context * ctx, struct ggml_tensor * x,
-                                       const struct ggml_tensor * k) {
+struct ggml_tensor * tq_ggml_k_load(struct ggml_context * ctx, struct ggml_tensor * k) {
     struct ggml_tensor * mean = tq_ggml_k_companion(k, TQ_GGML_K_MEAN);
     struct ggml_tensor * gain = tq_ggml_k_companion(k, TQ_GGML_K_GAIN);
     struct ggml_tensor * matrix = tq_ggml_k_companion(k, TQ_GGML_K_ROTATION);
+    struct ggml_tensor * x = tq_ggml_tail_turn(ggml_cast(ctx, k, GGML_TYPE_F32));
     x = matrix ? rotate(ctx, x, matrix) : x;
     x = gain ? ggml_div(ctx, x, part(ctx, gain, x->ne[0])) : x;
     return mean ? ggml_add(ctx, x, part(ctx, mean, x->ne[0])) : x;
+}
+
+struct ggml_tensor * tq_ggml_k_store(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * k) {
+    return tq_ggml_tail_turn(ggml_cpy(ctx, tq_ggml_k_calibrate(ctx, x, k), k));
 }
 
 struct ggml_tensor * tq_ggml_q_calibrate(struct ggml_context * ctx, struct ggml_tensor * q,

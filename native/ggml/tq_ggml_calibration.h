@@ -49,8 +49,10 @@ void tq_ggml_calibration_clear(struct ggml_context * ctx, ggml_backend_buffer_t 
 struct ggml_tensor * tq_ggml_k_calibrate(struct ggml_context * ctx, struct ggml_tensor * x,
                                          const struct ggml_tensor * k);
 
-/* What calibrate was given, from what it returned. */
-struct ggml_tensor * tq_ggml_k_restore(struct ggml_context * ctx, struct ggml_tensor * x, const struct ggml_tensor * k);
+/* For a context shift: the keys of a view k of the cache in f32, as calibrate was given them, and the way back; both with
+ * the tail's rows (tq_ggml_tail_turn). */
+struct ggml_tensor * tq_ggml_k_load(struct ggml_context * ctx, struct ggml_tensor * k);
+struct ggml_tensor * tq_ggml_k_store(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * k);
 
 /* Queries q (head_dim, n_head, n_tokens) for keys as k stores them; n_head_kv divides n_head. */
 struct ggml_tensor * tq_ggml_q_calibrate(struct ggml_context * ctx, struct ggml_tensor * q,

@@ -252,8 +252,69 @@ static void copy_tail_index(const struct ggml_compute_params * params, const str
     }
 }
 
+/* A run of a view of the cache, with what its tail holds of it. */
+typedef struct {
+    char * blocks;
+    uint16_t * row; /* NULL: the token owns none */
+} cache_run;
+
+/* Values of a view (n_values, n_head_kv, n_cells * n_stream) of the cache, from flat index i on. */
+static cache_run run_at(const struct ggml_tensor * view, const struct ggml_tensor * rows,
+                        const struct ggml_tensor * owner, int64_t i) {
+    const struct ggml_tensor * cache = view->view_src;
+    const int64_t n_cells = view->ne[2] / owner->ne[1];
+    const int64_t n_first = MIN(TQ_GGML_TAIL_FIRST, n_cells);
+    const int64_t token = i / (view->ne[0] * view->ne[1]);
+    const int64_t stream = token / n_cells;
+    const int64_t cell = token % n_cells;
+    const int64_t row = tq_tail_row(owner->ne[0] - n_first, n_first, cell);
+    char * blocks = element(view, i);
+    const int64_t value = (blocks - (char *) cache->data) % (int64_t) cache->nb[1] /
+                          (int64_t) ggml_type_size(cache->type) * ggml_blck_size(cache->type);
+    const char * owners = (const char *) owner->data + stream * (int64_t) owner->nb[1];
+    char * at = (char *) rows->data + row * (int64_t) rows->nb[1] + stream * (int64_t) rows->nb[2];
+    return (cache_run) { blocks, ((const int32_t *) owners)[row] == cell + 1 ? (uint16_t *) at + value : NULL };
+}
+
+static void decode_run(enum ggml_type type, cache_run run, int64_t n, float * x) {
+    if (!run.row) {
+        ggml_get_type_traits(type)->to_float(run.blocks, x, n);
+    } else if (!tq_ggml_is_pqo(type)) {
+        ggml_cpu_fp16_to_fp32(run.row, x, n);
+    } else if (tq_tail_decode((int) type, TQ_MODE_SEARCH, run.row, n, x) != TQ_OK) {
+        GGML_ABORT("%s", tq_last_error());
+    }
+}
+
+/* The two copies of a context shift: src3, src4: the tail's rows and owners */
+static void copy_with_tail(const struct ggml_compute_params * params, const struct ggml_tensor * dst) {
+    const struct ggml_tensor * src = dst->src[0];
+    const bool reads = src->type != GGML_TYPE_F32;
+    const struct ggml_tensor * view = reads ? src : dst;
+    const struct ggml_tensor * other = reads ? dst : src;
+    int64_t begin;
+    int64_t end;
+
+    GGML_ASSERT(ggml_is_contiguous(other) && other->type == GGML_TYPE_F32 && view->ne[3] == 1);
+    share(params, ggml_nelements(view) / TQ_GGML_BLOCK, &begin, &end);
+    for (int64_t i = begin * TQ_GGML_BLOCK; i < end * TQ_GGML_BLOCK;) {
+        const int64_t n = stretch(view, i, MIN(end * TQ_GGML_BLOCK - i, TQ_RUN * TQ_GGML_BLOCK));
+        const cache_run run = run_at(view, dst->src[3], dst->src[4], i);
+        float * values = (float *) other->data + i;
+        if (reads) {
+            decode_run(view->type, run, n, values);
+        } else {
+            encode(view->type, values, run.blocks, n);
+            if (run.row) {
+                encode_tail(view->type, values, n, run.row);
+            }
+        }
+        i += n;
+    }
+}
+
 bool tq_ggml_dup_used(const struct ggml_tensor * dst) {
-    if (tq_ggml_copies_tail(dst)) {
+    if (tq_ggml_copies_tail(dst) || dst->src[3]) {
         return true;
     }
     const enum ggml_type from = dst->src[0]->type;
@@ -275,6 +336,10 @@ void tq_ggml_dup(const struct ggml_compute_params * params, struct ggml_tensor *
     }
 
     GGML_ASSERT(ggml_nelements(src) == ggml_nelements(dst));
+    if (dst->src[3]) {
+        copy_with_tail(params, dst);
+        return;
+    }
 
     const int64_t n = ggml_nelements(dst) / TQ_GGML_BLOCK;
     float x[TQ_RUN * TQ_GGML_BLOCK];

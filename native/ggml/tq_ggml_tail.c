@@ -62,10 +62,39 @@ void tq_ggml_tail_disown(struct ggml_tensor * t, int64_t stream, const uint32_t 
     free(owner);
 }
 
-void tq_ggml_tail_disown_stream(struct ggml_tensor * t, int64_t stream) {
-    if (tq_ggml_tail_rows(t)) {
-        ggml_backend_tensor_memset(t->src[1], 0, (size_t) stream * t->src[1]->nb[1], t->src[1]->nb[1]);
+/* Whether a shift turns its rows. */
+static bool turns(const struct ggml_tensor * t) {
+    return tq_ggml_tail_rows(t) && t->buffer && ggml_backend_buffer_is_host(t->buffer);
+}
+
+void tq_ggml_tail_turned(struct ggml_tensor * t, int64_t stream, const uint32_t * cells, size_t n_cells) {
+    if (!turns(t)) {
+        tq_ggml_tail_disown(t, stream, cells, n_cells);
     }
+}
+
+static void copy_plane(struct ggml_tensor * t, size_t stride, int64_t from, int64_t to) {
+    void * plane = malloc(stride);
+    GGML_ASSERT(plane && "no memory for the tail of a stream");
+    ggml_backend_tensor_get(t, plane, (size_t) from * stride, stride);
+    ggml_backend_tensor_set(t, plane, (size_t) to * stride, stride);
+    free(plane);
+}
+
+void tq_ggml_tail_copy_stream(struct ggml_tensor * t, int64_t from, int64_t to) {
+    if (tq_ggml_tail_rows(t)) {
+        copy_plane(t->src[0], t->src[0]->nb[2], from, to);
+        copy_plane(t->src[1], t->src[1]->nb[1], from, to);
+    }
+}
+
+struct ggml_tensor * tq_ggml_tail_turn(struct ggml_tensor * node) {
+    const struct ggml_tensor * cache = node->view_src ? node->view_src : node->src[0]->view_src;
+    if (turns(cache)) {
+        tq_ggml_set_src(node, 3, cache->src[0]);
+        tq_ggml_set_src(node, 4, cache->src[1]);
+    }
+    return node;
 }
 
 int64_t tq_ggml_tail_owners(const struct ggml_tensor * t, int64_t stream, int32_t * owner) {

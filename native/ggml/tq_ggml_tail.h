@@ -13,8 +13,10 @@
  * tqgguf.h), which two nodes make before SET_ROWS: src[5] and src[6] of that. They are DUP nodes that say by
  * op_params[0] what they are.
  *
- * A cell that is copied or shifted owns nothing until it is written again: disown. So does one that is restored, unless
- * the state holds the tail. In libggml-base. */
+ * A copy of a stream copies its rows. A context shift turns those of K: the CPY node that decodes K reads them, the one
+ * that writes it back writes them, both with src[3] and src[4] as SET_ROWS has them. Where the cache does not lie in the
+ * host's memory, a shifted cell owns nothing until it is written again: disown. So does one that is restored, unless the
+ * state holds the tail. In libggml-base. */
 #ifndef TQ_GGML_TAIL_H
 #define TQ_GGML_TAIL_H
 
@@ -47,10 +49,16 @@ bool tq_ggml_tail_states(void);
  * t may be NULL. flash: whether attention is FLASH_ATTN_EXT, which alone reads a tail. */
 void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t, bool flash);
 
-/* These cells of a stream own no rows any more, or none of its cells does. t: a cache tensor or NULL; cells: (n_cells).
- * */
+/* These cells of a stream own no rows any more. t: a cache tensor or NULL; cells: (n_cells). */
 void tq_ggml_tail_disown(struct ggml_tensor * t, int64_t stream, const uint32_t * cells, size_t n_cells);
-void tq_ggml_tail_disown_stream(struct ggml_tensor * t, int64_t stream);
+/* The shift has turned the keys in these cells: in another cache they own no rows any more. */
+void tq_ggml_tail_turned(struct ggml_tensor * t, int64_t stream, const uint32_t * cells, size_t n_cells);
+/* Rows and owners of a stream become those of another one as well. */
+void tq_ggml_tail_copy_stream(struct ggml_tensor * t, int64_t from, int64_t to);
+
+/* Makes a CPY node of a context shift's graph, from a view of a cache in the host's memory or into one, take the tail
+ * along. Returns node. */
+struct ggml_tensor * tq_ggml_tail_turn(struct ggml_tensor * node);
 
 /* Owners of the rows of a stream's tail, (n_row), if owner is not NULL; returns n_row, 0 without a tail. */
 int64_t tq_ggml_tail_owners(const struct ggml_tensor * t, int64_t stream, int32_t * owner);

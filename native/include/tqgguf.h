@@ -141,6 +141,8 @@ int64_t tq_tail_row(int64_t n_recent, int64_t n_first, int64_t token);
 /* What a tail holds of n values (a multiple of 32): transformed as blocks of that type and mode are, rounded to f16.
  * NaN counts as 0, magnitudes above 65504 as 65504, before the transform and after it. */
 int tq_tail_encode(int type, int mode, const float * x, int64_t n, uint16_t * rows);
+/* The n values that such a row holds. */
+int tq_tail_decode(int type, int mode, const uint16_t * rows, int64_t n, float * x);
 
 /* One operand of attention. Rows of head_dim values are contiguous; strides are in bytes and arbitrary. */
 typedef struct tq_attn_operand {

@@ -142,6 +142,17 @@ int tq_tail_encode(int type, int mode, const float * x, int64_t n, uint16_t * ro
     return TQ_OK;
 }
 
+int tq_tail_decode(int type, int mode, const uint16_t * rows, int64_t n, float * x) {
+    const tqi_codec * codec = check_blocks(type, mode, rows, x, n);
+    if (codec == NULL) {
+        return TQ_E_ARGUMENT;
+    }
+    const tqi_kernels * kernel = tqi_active();
+    kernel->widen(rows, n, x);
+    tqi_inverse_transform_blocks(kernel, codec, x, n / TQ_BLOCK);
+    return TQ_OK;
+}
+
 float tq_dot(int type, int mode, const void * blocks, const float * x, int64_t n) {
     const tqi_codec * codec = check_blocks(type, mode, blocks, x, n);
     if (codec == NULL) {

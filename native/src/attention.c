@@ -19,7 +19,7 @@
 /* What one task keeps while it goes through its keys. */
 typedef struct {
     float * q;     /* fused: (n_vec, dk); tiled: (dk, n_col) */
-    float * query; /* fused: (n_vec, TQI_QUERY_FLOATS), of q */
+    float * query; /* q as scores takes it, if K is of tqgguf */
     float * o;     /* fused: (n_vec, dv); tiled: (dv, n_col) */
     float * max;   /* (n_col) */
     float * sum;   /* (n_col) */
@@ -351,6 +351,12 @@ static void drop_unseen(const tq_attn * args, const tqi_plan * plan, const tqi_t
     }
 }
 
+/* The steps for a tile whose rows all lie in blocks, if the kernel has them; NULL otherwise. */
+static const tqi_tiles * tiles_of(const tqi_kernels * kernel, const tqi_codec * codec, const runs * from) {
+    const int in_blocks = codec != NULL && (from == NULL || (from->n == 1 && from->r[0].rows == NULL));
+    return in_blocks ? tqi_steps_of(kernel, codec)->tiles : NULL;
+}
+
 /* One task's share of a tile. */
 static void tiled_part(const tqi_kernels * kernel, const tq_attn * args, const tqi_plan * plan, const tqi_task * task,
                        const tqi_scratch * scratch, part * p) {
@@ -364,12 +370,29 @@ static void tiled_part(const tqi_kernels * kernel, const tq_attn * args, const t
     runs k, v;
     find_runs(&args->k, task->kv_stream, task->row0, row1, p, &k);
     find_runs(&args->v, task->kv_stream, task->row0, row1, p, &v);
-    decode_tile(kernel, &args->k, plan->k_codec, task->kv_stream, task->kv_head, p->t0, &k, scratch->tile);
-    kernel->gemm(scratch->tile, dk, 1, own->q, p->n, dk, n_col, 0, scratch->s);
+    const tqi_tiles * tiles = tiles_of(kernel, plan->k_codec, &k);
+    if (tiles != NULL) {
+        tiles->scores(plan->k_codec, operand_at(&args->k, task->kv_stream, task->kv_head, p->t0), args->k.stride_token,
+                      p->n, own->query, dk / TQ_BLOCK, n_col, scratch->s);
+    } else {
+        decode_tile(kernel, &args->k, plan->k_codec, task->kv_stream, task->kv_head, p->t0, &k, scratch->tile);
+        kernel->gemm(scratch->tile, dk, 1, own->q, p->n, dk, n_col, 0, scratch->s);
+    }
     for (int i = 0; i < task->n_vec; ++i) {
         finish_vector(args, plan, task, p, seen, i, scratch->s + i, n_col);
     }
+    for (int i = task->n_vec; i < n_col; ++i) { /* columns that are no vectors see nothing */
+        for (int t = 0; t < p->n; ++t) {
+            scratch->s[t * n_col + i] = -INFINITY;
+        }
+    }
     kernel->softmax_columns(scratch->s, p->n, n_col, own->max, own->sum, scratch->factor);
+    tiles = tiles_of(kernel, plan->v_codec, &v);
+    if (tiles != NULL) {
+        tiles->accumulate(plan->v_codec, operand_at(&args->v, task->kv_stream, task->kv_head, p->t0),
+                          args->v.stride_token, p->n, scratch->s, scratch->factor, dv / TQ_BLOCK, n_col, own->o);
+        return;
+    }
     for (int j = 0; j < dv; ++j) {
         for (int i = 0; i < n_col; ++i) {
             own->o[j * n_col + i] *= scratch->factor[i];
@@ -397,6 +420,9 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * args, const tq
         for (int j = 0; j < dk; ++j) {
             own->q[j * n_col + i] = scratch->row[j];
         }
+    }
+    if (tiles_of(kernel, plan->k_codec, NULL) != NULL) {
+        tiles_of(kernel, plan->k_codec, NULL)->load_queries(plan->k_codec, own->q, dk / TQ_BLOCK, n_col, own->query);
     }
     const int64_t end = min64(args->n_kv, (task->chunk + 1) * plan->chunk);
     for (int64_t t0 = task->chunk * plan->chunk; t0 < end; t0 += TILE) {

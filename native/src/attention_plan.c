@@ -135,7 +135,9 @@ int tqi_plan_make(const tq_attn * args, int n_threads, tqi_plan * plan) {
 
     const size_t n = (size_t) plan->n_col;
     plan->span = plan->fused ? (int) min64(args->k.n_head, MAX_SPAN) : 1;
-    plan->query = plan->fused ? TQI_QUERY_FLOATS(dk / TQ_BLOCK) : 0;
+    plan->query = plan->fused             ? TQI_QUERY_FLOATS(dk / TQ_BLOCK)
+                  : plan->k_codec != NULL ? TQI_TILE_QUERY * (dk / TQ_BLOCK)
+                                          : 0;
     plan->vectors = padded(dk * n) + padded(plan->query * n) + padded(dv * n) + 2 * padded(n);
     plan->scratch = (size_t) plan->span * plan->vectors + padded(TILE * n) + padded(n) + padded(dk > dv ? dk : dv);
     if (!plan->fused) {

@@ -19,7 +19,7 @@ typedef struct {
     int64_t chunk; /* keys per chunk, a multiple of TILE */
     int64_t n_tasks;
     int span;                  /* tasks that go through the keys together, at most */
-    size_t query;              /* floats of a query vector as scores takes it; 0 in the tiled way */
+    size_t query;              /* floats of a query vector as scores takes it, if K is of tqgguf */
     size_t vectors;            /* floats of one task's q, query, o, max, sum */
     size_t scratch;            /* floats per thread */
     size_t partial;            /* floats per task; 0 if keys are not cut */

@@ -13,6 +13,21 @@
 #define TQI_LANES 16    /* gemm's n_col and softmax_columns' n_col are multiples of this */
 #define TQI_QUERY_FLOATS(n_blocks) ((size_t) ((n_blocks) + 3) / 4 * 288) /* room for a query vector, see load_query */
 
+/* Attention's steps for tiles of at most TQI_AHEAD rows and many query vectors, which are the columns of q: (dim, n_col)
+ * and o: (dim, n_col); n_col is a multiple of TQI_LANES. */
+typedef struct {
+    /* queries <- q, as scores takes it: (n_blocks * TQI_TILE_QUERY, n_col) */
+    void (*load_queries)(const tqi_codec * codec, const float * q, int n_blocks, int n_col, float * queries);
+    /* s[t, j] = <k[t], q[j]>; s: (n_tok, n_col) */
+    void (*scores)(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * queries,
+                   int n_blocks, int n_col, float * s);
+    /* o[, j] = factor[j] o[, j] + sum_t p[t, j] v[t]; p: (n_tok, n_col) */
+    void (*accumulate)(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p,
+                       const float * factor, int n_blocks, int n_col, float * o);
+} tqi_tiles;
+
+#define TQI_TILE_QUERY (TQ_BLOCK / 2 + 1) /* floats of a column and block */
+
 /* What differs between the PQO types and the trellis types. */
 typedef struct {
     /* blocks <- n_blocks blocks of x, in the codec's mode */
@@ -33,6 +48,7 @@ typedef struct {
     /* o[i] += sum_t p[i, t] v[t]; p: (n_q, ld), o: (n_q, dim), transformed */
     void (*accumulate)(const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
                        int n_q, int n_blocks, float * o);
+    const tqi_tiles * tiles; /* NULL: tiles are decoded to f32 and multiplied by gemm */
 } tqi_steps;
 
 typedef struct {
@@ -130,8 +146,8 @@ extern const tqi_kernels tqi_kernels_portable, tqi_kernels_avx2, tqi_kernels_avx
 extern const tqi_steps tqi_trellis_avx2, tqi_trellis_avx512, tqi_trellis_neon;
 
 /* The list of an instruction set's kernels, which its file has by these names. */
-#define TQI_KERNELS(isa, trellis_steps)                                                                                \
-    static const tqi_steps pqo = { encode, unpack, load_query, scores, accumulate };                                   \
+#define TQI_KERNELS(isa, pqo_tiles, trellis_steps)                                                                     \
+    static const tqi_steps pqo = { encode, unpack, load_query, scores, accumulate, pqo_tiles };                        \
     const tqi_kernels tqi_kernels_##isa = {                                                                            \
         .name = #isa,                                                                                                  \
         .supported = supported,                                                                                        \

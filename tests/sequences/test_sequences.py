@@ -9,7 +9,7 @@ overwritten, its logits differ. The network has one layer, so that K and V depen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +86,18 @@ class Cell:
     token: int
     position: int
     sequences: set[int]
+    rotated: int  # the position that its key is rotated to
 
 
 @dataclass
 class Stream:
-    """Cells of a stream as llama.cpp gives them away, and the owners of its tail: row -> cell, apart for K and V."""
+    """Cells of a stream as llama.cpp gives them away, and the owners of its tail: row -> cell."""
 
     n_cells: int
     n_recent: int
     cells: dict[int, Cell] = field(default_factory=dict)
     head: int = 0
-    owner_k: dict[int, int] = field(default_factory=dict)
-    owner_v: dict[int, int] = field(default_factory=dict)
+    owner: dict[int, int] = field(default_factory=dict)
 
     def row(self, cell: int) -> int:
         return self.n_recent + cell if cell < FIRST else cell % self.n_recent
@@ -116,20 +116,17 @@ class Stream:
 
     def write(self, tokens: Sequence[tuple[int, int]], sequence: int) -> None:
         for cell, (token, position) in zip(self.place(len(tokens)), tokens, strict=True):
-            self.cells[cell] = Cell(token, position, {sequence})
+            self.cells[cell] = Cell(token, position, {sequence}, position)
             if self.n_recent:
-                self.owner_k[self.row(cell)] = self.owner_v[self.row(cell)] = cell
+                self.owner[self.row(cell)] = cell
 
-    def disown(self, cells: Sequence[int], sides: str = "kv") -> None:
-        for side in sides:
-            owner = self.owner_k if side == "k" else self.owner_v
-            for cell in cells:
-                if self.n_recent and owner.get(self.row(cell)) == cell:
-                    del owner[self.row(cell)]
+    def disown(self, cells: Sequence[int]) -> None:
+        for cell in cells:
+            if self.owns(cell):
+                del self.owner[self.row(cell)]
 
-    def owns(self, cell: int, side: str) -> bool:
-        owner = self.owner_k if side == "k" else self.owner_v
-        return bool(self.n_recent) and owner.get(self.row(cell)) == cell
+    def owns(self, cell: int) -> bool:
+        return bool(self.n_recent) and self.owner.get(self.row(cell)) == cell
 
     def free(self, cells: Sequence[int]) -> None:
         for cell in cells:
@@ -190,9 +187,9 @@ class Pair:
             for i in here.of(source):
                 here.cells[i].sequences.add(target)
             return
-        there.cells = {i: Cell(here.cells[i].token, here.cells[i].position, {target}) for i in here.of(source)}
+        there.cells = {i: replace(here.cells[i], sequences={target}) for i in here.of(source)}
         there.head = here.head
-        there.owner_k, there.owner_v = {}, {}
+        there.owner = dict(here.owner)
 
     def keep(self, sequence: int) -> None:
         self.context.keep(sequence)
@@ -204,14 +201,14 @@ class Pair:
                 gone.append(i)
         stream.free(gone)
 
-    def move(self, sequence: int, p0: int, change: Callable[[int], int]) -> None:
-        """Keys that a shift turns are read from their blocks from now on."""
+    def move(self, sequence: int, p0: int, change: Callable[[int], int], direction: int = 1) -> None:
+        """A shift turns the rows of keys as well."""
         stream = self.stream(sequence)
-        moved = [i for i in stream.of(sequence) if stream.cells[i].position >= p0]
-        turned = [i for i in moved if change(stream.cells[i].position) != stream.cells[i].position]
-        for i in turned:
-            stream.cells[i].position = change(stream.cells[i].position)
-        stream.disown(turned, "k")
+        for i in stream.of(sequence):
+            cell = stream.cells[i]
+            if cell.position >= p0:
+                by = change(cell.position) - cell.position
+                cell.position, cell.rotated = cell.position + by, cell.rotated + direction * by
 
     def add(self, sequence: int, p0: int, delta: int) -> None:
         self.context.add(sequence, p0, 10**6, delta)
@@ -220,7 +217,7 @@ class Pair:
 
     def divide(self, sequence: int, p0: int, by: int) -> None:
         self.context.divide(sequence, p0, 10**6, by)
-        self.move(sequence, p0, lambda position: position // by)
+        self.move(sequence, p0, lambda position: position // by, -1)  # llama.cpp rotates the wrong way
 
     def save_and_restore(self, source: int, target: int) -> None:
         """The state of one sequence, put back in its own place or in that of another."""
@@ -231,14 +228,14 @@ class Pair:
         assert self.context.restore(state, target)
         places = there.place(len(saved)) if saved else []
         for i, cell in zip(places, saved, strict=True):
-            there.cells[i] = Cell(cell.token, cell.position, {target})
+            there.cells[i] = replace(cell, sequences={target})
         there.disown(places)
 
     def save_and_restore_all(self) -> None:
         assert self.context.restore(self.context.state())
         for stream in self.streams:
             stream.cells = dict(enumerate(cell for _, cell in sorted(stream.cells.items())))
-            stream.head, stream.owner_k, stream.owner_v = 0, {}, {}
+            stream.head, stream.owner = 0, {}
 
     # ---- The check ----
 
@@ -253,9 +250,8 @@ class Pair:
             for kind, rows in zip(self.types, (cells.k, cells.v), strict=True)
         )
         for n, i in enumerate(at):
-            if stream.owns(i, "k"):
-                k[n] = self.weights.key(stream.cells[i].token, stream.cells[i].position)
-            if stream.owns(i, "v"):
+            if stream.owns(i):
+                k[n] = self.weights.key(stream.cells[i].token, stream.cells[i].rotated)
                 v[n] = self.weights.value(stream.cells[i].token)
         position = max(cells.positions)
         seen = np.array(cells.positions) <= position

@@ -134,12 +134,11 @@ def test_the_rope_of_these_tests_is_the_textbooks(mode: int) -> None:
         assert np.abs(want - x).max() > 1  # they do turn
 
 
-@pytest.mark.parametrize("tail", [0, 128])
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "stablelm-48", "stablelm-16"])
 @pytest.mark.parametrize("kind", OURS)
-def test_a_shift_is_decode_rope_encode(models: Any, opened: Any, kind: str, arch: str, tail: int) -> None:
+def test_a_shift_is_decode_rope_encode(models: Any, opened: Any, kind: str, arch: str) -> None:
     model = models[arch]
-    context = opened(model.path, (kind, "q8_0"), tail=tail, swa_full=True)
+    context = opened(model.path, (kind, "q8_0"), swa_full=True)
     n_cache = 2 if arch == "gemma2" else 1
     context.read(TOKENS[:200], 0)
     caches = context.caches(0, n_cache)
@@ -256,11 +255,18 @@ def test_shifts_that_drop_many_tokens_do_not_add_up(
     # As llama-server and llama-cli shift: 80 of 200 tokens go. A key is turned twice at most, then it has gone.
     errors, divergences = shift_50_times(opened, models["llama"], kind, 80, tail)
     once, worst, _ = FIGURES[kind]
+    worst = 0.028 if tail else worst  # the newest keys are encoded from their rows
     assert (errors[0], max(errors)) == pytest.approx((once, worst), rel=0.05)
     assert max(errors) < 2 * errors[0]
     assert np.mean(errors[26:]) < 1.1 * np.mean(errors[2:26])
     assert np.mean(divergences) < nats
     assert np.mean(divergences[26:]) < 2 * np.mean(divergences[1:26])
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_key_with_a_row_is_encoded_from_it_however_often_it_moves(models: Any, opened: Any, kind: str) -> None:
+    errors, _ = shift_50_times(opened, models["llama"], kind, 2, tail=512)
+    assert max(errors) < 1.05 * errors[0]  # FIGURES has 7 to 66 times as much without a tail
 
 
 @pytest.mark.parametrize("kind", OURS)

@@ -46,7 +46,7 @@ def test_a_state_continues_as_the_context_did(
             assert context.span(seq or 0)[1] == 299
             now = context.read(TOKENS[300:310], 300, seq or 0)
             if name in WINDOWS:
-                assert distance(now, want) < 1e-3  # 3e-5 with avx512, which sums 16-bit integers, and 6e-6 with avx2
+                assert distance(now, want) < 1e-2  # 4e-3 with avx512, whose rounding moves levels of later layers
             else:
                 np.testing.assert_array_equal(now, want)
 
@@ -179,13 +179,13 @@ def test_a_fragmented_cache_into_a_fresh_one_and_back(
         np.testing.assert_array_equal(now, was)
     fresh = opened(path, cache, **options)
     assert fresh.restore(context.state(3), 0) and fresh.restore(context.state(1), 1)
-    # The same cells in another order: sums of floats come in another order, too.
+    # The same cells in another order: sums come in another order, too (1.3e-3 with avx512, which rounds to integers).
     restored = context.read(TOKENS[590:600], 90, 3)
-    assert distance(fresh.read(TOKENS[590:600], 90), restored) < 1e-3
-    assert distance(alone.read(TOKENS[590:600], 90), restored) < (1e-3 if tail == 0 or cache == "f16" else 0.4)
+    assert distance(fresh.read(TOKENS[590:600], 90), restored) < 1e-2
+    assert distance(alone.read(TOKENS[590:600], 90), restored) < (1e-2 if tail == 0 or cache == "f16" else 0.4)
     want = opened(path, cache, **options)
     assert want.restore(fresh.state(1), 1)
-    assert distance(fresh.read(TOKENS[160:170], 60, 1), want.read(TOKENS[160:170], 60, 1)) < 1e-3
+    assert distance(fresh.read(TOKENS[160:170], 60, 1), want.read(TOKENS[160:170], 60, 1)) < 1e-2
 
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])

@@ -14,6 +14,9 @@ from tqgguf.errors import LibraryError
 KERNELS = ("portable", "avx2", "avx512", "neon")
 """All kernels that there are, for any processor."""
 
+INTEGER_SUMS = ("avx2", "avx512")
+"""Those whose attention sums 16-bit integers, and so is less precise than f32 sums."""
+
 _FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni"},

@@ -1,8 +1,7 @@
 """The precise tail: the newest tokens, and the first few, kept in f16 beside the blocks of a compressed cache.
 
 Each quantized K or V can have a ring of f16 rows (native/ggml/tq_ggml_tail.h): a token that is written also takes a
-row, and attention reads that row as long as no later token has taken it. Tokens that come from a saved state, and keys
-that a context shift has turned, have blocks only.
+row, and attention reads that row as long as no later token has taken it. A context shift turns the rows of keys.
 
 A tail is asked for as a number of tokens, or as None: then types of tqgguf have one of DEFAULT_TAIL, and stock types
 have none, so that llama.cpp computes with them as it always does.

@@ -2,7 +2,7 @@
  *
  * encode and decode follow the portable order of operations exactly (no FMA there but that of
  * v_hadamard); the attention steps use FMA. */
-#include "vector_avx2.h"
+#include "lanes_avx2.h"
 
 #include "features_x86.h"
 
@@ -106,11 +106,233 @@ INLINE vec values(int bits, const decoder * c, codes from, int g) {
     return levels_at(bits, c, _mm256_srlv_epi32(word, shift));
 }
 
+#define load_query load_query_f32
+#define scores_rows scores_rows_f32
+#define accumulate_rows accumulate_rows_f32
 #include "fused.h"
+#undef load_query
+#undef scores_rows
+#undef accumulate_rows
+
+/* ---- Attention with pqo4 ---- */
+
+/* 16 levels are two lookups by vpermps and a choice. Two lookups by vpshufb make the two bytes of four times as many
+ * integers, which vpmaddwd multiplies. A vector is 16 blocks as in trellis_lanes.h; byte k of word w holds values 8 w +
+ * 2 k and 8 w + 2 k + 1. The factors are as large as the sums allow (avx512.c). */
+#define K_LEVEL_MAX 8191
+#define Q_MAX 8191
+#define V_LEVEL_MAX 4095
+#define WEIGHT_MAX 8191
+#define AT_ONCE 2 /* query vectors whose sums of V there are registers for */
+
+typedef struct {
+    words low, high; /* bytes of the levels as integers */
+    float step;      /* what the integer 1 stands for */
+} integer_table;
+
+INLINE integer_table load_integer_table(const tqi_codec * codec, int level_max) {
+    const float top = fmaxf(-codec->levels[0], codec->levels[codec->n_levels - 1]);
+    integer_table c = { .step = top / (float) level_max };
+    uint8_t low[16], high[16];
+    for (int i = 0; i < 16; ++i) {
+        const int level = (int) lrintf(codec->levels[i] / c.step);
+        low[i] = (uint8_t) (level & 0xff);
+        high[i] = (uint8_t) (level >> 8 & 0xff);
+    }
+    c.low = w_lane(low);
+    c.high = w_lane(high);
+    return c;
+}
+
+/* The integers of the lower nibbles (h = 0) or the upper ones: of dwords 0 and 1 of each lane, then of 2 and 3. */
+INLINE void look_up(const integer_table * c, words nibbles, int h, words * x) {
+    const words index = _mm256_and_si256(h == 0 ? nibbles : w_shr(nibbles, 4), _mm256_set1_epi8(0x0f));
+    const words low = w_shuffle(c->low, index), high = w_shuffle(c->high, index);
+    x[0] = _mm256_unpacklo_epi8(low, high);
+    x[1] = _mm256_unpackhi_epi8(low, high);
+}
+
+/* The four integers of each lane as 16-bit ones, twice. */
+INLINE words narrow_twice(words integers) {
+    return _mm256_packs_epi32(integers, integers);
+}
+
+/* As in trellis_lanes.h: values[w][h] are 8 w + h, 8 w + 2 + h and so on of the lane's block. */
+typedef struct {
+    words values[4][2];
+    vec unit;
+} pqo4_query;
+_Static_assert(sizeof(pqo4_query) <= sizeof(float) * TQI_QUERY_FLOATS(4) / 2, "it has its room");
+
+static void load_query(const tqi_codec * codec, const float * q, int n_blocks, float * query) {
+    if (codec->bits == 3) {
+        load_query_f32(codec, q, n_blocks, query);
+        return;
+    }
+    const float step = load_integer_table(codec, K_LEVEL_MAX).step;
+    for (int b0 = 0; b0 < n_blocks; b0 += 2, query += TQI_QUERY_FLOATS(4) / 2) {
+        float x[4][2][LANES] = { { { 0.0f } } };
+        vec values[8];
+        pqo4_query y;
+        for (int i = 0; i < 2 * TQ_BLOCK && b0 + i / TQ_BLOCK < n_blocks; ++i) {
+            x[i % TQ_BLOCK / 8][i % 2][i / TQ_BLOCK * 4 + i % 8 / 2] = q[b0 * TQ_BLOCK + i];
+        }
+        for (int j = 0; j < 8; ++j) {
+            values[j] = v_load(x[j / 2][j % 2]);
+        }
+        const vec largest = largest_in(values, 1, 8), inverse = inverse_of(largest, Q_MAX);
+        for (int j = 0; j < 8; ++j) {
+            y.values[j / 2][j % 2] = narrow_twice(w_round(v_mul(values[j], inverse)));
+        }
+        y.unit = v_mul(unit_of(largest, Q_MAX), v_set1(step));
+        memcpy(query, &y, sizeof y);
+    }
+}
+
+INLINE void pqo4_scores(int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
+                        const float * query, int n_blocks, float * s, int ld) {
+    const integer_table c = load_integer_table(codec, K_LEVEL_MAX);
+    for (int t = 0; t < n_tok; t += LANES) {
+        vec all[TQI_MAX_FUSED][2];
+        for (int j = t; j < n_tok && j < t + LANES; ++j) {
+            tqi_prefetch(k + (size_t) (TQI_AHEAD + j) * stride, (size_t) n_blocks * TQI_PQO4_BYTES);
+        }
+        for (int g = 0; g < 2; ++g) {
+            const int t1 = t + 4 * g < n_tok ? t + 4 * g : n_tok - 1;
+            for (int i = 0; i < n_q; ++i) {
+                all[i][g] = v_set1(0.0f);
+            }
+            for (int b = 0; b < n_blocks; b += 2) {
+                const token_blocks x = load_blocks(4, 2, k + (size_t) t1 * stride + (size_t) b * TQI_PQO4_BYTES, stride,
+                                                   n_tok - t1, n_blocks - b);
+                const pqo4_query * part[TQI_MAX_FUSED];
+                words sum[TQI_MAX_FUSED][2]; /* of tokens 0 and 1, of 2 and 3 */
+                for (int i = 0; i < n_q; ++i) {
+                    part[i] = (const pqo4_query *) (const void *) (query + (size_t) i * TQI_QUERY_FLOATS(n_blocks) +
+                                                                   (size_t) (b / 2) * (TQI_QUERY_FLOATS(4) / 2));
+                    sum[i][0] = sum[i][1] = w_zero();
+                }
+                UNROLL
+                for (int j = 0; j < 8; ++j) {
+                    words levels[2];
+                    look_up(&c, x.words[j / 2], j % 2, levels);
+                    for (int i = 0; i < n_q; ++i) {
+                        const words values = w_load(&part[i]->values[j / 2][j % 2]);
+                        sum[i][0] = w_add(sum[i][0], _mm256_madd_epi16(levels[0], values));
+                        sum[i][1] = w_add(sum[i][1], _mm256_madd_epi16(levels[1], values));
+                    }
+                }
+                for (int i = 0; i < n_q; ++i) {
+                    const vec unit = v_load((const float *) (const void *) &part[i]->unit);
+                    all[i][g] = v_fma(v_from(_mm256_hadd_epi32(sum[i][0], sum[i][1])), v_mul(x.scale, unit), all[i][g]);
+                }
+            }
+        }
+        for (int i = 0; i < n_q; ++i) {
+            v_store_first(s + i * ld + t, n_tok - t, sum_blocks(2, all[i]));
+        }
+    }
+}
+
+/* What accumulate keeps of a tile while it goes through its blocks by twos: byte k of dword m is byte m of token k. */
+typedef struct {
+    words nibbles[MAX_VECTORS][4];
+    vec weights[MAX_VECTORS * TQI_MAX_FUSED]; /* (n_vec, n_q): times the blocks' scales */
+    words tokens[MAX_VECTORS * TQI_MAX_FUSED];
+    vec unit[TQI_MAX_FUSED];
+} pqo4_tile;
+
+/* Query vectors i0 .. i0 + n_q - 1 of n_all. */
+INLINE void pqo4_accumulate_tile(int n_all, int n_q, const integer_table * c, const pqo4_tile * x, int i0, int n_vec,
+                                 int n, int n_blocks, float * o) {
+    vec rows[AT_ONCE][4][2];
+    UNROLL
+    for (int w = 0; w < 4; ++w) {
+        words sum[AT_ONCE][2][2];
+        for (int i = 0; i < n_q; ++i) {
+            sum[i][0][0] = sum[i][0][1] = sum[i][1][0] = sum[i][1][1] = w_zero();
+        }
+        for (int v = 0; v < n_vec; ++v) {
+            UNROLL
+            for (int h = 0; h < 2; ++h) {
+                words levels[2];
+                look_up(c, x->nibbles[v][w], h, levels);
+                for (int i = 0; i < n_q; ++i) {
+                    const words tokens = x->tokens[v * n_all + i0 + i];
+                    sum[i][h][0] = w_add(sum[i][h][0], _mm256_madd_epi16(levels[0], tokens));
+                    sum[i][h][1] = w_add(sum[i][h][1], _mm256_madd_epi16(levels[1], tokens));
+                }
+            }
+        }
+        for (int i = 0; i < n_q; ++i) {
+            const vec unit = v_mul(x->unit[i0 + i], v_set1(c->step));
+            const vec even = v_mul(v_from(_mm256_hadd_epi32(sum[i][0][0], sum[i][0][1])), unit);
+            const vec odd = v_mul(v_from(_mm256_hadd_epi32(sum[i][1][0], sum[i][1][1])), unit);
+            rows[i][w][0] = _mm256_unpacklo_ps(even, odd);
+            rows[i][w][1] = _mm256_unpackhi_ps(even, odd);
+        }
+    }
+    for (int i = 0; i < n_q; ++i) {
+        add_rows(2, rows[i], n, o + (i0 + i) * n_blocks * TQ_BLOCK);
+    }
+}
+
+INLINE void pqo4_accumulate(int n_q, const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,
+                            const float * p, int ld, int n_blocks, float * o) {
+    const integer_table c = load_integer_table(codec, V_LEVEL_MAX);
+    const int n_vec = (n_tok + 3) / 4;
+    pqo4_tile x;
+    for (int t = 0; t < n_tok; ++t) {
+        tqi_prefetch(v + (size_t) (TQI_AHEAD + t) * stride, (size_t) n_blocks * TQI_PQO4_BYTES);
+    }
+    for (int b = 0; b < n_blocks; b += 2) {
+        for (int t = 0; t < n_tok; t += 4) {
+            const token_blocks y = load_blocks(4, 2, v + (size_t) t * stride + (size_t) b * TQI_PQO4_BYTES, stride,
+                                               n_tok - t, n_blocks - b);
+            for (int w = 0; w < 4; ++w) {
+                x.nibbles[t / 4][w] = w_shuffle(y.words[w], w_lane(turned_bytes));
+            }
+            for (int i = 0; i < n_q; ++i) {
+                x.weights[t / 4 * n_q + i] = v_mul(y.scale, spread_tokens(2, p + i * ld + t, n_tok - t));
+            }
+        }
+        for (int i = 0; i < n_q; ++i) {
+            const vec largest = largest_in(x.weights + i, n_q, n_vec), inverse = inverse_of(largest, WEIGHT_MAX);
+            for (int c4 = 0; c4 < n_vec; ++c4) {
+                x.tokens[c4 * n_q + i] = narrow_twice(w_round(v_mul(x.weights[c4 * n_q + i], inverse)));
+            }
+            x.unit[i] = unit_of(largest, WEIGHT_MAX);
+        }
+        UNROLL
+        for (int i = 0; i < n_q; i += AT_ONCE) {
+            pqo4_accumulate_tile(n_q, n_q - i < AT_ONCE ? n_q - i : AT_ONCE, &c, &x, i, n_vec, n_blocks - b, n_blocks,
+                                 o + b * TQ_BLOCK);
+        }
+    }
+}
+
+INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
+                        const float * query, int n_blocks, float * s, int ld) {
+    if (bits == 3) {
+        scores_rows_f32(bits, n_q, codec, k, stride, n_tok, query, n_blocks, s, ld);
+    } else {
+        pqo4_scores(n_q, codec, k, stride, n_tok, query, n_blocks, s, ld);
+    }
+}
+
+INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * v, size_t stride, int n_tok,
+                            const float * p, int ld, int n_blocks, float * o) {
+    if (bits == 3) {
+        accumulate_rows_f32(bits, n_q, codec, v, stride, n_tok, p, ld, n_blocks, o);
+    } else {
+        pqo4_accumulate(n_q, codec, v, stride, n_tok, p, ld, n_blocks, o);
+    }
+}
+
 #include "gemm.h"
 #include "rows_f16.h"
 #include "softmax.h"
 #define BY_BITS TQI_BY_BITS
 #include "steps.h"
 
-TQI_KERNELS(avx2, &tqi_trellis_avx2);
+TQI_KERNELS(avx2, NULL, &tqi_trellis_avx2);

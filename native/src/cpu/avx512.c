@@ -3,7 +3,7 @@
  *
  * Both formats decode alike: vpermb brings each lane its two bytes, a variable shift brings the index down, vpermps
  * looks it up in 16 levels (3 bits: the eight levels twice, so bit 3 need not be cleared). */
-#include "blocks_avx512.h"
+#include "lanes_avx512.h"
 
 #include "features_x86.h"
 
@@ -268,7 +268,7 @@ INLINE void scores_wide(int bits, int n_q, int wide, const tqi_codec * codec, co
                 const query4 * q4 = (const query4 *) (const void *) (query + (size_t) (b / wide) * TQI_QUERY_FLOATS(4));
                 const int n = n_blocks - b < wide ? n_blocks - b : wide;
                 const blocks16 x =
-                    load_blocks(0, bits, wide, at + (size_t) b * TQI_BLOCK_BYTES(bits), stride, n_tok - t1, n);
+                    load_blocks16(0, bits, wide, at + (size_t) b * TQI_BLOCK_BYTES(bits), stride, n_tok - t1, n);
                 __m512i sum[TQI_MAX_FUSED][N_CHAINS(n_q)];
                 for (int i = 0; i < n_q; ++i) {
                     for (int h = 0; h < N_CHAINS(n_q); ++h) {
@@ -297,9 +297,8 @@ INLINE void scores_wide(int bits, int n_q, int wide, const tqi_codec * codec, co
                 total[i][g] = part[i];
             }
         }
-        const __mmask16 stored = (__mmask16) (n_tok - t < 16 ? (1u << (n_tok - t)) - 1u : 0xffffu);
         for (int i = 0; i < n_q; ++i) {
-            _mm512_mask_storeu_ps(s + i * ld + t, stored, sum_blocks(wide, total[i]));
+            v_store_first(s + i * ld + t, n_tok - t, sum_blocks(wide, total[i]));
         }
     }
 }
@@ -375,10 +374,37 @@ INLINE void accumulate_rows(int bits, int n_q, const tqi_codec * codec, const ui
     }
 }
 
+/* ---- Tiles ---- */
+
+/* For vpermb: the two bytes that hold index c, in word c. */
+#define WORD_AT(bits, begin, c) (begin) + (bits) * (c) / 8, (begin) + (bits) * (c) / 8 + 1
+#define WORDS_AT4(bits, begin, c)                                                                                      \
+    WORD_AT(bits, begin, c), WORD_AT(bits, begin, (c) + 1), WORD_AT(bits, begin, (c) + 2), WORD_AT(bits, begin, (c) + 3)
+#define WORD_BYTES(bits, begin)                                                                                        \
+    WORDS_AT4(bits, begin, 0), WORDS_AT4(bits, begin, 4), WORDS_AT4(bits, begin, 8), WORDS_AT4(bits, begin, 12),       \
+        WORDS_AT4(bits, begin, 16), WORDS_AT4(bits, begin, 20), WORDS_AT4(bits, begin, 24), WORDS_AT4(bits, begin, 28)
+
+/* 16 or, in a 3-bit block, 14 bytes are loaded, whose indices begin at byte 0 or 2. */
+INLINE __m512i unpack_words(int bits, const integer_table * c, const uint8_t * from) {
+    static const uint8_t bytes[2][64] = { { WORD_BYTES(3, 2) }, { WORD_BYTES(4, 0) } };
+    const __m512i shift =
+        bits == 3 ? _mm512_broadcast_i32x4(_mm_setr_epi16(0, 3, 6, 1, 4, 7, 2, 5)) : _mm512_set1_epi32(4 << 16);
+    const __m128i x =
+        bits == 3 ? _mm_maskz_loadu_epi8(0x3fff, from) : _mm_loadu_si128((const __m128i *) (const void *) (from + 2));
+    const __m512i at = _mm512_loadu_si512(bytes[bits - 3]);
+    const __m512i word = _mm512_permutexvar_epi8(at, _mm512_zextsi128_si512(x));
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(word, shift), c->levels);
+}
+
+#define words_table integer_table
+#define load_words load_integer_table
+#define VALUE_AT(p) (p)
+#define BY_BITS TQI_BY_BITS
+#include "tiles_avx512.h"
+
 #include "gemm.h"
 #include "rows_f16.h"
 #include "softmax.h"
-#define BY_BITS TQI_BY_BITS
 #include "steps.h"
 
-TQI_KERNELS(avx512, &tqi_trellis_avx512);
+TQI_KERNELS(avx512, &tiles, &tqi_trellis_avx512);

@@ -14,8 +14,6 @@
 #include <math.h>
 
 #define WIDE(n_blocks) ((n_blocks) > 2 ? 4 : 2)
-#define N_TOKENS(wide) (16 / (wide)) /* of a vector */
-#define TINY 1e-30f                  /* magnitudes below it count as zero, so that their reciprocals stay finite */
 
 typedef struct {
     __m512i words[TQI_MAX_WORDS];
@@ -74,7 +72,7 @@ INLINE __m512i part_of(block_part part, int wide, __m512i first, __m512i second)
 }
 
 /* Transposes four dwords of four tokens in each lane. */
-INLINE void transpose_dwords(const __m512i * x, __m512i * y) {
+INLINE void transpose(const __m512i * x, __m512i * y) {
     const __m512i lo01 = _mm512_unpacklo_epi32(x[0], x[1]), lo23 = _mm512_unpacklo_epi32(x[2], x[3]);
     const __m512i hi01 = _mm512_unpackhi_epi32(x[0], x[1]), hi23 = _mm512_unpackhi_epi32(x[2], x[3]);
     y[0] = _mm512_unpacklo_epi64(lo01, lo23);
@@ -98,15 +96,15 @@ INLINE __m512i put_scales(int wide, __m512i d, int j, __m512i first, __m512i sec
     return wide == 4 ? d : _mm512_mask_permutexvar_epi16(d, 0x1100u << j, at, second);
 }
 
-/* The first n blocks from `at` on, n <= wide, of N_TOKENS(wide) tokens, or of n_tok and the last one again. Nothing
+/* The first n blocks from `at` on, n <= wide, of 16 / wide tokens, or of n_tok and the last one again. Nothing
  * beyond them is touched. */
-INLINE blocks16 load_blocks(int trellis, int bits, int wide, const uint8_t * at, size_t stride, int n_tok, int n) {
+INLINE blocks16 load_blocks16(int trellis, int bits, int wide, const uint8_t * at, size_t stride, int n_tok, int n) {
     const int n_bytes = n * (int) TQI_BLOCK_BYTES(bits);
     const uint8_t * rows[8];
     __m512i four[4], fifth[4], d = _mm512_setzero_si512();
     blocks16 y;
     rows[0] = at;
-    for (int j = 1; j < N_TOKENS(wide); ++j) {
+    for (int j = 1; j < 16 / wide; ++j) {
         rows[j] = rows[j - 1] + (j < n_tok ? stride : 0);
     }
     for (int j = 0; j < 4; ++j) {
@@ -126,7 +124,7 @@ INLINE blocks16 load_blocks(int trellis, int bits, int wide, const uint8_t * at,
             fifth[j] = part_of(FIFTH, wide, first, second);
         }
     }
-    transpose_dwords(four, y.words);
+    transpose(four, y.words);
     if (bits == 4) {
         y.scale = widen_scales(_mm512_castsi512_si256(d));
         return y;
@@ -145,7 +143,7 @@ INLINE blocks16 load_blocks(int trellis, int bits, int wide, const uint8_t * at,
     return y;
 }
 
-/* Sums over the blocks of a vector, for all query vectors' 16 tokens: x: (16 / N_TOKENS(wide)), in the tokens' order. */
+/* Sums over the blocks of a vector, for all query vectors' 16 tokens: x: (16 / 16 / wide), in the tokens' order. */
 INLINE __m512 sum_blocks(int wide, const __m512 * x) {
     if (wide == 2) {
         return _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
@@ -168,22 +166,6 @@ INLINE __m512 spread_floats(int wide, const float * x) {
     return _mm512_permutexvar_ps(wide == 4 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
                                            : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1),
                                  _mm512_castps128_ps512(_mm_loadu_ps(x)));
-}
-
-/* Adds sums to n blocks of o: lane b of row[m][h] is values 8 m + 4 h to 8 m + 4 h + 3 of block b (wide 2: of b % 2). */
-INLINE void add_rows(int wide, __m512 (*row)[2], int n, float * o) {
-    for (int g = 0; g < 2; ++g) { /* values 16 g .. 16 g + 15 of all blocks */
-        const __m512 *a = row[2 * g], *b = row[2 * g + 1];
-        const __m512 a01 = _mm512_shuffle_f32x4(a[0], a[1], 0x44), a23 = _mm512_shuffle_f32x4(a[0], a[1], 0xee);
-        const __m512 b01 = _mm512_shuffle_f32x4(b[0], b[1], 0x44), b23 = _mm512_shuffle_f32x4(b[0], b[1], 0xee);
-        const __m512 sum[4] = { _mm512_shuffle_f32x4(a01, b01, 0x88), _mm512_shuffle_f32x4(a01, b01, 0xdd),
-                                _mm512_shuffle_f32x4(a23, b23, 0x88), _mm512_shuffle_f32x4(a23, b23, 0xdd) };
-        for (int k = 0; k < n; ++k) {
-            float * to = o + k * TQ_BLOCK + 16 * g;
-            const __m512 more = wide == 2 ? _mm512_add_ps(sum[k], sum[k + 2]) : sum[k];
-            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), more));
-        }
-    }
 }
 
 #endif

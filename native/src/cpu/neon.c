@@ -85,4 +85,4 @@ INLINE vec values(int bits, const decoder * c, codes from, int g) {
 #define BY_BITS TQI_BY_BITS
 #include "steps.h"
 
-TQI_KERNELS(neon, &tqi_trellis_neon);
+TQI_KERNELS(neon, NULL, &tqi_trellis_neon);

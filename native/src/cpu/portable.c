@@ -286,7 +286,8 @@ static void v_store_f16(uint16_t * to, float x) {
 
 #include "rows_f16.h"
 
-static const tqi_steps trellis = { tqi_trellis_encode_portable, tqi_trellis_unpack_portable, load_query, scores,
-                                   accumulate };
+static const tqi_steps trellis = {
+    tqi_trellis_encode_portable, tqi_trellis_unpack_portable, load_query, scores, accumulate, NULL
+};
 
-TQI_KERNELS(portable, &trellis);
+TQI_KERNELS(portable, NULL, &trellis);

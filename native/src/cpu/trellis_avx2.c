@@ -1,5 +1,5 @@
 /* trellis_avx2.c: the trellis types in AVX2. */
-#include "vector_avx2.h"
+#include "lanes_avx2.h"
 
 #include "trellis_search.h"
 
@@ -69,9 +69,9 @@ INLINE vec values(int bits, const decoder * c, codes units, int g) {
 }
 
 #define LEVEL_UNIT TQI_LEVEL_UNIT
-#define DECODE_AHEAD 1
-#include "fused.h"
+#include "trellis_lanes.h"
+#include "unpack.h"
 #define BY_BITS TQI_BY_TRELLIS_BITS
 #include "steps.h"
 
-const tqi_steps tqi_trellis_avx2 = { encode, unpack, load_query, scores, accumulate };
+const tqi_steps tqi_trellis_avx2 = { encode, unpack, load_query, scores, accumulate, NULL };

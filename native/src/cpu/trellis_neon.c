@@ -83,4 +83,4 @@ INLINE vec values(int bits, const decoder * c, codes units, int g) {
 #define BY_BITS TQI_BY_TRELLIS_BITS
 #include "steps.h"
 
-const tqi_steps tqi_trellis_neon = { encode, unpack, load_query, scores, accumulate };
+const tqi_steps tqi_trellis_neon = { encode, unpack, load_query, scores, accumulate, NULL };
