@@ -46,14 +46,14 @@ static inline void use_kernel(int i) {
 }
 
 /* Bounds on what rounding does to the sums of attention, for any values (tqgguf.h states what it does to normal ones).
- * All kernels sum in f32; avx512 sums integers of 14 bits for the levels of keys and for q, of 13 and 14 bits for those
- * of values and for their weights: each block adds half of 1 / 8191 of its largest possible level times a sum over 32
+ * Kernels sum in f32; avx512 and avx2 sum integers, of 14 bits at least for the levels of keys and for q, of 13 and 14
+ * bits for those of values and for their weights: each block adds half of 1 / 8191 of its largest possible level times a sum over 32
  * channels or a tile's tokens, and that is sqrt(32) times a length at most. */
 #define F32_TOLERANCE 1e-5
 #define TILE 64
 
 static inline int sums_integers(void) {
-    return strcmp(tq_kernel_active(), "avx512") == 0;
+    return strncmp(tq_kernel_active(), "avx", 3) == 0;
 }
 
 /* Of a dot product of q with a block, or more, of length k; reach is its scale times the outermost level. */
