@@ -6,11 +6,12 @@
  *   unpack_words(bits, &c, from)  the block's 32 levels as integers, in an order of its own
  *   VALUE_AT(p)                    which of the block's values stands at place p of that order
  *   K_LEVEL_MAX, Q_MAX, V_LEVEL_MAX, WEIGHT_MAX  the largest magnitudes that the sums allow */
-#define PANEL 4 /* vectors of columns whose sums with as many rows are in registers */
+#define PANEL 4                      /* vectors of columns at once, at most */
+#define N_ROWS(n_vec) (16 / (n_vec)) /* of a panel: 16 sums hide the latency of vpdpwssd */
 
 /* Of a block of all columns: integers of values VALUE_AT(2 j) and VALUE_AT(2 j + 1) for each j and column, then what the
  * integer 1 times that of a level stands for. */
-#define QUERIES_OF_BLOCK(n_col) ((size_t) (TQ_BLOCK / 2 + 1) * (size_t) (n_col))
+#define QUERIES_OF_BLOCK(n_col) ((size_t) TQI_TILE_QUERY * (size_t) (n_col))
 
 /* The magnitudes' largest bits; those of what is not finite are larger than all others. */
 INLINE __m512i higher(__m512i top, __m512 x) {
@@ -40,11 +41,12 @@ static void load_queries(const tqi_codec * codec, const float * q, int n_blocks,
     }
 }
 
-/* Four rows' products with n_vec vectors of columns, over one block: added to s unless it is the first. */
+/* N_ROWS(n_vec) rows' products with n_vec vectors of columns, over one block: added to s unless it is the first; n_row of
+ * the rows are there. */
 INLINE void score_panel(int n_vec, int16_t (*rows)[TQ_BLOCK], const float * d, int n_row, const float * queries,
                         int n_col, int first, float * s) {
-    __m512i sum[4][PANEL];
-    for (int i = 0; i < 4; ++i) {
+    __m512i sum[16][PANEL];
+    for (int i = 0; i < N_ROWS(n_vec); ++i) {
         for (int v = 0; v < n_vec; ++v) {
             sum[i][v] = _mm512_setzero_si512();
         }
@@ -54,14 +56,14 @@ INLINE void score_panel(int n_vec, int16_t (*rows)[TQ_BLOCK], const float * d, i
         for (int v = 0; v < n_vec; ++v) {
             q[v] = w_load(queries + j * n_col + LANES * v);
         }
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < N_ROWS(n_vec); ++i) {
             const __m512i pair = w_set1((int) tqi_load_u32(rows[i] + 2 * j));
             for (int v = 0; v < n_vec; ++v) {
                 sum[i][v] = _mm512_dpwssd_epi32(sum[i][v], pair, q[v]);
             }
         }
     }
-    for (int i = 0; i < 4 && i < n_row; ++i) {
+    for (int i = 0; i < N_ROWS(n_vec) && i < n_row; ++i) {
         for (int v = 0; v < n_vec; ++v) {
             float * to = s + i * n_col + LANES * v;
             const vec unit = v_mul(v_load(queries + TQ_BLOCK / 2 * n_col + LANES * v), v_set1(d[i]));
@@ -70,31 +72,37 @@ INLINE void score_panel(int n_vec, int16_t (*rows)[TQ_BLOCK], const float * d, i
     }
 }
 
+INLINE void score_columns(int n_vec, int16_t (*rows)[TQ_BLOCK], const float * d, int n_tok, const float * queries,
+                          int n_col, int first, float * s) {
+    for (int t = 0; t < n_tok; t += N_ROWS(n_vec)) {
+        score_panel(n_vec, rows + t, d + t, n_tok - t, queries, n_col, first, s + t * n_col);
+    }
+}
+
 INLINE void tile_scores_of(int bits, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
                            const float * queries, int n_blocks, int n_col, float * s) {
     const words_table c = load_words(bits, codec, K_LEVEL_MAX);
     int16_t rows[TQI_AHEAD][TQ_BLOCK] __attribute__((aligned(64)));
     float d[TQI_AHEAD];
+    memset(rows, 0, sizeof rows);
+    for (int t = 0; t < n_tok; ++t) {
+        tqi_prefetch(k + (size_t) (TQI_AHEAD + t) * stride, (size_t) n_blocks * TQI_BLOCK_BYTES(bits));
+    }
     for (int b = 0; b < n_blocks; ++b, k += TQI_BLOCK_BYTES(bits), queries += QUERIES_OF_BLOCK(n_col)) {
+        int col = 0;
         for (int t = 0; t < n_tok; ++t) {
-            const uint8_t * from = k + (size_t) t * stride;
-            if (b == 0) {
-                tqi_prefetch(from + TQI_AHEAD * stride, (size_t) n_blocks * TQI_BLOCK_BYTES(bits));
-            }
-            w_store(rows[t], unpack_words(bits, &c, from));
-            d[t] = block_scale(from);
+            w_store(rows[t], unpack_words(bits, &c, k + (size_t) t * stride));
+            d[t] = block_scale(k + (size_t) t * stride);
         }
-        for (int t = n_tok; t % 4 != 0; ++t) {
-            memset(rows[t], 0, sizeof rows[t]);
+        for (; col + 4 * LANES <= n_col; col += 4 * LANES) {
+            score_columns(4, rows, d, n_tok, queries + col, n_col, b == 0, s + col);
         }
-        for (int t = 0; t < n_tok; t += 4) {
-            int col = 0;
-            for (; col + PANEL * LANES <= n_col; col += PANEL * LANES) {
-                score_panel(PANEL, rows + t, d + t, n_tok - t, queries + col, n_col, b == 0, s + t * n_col + col);
-            }
-            for (; col < n_col; col += LANES) {
-                score_panel(1, rows + t, d + t, n_tok - t, queries + col, n_col, b == 0, s + t * n_col + col);
-            }
+        if (col + 2 * LANES <= n_col) {
+            score_columns(2, rows, d, n_tok, queries + col, n_col, b == 0, s + col);
+            col += 2 * LANES;
+        }
+        if (col < n_col) {
+            score_columns(1, rows, d, n_tok, queries + col, n_col, b == 0, s + col);
         }
     }
 }
@@ -145,22 +153,22 @@ INLINE void accumulate_panel(int n_vec, const value_block * x, int n_tok, vec (*
                                            w_round(v_mul(p[t + 1][v], v_set1(x->share[t + 1]))));
         }
     }
-    for (int i0 = 0; i0 < TQ_BLOCK; i0 += 4) {
-        __m512i sum[4][PANEL];
-        for (int i = 0; i < 4; ++i) {
+    for (int i0 = 0; i0 < TQ_BLOCK; i0 += N_ROWS(n_vec)) {
+        __m512i sum[16][PANEL];
+        for (int i = 0; i < N_ROWS(n_vec); ++i) {
             for (int v = 0; v < n_vec; ++v) {
                 sum[i][v] = _mm512_setzero_si512();
             }
         }
         for (int t = 0; t < (n_tok + 1) / 2; ++t) {
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < N_ROWS(n_vec); ++i) {
                 const __m512i pair = w_set1((int) tqi_load_u32((const int32_t *) (const void *) x->pairs[t] + i0 + i));
                 for (int v = 0; v < n_vec; ++v) {
                     sum[i][v] = _mm512_dpwssd_epi32(sum[i][v], pair, weights[t][v]);
                 }
             }
         }
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < N_ROWS(n_vec); ++i) {
             for (int v = 0; v < n_vec; ++v) {
                 float * to = o + VALUE_AT(PLACE_OF(i0 + i)) * n_col + LANES * v;
                 const vec before = v_mul(v_load(to), v_load(factor + LANES * v));
@@ -203,10 +211,14 @@ INLINE void tile_accumulate_of(int bits, const tqi_codec * codec, const uint8_t 
     for (int t = 0; t < n_tok; ++t) {
         tqi_prefetch(v + (size_t) (TQI_AHEAD + t) * stride, (size_t) n_blocks * TQI_BLOCK_BYTES(bits));
     }
-    for (; col + PANEL * LANES <= n_col; col += PANEL * LANES) {
-        accumulate_columns(bits, PANEL, &c, v, stride, n_tok, p + col, factor + col, n_blocks, n_col, o + col);
+    for (; col + 4 * LANES <= n_col; col += 4 * LANES) {
+        accumulate_columns(bits, 4, &c, v, stride, n_tok, p + col, factor + col, n_blocks, n_col, o + col);
     }
-    for (; col < n_col; col += LANES) {
+    if (col + 2 * LANES <= n_col) {
+        accumulate_columns(bits, 2, &c, v, stride, n_tok, p + col, factor + col, n_blocks, n_col, o + col);
+        col += 2 * LANES;
+    }
+    if (col < n_col) {
         accumulate_columns(bits, 1, &c, v, stride, n_tok, p + col, factor + col, n_blocks, n_col, o + col);
     }
 }
