@@ -421,8 +421,9 @@ static void run_tiled(const tqi_kernels * kernel, const tq_attn * args, const tq
             own->q[j * n_col + i] = scratch->row[j];
         }
     }
-    if (tiles_of(kernel, plan->k_codec, NULL) != NULL) {
-        tiles_of(kernel, plan->k_codec, NULL)->load_queries(plan->k_codec, own->q, dk / TQ_BLOCK, n_col, own->query);
+    const tqi_tiles * tiles = tiles_of(kernel, plan->k_codec, NULL);
+    if (tiles != NULL) {
+        tiles->load_queries(plan->k_codec, own->q, dk / TQ_BLOCK, n_col, own->query);
     }
     const int64_t end = min64(args->n_kv, (task->chunk + 1) * plan->chunk);
     for (int64_t t0 = task->chunk * plan->chunk; t0 < end; t0 += TILE) {

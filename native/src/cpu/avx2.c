@@ -189,50 +189,34 @@ static void load_query(const tqi_codec * codec, const float * q, int n_blocks, f
     }
 }
 
-INLINE void pqo4_scores(int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
-                        const float * query, int n_blocks, float * s, int ld) {
-    const integer_table c = load_integer_table(codec, K_LEVEL_MAX);
-    for (int t = 0; t < n_tok; t += LANES) {
-        vec all[TQI_MAX_FUSED][2];
-        for (int j = t; j < n_tok && j < t + LANES; ++j) {
-            tqi_prefetch(k + (size_t) (TQI_AHEAD + j) * stride, (size_t) n_blocks * TQI_PQO4_BYTES);
-        }
-        for (int g = 0; g < 2; ++g) {
-            const int t1 = t + 4 * g < n_tok ? t + 4 * g : n_tok - 1;
-            for (int i = 0; i < n_q; ++i) {
-                all[i][g] = v_set1(0.0f);
-            }
-            for (int b = 0; b < n_blocks; b += 2) {
-                const token_blocks x = load_blocks(4, 2, k + (size_t) t1 * stride + (size_t) b * TQI_PQO4_BYTES, stride,
-                                                   n_tok - t1, n_blocks - b);
-                const pqo4_query * part[TQI_MAX_FUSED];
-                words sum[TQI_MAX_FUSED][2]; /* of tokens 0 and 1, of 2 and 3 */
-                for (int i = 0; i < n_q; ++i) {
-                    part[i] = (const pqo4_query *) (const void *) (query + (size_t) i * TQI_QUERY_FLOATS(n_blocks) +
-                                                                   (size_t) (b / 2) * (TQI_QUERY_FLOATS(4) / 2));
-                    sum[i][0] = sum[i][1] = w_zero();
-                }
-                UNROLL
-                for (int j = 0; j < 8; ++j) {
-                    words levels[2];
-                    look_up(&c, x.words[j / 2], j % 2, levels);
-                    for (int i = 0; i < n_q; ++i) {
-                        const words values = w_load(&part[i]->values[j / 2][j % 2]);
-                        sum[i][0] = w_add(sum[i][0], _mm256_madd_epi16(levels[0], values));
-                        sum[i][1] = w_add(sum[i][1], _mm256_madd_epi16(levels[1], values));
-                    }
-                }
-                for (int i = 0; i < n_q; ++i) {
-                    const vec unit = v_load((const float *) (const void *) &part[i]->unit);
-                    all[i][g] = v_fma(v_from(_mm256_hadd_epi32(sum[i][0], sum[i][1])), v_mul(x.scale, unit), all[i][g]);
-                }
-            }
-        }
+INLINE void multiply_blocks(int bits, int n_q, int wide, const integer_table * c, const uint8_t * at, size_t stride,
+                            int n_tok, int n, const float * query, size_t n_floats, vec * total) {
+    const token_blocks x = load_blocks(bits, wide, at, stride, n_tok, n);
+    const pqo4_query * part[TQI_MAX_FUSED];
+    words sum[TQI_MAX_FUSED][2]; /* of tokens 0 and 1, of 2 and 3 */
+    for (int i = 0; i < n_q; ++i) {
+        part[i] = (const pqo4_query *) (const void *) (query + (size_t) i * n_floats);
+        sum[i][0] = sum[i][1] = w_zero();
+    }
+    UNROLL
+    for (int j = 0; j < 8; ++j) {
+        words levels[2];
+        look_up(c, x.words[j / 2], j % 2, levels);
         for (int i = 0; i < n_q; ++i) {
-            v_store_first(s + i * ld + t, n_tok - t, sum_blocks(2, all[i]));
+            const words values = w_load(&part[i]->values[j / 2][j % 2]);
+            sum[i][0] = w_add(sum[i][0], _mm256_madd_epi16(levels[0], values));
+            sum[i][1] = w_add(sum[i][1], _mm256_madd_epi16(levels[1], values));
         }
     }
+    for (int i = 0; i < n_q; ++i) {
+        const vec unit = v_load((const float *) (const void *) &part[i]->unit);
+        total[i] = v_fma(v_from(_mm256_hadd_epi32(sum[i][0], sum[i][1])), v_mul(x.scale, unit), total[i]);
+    }
 }
+
+#define key_table integer_table
+#define load_key_table(bits, codec) load_integer_table(codec, K_LEVEL_MAX)
+#include "scores_lanes.h"
 
 /* What accumulate keeps of a tile while it goes through its blocks by twos: byte k of dword m is byte m of token k. */
 typedef struct {
@@ -316,7 +300,7 @@ INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_
     if (bits == 3) {
         scores_rows_f32(bits, n_q, codec, k, stride, n_tok, query, n_blocks, s, ld);
     } else {
-        pqo4_scores(n_q, codec, k, stride, n_tok, query, n_blocks, s, ld);
+        scores_lanes(4, n_q, codec, k, stride, n_tok, query, n_blocks, s, ld);
     }
 }
 

@@ -248,69 +248,38 @@ static void load_query(const tqi_codec * codec, const float * q, int n_blocks, f
 
 #define N_CHAINS(n_q) ((n_q) <= 4 ? 2 : 1) /* sums of a query vector: as many as hide the latency of vpdpwssd */
 
-INLINE void scores_wide(int bits, int n_q, int wide, const tqi_codec * codec, const uint8_t * k, size_t stride,
-                        int n_tok, const float * query, int n_blocks, float * s, int ld) {
-    const integer_table c = load_integer_table(bits, codec, K_LEVEL_MAX);
-    const size_t n_floats = TQI_QUERY_FLOATS(n_blocks);
-    for (int t = 0; t < n_tok; t += 16) {
-        __m512 total[TQI_MAX_FUSED][4];
-        for (int j = t; j < n_tok && j < t + 16; ++j) {
-            tqi_prefetch(k + (size_t) (TQI_AHEAD + j) * stride, (size_t) n_blocks * TQI_BLOCK_BYTES(bits));
+INLINE void multiply_blocks(int bits, int n_q, int wide, const integer_table * c, const uint8_t * at, size_t stride,
+                            int n_tok, int n, const float * query, size_t n_floats, __m512 * total) {
+    const query4 * q4 = (const query4 *) (const void *) query;
+    const blocks16 x = load_blocks16(0, bits, wide, at, stride, n_tok, n);
+    __m512i sum[TQI_MAX_FUSED][N_CHAINS(n_q)];
+    for (int i = 0; i < n_q; ++i) {
+        for (int h = 0; h < N_CHAINS(n_q); ++h) {
+            sum[i][h] = _mm512_setzero_si512();
         }
-        for (int g = 0; g < wide; ++g) {
-            const int t1 = t + g * N_TOKENS(wide);
-            const uint8_t * at = k + (size_t) (t1 < n_tok ? t1 : n_tok - 1) * stride;
-            __m512 part[TQI_MAX_FUSED];
-            for (int i = 0; i < n_q; ++i) {
-                part[i] = _mm512_setzero_ps();
-            }
-            for (int b = 0; b < n_blocks; b += wide) {
-                const query4 * q4 = (const query4 *) (const void *) (query + (size_t) (b / wide) * TQI_QUERY_FLOATS(4));
-                const int n = n_blocks - b < wide ? n_blocks - b : wide;
-                const blocks16 x =
-                    load_blocks16(0, bits, wide, at + (size_t) b * TQI_BLOCK_BYTES(bits), stride, n_tok - t1, n);
-                __m512i sum[TQI_MAX_FUSED][N_CHAINS(n_q)];
-                for (int i = 0; i < n_q; ++i) {
-                    for (int h = 0; h < N_CHAINS(n_q); ++h) {
-                        sum[i][h] = _mm512_setzero_si512();
-                    }
-                }
-                UNROLL
-                for (int j = 0; j < TQ_BLOCK; j += 2) {
-                    const __m512i index = _mm512_multishift_epi64_epi8(pair_shift(bits, j % 8), x.words[j / 8]);
-                    const __m512i levels = _mm512_permutexvar_epi16(index, c.levels);
-                    for (int i = 0; i < n_q; ++i) {
-                        __m512i * to = &sum[i][j / 2 % N_CHAINS(n_q)];
-                        *to = _mm512_dpwssd_epi32(
-                            *to, levels, _mm512_loadu_si512((const float *) &q4->pair[j / 2] + (size_t) i * n_floats));
-                    }
-                }
-                for (int i = 0; i < n_q; ++i) {
-                    const __m512 unit = _mm512_loadu_ps((const float *) &q4->unit + (size_t) i * n_floats);
-                    for (int h = 1; h < N_CHAINS(n_q); ++h) {
-                        sum[i][0] = _mm512_add_epi32(sum[i][0], sum[i][h]);
-                    }
-                    part[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][0]), _mm512_mul_ps(x.scale, unit), part[i]);
-                }
-            }
-            for (int i = 0; i < n_q; ++i) {
-                total[i][g] = part[i];
-            }
-        }
+    }
+    UNROLL
+    for (int j = 0; j < TQ_BLOCK; j += 2) {
+        const __m512i index = _mm512_multishift_epi64_epi8(pair_shift(bits, j % 8), x.words[j / 8]);
+        const __m512i levels = _mm512_permutexvar_epi16(index, c->levels);
         for (int i = 0; i < n_q; ++i) {
-            v_store_first(s + i * ld + t, n_tok - t, sum_blocks(wide, total[i]));
+            __m512i * to = &sum[i][j / 2 % N_CHAINS(n_q)];
+            *to = _mm512_dpwssd_epi32(*to, levels, w_load((const float *) &q4->pair[j / 2] + (size_t) i * n_floats));
         }
+    }
+    for (int i = 0; i < n_q; ++i) {
+        const __m512 unit = v_load((const float *) &q4->unit + (size_t) i * n_floats);
+        for (int h = 1; h < N_CHAINS(n_q); ++h) {
+            sum[i][0] = w_add(sum[i][0], sum[i][h]);
+        }
+        total[i] = v_fma(v_from(sum[i][0]), v_mul(x.scale, unit), total[i]);
     }
 }
 
-INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
-                        const float * query, int n_blocks, float * s, int ld) {
-    if (WIDE(n_blocks) == 2) {
-        scores_wide(bits, n_q, 2, codec, k, stride, n_tok, query, n_blocks, s, ld);
-    } else {
-        scores_wide(bits, n_q, 4, codec, k, stride, n_tok, query, n_blocks, s, ld);
-    }
-}
+#define key_table integer_table
+#define load_key_table(bits, codec) load_integer_table(bits, codec, K_LEVEL_MAX)
+#include "scores_lanes.h"
+#define scores_rows scores_lanes
 
 /* One block of all rows, whose scales are d: adds to o, the block of query vector 0. */
 INLINE void accumulate_block(int bits, int n_q, const integer_table * c, const uint8_t * v, size_t stride, int n_tok,

@@ -9,10 +9,6 @@
 #ifndef TQI_BLOCKS_AVX512_H
 #define TQI_BLOCKS_AVX512_H
 
-#include "vector_avx512.h"
-
-#include <math.h>
-
 #define WIDE(n_blocks) ((n_blocks) > 2 ? 4 : 2)
 
 typedef struct {
@@ -71,16 +67,6 @@ INLINE __m512i part_of(block_part part, int wide, __m512i first, __m512i second)
     return to->from == 4 ? x : _mm512_mask_permutexvar_epi8(x, ~0ull << 16 * to->from, at, second);
 }
 
-/* Transposes four dwords of four tokens in each lane. */
-INLINE void transpose(const __m512i * x, __m512i * y) {
-    const __m512i lo01 = _mm512_unpacklo_epi32(x[0], x[1]), lo23 = _mm512_unpacklo_epi32(x[2], x[3]);
-    const __m512i hi01 = _mm512_unpackhi_epi32(x[0], x[1]), hi23 = _mm512_unpackhi_epi32(x[2], x[3]);
-    y[0] = _mm512_unpacklo_epi64(lo01, lo23);
-    y[1] = _mm512_unpackhi_epi64(lo01, lo23);
-    y[2] = _mm512_unpacklo_epi64(hi01, hi23);
-    y[3] = _mm512_unpackhi_epi64(hi01, hi23);
-}
-
 /* 16 scales of f16 bits. */
 INLINE __m512 widen_scales(__m256i d) {
     const __m512 x = _mm512_cvtph_ps(d);
@@ -96,7 +82,7 @@ INLINE __m512i put_scales(int wide, __m512i d, int j, __m512i first, __m512i sec
     return wide == 4 ? d : _mm512_mask_permutexvar_epi16(d, 0x1100u << j, at, second);
 }
 
-/* The first n blocks from `at` on, n <= wide, of 16 / wide tokens, or of n_tok and the last one again. Nothing
+/* The first n blocks from `at` on, n <= wide, of N_TOKENS(wide) tokens, or of n_tok and the last one again. Nothing
  * beyond them is touched. */
 INLINE blocks16 load_blocks16(int trellis, int bits, int wide, const uint8_t * at, size_t stride, int n_tok, int n) {
     const int n_bytes = n * (int) TQI_BLOCK_BYTES(bits);
@@ -104,7 +90,7 @@ INLINE blocks16 load_blocks16(int trellis, int bits, int wide, const uint8_t * a
     __m512i four[4], fifth[4], d = _mm512_setzero_si512();
     blocks16 y;
     rows[0] = at;
-    for (int j = 1; j < 16 / wide; ++j) {
+    for (int j = 1; j < N_TOKENS(wide); ++j) {
         rows[j] = rows[j - 1] + (j < n_tok ? stride : 0);
     }
     for (int j = 0; j < 4; ++j) {
@@ -143,7 +129,7 @@ INLINE blocks16 load_blocks16(int trellis, int bits, int wide, const uint8_t * a
     return y;
 }
 
-/* Sums over the blocks of a vector, for all query vectors' 16 tokens: x: (16 / 16 / wide), in the tokens' order. */
+/* Sums over the blocks of a vector, for 16 tokens in order; x: (wide). */
 INLINE __m512 sum_blocks(int wide, const __m512 * x) {
     if (wide == 2) {
         return _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));

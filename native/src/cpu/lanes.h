@@ -8,9 +8,10 @@
  *   w_xor3, w_select        of bits
  *   w_shuffle(a, at)        bytes of each lane: byte i is byte at[i] of a's lane
  *   w_swap1, w_swap2        dwords of a lane at distance 1 and 2 exchanged
+ *   w_low32, w_high32(a, b) a's and b's lower, upper dwords of each lane in turn; w_low64, w_high64: halves of a lane
  *   w_round(v), v_from(w)   conversion; w_cast(v), v_cast(w): the same bits
  *   v_store_first(p, n, a)  the first n of LANES floats
- *   WIDE(n_blocks), token_blocks, load_blocks, transpose, spread_tokens, sum_blocks, add_rows   see there
+ *   WIDE(n_blocks), token_blocks, load_blocks, spread_tokens, sum_blocks, add_rows   see there
  *
  * A lane is a block of a row, and its four dwords are four tokens: a step decodes 4 N_LANES blocks alike, and a token's
  * sum over a block needs no sum over lanes. If a row has fewer blocks than a vector lanes, a vector holds further tokens
@@ -24,6 +25,16 @@
 
 /* For w_shuffle: byte k of dword m is byte m of dword k. */
 static const uint8_t turned_bytes[16] = { 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15 };
+
+/* Transposes four dwords of four tokens in each lane. */
+INLINE void transpose(const words * x, words * y) {
+    const words low01 = w_low32(x[0], x[1]), low23 = w_low32(x[2], x[3]);
+    const words high01 = w_high32(x[0], x[1]), high23 = w_high32(x[2], x[3]);
+    y[0] = w_low64(low01, low23);
+    y[1] = w_high64(low01, low23);
+    y[2] = w_low64(high01, high23);
+    y[3] = w_high64(high01, high23);
+}
 
 INLINE words lane_sum(words x) {
     x = w_add(x, w_swap1(x));

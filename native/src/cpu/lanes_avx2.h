@@ -28,6 +28,10 @@
 #define w_shuffle(a, at) _mm256_shuffle_epi8(a, at)
 #define w_swap1(a) _mm256_shuffle_epi32(a, 0xb1)
 #define w_swap2(a) _mm256_shuffle_epi32(a, 0x4e)
+#define w_low32(a, b) _mm256_unpacklo_epi32(a, b)
+#define w_high32(a, b) _mm256_unpackhi_epi32(a, b)
+#define w_low64(a, b) _mm256_unpacklo_epi64(a, b)
+#define w_high64(a, b) _mm256_unpackhi_epi64(a, b)
 #define w_round(v) _mm256_cvtps_epi32(v)
 #define v_from(w) _mm256_cvtepi32_ps(w)
 #define w_cast(v) _mm256_castps_si256(v)
@@ -65,16 +69,6 @@ typedef struct {
     vec scale; /* those that are not finite count as 0, as they do everywhere */
 } token_blocks;
 
-/* Transposes four dwords of four tokens in each lane. */
-INLINE void transpose(const words * x, words * y) {
-    const words lo01 = _mm256_unpacklo_epi32(x[0], x[1]), lo23 = _mm256_unpacklo_epi32(x[2], x[3]);
-    const words hi01 = _mm256_unpackhi_epi32(x[0], x[1]), hi23 = _mm256_unpackhi_epi32(x[2], x[3]);
-    y[0] = _mm256_unpacklo_epi64(lo01, lo23);
-    y[1] = _mm256_unpackhi_epi64(lo01, lo23);
-    y[2] = _mm256_unpacklo_epi64(hi01, hi23);
-    y[3] = _mm256_unpackhi_epi64(hi01, hi23);
-}
-
 INLINE words two_lanes(const uint8_t * first, const uint8_t * second) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) (const void *) first)),
                                    _mm_loadu_si128((const __m128i *) (const void *) second), 1);
@@ -107,11 +101,11 @@ INLINE words load_short(int bits, const uint8_t * row, int n) {
 
 /* The first dword of four tokens' lanes, or the last one. */
 INLINE words first_dwords(const words * x) {
-    return _mm256_unpacklo_epi64(_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpacklo_epi32(x[2], x[3]));
+    return w_low64(w_low32(x[0], x[1]), w_low32(x[2], x[3]));
 }
 
 INLINE words last_dwords(const words * x) {
-    return _mm256_unpackhi_epi64(_mm256_unpackhi_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[2], x[3]));
+    return w_high64(w_high32(x[0], x[1]), w_high32(x[2], x[3]));
 }
 
 /* The first n blocks from `at` on, 1 or 2, of four tokens, or of n_tok and the last one again. */

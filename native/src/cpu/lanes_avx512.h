@@ -5,7 +5,9 @@
 #ifndef TQI_LANES_AVX512_H
 #define TQI_LANES_AVX512_H
 
-#include "blocks_avx512.h"
+#include "vector_avx512.h"
+
+#include <math.h>
 
 #define N_LANES 4
 #define MOST 4
@@ -25,12 +27,18 @@
 #define w_shuffle(a, at) _mm512_shuffle_epi8(a, at)
 #define w_swap1(a) _mm512_shuffle_epi32(a, _MM_PERM_CDAB)
 #define w_swap2(a) _mm512_shuffle_epi32(a, _MM_PERM_BADC)
+#define w_low32(a, b) _mm512_unpacklo_epi32(a, b)
+#define w_high32(a, b) _mm512_unpackhi_epi32(a, b)
+#define w_low64(a, b) _mm512_unpacklo_epi64(a, b)
+#define w_high64(a, b) _mm512_unpackhi_epi64(a, b)
 #define w_round(v) _mm512_cvtps_epi32(v)
 #define v_from(w) _mm512_cvtepi32_ps(w)
 #define w_cast(v) _mm512_castps_si512(v)
 #define v_cast(w) _mm512_castsi512_ps(w)
 
 #include "lanes.h"
+
+#include "blocks_avx512.h"
 
 typedef blocks16 token_blocks;
 #define load_blocks(bits, wide, at, stride, n_tok, n) load_blocks16(1, bits, wide, at, stride, n_tok, n)

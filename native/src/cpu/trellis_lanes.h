@@ -107,36 +107,10 @@ INLINE void multiply_blocks(int bits, int n_q, int wide, const level_table * c, 
     }
 }
 
-INLINE void scores_wide(int bits, int n_q, int wide, const tqi_codec * codec, const uint8_t * k, size_t stride,
-                        int n_tok, const float * query, int n_blocks, float * s, int ld) {
-    const level_table c = load_level_table(bits, codec);
-    for (int t = 0; t < n_tok; t += LANES) {
-        vec all[TQI_MAX_FUSED][N_LANES];
-        for (int j = t; j < n_tok && j < t + LANES; ++j) {
-            tqi_prefetch(k + (size_t) (TQI_AHEAD + j) * stride, (size_t) n_blocks * TQI_BLOCK_BYTES(bits));
-        }
-        for (int g = 0; g < wide; ++g) {
-            const int t1 = t + g * N_TOKENS(wide);
-            const uint8_t * at = k + (size_t) (t1 < n_tok ? t1 : n_tok - 1) * stride;
-            vec total[TQI_MAX_FUSED];
-            for (int i = 0; i < n_q; ++i) {
-                total[i] = v_set1(0.0f);
-            }
-            for (int b = 0; b < n_blocks; b += wide) {
-                multiply_blocks(bits, n_q, wide, &c, at + (size_t) b * TQI_BLOCK_BYTES(bits), stride, n_tok - t1,
-                                n_blocks - b < wide ? n_blocks - b : wide,
-                                query + (size_t) (b / wide) * (sizeof(query_part) / sizeof(float)),
-                                TQI_QUERY_FLOATS(n_blocks), total);
-            }
-            for (int i = 0; i < n_q; ++i) {
-                all[i][g] = total[i];
-            }
-        }
-        for (int i = 0; i < n_q; ++i) {
-            v_store_first(s + i * ld + t, n_tok - t, sum_blocks(wide, all[i]));
-        }
-    }
-}
+#define key_table level_table
+#define load_key_table load_level_table
+#include "scores_lanes.h"
+#define scores_rows scores_lanes
 
 /* ---- Accumulate ---- */
 
@@ -241,15 +215,6 @@ INLINE void accumulate_wide(int bits, int n_q, int wide, const tqi_codec * codec
         if (n_q > MOST) {
             accumulate_tile(bits, n_q, n_q - MOST, wide, &c, &x, MOST, n_vec, n, n_blocks, o + b * TQ_BLOCK);
         }
-    }
-}
-
-INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
-                        const float * query, int n_blocks, float * s, int ld) {
-    if (WIDE(n_blocks) < N_LANES) {
-        scores_wide(bits, n_q, 2, codec, k, stride, n_tok, query, n_blocks, s, ld);
-    } else {
-        scores_wide(bits, n_q, N_LANES, codec, k, stride, n_tok, query, n_blocks, s, ld);
     }
 }
 
