@@ -1,7 +1,7 @@
 """The figures of two real language models that README and docs quote: measured, saved, and written into the pages.
 
-    make real                                          # everything, on two quiet cores
-    python benchmarks/real_models.py quality speed     # some parts, then the tables anew
+    make real                                          # all parts of EVIDENCE, on two quiet cores: under 90 minutes
+    python benchmarks/real_models.py quality speed     # these parts, then the tables anew
     python benchmarks/real_models.py tables            # only the tables, from benchmarks/results/real_*.json
     python benchmarks/real_models.py --short           # one chunk of text on one model, saved nowhere
     python benchmarks/real_models.py --peer PATH/TO/llama-perplexity --types turbo3,turbo4
@@ -10,7 +10,7 @@ Parts are programs of their own, with options of their own:
     quality       benchmarks/quality/real_quality.py  divergence from f16, by model, text, context and cache
     answers       benchmarks/quality/real_answers.py  answers token by token; look-ups, sums, copies
     speed         benchmarks/speed/real_speed.py      tokens per second against the better f16
-    calibration   benchmarks/quality/calibration.py   what decides how good a calibration of keys is
+    calibration   benchmarks/quality/calibration.py   what decides how good a calibration of keys is: only by name
 
 Parts that time nothing (quality, answers, calibration) run as a process with one thread for each model, side by side.
 A table of a page stands between `<!-- table NAME -->` and `<!-- end -->`; tests/docs checks that it is what the saved
@@ -52,6 +52,9 @@ PARTS: Final = {
     "speed": "speed/real_speed.py",
     "calibration": "quality/calibration.py",
 }
+EVIDENCE: Final = ("quality", "answers", "speed")
+"""What is measured without naming a part."""
+
 SIDE_BY_SIDE: Final = {
     "quality": {"smollm2": ["--threads", "1"], "gemma3": ["--threads", "1", "--no-hot"]},
     "answers": {"smollm2": ["--threads", "1"], "gemma3": ["--threads", "1"]},
@@ -358,7 +361,8 @@ def run_side_by_side(part: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, tables (default: all)")
+    parts = f"{', '.join(PARTS)}, tables (default: {' '.join(EVIDENCE)})"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=parts)
     parser.add_argument("--short", action="store_true", help="one chunk of prose on one model, saved nowhere")
     peer.add_options(parser)
     args = parser.parse_args()
@@ -373,7 +377,7 @@ def main() -> None:
     if args.short:
         run_part("quality", ["--short"])
         return
-    for part in args.parts or PARTS:
+    for part in args.parts or EVIDENCE:
         start = time.monotonic()
         if part in SIDE_BY_SIDE:
             run_side_by_side(part)

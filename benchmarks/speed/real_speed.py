@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(DEPTHS), default=list(DEPTHS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--deepest", type=int, default=16384, help="most tokens in the cache (default: 16384)")
     parser.add_argument("--output", default=str(RESULTS), help="file for the results, or - (default: %(default)s)")
     args = parser.parse_args()
