@@ -127,7 +127,7 @@ stock-configured: build/installed
 		-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DGGML_RPC=ON -DGGML_RPC_RDMA=OFF \
 		>build/stock/configure.log 2>&1 || { cat build/stock/configure.log; exit 1; }
 
-tools: build/installed ## patched llama-cli, -server, -bench, -perplexity and upstream's test programs, in build/bin
+tools: build/installed ## llama.cpp's programs and upstream's test programs, in build/bin
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_TOOLS=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
 	$(CMAKE) --build $(BUILD) --target tools
 	ln -sfn cmake/bin build/bin

@@ -21,11 +21,10 @@ def main(url: str = "http://127.0.0.1:8000") -> None:
         print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()
 
-    with urllib.request.urlopen(f"{url}/cache") as response:
-        figures = json.load(response)
-    cache = figures["cache"]
-    used, f16 = figures["bytes_used"], cache["f16_bytes"] * figures["tokens_used"] // cache["n_ctx"]
-    print(f"{figures['tokens_used']} tokens of {cache['type_k']}: {used:,} bytes, f16 {f16:,}", file=sys.stderr)
+    with urllib.request.urlopen(f"{url}/props") as response:
+        cache = json.load(response)["kv_cache"]
+    sizes = f"{cache['bytes']:,} bytes for {cache['n_tokens']:,} tokens, f16 {cache['f16_bytes']:,}"
+    print(f"{cache['type_k']}: {sizes}", file=sys.stderr)
 
 
 if __name__ == "__main__":

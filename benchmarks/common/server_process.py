@@ -1,4 +1,4 @@
-"""A server in a process of its own, for benchmarks that load it: its start, its address, its memory, its end."""
+"""`tqgguf serve` in a process of its own, for benchmarks that load it: its start, address, memory, and end."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Any
 
 
 class ServerProcess:
-    """A command of Python's that says on stderr that it is listening, as `tqgguf serve --port 0` does.
+    """A server with these options of `tqgguf serve`.
 
     Attributes:
         url: where its OpenAI interface is.
-        process: the process, until the `with` statement ends.
+        process: the starter, until the `with` statement ends.
+        server: the number of llama-server's process.
     """
 
     def __init__(self, *args: str | Path) -> None:
-        self.process = subprocess.Popen([sys.executable, *map(str, args)], stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "tqgguf", "serve", str(args[0]), "--port", "0", *map(str, args[1:])]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr
         said = ""
         while not (match := re.search(r"listening on (\S+) ", said)):
@@ -27,16 +29,19 @@ class ServerProcess:
             if not line:
                 sys.exit(said)
         self.url = match[1]
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        self.server = int(children.split()[0])
 
     def client(self) -> Any:
         """An OpenAI client that asks once."""
         import openai
 
-        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0)
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=600)
 
-    def resident_bytes(self, kind: str = "VmRSS") -> int:
-        """Its memory that is in use (Linux); RssAnon: without pages of files, which come and go as others need room."""
-        found = re.search(rf"{kind}:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+    def resident_bytes(self) -> int:
+        """Memory of llama-server that is in use and no file's (Linux): pages of files come and go as others need
+        room."""
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{self.server}/status").read_text())
         assert found
         return int(found[1]) * 1024
 
@@ -47,15 +52,4 @@ class ServerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.process.terminate()
-        self.process.wait()
-
-
-def chat(client: Any, text: str, stream: bool = False) -> tuple[str, bool]:
-    """The answer to one message at temperature 0, in one piece or in parts, and whether it is whole."""
-    reply: Any = client.chat.completions.create(
-        model="demo", messages=[{"role": "user", "content": text}], temperature=0, stream=stream
-    )
-    if not stream:
-        return str(reply.choices[0].message.content), reply.choices[0].finish_reason is not None
-    choices = [part.choices[0] for part in reply]
-    return "".join(choice.delta.content or "" for choice in choices), any(c.finish_reason for c in choices)
+        self.process.communicate()

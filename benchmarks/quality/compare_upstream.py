@@ -1,6 +1,6 @@
 """Checks `tqgguf compare` against llama.cpp's own `llama-perplexity --kl-divergence`, on the same file and types.
 
-    make tools && python benchmarks/quality/compare_upstream.py build/bin/llama-perplexity
+    python benchmarks/quality/compare_upstream.py tqgguf/lib/llama-perplexity
 
 Prints perplexity, mean KL divergence and same-top-token rate of both, type by type, and fails if perplexity or
 divergence differ in the third digit. llama-perplexity stores the reference's log-probabilities in 16 bits, clipped at

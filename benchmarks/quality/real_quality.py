@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="one chunk of prose on SmolLM2 with four types, not saved")
     parser.add_argument("--models", nargs="+", choices=list(real_sources.MODELS), default=list(real_sources.MODELS))
-    parser.add_argument("--texts", nargs="+", choices=list(real_sources.TEXTS), default=list(real_sources.TEXTS))
+    parser.add_argument("--texts", nargs="*", choices=list(real_sources.TEXTS), default=list(real_sources.TEXTS))
     parser.add_argument("--chunks", type=int, default=1, help="of prose at 2,048 tokens (default: 1)")
     parser.add_argument("--no-long", dest="long", action="store_false", help="leave out 8,192 tokens")
     parser.add_argument("--no-hot", dest="hot", action="store_false", help="leave out the model with hot keys")

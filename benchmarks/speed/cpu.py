@@ -1,9 +1,9 @@
 """Speed on the CPU: single steps of libtqgguf, and llama.cpp with and without a compressed cache.
 
     python benchmarks/speed/cpu.py micro                   ns per block and GB/s of encode, decode, dot, attention
-    python benchmarks/speed/cpu.py llama --bin build/bin   tokens per second, by llama-bench
+    python benchmarks/speed/cpu.py llama --bin tqgguf/lib  tokens per second, by llama-bench
 
-`make tools` builds the patched llama-bench, `make stock-tools` a stock one for --stock build/stock/cmake/bin.
+llama-bench is in the package; `make stock-tools` builds a stock one for --stock build/stock/cmake/bin.
 
 `llama` runs the patched llama-bench and, for the stock types, the stock one of `--stock DIR` in turn, round by round,
 so that a drift of the machine hits all of them alike. f16 runs with flash attention and without. It prints medians, and

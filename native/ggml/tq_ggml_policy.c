@@ -1,6 +1,7 @@
 /* tq_ggml_policy.c: see tq_ggml_policy.h. */
 #include "tq_ggml_policy.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 
 static _Thread_local const struct tq_ggml_layer_policy * policy;
@@ -24,6 +25,27 @@ enum ggml_type tq_ggml_policy_type_k(enum ggml_type type, uint32_t il) {
 enum ggml_type tq_ggml_policy_type_v(enum ggml_type type, uint32_t il) {
     const struct tq_ggml_layer_policy * layer = tq_ggml_policy_layer(il);
     return layer ? (enum ggml_type) layer->type_v : type;
+}
+
+const char * tq_ggml_policy_obstacle(uint32_t il, int64_t n_head_k, int64_t n_head_v, int64_t n_embd_k) {
+    static _Thread_local char message[160];
+    const struct tq_ggml_layer_policy * layer = tq_ggml_policy_layer(il);
+    if (!layer) {
+        return NULL;
+    }
+    if (n_head_k % ggml_blck_size((enum ggml_type) layer->type_k) != 0 ||
+        n_head_v % ggml_blck_size((enum ggml_type) layer->type_v) != 0) {
+        snprintf(message, sizeof(message), "layer %u: heads of %d and %d values are no whole blocks of %s and %s", il,
+                 (int) n_head_k, (int) n_head_v, ggml_type_name((enum ggml_type) layer->type_k),
+                 ggml_type_name((enum ggml_type) layer->type_v));
+        return message;
+    }
+    if ((layer->k_mean && layer->n_mean != n_embd_k) || (layer->k_gain && layer->n_gain != n_embd_k)) {
+        snprintf(message, sizeof(message), "layer %u: the calibration is for other keys than this model's of %d values",
+                 il, (int) n_embd_k);
+        return message;
+    }
+    return NULL;
 }
 
 void tq_ggml_policy_set_rotation(bool allowed) {

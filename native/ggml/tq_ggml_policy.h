@@ -36,6 +36,10 @@ void tq_ggml_policy_set_rotation(bool allowed);
 enum ggml_type tq_ggml_policy_type_k(enum ggml_type type, uint32_t il);
 enum ggml_type tq_ggml_policy_type_v(enum ggml_type type, uint32_t il);
 
+/* Why layer il cannot have what the policy has for it: a sentence, valid until the thread's next call; NULL if it can.
+ * n_head_k, n_head_v: values of a head; n_embd_k: of all heads of K. */
+const char * tq_ggml_policy_obstacle(uint32_t il, int64_t n_head_k, int64_t n_head_v, int64_t n_embd_k);
+
 /* Whether llama.cpp's graph rotates K or V by its Hadamard matrix, which it does in all layers or in none: this thread
  * allows it, a layer gains from it, none holds a type of ours, and, for K, the policy calibrates no layer. */
 bool tq_ggml_policy_rotates_k(enum ggml_type type);

@@ -10,6 +10,7 @@
 static _Thread_local int32_t recent_of_ours;
 static _Thread_local int32_t recent_of_stock;
 static _Thread_local bool in_states;
+static bool in_all_states;
 
 void tq_ggml_tail_set(int32_t n_ours, int32_t n_stock) {
     recent_of_ours = n_ours;
@@ -20,8 +21,12 @@ void tq_ggml_tail_in_states(bool held) {
     in_states = held;
 }
 
+void tq_ggml_tail_in_all_states(bool held) {
+    in_all_states = held;
+}
+
 bool tq_ggml_tail_states(void) {
-    return in_states;
+    return in_states || in_all_states;
 }
 
 void tq_ggml_tail_new(struct ggml_context * ctx, struct ggml_tensor * t, bool flash) {

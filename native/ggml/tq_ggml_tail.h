@@ -43,6 +43,8 @@ void tq_ggml_tail_in_states(bool held);
 
 /* cffi: end */
 
+/* Whether states that any thread of the process reads and writes hold it; said before there are other threads. */
+void tq_ggml_tail_in_all_states(bool held);
 bool tq_ggml_tail_states(void);
 
 /* Gives a cache tensor (n_embd_gqa, kv_size, n_stream) its companions in ctx, if this thread wants a tail of its type;

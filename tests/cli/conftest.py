@@ -1,8 +1,7 @@
-"""Commands run to their end, a terminal for those that talk to one, and a server."""
+"""Commands run to their end, and a terminal for those that talk to one."""
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import re
@@ -11,10 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -115,52 +113,3 @@ def endless(random_model: Callable[..., Path]) -> tuple[str, ...]:
     """Options for a model that talks noise until its long context is full, and reads slowly."""
     path = random_model(n_layer=12, n_head=16, n_head_kv=8, head_dim=128, n_ctx=65536, n_word=64)
     return (str(path), "--ctx", "65536", "--threads", "1", "--temp", "0")
-
-
-class Server:
-    """`tqgguf serve` in a process of its own, or another program of its arguments."""
-
-    started: ClassVar[list[Server]] = []
-
-    def __init__(self, *args: str, program: tuple[str, str] = ("-m", "tqgguf")) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, *program, "serve", *args, "--port", "0"], stderr=subprocess.PIPE, text=True
-        )
-        self.started.append(self)
-        assert self.process.stderr
-        self.said = ""
-        while not (match := re.search(r"listening on (http://\S+/v1) ", self.said)):
-            line = self.process.stderr.readline()
-            assert line, self.said
-            self.said += line
-        self.url = match[1]
-
-    def client(self) -> Any:
-        import openai
-
-        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
-
-    def get(self, path: str, **headers: str) -> tuple[str, str]:
-        request = urllib.request.Request(self.url.removesuffix("/v1") + path, headers=headers)
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return response.headers["content-type"], response.read().decode()
-
-    def figures(self) -> dict[str, Any]:
-        return json.loads(self.get("/cache")[1])
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[float, str]:
-        """Seconds it took to end, and all that it said after it began to listen."""
-        start = time.monotonic()
-        self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=20)
-        return time.monotonic() - start, errors
-
-
-@pytest.fixture(scope="session")
-def serve() -> Iterator[type[Server]]:
-    """Starts `tqgguf serve` with arguments; the caller ends it, or after the last test it is killed."""
-    for name in ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "openai"):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements-dev.txt")
-    yield Server
-    for server in Server.started:
-        server.process.kill()

@@ -1,25 +1,18 @@
-"""`tqgguf worker`, `--rpc`, and a server whose worker dies: what is said, to whom, and that the server goes on."""
+"""`tqgguf worker` and `--rpc`: what is said, to whom, and that a chat goes on."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from patience import SOON
 
 from tqgguf import read_session
 from tqgguf._native import library_path
@@ -169,137 +162,3 @@ def test_a_chat_goes_on_when_its_worker_is_back(worker: Callable[..., Any], tmp_
     said = [message["content"] for message in session.extra["messages"]]
     assert ["France" in said[0], "Paris" in said[1], "Spain" in said[2], "Madrid" in said[3]] == 4 * [True]
     assert len(said) == 4 and session.n_tokens > 35 and not (tmp_path / "other").exists()
-
-
-class Server:
-    """`tqgguf serve` on workers."""
-
-    def __init__(self, log: Path, *args: str) -> None:
-        self.log = log
-        command = [sys.executable, "-m", "tqgguf", "serve", MODEL, "--threads", "1", "--port", "0", *args]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(command, stderr=output)
-        end = time.monotonic() + 20
-        while not (match := re.search(r"listening on (http://\S+)/v1 ", log.read_text())):
-            assert time.monotonic() < end and self.process.poll() is None, log.read_text()
-            time.sleep(0.02)
-        self.url = match[1]
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=10) as response:
-            return response.read().decode()
-
-    def ask(self, key: str = "", **options: Any) -> tuple[int, dict[str, Any]]:
-        """Status, and the answer or the error."""
-        body = {"model": "demo", "temperature": 0, "prompt": "The capital of France is", **options}
-        headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
-        request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                return response.status, json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            return error.code, {"retry-after": error.headers.get("retry-after"), **json.loads(error.read() or b"{}")}
-
-    def begun(self) -> bool:
-        return json.loads(self.get("/cache"))["tokens_used"] > 60
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    for name in ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings"):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements-dev.txt")
-    started: list[Server] = []
-
-    def start(*args: str) -> Server:
-        started.append(Server(tmp_path / f"{len(started)}.log", *args))
-        return started[-1]
-
-    yield start
-    for server in started:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait()
-
-
-ENDLESS = {"max_tokens": 1900, "logit_bias": {"2": -100}}
-
-
-def test_the_server_survives_its_worker(serve: Callable[..., Server], worker: Callable[..., Any]) -> None:
-    pair = [worker(), worker()]
-    server = serve("--rpc", f"{pair[0].name},{pair[1].name}")
-    text = server.ask(max_tokens=8)[1]["choices"][0]["text"]
-    assert "Paris" in text
-
-    outcome: list[Any] = []
-    asking = [threading.Thread(target=lambda: outcome.append(server.ask(**ENDLESS))) for _ in range(2)]
-    for thread in asking:  # one is answered, one waits
-        thread.start()
-    while not server.begun():
-        time.sleep(0.01)
-    pair[1].kill()
-    for thread in asking:
-        thread.join(20)
-    lost = f"the connection to worker {pair[1].name} is lost"
-    assert [status for status, _ in outcome] == [503, 503]
-    assert all(lost in answer["error"]["message"] for _, answer in outcome)
-    cache = json.loads(server.get("/cache"))
-    assert lost in cache["lost"] and cache["tokens_used"] == 0 and cache["requests"]["503"] == 2
-    assert "tqgguf_workers_lost 1\n" in server.get("/metrics")
-    start = time.monotonic()
-    for _ in range(20):
-        status, answer = server.ask()
-        assert status == 503 and answer["retry-after"] == "1"
-        assert f"{lost}, and with it" in answer["error"]["message"] and "no worker at" in answer["error"]["message"]
-    assert time.monotonic() - start < 50  # waiting for the worker each time would take 5 s each
-    assert "demo" in server.get("/v1/models")
-
-    worker(port=pair[1].port)
-    end = time.monotonic() + 20
-    while (status := server.ask(max_tokens=8)[0]) == 503 and time.monotonic() < end:
-        time.sleep(0.1)
-    assert status == 200 and server.ask(max_tokens=8)[1]["choices"][0]["text"] == text
-    cache = json.loads(server.get("/cache"))
-    assert cache["lost"] == "" and cache["tokens_used"] > 0 and server.process.poll() is None
-    assert "Traceback" not in server.log.read_text() and "was loaded again" in server.log.read_text()
-    server.process.send_signal(signal.SIGTERM)
-    start = time.monotonic()
-    assert server.process.wait(20) == 0 and time.monotonic() - start < SOON
-
-
-def test_a_stream_is_told(serve: Callable[..., Server], worker: Callable[..., Any]) -> None:
-    mortal = worker()
-    server = serve("--rpc", mortal.name, "--api-key", "secret")
-    body = {"model": "demo", "prompt": "So", "stream": True, **ENDLESS}
-    headers = {"content-type": "application/json", "authorization": "Bearer secret"}
-    request = urllib.request.Request(server.url + "/v1/completions", json.dumps(body).encode(), headers)
-    parts = []
-    with urllib.request.urlopen(request, timeout=30) as response:
-        for line in response:
-            if line.startswith(b"data: "):
-                parts.append(json.loads(line[6:]))
-                if len(parts) == 10:
-                    mortal.kill()
-    assert len(parts) > 10 and f"worker {mortal.name} is lost" in parts[-1]["error"]["message"]
-    assert parts[-1]["error"]["type"] == "server_error" and "Traceback" not in server.log.read_text()
-    assert server.ask(key="secret")[0] == 503 and server.ask()[0] == server.ask(key="wrong")[0] == 401
-
-
-def test_a_server_ends_though_its_worker_hangs(serve: Callable[..., Server], worker: Callable[..., Any]) -> None:
-    each = worker()
-    server = serve("--rpc", each.name)
-
-    def ask() -> None:
-        with contextlib.suppress(OSError, ValueError):  # what becomes of the answer is another test's matter
-            server.ask(**ENDLESS)
-
-    threading.Thread(target=ask, daemon=True).start()
-    while not server.begun():
-        time.sleep(0.01)
-    os.kill(each.process.pid, signal.SIGSTOP)
-    time.sleep(0.3)
-    assert json.loads(server.get("/cache"))["requests_in_progress"] == 1
-    server.process.send_signal(signal.SIGTERM)
-    try:
-        server.process.wait(10)  # without its own end it would wait for ever
-    finally:
-        os.kill(each.process.pid, signal.SIGCONT)

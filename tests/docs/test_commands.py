@@ -56,7 +56,6 @@ NOT_RUN: Final[dict[str, tuple[str, Callable[[str], bool]]]] = {
     r"python -m pytest ": ("is a part of these tests", lambda _: True),
     r"(python -m venv env|env/bin/)": ("needs a wheel: `make wheel-check` does it", lambda _: True),
     r"tqgguf worker ": ("serves until it is stopped: test_rpc_page.py runs it", lambda _: True),
-    r"build/bin/llama-server ": ("needs `make tools`, which takes a quarter of an hour", lambda _: True),
 }
 """Commands that are not run, by pattern: the reason, and the check that replaces the run."""
 
@@ -100,6 +99,8 @@ RULES: Final[dict[str, Rule]] = {
         "What is the capital of France?\n",
         makes="talk.session",
     ),
+    r"tqgguf llama-bench ": Rule(r"pqo3 .* pp64 .*\n.* tg16 "),
+    r"tqgguf llama-perplexity ": Rule(r"Final estimate: PPL = "),
     r"tqgguf serve ": Rule(r"listening on (http://\S+)/v1 ", f"--port 0 {ONE}", serves=True),
     r"tqgguf run .*--cache-k pqo4 --cache-v pqo3": Rule(r"KV cache pqo4 \(K\) and pqo3 \(V\): .* 16/64", f"-n 8 {ONE}"),
     r"tqgguf fit .*--vram": Rule(r"\npqo4 +[\d., ]+ 2,048 .* 5 +[\d.]+ MiB"),  # 4 layers and the output on the GPU
@@ -121,8 +122,8 @@ RULES: Final[dict[str, Rule]] = {
     ),
     r"tqgguf doctor$": Rule(r"ok +libggml-cpu +ours.*ok +libllama +ours"),
     r"tqgguf doctor ": Rule(r"ok +libllama +ours.*ok +attention +layers 0-3, pqo3: fused for a token"),
-    r"curl .*/cache": Rule(r'^\{"model": "model"'),
-    r"curl .*/metrics": Rule(r"# TYPE tqgguf_cache_bytes gauge"),
+    r"curl .*/props": Rule(r'"kv_cache":\{"type_k":"pqo3"'),
+    r"curl .*/metrics": Rule(r"llamacpp:kv_cache_bytes \d"),
 }
 """Rules by the pattern of the command; the first match counts."""
 
@@ -194,8 +195,8 @@ class Reader:
 
     def serve(self, words: list[str], expect: str) -> None:
         self.close()
-        self.lacking |= {package for package in ("uvicorn", "openai") if not importlib.util.find_spec(package)}
-        if self.lacking & {"uvicorn", "openai"}:
+        self.lacking |= {package for package in ("openai",) if not importlib.util.find_spec(package)}
+        if "openai" in self.lacking:
             return
         self.server = subprocess.Popen(words, cwd=self.folder, stderr=subprocess.PIPE, text=True)
         assert self.server.stderr

@@ -128,10 +128,12 @@ def test_the_tail_in_a_long_context() -> None:
 def test_the_load_of_the_server() -> None:
     page = words("docs/serve.md")
     load, soak, kills = results("serve_load"), results("soak"), results("session_kill")
-    assert (load["answered"], load["wrong"], load["requests"], load["clients"]) == (1000, 0, 1000, 4)
-    speed, first, last = f"{load['requests_per_second']:.0f}", load["rss_after_a_tenth"], load["rss_at_the_end"]
-    assert f"none different, {speed} requests a second; resident memory {first / 1e6:.1f} MB after 100" in page
-    assert f"{last / 1e6:.1f} MB after 1,000" in page
+    found = [load[key] for key in ("answered", "wrong", "otherwise_by_a_near_tie", "requests", "clients", "parallel")]
+    assert found == [10000, 0, 0, 10000, 32, 8]
+    assert f"{load['requests_per_second']:.0f} requests and {load['tokens_per_second']:,.0f} tokens a second" in page
+    assert f"grew by {load['slope_mib_per_1000_requests']:.2f} MiB per 1,000 requests" in page
+    reuse = results("serve_load_reuse")
+    assert reuse["reuse"] and f"{reuse['wrong']} of {reuse['requests']:,} answers differed" in page
     assert soak["wrong"] == 0 and not soak["failures"]
     assert f"Of {soak['requests_in_all']:,} requests" in page
     assert f"{soak['slope_mib_per_1000_requests']:.2f} MiB per 1,000 requests" in page

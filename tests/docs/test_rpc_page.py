@@ -49,13 +49,12 @@ def test_the_page(worker: Callable[..., Any], python: Callable[..., Any], tmp_pa
     assert [(line[0], line[2]) for line in lines] == [(str(layer), "pqo3") for layer in range(4)], done.stderr
     assert {line[1] for line in lines} == {each.name for each in started}
 
-    pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install -r requirements-dev.txt")
     command = [sys.executable, "-m", "tqgguf", *serve, "--threads", "1", "--port", "0"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr
         while (line := server.stderr.readline()) and "listening on http" not in line:
             pass
-        urllib.request.urlopen(line.split()[2].removesuffix("/v1") + "/cache", timeout=20).close()
+        urllib.request.urlopen(line.split()[2].removesuffix("/v1") + "/props", timeout=20).close()
         server.terminate()
         server.communicate(timeout=20)
     assert server.returncode == 0

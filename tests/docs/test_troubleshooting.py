@@ -150,7 +150,6 @@ PROVOKED_ELSEWHERE: Final = (
     "tqgguf: error: LLAMA_CPP_LIB_PATH is set",
     "…libtqgguf… does not exist",
     "tqgguf: error: environment variable TQGGUF_KERNEL",
-    "tqgguf: error: the server needs a package",
     "tqgguf: error: llama.cpp could not load",
     "tqgguf: error: llama.cpp ended this process",
     "… cannot do FLASH_ATTN_EXT",
@@ -196,13 +195,6 @@ def test_libraries_that_are_missing(python: Callable[..., Any]) -> None:
     code = "from pathlib import Path; from tqgguf._native.library import Library; Library(Path('lib/libtqgguf.so'))"
     done = python("-c", code)
     assert same(on_page("…libtqgguf… does not exist"), done.stderr), done.stderr
-
-
-def test_packages_that_are_missing(python: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError('no', name='fastapi')")
-    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    done = python("-m", "tqgguf", "serve", str(demo.MODEL_PATH), env={"PYTHONPATH": path})
-    assert same(on_page("tqgguf: error: the server needs a package"), done.stderr), done.stderr
 
 
 def test_memory_that_is_not_there(python: Callable[..., Any], tmp_path: Path) -> None:

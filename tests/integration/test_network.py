@@ -86,7 +86,6 @@ def test_a_command_reaches_for_no_network(
 
 
 def test_a_server_reaches_for_no_network(env: dict[str, str], tmp_path: Path) -> None:
-    pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install -r requirements-dev.txt")
     openai = pytest.importorskip("openai", reason="openai is not installed: pip install -r requirements-dev.txt")
     with subprocess.Popen(
         [sys.executable, "-m", "tqgguf", "serve", MODEL, "--port", "0", "--threads", "1"],

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from .. import __version__
+from .._native.programs import PROGRAMS
 from ..errors import TqggufError
+from .program import run_program
 from .render.format import in_words, printable
 
 COMMANDS: Final = ("run", "chat", "serve", "worker", "fit", "inspect", "compare", "calibrate", "tune", "demo", "doctor")
@@ -30,7 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from .interrupt import prompt_interrupt
 
-        args = _parser().parse_args(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        if words and words[0] in PROGRAMS:
+            return run_program(words[0], words[1:])
+        rest = words[words.index("--") + 1 :] if words[:1] == ["serve"] and "--" in words else []
+        args = _parser().parse_args(words[: -len(rest) - 1] if rest else words)
+        if rest:
+            args.rest = rest
         with warnings.catch_warnings():
             warnings.showwarning = _note  # type: ignore[assignment]
             # A command with a handler of its own lets Ctrl-C stop an answer, which a slow batch must not turn into the
@@ -61,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tqgguf",
         description="GGUF models in llama.cpp with the KV cache compressed to 3.5 or 4.5 bits per value.",
-        epilog="Try `tqgguf demo`, then `tqgguf chat model.gguf`. `tqgguf COMMAND --help` explains a command.",
+        epilog="Try `tqgguf demo`, then `tqgguf chat model.gguf`. `tqgguf COMMAND --help` explains a command. "
+        f"{', '.join(PROGRAMS)}: llama.cpp's own programs, with these cache types.",
     )
     parser.add_argument("--version", action="version", version=f"tqgguf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -97,7 +97,7 @@ class Workers:
 
     def __init__(self, names: Sequence[str], ours: bool) -> None:
         self.names, self.ours = tuple(names), ours
-        self.endpoints = tuple(_address(name) for name in names)
+        self.endpoints = addresses(names)
         for i, endpoint in enumerate(self.endpoints):
             if (first := self.endpoints.index(endpoint)) != i:
                 raise ArgumentError(f"{names[first]} and {names[i]} are the same worker: give it once")
@@ -123,8 +123,7 @@ class Workers:
 
     def greet(self) -> None:
         """Raises WorkerError unless every worker is there and can be used."""
-        for name, endpoint in zip(self.names, self.endpoints, strict=True):
-            _check(name, _greeted(name, endpoint), self.ours)
+        greet(self.names, self.endpoints, self.ours)
 
     def release(self) -> None:
         """Lets the workers go, once the model is freed: only then can they serve somebody else."""
@@ -152,6 +151,24 @@ class Workers:
         return self._places.get(device, device)
 
 
+def greet(names: Sequence[str], endpoints: Sequence[str], ours: bool) -> None:
+    """Raises WorkerError unless every worker is there and can be used.
+
+    Args:
+        names: as they were given, for messages.
+        endpoints: their addresses.
+        ours: whether they must know the types of tqgguf.
+    """
+    for name, endpoint in zip(names, endpoints, strict=True):
+        _check(name, _greeted(name, endpoint), ours)
+
+
+def forget(endpoints: Sequence[str]) -> None:
+    """Asks these workers anew when they are greeted next: others may have come in their place."""
+    for endpoint in endpoints:
+        _known.pop(endpoint, None)
+
+
 def ipv4_address(host: str) -> str:
     """The IPv4 address of a host. llama.cpp takes no names.
 
@@ -165,12 +182,20 @@ def ipv4_address(host: str) -> str:
         raise ValueError(f"{host} has no IPv4 address ({reason}), and llama.cpp takes no other") from None
 
 
-def _address(name: str) -> str:
-    host, _, port = name.rpartition(":")
-    try:
-        return f"{ipv4_address(host)}:{port}"
-    except ValueError as error:
-        raise WorkerError(f"worker {name}: {error}") from None
+def addresses(names: Sequence[str]) -> tuple[str, ...]:
+    """The workers' addresses, "IPv4:port" each, which llama.cpp takes.
+
+    Raises:
+        WorkerError: one has none.
+    """
+    found = []
+    for name in names:
+        host, _, port = name.rpartition(":")
+        try:
+            found.append(f"{ipv4_address(host)}:{port}")
+        except ValueError as error:
+            raise WorkerError(f"worker {name}: {error}") from None
+    return tuple(found)
 
 
 _known: dict[str, Protocol] = {}

@@ -1,16 +1,16 @@
-"""`tqgguf serve`: an OpenAI-compatible server with a compressed cache."""
+"""`tqgguf serve`: llama.cpp's server with a compressed cache."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
-from ..._native import import_llama_cpp
-from ..options import add_chat_format_option, add_model_options, check_template, load_model, port, positive
-from ..render.format import cache_line
+from ...errors import ArgumentError
+from .. import options
+from ..render.format import printable, size
 from ..render.progress import Bar
 
 
@@ -18,79 +18,98 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "serve",
-        help="answer clients of OpenAI's interface",
-        description="The OpenAI-compatible server of llama-cpp-python with a compressed cache: /v1/chat/completions, "
-        "/v1/completions, /v1/models, and the figures of the cache as /cache (JSON) and /metrics (Prometheus). "
-        "Needs pip install 'tqgguf[server]'.",
-        epilog="example: tqgguf serve model.gguf --cache pqo3 --ctx 32768 --port 8000",
+        help="answer many clients at once, with llama.cpp's server",
+        description="Starts llama.cpp's own server with a compressed cache: OpenAI's interface below /v1, several "
+        "conversations side by side, and a page to talk to it. What follows -- goes to llama-server as it is.",
+        epilog="example: tqgguf serve model.gguf --cache balanced --parallel 4 --ctx 8192",
     )
-    parser.add_argument("model", help="a GGUF file")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=port, default=8000, metavar="N", help="port; 0: any free one (default: 8000)")
-    parser.add_argument("--name", help="name of the model for clients (default: its file's name)")
-    parser.add_argument("--api-key", type=api_key, metavar="KEY", help="key that clients must send")
-    parser.add_argument(
-        "--origin",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="web page that may use the server besides those of this machine, such as https://chat.example; can be "
-        "given several times; * for all",
-    )
-    parser.add_argument(
-        "--no-grammars",
-        action="store_true",
-        help="refuse grammars, JSON schemas and tools: with some of them an answer never ends. Use it for strangers",
-    )
-    parser.add_argument(
-        "--prompt-cache",
-        type=positive,
-        metavar="MIB",
-        help="keep the caches of earlier requests, up to this size in all (default: only that of the last request)",
-    )
-    add_chat_format_option(parser)
-    add_model_options(parser, sampling=False)
-    parser.set_defaults(call=call, own_interrupt=True)
+    add = parser.add_argument
+    add("model", help="a GGUF file")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    add("--port", type=options.port, default=8000, metavar="N", help="port; 0: any free one (default: 8000)")
+    add("--name", help="name of the model for clients (default: its file's name)")
+    add("--api-key", type=api_key, metavar="KEY", help="key that clients must send")
+    add("--parallel", type=options.positive, default=4, metavar="N", help="conversations at once (default: 4)")
+    add("--ctx", type=options.context, metavar="N", help="tokens of each conversation (default: 4096 at most)")
+    origin = "web page of another machine that may use the server, such as https://chat.example; * for all"
+    add("--origin", action="append", default=[], metavar="URL", help=f"{origin}; can be given several times")
+    add("--draft", metavar="MODEL", help="a smaller model of the same vocabulary, whose guesses this one checks")
+    add("--slot-save-path", metavar="DIR", help="folder in which clients may save conversations")
+    rpc = "workers (`tqgguf worker`) that hold the model and its cache, on networks you trust: nothing is encrypted"
+    add("--rpc", type=options.workers, metavar="HOST:PORT,...", help=rpc)
+    add("--threads", type=options.threads, metavar="N", help="threads (default: llama.cpp's)")
+    options.add_cache_options(parser)
+    options.add_calibration_option(parser, "mean and gain of each channel of the keys, for less error in them")
+    parser.set_defaults(call=call, own_interrupt=True, rest=[])
 
 
 def api_key(text: str) -> str:
-    """argparse type: a key that HTTP can carry."""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise argparse.ArgumentTypeError("must be one or more ASCII characters, none of them a space")
+    """argparse type: a key that HTTP can carry, and that is one key for llama-server."""
+    if not re.fullmatch(r"[!#-+\--~]+", text):
+        raise argparse.ArgumentTypeError("must be ASCII characters without spaces, commas and double quotes")
     return text
 
 
 def call(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from ..._native.programs import program
     from ..._util import listen
-    from ...serve.app import create_app, serve
-    from ...serve.request import host_of, is_loopback
+    from ...model.options import checked_request
+    from ...serve import launch
 
-    for origin in args.origin:
-        if origin != "*":
-            host_of(origin)
-    check_template(args.model, args.chat_format)
+    launch.refuse_contradictions(args.rest)
+    program("llama-server")
+    words = _options(args)
+    n_ctx = options.context_of(args.ctx, args.model)
     with listen(args.host, args.port) as bound:
-        model = load_model(args, args.model, Bar(), chat_format=args.chat_format)
-        if args.prompt_cache:
-            model.set_cache(import_llama_cpp().LlamaRAMCache(capacity_bytes=args.prompt_cache << 20))
-        host, number = bound.getsockname()[:2]
-        app = create_app(
-            model,
-            name=args.name,
-            api_key=args.api_key,
-            origins=args.origin,
-            local=is_loopback(host),
-            grammars=not args.no_grammars,
-        )
-        print(cache_line(model.cache_info()), file=sys.stderr)
-        if not is_loopback(host) and not args.api_key:
-            print(
-                "tqgguf: note: everyone who can reach this machine can use the server: --api-key asks for a key",
-                file=sys.stderr,
-            )
-        print(f"listening on http://{f'[{host}]' if ':' in host else host}:{number}/v1 (Ctrl-C ends)", file=sys.stderr)
-        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it reports a stop as an error
-        serve(app, model, bound)
-    model.close()
+        number = int(bound.getsockname()[1])
+    more = {"n_ctx": n_ctx * args.parallel, "n_threads_batch": args.threads, "swa_full": False}
+    bar = Bar()
+    try:
+        cache = options.chosen_cache(args)
+        progress = lambda done, total: bar("calibrating", done, total)  # noqa: E731
+        request = checked_request(args.model, cache, args.tail, None, args.rpc, args.calibration, more, progress)
+    finally:
+        bar.close()
+    service = launch.Service(request, n_ctx, args.parallel, args.host, number, words, args.api_key)
+    launch.refuse_too_large(service)
+    launch.serve(service, lambda cache: _announce(service, cache), _say)
     return 0
+
+
+def _options(args: argparse.Namespace) -> tuple[str, ...]:
+    """Further options of llama-server, checked."""
+    from ...gguf.info import read_model_info
+
+    if "*" in args.origin and len(args.origin) > 1:
+        raise ArgumentError("--origin '*' allows all web pages: give no other")
+    words = ["--alias", args.name or Path(args.model).stem]
+    words += ["--cors-origins", ",".join(args.origin) or "localhost"]
+    if args.threads:
+        words += ["--threads", str(args.threads), "--threads-batch", str(args.threads)]
+    if args.draft:
+        if read_model_info(args.draft).path.resolve() == Path(args.model).resolve():
+            raise ArgumentError("--draft names the model itself: a draft is a smaller model of the same vocabulary")
+        words += ["--model-draft", args.draft]
+    if args.slot_save_path is not None:
+        if not Path(args.slot_save_path).is_dir():
+            raise ArgumentError(f"--slot-save-path {args.slot_save_path} is no folder: make it first")
+        words += ["--slot-save-path", f"{Path(args.slot_save_path).resolve()}/"]
+    return (*words, *args.rest)
+
+
+def _announce(service: Any, cache: dict[str, Any]) -> None:
+    """Says what the cache is, by the server's own word, and where it listens."""
+    k, v = cache["type_k"], cache["type_v"]
+    words = k if k == v else f"{k} (K) and {v} (V)"
+    words += ", keys calibrated" if cache["n_calibrated_layers"] else ""
+    words += f", newest {cache['n_tail']} tokens in f16" if cache["n_tail"] else ""
+    share = f", {cache['bytes'] / cache['f16_bytes']:.1%} of f16" if cache["f16_bytes"] else ""
+    _say(f"KV cache {words}: {size(cache['bytes'])} for {service.n_parallel} x {service.n_ctx:,} tokens{share}")
+    if not service.api_key and service.host not in ("localhost", "127.0.0.1", "::1"):
+        _say("tqgguf: note: everyone who can reach this machine can use the server: --api-key asks for a key")
+    _say(f"listening on {service.url}/v1 (Ctrl-C ends); a page to talk to it: {service.url}")
+
+
+def _say(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)
