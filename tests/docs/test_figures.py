@@ -135,7 +135,7 @@ def test_the_load_of_the_server() -> None:
     reuse = results("serve_load_reuse")
     assert reuse["reuse"] and f"{reuse['wrong']} of {reuse['requests']:,} answers differed" in page
     assert soak["wrong"] == 0 and not soak["failures"]
-    assert f"Of {soak['requests_in_all']:,} requests" in page
+    assert f"answered {soak['requests_in_all']:,} requests, {soak['stopped_by_aborts']} of them aborted" in page
     assert f"{soak['slope_mib_per_1000_requests']:.2f} MiB per 1,000 requests" in page
     assert kills["whole"] == kills["kills"] == 1000 and 100 < kills["left_the_new_file"] < 900
     assert f"all files were whole, {kills['left_the_new_file']} of them the new one" in page
