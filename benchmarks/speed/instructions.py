@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "instructions"
 TYPES = {"pqo3": 300, "pqo4": 301, "pqt3": 302, "pqt4": 303, "pqt2": 304, "pqt5": 305}
-ARM = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
+ARM = {"neon": "cortex-a72", "dotprod": "neoverse-n1"}
 """The kernels of ARM64, each with a processor of qemu-aarch64's list that has no more than it needs."""
 X86 = ("avx2", "avx512")
 HEAD_DIM = 128
