@@ -25,15 +25,6 @@
 #define LARGEST (127 * 256)     /* magnitude of an integer */
 #define TINY 1e-30f             /* magnitudes below it count as zero, so that reciprocals stay finite */
 
-INLINE float32x4_t load_first(const float * x, int n) {
-    float y[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-    if (n >= 4) {
-        return vld1q_f32(x);
-    }
-    memcpy(y, x, (size_t) n * sizeof *y);
-    return vld1q_f32(y);
-}
-
 INLINE void store_first(float * to, int n, float32x4_t a) {
     float x[4];
     if (n >= 4) {
@@ -138,29 +129,39 @@ INLINE void multiply_block(int bits, int n_q, const level_table * c, const uint8
     }
 }
 
+/* Scores of n <= 4 tokens. */
+INLINE void score_quad(int bits, int n_q, const level_table * c, const uint8_t * k, size_t stride, int n,
+                       const float * query, int n_blocks, float * s, int ld) {
+    const uint8_t * rows[4];
+    float32x4_t total[TQI_MAX_FUSED];
+    find_rows(k, stride, n, rows);
+    for (int j = 0; j < 4; ++j) {
+        tqi_prefetch(rows[j] + TQI_AHEAD * stride, (size_t) n_blocks * TQI_BLOCK_BYTES(bits));
+    }
+    for (int i = 0; i < n_q; ++i) {
+        total[i] = vdupq_n_f32(0.0f);
+    }
+    for (int b = 0; b < n_blocks; ++b) {
+        multiply_block(bits, n_q, c, rows, query + (size_t) b * (TQI_QUERY_FLOATS(4) / 4), TQI_QUERY_FLOATS(n_blocks),
+                       total);
+        for (int j = 0; j < 4; ++j) {
+            rows[j] += TQI_BLOCK_BYTES(bits);
+        }
+    }
+    for (int i = 0; i < n_q; ++i) {
+        store_first(s + i * ld, n, total[i]);
+    }
+}
+
 INLINE void scores_rows(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
                         const float * query, int n_blocks, float * s, int ld) {
     const level_table c = load_level_table(bits, codec);
-    for (int t = 0; t < n_tok; t += 4) {
-        const uint8_t * rows[4];
-        float32x4_t total[TQI_MAX_FUSED];
-        find_rows(k + (size_t) t * stride, stride, n_tok - t, rows);
-        for (int j = 0; j < 4; ++j) {
-            tqi_prefetch(rows[j] + TQI_AHEAD * stride, (size_t) n_blocks * TQI_BLOCK_BYTES(bits));
-        }
-        for (int i = 0; i < n_q; ++i) {
-            total[i] = vdupq_n_f32(0.0f);
-        }
-        for (int b = 0; b < n_blocks; ++b) {
-            multiply_block(bits, n_q, &c, rows, query + (size_t) b * (TQI_QUERY_FLOATS(4) / 4),
-                           TQI_QUERY_FLOATS(n_blocks), total);
-            for (int j = 0; j < 4; ++j) {
-                rows[j] += TQI_BLOCK_BYTES(bits);
-            }
-        }
-        for (int i = 0; i < n_q; ++i) {
-            store_first(s + i * ld + t, n_tok - t, total[i]);
-        }
+    int t = 0;
+    for (; t + 4 <= n_tok; t += 4, k += 4 * stride) {
+        score_quad(bits, n_q, &c, k, stride, 4, query, n_blocks, s + t, ld);
+    }
+    if (t < n_tok) {
+        score_quad(bits, n_q, &c, k, stride, n_tok - t, query, n_blocks, s + t, ld);
     }
 }
 
@@ -173,29 +174,40 @@ typedef struct {
     float unit[TQI_MAX_FUSED];
 } tile_block;
 
+/* n <= 4 tokens of a tile, from token 4 c on; weights: (n_q, N_QUADS) */
+INLINE void open_quad(int bits, int n_q, const uint8_t * v, size_t stride, int n, const float * p, int ld, int c,
+                      tile_block * x, float32x4_t (*weights)[N_QUADS]) {
+    const uint8_t * rows[4];
+    find_rows(v, stride, n, rows);
+    x->of[c] = load_turned(bits, rows);
+    const float32x4_t scale = load_scales(rows);
+    for (int i = 0; i < n_q; ++i) {
+        float first[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        memcpy(first, p + i * ld + 4 * c, (size_t) n * sizeof *first);
+        weights[i][c] = vmulq_f32(scale, vld1q_f32(first));
+    }
+}
+
 INLINE void open_tile(int bits, int n_q, const uint8_t * v, size_t stride, int n_tok, const float * p, int ld,
                       tile_block * x) {
     float32x4_t weights[TQI_MAX_FUSED][N_QUADS];
-    const int n_quads = (n_tok + 15) / 16 * 4;
-    for (int t = 0, c = 0; c < n_quads; t += 4, ++c) {
-        const uint8_t * rows[4];
-        if (t >= n_tok) {
-            x->of[c] = x->of[0];
-            for (int i = 0; i < n_q; ++i) {
-                weights[i][c] = vdupq_n_f32(0.0f);
-            }
-            continue;
-        }
-        find_rows(v + (size_t) t * stride, stride, n_tok - t, rows);
-        x->of[c] = load_turned(bits, rows);
-        const float32x4_t scale = load_scales(rows);
+    const int n_whole = n_tok / 4, n_quads = (n_tok + 15) / 16 * 4;
+    int c = 0;
+    for (; c < n_whole; ++c, v += 4 * stride) {
+        open_quad(bits, n_q, v, stride, 4, p, ld, c, x, weights);
+    }
+    if (n_tok % 4 != 0) {
+        open_quad(bits, n_q, v, stride, n_tok % 4, p, ld, c++, x, weights);
+    }
+    for (; c < n_quads; ++c) {
+        x->of[c] = x->of[0];
         for (int i = 0; i < n_q; ++i) {
-            weights[i][c] = vmulq_f32(scale, load_first(p + i * ld + t, n_tok - t));
+            weights[i][c] = vdupq_n_f32(0.0f);
         }
     }
     for (int i = 0; i < n_q; ++i) {
         const float largest = largest_of(weights[i], n_quads), inverse = inverse_of(largest);
-        for (int c = 0; c < n_quads; c += 4) {
+        for (c = 0; c < n_quads; c += 4) {
             split(weights[i] + c, inverse, x->high[i] + 4 * c, x->low[i] + 4 * c);
         }
         x->unit[i] = unit_of(largest);
@@ -212,7 +224,8 @@ INLINE void accumulate_tile(int bits, int n_q, const level_table * c, const tile
         for (int i = 0; i < n_q; ++i) {
             s[i][0] = s[i][1] = no_sums();
         }
-        for (int t = 0; t < n_tok; t += 16) {
+        const quad * from = x->of;
+        for (int t = 0; t < n_tok; t += 16, from += 4) {
             int8x16_t high[MOST], low[MOST];
             for (int i = 0; i < n_q; ++i) {
                 high[i] = vld1q_s8(x->high[i0 + i] + t);
@@ -220,10 +233,9 @@ INLINE void accumulate_tile(int bits, int n_q, const level_table * c, const tile
             }
             UNROLL
             for (int e = 0; e < 4; ++e) {
-                const quad * from = &x->of[t / 4 + e];
                 UNROLL
                 for (int h = 0; h < 2; ++h) {
-                    const levels v = levels_of(bits, c, from->part[r], from->top, from->highest, r, h);
+                    const levels v = levels_of(bits, c, from[e].part[r], from[e].top, from[e].highest, r, h);
                     for (int i = 0; i < n_q; ++i) {
                         add_products(&s[i][h], v, high[i], low[i], e);
                     }

@@ -14,14 +14,17 @@ typedef struct {
 
 /* The levels in units, for tbl. */
 typedef struct {
-    uint8x16x4_t units;
+    uint8x16_t units[4];
     float step;
 } level_table;
 
 INLINE level_table load_level_table(int bits, const tqi_codec * codec) {
-    level_table c = { vld1q_u8_x4((const uint8_t *) codec->level_units), TQI_LEVEL_UNIT };
+    level_table c = { .step = TQI_LEVEL_UNIT };
+    for (int i = 0; i < (bits < 4 ? 1 : 1 << (bits - 3)); ++i) {
+        c.units[i] = vld1q_u8((const uint8_t *) codec->level_units + 16 * i);
+    }
     if (bits == 2) { /* what stands above an index's three bits must not matter */
-        c.units.val[0] = vcombine_u8(vget_low_u8(c.units.val[0]), vget_low_u8(c.units.val[0]));
+        c.units[0] = vcombine_u8(vget_low_u8(c.units[0]), vget_low_u8(c.units[0]));
     }
     return c;
 }
@@ -81,16 +84,22 @@ INLINE uint8x16_t with_bit(uint8x16_t index, uint8x16_t bits, int j, int to) {
     return vbslq_u8(vdupq_n_u8((uint8_t) (1 << to)), moved, index);
 }
 
+INLINE uint8x16_t look_up(int bits, const level_table * c, uint8x16_t index) {
+    if (bits <= 3) {
+        return vqtbl1q_u8(c->units[0], index);
+    }
+    if (bits == 4) {
+        return vqtbl2q_u8((uint8x16x2_t) { { c->units[0], c->units[1] } }, index);
+    }
+    return vqtbl4q_u8((uint8x16x4_t) { { c->units[0], c->units[1], c->units[2], c->units[3] } }, index);
+}
+
 INLINE levels levels_of(int bits, const level_table * c, uint8x16_t part, uint8x16_t top, uint8x16_t highest, int r,
                         int h) {
-    const uint8x16x2_t two = { { c->units.val[0], c->units.val[1] } };
     uint8x16_t index = h == 0 ? vandq_u8(part, vdupq_n_u8(15)) : vshrq_n_u8(part, 4);
     index = bits >= 4 ? with_bit(index, top, r + 4 * h, 4) : index;
     index = bits == 5 ? with_bit(index, highest, r + 4 * h, 5) : index;
-    const uint8x16_t units = bits <= 3   ? vqtbl1q_u8(c->units.val[0], index)
-                             : bits == 4 ? vqtbl2q_u8(two, index)
-                                         : vqtbl4q_u8(c->units, index);
-    return (levels) { { vreinterpretq_s8_u8(units) } };
+    return (levels) { { vreinterpretq_s8_u8(look_up(bits, c, index)) } };
 }
 
 INLINE void add_sums(float unit, int32x4_t (*sum)[2], float * o) {
