@@ -8,5 +8,6 @@
 #define BY_BITS TQI_BY_BITS
 #define ATTENTION_ONLY
 #include "steps.h"
+#include "tiles_neon.h"
 
-const tqi_steps tqi_pqo_dotprod = { tqi_pqo_encode_neon, tqi_pqo_unpack_neon, load_query, scores, accumulate, NULL };
+const tqi_steps tqi_pqo_dotprod = { tqi_pqo_encode_neon, tqi_pqo_unpack_neon, load_query, scores, accumulate, &tiles };

@@ -37,4 +37,40 @@ INLINE int32x4_t join(sums s) {
     return vaddq_s32(vshlq_n_s32(s.high, 8), s.low);
 }
 
+/* ---- Tiles (tiles_neon.h) ---- */
+
+INLINE void arrange(int n, int8_t * x, size_t step) {
+    (void) n, (void) x, (void) step;
+}
+
+INLINE void multiply_panel(int n_groups, const int8_t * rows, const int8_t * columns, size_t step,
+                           int32x4_t (*sum)[2]) {
+    sums s[4][2];
+    for (int m = 0; m < 4; ++m) {
+        s[m][0] = s[m][1] = no_sums();
+    }
+    for (int g = 0; g < n_groups; ++g, rows += 16 * PARTS, columns += step) {
+        levels v;
+        for (int i = 0; i < PARTS; ++i) {
+            v.part[i] = vld1q_s8(rows + 16 * i);
+        }
+        UNROLL
+        for (int c = 0; c < 2; ++c) {
+            const int8x16_t high = vld1q_s8(columns + 32 * c), low = vld1q_s8(columns + 32 * c + 16);
+            UNROLL
+            for (int m = 0; m < 4; ++m) {
+                s[m][c].high = dot(s[m][c].high, high, v.part[0], m);
+                s[m][c].low = dot(s[m][c].low, low, v.part[0], m);
+                if (PARTS == 2) {
+                    s[m][c].low = dot(s[m][c].low, high, v.part[PARTS - 1], m);
+                }
+            }
+        }
+    }
+    for (int m = 0; m < 4; ++m) {
+        sum[m][0] = join(s[m][0]);
+        sum[m][1] = join(s[m][1]);
+    }
+}
+
 #endif

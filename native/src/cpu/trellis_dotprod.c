@@ -8,7 +8,8 @@
 #define BY_BITS TQI_BY_TRELLIS_BITS
 #define ATTENTION_ONLY
 #include "steps.h"
+#include "tiles_neon.h"
 
 const tqi_steps tqi_trellis_dotprod = {
-    tqi_trellis_encode_neon, tqi_trellis_unpack_neon, load_query, scores, accumulate, NULL
+    tqi_trellis_encode_neon, tqi_trellis_unpack_neon, load_query, scores, accumulate, &tiles
 };
