@@ -43,33 +43,46 @@ INLINE void arrange(int n, int8_t * x, size_t step) {
     (void) n, (void) x, (void) step;
 }
 
-INLINE void multiply_panel(int n_groups, const int8_t * rows, const int8_t * columns, size_t step,
+#define NO_UNROLL _Pragma("GCC unroll 1")
+
+/* Products of rows of a part with columns of a kind, 0: high, 1: low. */
+INLINE void multiply_bytes(int n_groups, const int8_t * rows, size_t apart, const int8_t * columns, int part, int kind,
                            int32x4_t (*sum)[2]) {
-    sums s[4][2];
-    for (int m = 0; m < 4; ++m) {
-        s[m][0] = s[m][1] = no_sums();
-    }
-    for (int g = 0; g < n_groups; ++g, rows += 16 * PARTS, columns += step) {
-        levels v;
-        for (int i = 0; i < PARTS; ++i) {
-            v.part[i] = vld1q_s8(rows + 16 * i);
-        }
+    rows += 16 * part;
+    columns += 32 * kind;
+    NO_UNROLL /* sums fill the registers */
+        for (int g = 0; g < n_groups; g += 2) {
         UNROLL
-        for (int c = 0; c < 2; ++c) {
-            const int8x16_t high = vld1q_s8(columns + 32 * c), low = vld1q_s8(columns + 32 * c + 16);
+        for (int e = 0; e < 2; ++e, rows += 16 * PARTS, columns += 64) {
+            const int8x16_t low = vld1q_s8(rows), high = vld1q_s8(rows + apart);
+            const int8x16_t column[2] = { vld1q_s8(columns), vld1q_s8(columns + 16) };
             UNROLL
-            for (int m = 0; m < 4; ++m) {
-                s[m][c].high = dot(s[m][c].high, high, v.part[0], m);
-                s[m][c].low = dot(s[m][c].low, low, v.part[0], m);
-                if (PARTS == 2) {
-                    s[m][c].low = dot(s[m][c].low, high, v.part[PARTS - 1], m);
+            for (int c = 0; c < 2; ++c) {
+                UNROLL
+                for (int m = 0; m < 4; ++m) {
+                    sum[m][c] = dot(sum[m][c], column[c], low, m);
+                    sum[4 + m][c] = dot(sum[4 + m][c], column[c], high, m);
                 }
             }
         }
     }
-    for (int m = 0; m < 4; ++m) {
-        sum[m][0] = join(s[m][0]);
-        sum[m][1] = join(s[m][1]);
+}
+
+INLINE void multiply_panel(int n_groups, const int8_t * rows, size_t apart, const int8_t * columns,
+                           int32x4_t (*sum)[2]) {
+    UNROLL
+    for (int m = 0; m < 8; ++m) {
+        sum[m][0] = sum[m][1] = vdupq_n_s32(0);
+    }
+    multiply_bytes(n_groups, rows, apart, columns, 0, 0, sum);
+    UNROLL
+    for (int m = 0; m < 8; ++m) {
+        sum[m][0] = vshlq_n_s32(sum[m][0], 8);
+        sum[m][1] = vshlq_n_s32(sum[m][1], 8);
+    }
+    multiply_bytes(n_groups, rows, apart, columns, 0, 1, sum);
+    if (PARTS == 2) {
+        multiply_bytes(n_groups, rows, apart, columns, PARTS - 1, 0, sum);
     }
 }
 
