@@ -15,6 +15,7 @@ static const tqi_kernels * const kernels[] = {
     &tqi_kernels_avx2,
 #endif
 #if defined(TQI_HAVE_NEON)
+    &tqi_kernels_i8mm,
     &tqi_kernels_dotprod,
     &tqi_kernels_neon,
 #endif

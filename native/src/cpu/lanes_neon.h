@@ -20,10 +20,7 @@
 
 #include "quads_neon.h"
 
-#define N_QUADS (TQI_AHEAD / 4) /* of a tile's tokens */
-#define MOST 4                  /* query vectors whose sums of V there are registers for */
-#define LARGEST (127 * 256)     /* magnitude of an integer */
-#define TINY 1e-30f             /* magnitudes below it count as zero, so that reciprocals stay finite */
+#define MOST 4 /* query vectors whose sums of V there are registers for */
 
 INLINE void store_first(float * to, int n, float32x4_t a) {
     float x[4];

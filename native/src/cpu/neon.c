@@ -100,3 +100,4 @@ void tqi_pqo_unpack_neon(const tqi_codec * codec, const uint8_t * blocks, int64_
 }
 
 TQI_KERNELS_OF(dotprod, tqi_has_dotprod, &tqi_pqo_dotprod, &tqi_trellis_dotprod);
+TQI_KERNELS_OF(i8mm, tqi_has_i8mm, &tqi_pqo_i8mm, &tqi_trellis_i8mm);

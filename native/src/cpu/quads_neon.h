@@ -6,6 +6,10 @@
 
 #include <math.h>
 
+#define N_QUADS (TQI_AHEAD / 4) /* of a tile's tokens */
+#define LARGEST (127 * 256)     /* magnitude of an integer */
+#define TINY 1e-30f             /* magnitudes below it count as zero, so that reciprocals stay finite */
+
 /* A block of four tokens. */
 typedef struct {
     uint8x16_t part[4];

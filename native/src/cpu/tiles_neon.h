@@ -1,4 +1,4 @@
-/* tiles_neon.h: the steps of tqi_tiles in integers on AArch64, over lanes_neon.h.
+/* tiles_neon.h: the steps of tqi_tiles in integers on AArch64, on blocks as lanes_neon.h takes them.
  *
  * Both steps are products of rows (tokens of K, channels of V) with columns (query vectors), whose bytes go by fours: a
  * register of rows has four bytes of each of four rows, as levels_of gives them, and one of columns four bytes of each
@@ -13,7 +13,7 @@
 #ifndef TQI_TILES_NEON_H
 #define TQI_TILES_NEON_H
 
-#include "lanes_neon.h"
+#include "quads_neon.h"
 
 #define PANEL 8     /* rows and columns at once */
 #define MOST_COL 64 /* columns whose weights are kept */
@@ -298,7 +298,5 @@ static void tile_accumulate(const tqi_codec * codec, const uint8_t * v, size_t s
     const int bits = codec->bits;
     BY_BITS(tile_accumulate_of, bits, codec, v, stride, n_tok, p, factor, n_blocks, n_col, o)
 }
-
-static const tqi_tiles tiles = { load_queries, tile_scores, tile_accumulate };
 
 #endif

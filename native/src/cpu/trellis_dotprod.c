@@ -10,6 +10,12 @@
 #include "steps.h"
 #include "tiles_neon.h"
 
+static const tqi_tiles tiles = { load_queries, tile_scores, tile_accumulate };
+
 const tqi_steps tqi_trellis_dotprod = {
     tqi_trellis_encode_neon, tqi_trellis_unpack_neon, load_query, scores, accumulate, &tiles
 };
+
+/* A query vector at a time gives smmla little to save; tiles do. */
+const tqi_steps tqi_trellis_i8mm = { tqi_trellis_encode_neon, tqi_trellis_unpack_neon, load_query, scores, accumulate,
+                                     &tqi_trellis_tiles_i8mm };
