@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "instructions"
 TYPES = {"pqo3": 300, "pqo4": 301, "pqt3": 302, "pqt4": 303, "pqt2": 304, "pqt5": 305}
-ARM = {"neon": "cortex-a72", "dotprod": "neoverse-n1"}
+ARM = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
 """The kernels of ARM64, each with a processor of qemu-aarch64's list that has no more than it needs."""
 X86 = ("avx2", "avx512")
 HEAD_DIM = 128
@@ -51,12 +51,16 @@ def build(name: str, compiler: str, *options: str) -> Path:
     return program
 
 
-def build_all() -> dict[str, Path]:
-    aarch64 = build("aarch64", "aarch64-linux-gnu-gcc", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
-    x86 = build("x86", "cc")
-    plugin = BUILD / "count_plugin.so"
-    run("cc", "-O2", "-shared", "-fPIC", Path(__file__).with_name("count_plugin.c"), "-o", plugin)
-    return {**dict.fromkeys(ARM, aarch64), **dict.fromkeys(X86, x86)}
+def build_for(kernels: list[str]) -> dict[str, Path]:
+    programs = {}
+    if set(kernels) & set(ARM):
+        target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
+        programs |= dict.fromkeys(ARM, build("aarch64", "aarch64-linux-gnu-gcc", *target))
+        plugin = BUILD / "count_plugin.so"
+        run("cc", "-O2", "-shared", "-fPIC", Path(__file__).with_name("count_plugin.c"), "-o", plugin)
+    if set(kernels) & set(X86):
+        programs |= dict.fromkeys(X86, build("x86", "cc"))
+    return programs
 
 
 def emulated(kernel: str, program: Path, *arguments: str) -> Counts:
@@ -94,15 +98,16 @@ def main() -> None:
     kernels = [name for name in (*ARM, *X86) if name in asked.kernel] or [*ARM, *X86]
     types = [name for name in TYPES if name in asked.kernel] or list(TYPES)
     os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", "2")
-    programs = build_all()
+    programs = build_for(kernels)
     for shape in SHAPES:
-        print(f"\n| {shape} | " + " | ".join(types) + " |\n|---" * 1 + "|---" * len(types) + "|")
+        print(f"\n| {shape} | " + " | ".join(types) + " |\n|---" + "|---" * len(types) + "|")
         for kernel in kernels:
             found = {cache: per_block(kernel, programs[kernel], cache, shape) for cache in types}
             print(f"| {kernel} | " + " | ".join(f"{sum(found[cache].values()):.1f}" for cache in types) + " |")
             sys.stdout.flush()
             for key in sorted(set().union(*found.values())) if asked.by else ():
-                print(f"|   {' '.join(key)} | " + " | ".join(f"{found[cache].get(key, 0):.2f}" for cache in types) + " |")
+                counts = " | ".join(f"{found[cache].get(key, 0):.2f}" for cache in types)
+                print(f"|   {' '.join(key)} | {counts} |")
 
 
 if __name__ == "__main__":

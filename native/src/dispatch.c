@@ -15,9 +15,7 @@ static const tqi_kernels * const kernels[] = {
     &tqi_kernels_avx2,
 #endif
 #if defined(TQI_HAVE_NEON)
-    &tqi_kernels_i8mm,
-    &tqi_kernels_dotprod,
-    &tqi_kernels_neon,
+    &tqi_kernels_i8mm,     &tqi_kernels_dotprod, &tqi_kernels_neon,
 #endif
     &tqi_kernels_portable,
 };
@@ -26,7 +24,7 @@ static const tqi_kernels * const kernels[] = {
 
 static _Atomic(const tqi_kernels *) active;
 
-/* CPUID, asked once: in a virtual machine it takes 20 us. */
+/* Asked once: in a virtual machine CPUID takes 20 us. */
 static int usable(int i) {
     static atomic_int known[N_KERNELS]; /* 0: not yet, 1: no, 2: yes */
     int answer = atomic_load_explicit(&known[i], memory_order_relaxed);

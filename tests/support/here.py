@@ -10,10 +10,10 @@ from tqgguf import _native
 from tqgguf._native.cuda import cuda_library_path
 from tqgguf.errors import LibraryError
 
-KERNELS = ("portable", "avx2", "avx512", "neon", "dotprod")
+KERNELS = ("portable", "avx2", "avx512", "neon", "dotprod", "i8mm")
 """All kernels that there are, for any processor."""
 
-INTEGER_SUMS = ("avx2", "avx512", "dotprod")
+INTEGER_SUMS = ("avx2", "avx512", "dotprod", "i8mm")
 """Those whose attention sums 16-bit integers, and so is less precise than f32 sums."""
 
 _FLAGS = {
@@ -21,6 +21,7 @@ _FLAGS = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni"},
     "neon": {"asimd"},
     "dotprod": {"asimd", "asimddp"},
+    "i8mm": {"asimd", "asimddp", "i8mm"},
 }
 """What /proc/cpuinfo of a processor says that runs a kernel."""
 
