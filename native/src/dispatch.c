@@ -14,8 +14,14 @@ static const tqi_kernels * const kernels[] = {
 #if defined(TQI_HAVE_AVX2)
     &tqi_kernels_avx2,
 #endif
+#if defined(TQI_HAVE_I8MM)
+    &tqi_kernels_i8mm,
+#endif
+#if defined(TQI_HAVE_DOTPROD)
+    &tqi_kernels_dotprod,
+#endif
 #if defined(TQI_HAVE_NEON)
-    &tqi_kernels_i8mm,     &tqi_kernels_dotprod, &tqi_kernels_neon,
+    &tqi_kernels_neon,
 #endif
     &tqi_kernels_portable,
 };
