@@ -2,9 +2,9 @@
  *
  *     count_attention KERNEL TYPE HEAD_DIM KV_HEADS GROUP ROWS KEYS REPEATS
  *
- * Attention of ROWS query rows over KEYS keys of KV_HEADS heads and GROUP query heads each, REPEATS times. Under an emulator
- * that counts, the difference of two REPEATS is what one attention takes. On x86-64 it counts itself: a parent process
- * steps through the attention, and prints the instructions of all REPEATS. */
+ * Attention of ROWS query rows over KEYS keys of KV_HEADS heads and GROUP query heads each, REPEATS times. Under an
+ * emulator that counts, the difference of two REPEATS is what one attention takes. On x86-64 it counts itself: a parent
+ * process steps through the attention, and prints the instructions of all REPEATS. */
 #define _GNU_SOURCE
 #include "tqgguf.h"
 

@@ -1,4 +1,4 @@
-/* pqo_levels_neon.h: what lanes_neon.h takes, for the PQO types. Each part is a word of a block: byte k of it has values
+/* pqo_levels_neon.h: what lanes_neon.h takes, for the PQO types. Each part is a word of a block: its byte k has values
  * 8 r + 2 k and 8 r + 2 k + 1. */
 #ifndef TQI_PQO_LEVELS_NEON_H
 #define TQI_PQO_LEVELS_NEON_H

@@ -8,8 +8,8 @@
  * The including file also defines, from products_*.h
  *   arrange(n, x, step)  makes of n registers, n even and step bytes apart, what multiply_panel takes
  *   multiply_panel(n_groups, rows, apart, columns, sums)  sums[m][c]: row m's products with columns 4 c to 4 c + 3, of
- *       n_groups groups of four bytes, an even number; rows 0 to 3: (n_groups, PARTS, 16), and rows 4 to 7 `apart` bytes
- *       behind them; columns: (n_groups, high and low, 2 vectors, 16) */
+ *       n_groups groups of four bytes, an even number; rows 0 to 3: (n_groups, PARTS, 16), and rows 4 to 7 `apart`
+ *       bytes behind them; columns: (n_groups, high and low, 2 vectors, 16) */
 #ifndef TQI_TILES_NEON_H
 #define TQI_TILES_NEON_H
 
@@ -26,7 +26,7 @@ INLINE int8x16_t pack_low(const int32x4_t * x) {
     return vreinterpretq_s8_s32(vsliq_n_s32(y, x[3], 24));
 }
 
-/* The bytes of integers i of four columns, i from 0 to 3: high ones, and low ones behind those of the panel's others. */
+/* The bytes of integers i of four columns, i from 0 to 3: high ones, and low ones behind the panel's high ones. */
 INLINE void pack_columns(const int32x4_t * x, int8_t * to) {
     int32x4_t high[4];
     for (int i = 0; i < 4; ++i) {
@@ -113,7 +113,8 @@ INLINE void open_keys(int bits, const level_table * c, const uint8_t * k, size_t
     }
 }
 
-/* Adds a block's products to s, unless it is the first block; the last one's scale them. s has room for whole panels. */
+/* Adds a block's products to s, or begins it with the first block's; with the last one's come the units. s has room for
+ * whole panels. */
 INLINE void score_panel(const key_block * x, int n_tok, const float * queries, int col, int n_col, int first, int last,
                         float * s) {
     const int8_t * columns = (const int8_t *) (const void *) queries + (size_t) (col / PANEL * N_GROUPS) * GROUP_BYTES;
