@@ -2,8 +2,8 @@
  *
  * A register is a block of four tokens: as in lanes.h its four dwords are the tokens, so that a step decodes four
  * blocks alike. A level is one byte (trellis) or two (PQO). Queries and weights are 16-bit integers, which are two
- * bytes: 256 high + low, both with signs. Of a level in two bytes the product low * low is left out, which is less than
- * the integers' own rounding.
+ * bytes: 256 high + low, both with signs. Of a level in two bytes the product low * low is left out, which is about as
+ * large as the integers' own rounding.
  *
  * The including file defines
  *   PARTS                       bytes of a level: 1 or 2
