@@ -38,4 +38,4 @@ on cortex-a72 portable neon
 lacks cortex-a72 dotprod i8mm
 on neoverse-n1 dotprod
 lacks cortex-a76 i8mm
-on max i8mm
+on max,pauth-impdef=on i8mm # else qemu signs every return address, which takes most of the time
