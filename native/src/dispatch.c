@@ -14,6 +14,12 @@ static const tqi_kernels * const kernels[] = {
 #if defined(TQI_HAVE_AVX2)
     &tqi_kernels_avx2,
 #endif
+#if defined(TQI_HAVE_I8MM)
+    &tqi_kernels_i8mm,
+#endif
+#if defined(TQI_HAVE_DOTPROD)
+    &tqi_kernels_dotprod,
+#endif
 #if defined(TQI_HAVE_NEON)
     &tqi_kernels_neon,
 #endif
@@ -24,7 +30,7 @@ static const tqi_kernels * const kernels[] = {
 
 static _Atomic(const tqi_kernels *) active;
 
-/* CPUID, asked once: in a virtual machine it takes 20 us. */
+/* Asked once: in a virtual machine CPUID takes 20 us. */
 static int usable(int i) {
     static atomic_int known[N_KERNELS]; /* 0: not yet, 1: no, 2: yes */
     int answer = atomic_load_explicit(&known[i], memory_order_relaxed);

@@ -18,7 +18,7 @@
 typedef struct {
     /* queries <- q, as scores takes it: (n_blocks * TQI_TILE_QUERY, n_col) */
     void (*load_queries)(const tqi_codec * codec, const float * q, int n_blocks, int n_col, float * queries);
-    /* s[t, j] = <k[t], q[j]>; s: (n_tok, n_col) */
+    /* s[t, j] = <k[t], q[j]>; s: (n_tok, n_col), with room for TQI_AHEAD rows */
     void (*scores)(const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok, const float * queries,
                    int n_blocks, int n_col, float * s);
     /* o[, j] = factor[j] o[, j] + sum_t p[t, j] v[t]; p: (n_tok, n_col) */
@@ -142,16 +142,28 @@ static inline __attribute__((always_inline)) void tqi_prefetch(const uint8_t * r
 }
 
 /* Those that the build has: TQI_HAVE_AVX2 and so on. */
-extern const tqi_kernels tqi_kernels_portable, tqi_kernels_avx2, tqi_kernels_avx512, tqi_kernels_neon;
-extern const tqi_steps tqi_trellis_avx2, tqi_trellis_avx512, tqi_trellis_neon;
+extern const tqi_kernels tqi_kernels_portable, tqi_kernels_avx2, tqi_kernels_avx512, tqi_kernels_neon,
+    tqi_kernels_dotprod, tqi_kernels_i8mm;
+extern const tqi_steps tqi_trellis_avx2, tqi_trellis_avx512, tqi_trellis_neon, tqi_pqo_dotprod, tqi_trellis_dotprod,
+    tqi_pqo_i8mm, tqi_trellis_i8mm;
+extern const tqi_tiles tqi_pqo_tiles_i8mm, tqi_trellis_tiles_i8mm;
+
+/* What the kernels of ARM64 share. */
+void tqi_pqo_encode_neon(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks);
+void tqi_pqo_unpack_neon(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
+void tqi_trellis_encode_neon(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks);
+void tqi_trellis_unpack_neon(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y);
 
 /* The list of an instruction set's kernels, which its file has by these names. */
 #define TQI_KERNELS(isa, pqo_tiles, trellis_steps)                                                                     \
     static const tqi_steps pqo = { encode, unpack, load_query, scores, accumulate, pqo_tiles };                        \
+    TQI_KERNELS_OF(isa, supported, &pqo, trellis_steps)
+
+#define TQI_KERNELS_OF(isa, is_supported, pqo_steps, trellis_steps)                                                    \
     const tqi_kernels tqi_kernels_##isa = {                                                                            \
         .name = #isa,                                                                                                  \
-        .supported = supported,                                                                                        \
-        .pqo = &pqo,                                                                                                   \
+        .supported = is_supported,                                                                                     \
+        .pqo = pqo_steps,                                                                                              \
         .trellis = trellis_steps,                                                                                      \
         .widen = widen,                                                                                                \
         .narrow = narrow,                                                                                              \

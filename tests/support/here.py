@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 from pathlib import Path
 
 from tqgguf import _native
 from tqgguf._native.cuda import cuda_library_path
 from tqgguf.errors import LibraryError
 
-KERNELS = ("portable", "avx2", "avx512", "neon")
+KERNELS = ("portable", "avx2", "avx512", "neon", "dotprod", "i8mm")
 """All kernels that there are, for any processor."""
 
-INTEGER_SUMS = ("avx2", "avx512")
+INTEGER_SUMS = ("avx2", "avx512", "dotprod", "i8mm")
 """Those whose attention sums 16-bit integers, and so is less precise than f32 sums."""
 
 _FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni"},
+    "neon": {"asimd"},
+    "dotprod": {"asimd", "asimddp"},
+    "i8mm": {"asimd", "asimddp", "i8mm"},
 }
 """What /proc/cpuinfo of a processor says that runs a kernel."""
 
@@ -34,8 +36,6 @@ def kernels() -> list[str]:
 
 def kernels_by_flags() -> set[str] | None:
     """The kernels that this processor runs by what the system says of it; None if the system does not say it."""
-    if platform.machine() in ("aarch64", "arm64"):
-        return {"portable", "neon"}
     try:
         emulator = os.readlink("/proc/thread-self/exe")  # qemu-user answers /proc/self, but shows the host's cpuinfo
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -43,7 +43,8 @@ def kernels_by_flags() -> set[str] | None:
         return None
     if "qemu" in emulator:
         return None
-    flags = set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    named = ("flags", "Features")  # on x86-64 and on ARM64
+    flags = set(next((line.partition(":")[2] for line in lines if line.startswith(named)), "").split())
     return {"portable", *(name for name, needed in _FLAGS.items() if needed <= flags)}
 
 

@@ -4,6 +4,8 @@
  * encode and decode follow the portable order of operations exactly (no FMA there); the attention steps use FMA. */
 #include "vector_neon.h"
 
+#include "features_arm.h"
+
 static int supported(void) {
     return 1; /* part of the AArch64 base */
 }
@@ -86,3 +88,16 @@ INLINE vec values(int bits, const decoder * c, codes from, int g) {
 #include "steps.h"
 
 TQI_KERNELS(neon, NULL, &tqi_trellis_neon);
+
+/* ---- Kernels that differ in attention alone ---- */
+
+void tqi_pqo_encode_neon(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    encode(codec, x, n_blocks, blocks);
+}
+
+void tqi_pqo_unpack_neon(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
+    unpack(codec, blocks, n_blocks, y);
+}
+
+TQI_KERNELS_OF(dotprod, tqi_has_dotprod, &tqi_pqo_dotprod, &tqi_trellis_dotprod);
+TQI_KERNELS_OF(i8mm, tqi_has_i8mm, &tqi_pqo_i8mm, &tqi_trellis_i8mm);

@@ -1,11 +1,13 @@
 /* steps.h: the steps of tqi_steps from the including file's unpack_rows, scores_rows and accumulate_rows, which are
  * made for each number of bits and of query vectors. The file says which bits its types have: BY_BITS is TQI_BY_BITS or
- * TQI_BY_TRELLIS_BITS. */
+ * TQI_BY_TRELLIS_BITS. ATTENTION_ONLY: it has no unpack_rows. */
 
+#if !defined(ATTENTION_ONLY)
 static void unpack(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
     const int bits = codec->bits;
     BY_BITS(unpack_rows, bits, codec, blocks, n_blocks, y)
 }
+#endif
 
 INLINE void scores_by_n_q(int bits, int n_q, const tqi_codec * codec, const uint8_t * k, size_t stride, int n_tok,
                           const float * query, int n_blocks, float * s, int ld) {

@@ -84,3 +84,11 @@ INLINE vec values(int bits, const decoder * c, codes units, int g) {
 #include "steps.h"
 
 const tqi_steps tqi_trellis_neon = { encode, unpack, load_query, scores, accumulate, NULL };
+
+void tqi_trellis_encode_neon(const tqi_codec * codec, const float * x, int64_t n_blocks, uint8_t * blocks) {
+    encode(codec, x, n_blocks, blocks);
+}
+
+void tqi_trellis_unpack_neon(const tqi_codec * codec, const uint8_t * blocks, int64_t n_blocks, float * y) {
+    unpack(codec, blocks, n_blocks, y);
+}
