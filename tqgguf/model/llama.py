@@ -88,7 +88,7 @@ class Llama(GuardedLlama):
         progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
+        self.n_tokens_read = 0
         self._arguments = (model_path, cache, tail, flash_attn, rpc, calibration, kwargs)
         self._control = Control(progress)
         self._load()
@@ -176,14 +176,16 @@ class Llama(GuardedLlama):
         Raises:
             CacheClosedError: the model was closed.
         """
-        self._refuse_closed()
-        memory = llama_cpp.llama_get_memory(self.ctx)
+        with self._turns.taken("cache_info"):
+            memory = llama_cpp.llama_get_memory(self.ctx)
+            used = int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
+            n_ctx = self.n_ctx()
         policy = self._request.policy
         return cache_info(
             self._tensors,
             (policy.types_k, policy.types_v),
-            n_ctx=self.n_ctx(),
-            used=int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0,
+            n_ctx=n_ctx,
+            used=used,
             exact=self._request.info.exact,
             place=self._workers.place if self._workers else str,
         )
@@ -206,9 +208,8 @@ class Llama(GuardedLlama):
             OutOfMemoryError: no memory for the copy.
             CacheClosedError: the model was closed.
         """
-        self._refuse_closed()
-        check_target(path)
-        with self.watched():
+        with self._turns.taken("save_session"):
+            check_target(path)
             tokens = self.input_ids[: self.n_tokens]
             return save(path, self.ctx, tokens, self._session_owner(), extra or {})
 
@@ -231,7 +232,7 @@ class Llama(GuardedLlama):
             OutOfMemoryError: no memory to read it into.
             CacheClosedError: the model was closed.
         """
-        with self.watched():
+        with self._turns.taken("load_session", changes=True):
             session, tokens, state = load(path, self._session_owner(), len(self.input_ids), self.n_vocab())
             self.reset()
             if not put(self.ctx, state, session):
@@ -294,6 +295,7 @@ class Llama(GuardedLlama):
         try:
             self._load()
         except BaseException:
-            self._closed, self._workers = True, workers  # what was lost still is
+            self.close()
+            self._workers = workers  # what was lost still is
             raise
         self.set_cache(prefixes)

@@ -32,7 +32,7 @@ from .calibrate import calibrated_policy
 from .workers import check_split
 
 _STOCK_OPTIONS: Final = frozenset(inspect.signature(import_llama_cpp().Llama.__init__).parameters) - {
-    *("self", "model_path", "kwargs")
+    *("self", "model_path", "kwargs", "model_options")
 }
 _LIMITS: Final = {
     "n_ctx": (0, 2**31 - 1),
