@@ -75,10 +75,14 @@ def test_tqgguf_first_wins_over_installed_stock_bindings(python: Python, tmp_pat
     assert str(tmp_path) not in done.stdout
 
 
-def test_stock_bindings_on_our_libraries_are_fine(python: Python, tmp_path: Path) -> None:
+def test_stock_bindings_on_our_libraries_load_no_model(python: Python, tmp_path: Path) -> None:
     path = fake_stock(tmp_path / "site", _native.library_path("llama"))
-    done = python("-c", "import llama_cpp, tqgguf; print('fine')", env={"PYTHONPATH": path})
+    code = "import llama_cpp, numpy, tqgguf; tqgguf.quantize(numpy.ones(32, 'f4'), 'pqo3'); print('fine')"
+    done = python("-c", code, env={"PYTHONPATH": path})
     assert done.stdout.strip() == "fine", done.stderr
+    done = python("-c", "import llama_cpp, tqgguf; tqgguf.Llama", env={"PYTHONPATH": path})
+    said = done.stderr.splitlines()[-1]
+    assert "LibraryError" in said and str(tmp_path / "site") in said and "lacks what tqgguf mends" in said
 
 
 def test_a_library_path_of_somebody_else_is_an_error(python: Python, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Ties the `llama_cpp` bindings to the libraries of this package.
 
-tqgguf carries the stock `llama_cpp` Python package, unmodified, in `_bindings/`. It loads whatever directory
-LLAMA_CPP_LIB_PATH names, so two things must hold before it is first imported: the variable names our `lib/`, and the
-package found is ours. If something else came first, the only honest answer is an error: stock libraries know none of
-our types.
+tqgguf carries a copy of the `llama_cpp` Python package in `_bindings/`, whose bugs patches/bindings mends. It loads
+whatever directory LLAMA_CPP_LIB_PATH names, so two things must hold before it is first imported: the variable names our
+`lib/`, and the package found is ours. If something else came first, the only honest answer is an error: stock libraries
+know none of our types, and stock bindings on our libraries, which tqgguf can be imported beside, load no model.
 """
 
 from __future__ import annotations
@@ -105,6 +105,11 @@ def import_llama_cpp() -> ModuleType:
     _refuse_other_libraries()
     library()
     module = importlib.import_module("llama_cpp")
+    if not hasattr(getattr(module, "_internals", None), "Turns"):
+        raise LibraryError(
+            f"llama_cpp was imported before tqgguf, from {Path(getattr(module, '__file__', None) or '?').parent}: it "
+            f"lacks what tqgguf mends in its own copy. Import tqgguf first (it brings its own llama_cpp)"
+        )
     verify_libraries()
     load_backends()  # already done, unless somebody else imported llama_cpp on our libraries
     return module

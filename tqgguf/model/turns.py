@@ -77,6 +77,12 @@ class ModelTurns(llama_cpp._internals.Turns):  # type: ignore[misc]
             yield
 
     @contextlib.contextmanager
+    def last(self) -> Iterator[bool]:
+        """The turn that closes the model; yields whether there is something to free."""
+        with self._own_errors(), super().last() as first:
+            yield first
+
+    @contextlib.contextmanager
     def lent(self, what: str) -> Iterator[None]:
         """While a function of the user's is called in the middle of a computation."""
         with super().lent(what):
