@@ -1,10 +1,9 @@
-"""One model and many threads, callbacks and forks: calls wait for their turn or get an error, each in its own process."""
+"""One model and many threads, callbacks, forks: calls wait for their turn or get an error. Each in its own process."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 

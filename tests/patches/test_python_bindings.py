@@ -76,7 +76,7 @@ def test_no_tokens_where_one_is_needed() -> None:
     with contextlib.closing(load(kv_overrides=NO_BOS, embedding=True)) as silent:
         assert silent.tokenize(b"") == []
         for texts in ("", ["a", ""], []):
-            with pytest.raises(tqgguf.ArgumentError, match="no tokens|no texts"):
+            with pytest.raises(tqgguf.ArgumentError, match=r"no (tokens|texts)"):
                 silent.embed(texts)
         for prompt in ("", []):
             with pytest.raises(tqgguf.ArgumentError, match="no tokens"):
@@ -335,7 +335,8 @@ def test_a_stream_of_a_call_can_be_joined(model: Any) -> None:
             QUESTION, tools=[TOOL], tool_choice="required", stream=True, temperature=0, max_tokens=30
         )
     )
-    calls = [part["choices"][0]["delta"]["tool_calls"][0] for part in parts if part["choices"][0]["delta"]["tool_calls"]]
+    deltas = [part["choices"][0]["delta"] for part in parts]
+    calls = [delta["tool_calls"][0] for delta in deltas if delta["tool_calls"]]
     assert len(calls) > 2 and [i for i, each in enumerate(calls) if "id" in each or "name" in each["function"]] == [0]
     assert "".join(each["function"].get("name", "") for each in calls) == "f"
     assert "".join(each["function"]["arguments"] for each in calls).startswith("{")
@@ -362,9 +363,9 @@ def test_required_with_the_format_for_functions() -> None:
     ],
 )
 def test_a_template_that_fails(template: str, said: str) -> None:
-    with contextlib.closing(load(chat_handler=formatted(template), kv_overrides=NO_BOS)) as model:
-        with pytest.raises(tqgguf.ArgumentError, match=said):
-            model.create_chat_completion(QUESTION)
+    model = load(chat_handler=formatted(template), kv_overrides=NO_BOS)
+    with contextlib.closing(model), pytest.raises(tqgguf.ArgumentError, match=said):
+        model.create_chat_completion(QUESTION)
 
 
 def test_commands_tell_of_a_template_that_fails(
