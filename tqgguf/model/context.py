@@ -160,6 +160,9 @@ def make_context(
         TqggufError: llama.cpp could not make the context; the message carries its own errors.
     """
     params.type_k, params.type_v = (kind.number for kind in base_types(policy, info))
+    params.n_threads, params.n_threads_batch = map(
+        llama_cpp._internals.threads_left, (params.n_threads, params.n_threads_batch)
+    )
     if needs_flash(policy, tail):
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     with making(policy, tail, rotate=rotate, quiet=planned) as made:

@@ -14,7 +14,7 @@ from ..cache.policy import CachePolicy, PolicySpec, needs_tqgguf, refuse_idle_ta
 from ..cache.tail import check_tail
 from ..errors import SessionError
 from ..gguf.info import ModelInfo
-from ..session.file import Owner, Session, calibration_digest, check_target, load, put, save
+from ..session.file import Owner, Session, belongs_to, check_target, load, put, save
 from .context import make_context
 from .control import Control, Progress
 from .options import cache_settings, checked_request
@@ -76,6 +76,8 @@ class Llama(GuardedLlama):
         TqggufError: llama.cpp could not load the model; the message carries its own errors.
     """
 
+    _owned: dict[str, Any] | None = None
+
     def __init__(
         self,
         model_path: str | Path,
@@ -98,7 +100,7 @@ class Llama(GuardedLlama):
         tell = self._control.progress
         title = "calibrating"
         request = checked_request(*self._arguments, (lambda done, total: tell(title, done, total)) if tell else None)
-        self._control.failure = None
+        self._control.failure, self._owned = None, None
         workers = Workers(request.workers, request.types_on_workers) if request.workers else None
         self._open(request, workers, verbose=request.options.get("verbose", True))
 
@@ -242,11 +244,13 @@ class Llama(GuardedLlama):
             self.n_tokens = session.n_tokens
             return session
 
-    def _calibration_digest(self) -> str:
-        return calibration_digest(self._request.policy, self._request.info)
+    def _state_owner(self) -> dict[str, Any]:
+        if self._owned is None:  # it reads the model's file, and is asked for after each answer
+            self._owned = belongs_to(self._session_owner())
+        return self._owned
 
     def _session_owner(self) -> Owner:
-        return Owner(self._request.info, self._request.policy, cache_settings(self))
+        return Owner(self._request.info, self._request.policy, cache_settings(self, self._tensors))
 
     # ---- Computing ----
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from jinja2 import TemplateError
 
@@ -35,6 +35,19 @@ from .workers import Workers
 
 llama_cpp: Any = import_llama_cpp()
 _Stock: Any = llama_cpp.Llama
+
+_OTHER: Final = (
+    "the state is of another {}; the model is as it was. A prefix cache (set_cache) belongs to one model with one cache"
+)
+_WORDS: Final = {
+    "model_hash": "model",
+    "model_identity": "model, of the same shape",
+    "types_k": "cache type of K",
+    "types_v": "cache type of V",
+    "k_means": "calibration of keys",
+    "lora_identity": "adapter",
+}
+"""What names of `tqgguf.session.file.belongs_to` are called in messages."""
 
 
 class GuardedLlama(_Stock):  # type: ignore[misc]
@@ -131,49 +144,54 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
             state = super().save_state()
             if not state.llama_state_size:
                 raise TqggufError("llama.cpp could not write its state")
-            state.calibration, state.tail = self._calibration_digest(), True
+            state.owner, state.tail = self._state_owner(), True
             return state
 
-    def _calibration_digest(self) -> str:
-        """What a state must have in common with the model beside what llama.cpp knows: how its keys are calibrated."""
-        return ""
+    def _state_owner(self) -> dict[str, Any]:
+        """What a state must have in common with the model that takes it up."""
+        return {}
 
     def load_state(self, state: Any) -> None:
         """As the stock method, but a state of a context of another length is taken if its tokens fit.
-
-        After a state that is refused the model is empty; the stock class counts tokens that are not there, and answers
-        without them.
 
         Args:
             state: what `save_state` gave.
 
         Raises:
-            StateFileError: it holds more tokens than the context, or is of another model or cache type.
+            StateFileError: it holds more tokens than the context, or is of another model, cache or setting
+                (docs/reliability.md); the model is as it was. Or it is damaged; then the model is empty.
             WorkerError: a worker is lost.
         """
         with self._turns.taken("load_state", changes=True):
             n = state.n_tokens
             if not 0 <= n <= min(len(self.input_ids), len(state.input_ids)):
                 raise StateFileError(f"the state holds {n:,} tokens, the context has room for {len(self.input_ids):,}")
-            if getattr(state, "calibration", "") != self._calibration_digest():
-                raise StateFileError(
-                    "the state is of a cache whose keys are calibrated otherwise; the model is as it was. "
-                    "Prefix caches (set_cache) cannot be shared between calibrations"
-                )
+            self._refuse_other(getattr(state, "owner", None))
             with tail_in_states(getattr(state, "tail", False)):
                 data = (ctypes.c_uint8 * len(state.llama_state)).from_buffer_copy(state.llama_state)
                 if llama_cpp.llama_state_set_data(self.ctx, data, len(data)) != len(data):
                     self.reset()
-                    raise StateFileError(
-                        "llama.cpp refused a saved state (the model is empty now): it is of another model or cache "
-                        "type, or damaged. Prefix caches (set_cache) cannot be shared between cache types"
-                    )
+                    raise StateFileError("llama.cpp refused a saved state (the model is empty now): it is damaged")
             if self._logits_all:
                 self.scores[:n], self.scores[n:] = state.scores[:n], 0
             self.input_ids[:n] = state.input_ids[:n]
             self.n_tokens = n
             self._requires_eval = True  # the logits of its last token are not in it
             self._seed = state.seed
+
+    def _refuse_other(self, owner: dict[str, Any] | None) -> None:
+        """Raises StateFileError unless a state's owner is what this model is."""
+        mine = self._state_owner()
+        if owner is None:
+            raise StateFileError("the state does not say what it is of: llama-cpp-python alone saved it")
+        for name in [each for each in mine if each != "settings"]:  # the model first
+            if owner.get(name) != mine.get(name):
+                raise StateFileError(_OTHER.format(_WORDS.get(name, name)))
+        for name in sorted({*mine["settings"], *owner["settings"]}):
+            then, now = (each["settings"].get(name) for each in (owner, mine))
+            if then != now:
+                was = "" if name.endswith("identity") else f" ({then!r:.80}, here {now!r:.80})"
+                raise StateFileError(_OTHER.format(_WORDS.get(name, name) + was))
 
     # ---- Computing ----
 
