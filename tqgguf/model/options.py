@@ -44,8 +44,11 @@ _LIMITS: Final = {
     "n_threads": (1, 512),
     "n_threads_batch": (1, 512),
     "seed": (0, 2**32 - 1),
+    "last_n_tokens_size": (-1, 2**31 - 1),
 }
 """Beyond these llama.cpp ends the process, or takes the number modulo 2^32."""
+
+_MAY_BE_NONE: Final = ("n_threads", "n_threads_batch", "seed")
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,20 @@ def _check_options(options: dict[str, Any]) -> None:
         if name not in _STOCK_OPTIONS:
             near = difflib.get_close_matches(name, [*sorted(_STOCK_OPTIONS), "cache"], n=1)
             raise ArgumentError(f"Llama has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if name in _LIMITS and value is not None:
+        if name in _LIMITS and not (value is None and name in _MAY_BE_NONE):
             low, high = _LIMITS[name]
             if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
                 raise ArgumentError(f"{name} is {value!r}, must be an integer between {low} and {high}")
+    overrides = options.get("kv_overrides")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise ArgumentError(f"kv_overrides is {overrides!r:.80}, must be a dict of keys of the model's header")
+    for key, value in (overrides or {}).items():
+        kinds = isinstance(key, str) and isinstance(value, (bool, int, float, str))
+        if not kinds or "\0" in key or not 0 < len(key.encode(errors="replace")) < 128:
+            raise ArgumentError(
+                f"kv_overrides has {key!r:.80}: {value!r:.80}, must be a key of the model's header, of at most 127 bytes, "
+                f"and a bool, an int, a float or a str"
+            )
     lora = options.get("lora_path")
     if lora is not None and not Path(lora).is_file():
         raise ModelNotFoundError(f"lora_path {lora} does not exist or is no file")

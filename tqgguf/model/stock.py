@@ -19,6 +19,7 @@ from .._native.threads import kept_threads
 from ..cache.tail import tail_batch
 from ..cache.tensors import CacheTensor, check_tensors
 from ..errors import (
+    ArgumentError,
     CacheTypeError,
     ModelFileError,
     StateFileError,
@@ -74,7 +75,7 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
             options["progress_callback"] = self._control.on_load
         if workers is not None:
             options["devices"] = ctypes.addressof(workers.devices)
-        with making(request.policy, request.tail, quiet=not verbose, verbose=verbose) as made:
+        with making(request.policy, request.tail, verbose=verbose) as made:
             try:
                 super().__init__(str(request.info.path), model_options=options, **request.options)
             except (ValueError, RuntimeError) as error:
@@ -163,6 +164,8 @@ class GuardedLlama(_Stock):  # type: ignore[misc]
             WorkerError: a worker is lost.
         """
         with self._turns.taken("load_state", changes=True):
+            if not isinstance(state, llama_cpp.LlamaState):
+                raise ArgumentError(f"state is of type {type(state).__name__}, must be what save_state gave")
             n = state.n_tokens
             if not 0 <= n <= min(len(self.input_ids), len(state.input_ids)):
                 raise StateFileError(f"the state holds {n:,} tokens, the context has room for {len(self.input_ids):,}")

@@ -17,6 +17,9 @@ from .workers import Workers
 
 llama_cpp: Any = import_llama_cpp()
 
+threads_left: Any = llama_cpp._internals.threads_left
+"""As many threads as a context can have in this process, which may be a fork."""
+
 _KINDS = {ValueError: ArgumentError, RuntimeError: ComputationError, MemoryError: OutOfMemoryError}
 """What the bindings raise, and what tqgguf makes of it: its own errors are of these kinds, too."""
 
