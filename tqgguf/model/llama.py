@@ -178,7 +178,7 @@ class Llama(GuardedLlama):
         Raises:
             CacheClosedError: the model was closed.
         """
-        with self._turns.taken("cache_info"):
+        with self._turns.looking("cache_info"):
             memory = llama_cpp.llama_get_memory(self.ctx)
             used = int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
             n_ctx = self.n_ctx()

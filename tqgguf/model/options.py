@@ -153,8 +153,8 @@ def _check_options(options: dict[str, Any]) -> None:
         kinds = isinstance(key, str) and isinstance(value, (bool, int, float, str))
         if not kinds or "\0" in key or not 0 < len(key.encode(errors="replace")) < 128:
             raise ArgumentError(
-                f"kv_overrides has {key!r:.80}: {value!r:.80}, must be a key of the model's header, of at most 127 bytes, "
-                f"and a bool, an int, a float or a str"
+                f"kv_overrides has {key!r:.80}: {value!r:.80}, must be a key of the model's header, of at most 127 "
+                f"bytes, and a bool, an int, a float or a str"
             )
     lora = options.get("lora_path")
     if lora is not None and not Path(lora).is_file():

@@ -43,8 +43,7 @@ class ModelTurns(llama_cpp._internals.Turns):  # type: ignore[misc]
         return CacheClosedError(f"the model {self.name} was closed")
 
     def refuse(self) -> None:
-        """Raises unless the model can be used in this process, and its workers are there."""
-        self.refuse_lost()
+        """Raises unless the model can be used in this process."""
         if self.workers is not None and os.getpid() != self._loaded_by:
             raise ComputationError(
                 f"the model {self.name} was loaded by process {self._loaded_by}, of which this one is a fork: its "
@@ -65,6 +64,7 @@ class ModelTurns(llama_cpp._internals.Turns):  # type: ignore[misc]
             what: who asks, for messages.
             changes: whether it changes the cache, so that an answer that is not complete cannot go on.
         """
+        self.refuse_lost()
         with self._own_errors(), super().taken(what, changes):
             try:
                 yield
@@ -72,6 +72,12 @@ class ModelTurns(llama_cpp._internals.Turns):  # type: ignore[misc]
                 if self.workers is not None and not self.closed:
                     llama_cpp.llama_synchronize(self.context)
                 self.refuse_lost()
+
+    @contextlib.contextmanager
+    def looking(self, what: str) -> Iterator[None]:
+        """For what looks at the context and asks nothing of the workers, which may be lost."""
+        with self._own_errors(), super().taken(what):
+            yield
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
