@@ -100,6 +100,19 @@ def test_a_library_path_of_somebody_else_is_an_error(python: Python, tmp_path: P
     assert done.stdout.strip() == "fine", done.stderr
 
 
+SPINS = "import os, tqgguf; tqgguf.Llama; print(os.environ.get('GOMP_SPINCOUNT'))"
+
+
+def test_threads_that_wait_do_not_spin_for_long_unless_somebody_says_so(python: Python) -> None:
+    clean = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
+    del_both = "import os; os.environ.pop('OMP_WAIT_POLICY'); os.environ.pop('GOMP_SPINCOUNT'); "
+    assert python("-c", del_both + SPINS, env=clean).stdout == "1000\n"
+    assert python("-c", SPINS, env={"GOMP_SPINCOUNT": "7"}).stdout == "7\n"
+    only_policy = "import os; os.environ.pop('GOMP_SPINCOUNT'); "
+    env = {**clean, "OMP_WAIT_POLICY": "active"}
+    assert python("-c", only_policy + SPINS, env=env).stdout == "None\n"
+
+
 def test_importing_loads_nothing_heavy(python: Python) -> None:
     done = python(
         "-c", "import sys, tqgguf; print([m for m in ('numpy', 'cffi', 'llama_cpp', 'rich') if m in sys.modules])"

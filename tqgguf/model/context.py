@@ -48,7 +48,6 @@ def captured_log(quiet: bool = False) -> Iterator[LoadLog]:
     llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user_data))
     # Of a quiet model the bindings print errors alone, and those are in what is raised.
     own, given = (ctypes.cast(each, ctypes.c_void_p).value for each in (_bindings_log.llama_log_callback, before))
-    quiet = quiet or (own == given and _bindings_log.logger.level >= logging.ERROR)
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     @called_by_c
@@ -57,7 +56,8 @@ def captured_log(quiet: bool = False) -> Iterator[LoadLog]:
             lines[-1] = (lines[-1][0], lines[-1][1] + text.decode("utf-8", "replace"))
         else:
             lines.append((level, text.decode("utf-8", "replace")))
-        if before and not quiet:
+        silent = own == given and _bindings_log.logger.level >= logging.ERROR
+        if before and not quiet and not silent:
             before(level, text, user_data)
 
     llama_cpp.llama_log_set(callback, None)
