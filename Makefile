@@ -151,6 +151,7 @@ soak: build/installed ## MINUTES=30 of mixed requests, 1,000 requests at once, 1
 	$(BIN)/python benchmarks/endurance/soak.py --minutes $(MINUTES)
 	$(BIN)/python benchmarks/endurance/serve_load.py
 	$(BIN)/python benchmarks/endurance/session_kill.py --kills 1000
+	$(BIN)/python benchmarks/endurance/surface.py --calls 20000
 
 real: build/installed ## two real models: quality, answers and speed of each type, and the tables of the pages
 	$(BIN)/python benchmarks/real_models.py

@@ -1,4 +1,4 @@
-"""Makes `import llama_cpp` work where only tqgguf is installed: tqgguf brings the stock bindings along.
+"""Makes `import llama_cpp` work where only tqgguf is installed: tqgguf brings its copy of the bindings along.
 
 This is a module, not a package, so a real llama-cpp-python beside it wins; tqgguf then says what it thinks of that.
 """

@@ -30,6 +30,7 @@ from .errors import ArgumentError as ArgumentError
 from .errors import CacheClosedError as CacheClosedError
 from .errors import CacheTypeError as CacheTypeError
 from .errors import CalibrationError as CalibrationError
+from .errors import ComputationError as ComputationError
 from .errors import LibraryError as LibraryError
 from .errors import ModelFileError as ModelFileError
 from .errors import ModelNotFoundError as ModelNotFoundError

@@ -1,11 +1,10 @@
-"""What several folders need: counts and lists of numbers, the machine's ports and memory, files written whole."""
+"""What several folders need: counts and lists of numbers, the machine's ports, files written whole."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -63,16 +62,6 @@ def listen(host: str, port: int, family: int = 0) -> socket.socket:
         said = f"cannot listen on {host}:{port}: {error.strerror or error}; choose another {advice}"
         raise ArgumentError(said) from None
     return bound
-
-
-def machine_memory() -> int | None:
-    """Bytes of main memory and swap space of the machine; None where the system does not say, as Linux does."""
-    try:
-        text = Path("/proc/meminfo").read_text("ascii")
-    except OSError:
-        return None
-    found = dict(re.findall(r"^(MemTotal|SwapTotal): +(\d+) kB$", text, re.MULTILINE))
-    return 1024 * sum(map(int, found.values())) if "MemTotal" in found else None
 
 
 def warn(message: str) -> None:

@@ -19,6 +19,10 @@ class UnsupportedError(TqggufError, RuntimeError):
     """Right in itself, but not on this machine or in this build."""
 
 
+class ComputationError(TqggufError, RuntimeError):
+    """llama.cpp could not compute what it was asked for, or this process cannot; the message says why."""
+
+
 class LibraryError(TqggufError, ImportError):
     """A native library is missing, of another version, or not the one that belongs to this package."""
 

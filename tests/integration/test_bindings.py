@@ -75,10 +75,14 @@ def test_tqgguf_first_wins_over_installed_stock_bindings(python: Python, tmp_pat
     assert str(tmp_path) not in done.stdout
 
 
-def test_stock_bindings_on_our_libraries_are_fine(python: Python, tmp_path: Path) -> None:
+def test_stock_bindings_on_our_libraries_load_no_model(python: Python, tmp_path: Path) -> None:
     path = fake_stock(tmp_path / "site", _native.library_path("llama"))
-    done = python("-c", "import llama_cpp, tqgguf; print('fine')", env={"PYTHONPATH": path})
+    code = "import llama_cpp, numpy, tqgguf; tqgguf.quantize(numpy.ones(32, 'f4'), 'pqo3'); print('fine')"
+    done = python("-c", code, env={"PYTHONPATH": path})
     assert done.stdout.strip() == "fine", done.stderr
+    done = python("-c", "import llama_cpp, tqgguf; tqgguf.Llama", env={"PYTHONPATH": path})
+    said = done.stderr.splitlines()[-1]
+    assert "LibraryError" in said and str(tmp_path / "site") in said and "lacks what tqgguf mends" in said
 
 
 def test_a_library_path_of_somebody_else_is_an_error(python: Python, tmp_path: Path) -> None:
@@ -94,6 +98,19 @@ def test_a_library_path_of_somebody_else_is_an_error(python: Python, tmp_path: P
     assert "LLAMA_CPP_LIB_PATH" in done.stderr and str(tmp_path) in done.stderr and "unset" in done.stderr
     done = python("-c", "import tqgguf; print('fine')", env={"LLAMA_CPP_LIB_PATH": str(_native.LIB_DIR)})
     assert done.stdout.strip() == "fine", done.stderr
+
+
+SPINS = "import os, tqgguf; tqgguf.Llama; print(os.environ.get('GOMP_SPINCOUNT'))"
+
+
+def test_threads_that_wait_do_not_spin_for_long_unless_somebody_says_so(python: Python) -> None:
+    clean = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
+    del_both = "import os; os.environ.pop('OMP_WAIT_POLICY'); os.environ.pop('GOMP_SPINCOUNT'); "
+    assert python("-c", del_both + SPINS, env=clean).stdout == "1000\n"
+    assert python("-c", SPINS, env={"GOMP_SPINCOUNT": "7"}).stdout == "7\n"
+    only_policy = "import os; os.environ.pop('GOMP_SPINCOUNT'); "
+    env = {**clean, "OMP_WAIT_POLICY": "active"}
+    assert python("-c", only_policy + SPINS, env=env).stdout == "None\n"
 
 
 def test_importing_loads_nothing_heavy(python: Python) -> None:

@@ -259,13 +259,13 @@ print(tqgguf.fit(demo.MODEL_PATH, memory=2**30).rows)
 
 
 def test_more_than_the_machine_has_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tqgguf import _util
+    from tqgguf import _machine
     from tqgguf.model import options as model
 
-    assert 2**28 < _util.machine_memory() < 2**50
+    assert 2**28 < _machine.machine_memory() < 2**50
     cells = resolve("pqo3", 4).bytes(tqgguf.read_model_info(demo.MODEL_PATH), 512, 0)
     monkeypatch.setattr(model, "machine_memory", lambda: cells - 1)
-    said = f"cache of 512 tokens of demo.gguf takes {cells:,} bytes, this machine has {cells - 1:,}: take a shorter"
+    said = f"cache of 512 tokens of demo.gguf takes {cells:,} bytes, this process may use {cells - 1:,}: take a shorter"
     with pytest.raises(tqgguf.OutOfMemoryError, match=said):
         load(demo.MODEL_PATH, cache="pqo3")
     monkeypatch.setattr(model, "machine_memory", lambda: cells)
@@ -396,9 +396,8 @@ def test_states_of_other_contexts() -> None:
     for source, prompt in ((pqo4, other), (pqo4, text)):
         source.reset()
         source.eval(source.tokenize(prompt.encode()))
-        with pytest.raises(StateFileError, match="another model or cache type"):
+        with pytest.raises(StateFileError, match=r"another cache type of K.*the model is as it was"):
             model.load_state(source.save_state())
-        assert model.n_tokens == 0
         assert (answer(model, text), answer(model, other)) == expected
     short.eval(short.tokenize(text.encode()))
     model.load_state(short.save_state())

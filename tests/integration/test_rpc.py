@@ -39,12 +39,12 @@ class Plain(tqgguf.Llama):
 
     @property
     def model_params(self) -> Any:
-        return tqgguf.Llama.model_params.fget(self)
+        return self._params
 
     @model_params.setter
     def model_params(self, params: Any) -> None:
         params.use_extra_bufts = False
-        tqgguf.Llama.model_params.fset(self, params)
+        self._params = params
 
 
 @contextlib.contextmanager

@@ -504,3 +504,64 @@ def test_progress_and_ending_a_load() -> None:
 
     with pytest.raises(TimeoutError, match="too slow"):
         load(progress=impatient)
+
+
+def test_other_weights_behind_the_same_header(model: Any, saved: Path, tmp_path: Path) -> None:
+    """As of a merged fine-tune: same header, same first MiB, same size."""
+    data = bytearray(demo.MODEL_PATH.read_bytes())
+    data[-5000] ^= 4
+    path = tmp_path / "tuned.gguf"
+    path.write_bytes(data)
+    tuned = load(path=path)
+    assert tqgguf.cache.policy.model_hash(path) == tqgguf.cache.policy.model_hash(demo.MODEL_PATH)
+    tuned.eval([5, 6, 7])
+    for call, kind in ((lambda: tuned.load_session(saved), SessionError), (load_state_of(model, tuned), STATE_ERROR)):
+        with pytest.raises(kind, match="another model"):
+            call()
+        assert tuned.n_tokens == 3
+    tuned.close()
+
+
+STATE_ERROR = tqgguf.StateFileError
+
+
+def load_state_of(source: Any, target: Any) -> Callable[[], None]:
+    return lambda: target.load_state(source.save_state())
+
+
+def test_an_old_session_without_these_settings_is_taken(model: Any, saved: Path) -> None:
+    settings = dict(read_session(saved).settings)
+    for name in ("model_identity", "rotated"):
+        del settings[name]
+    saved.write_bytes(resealed(saved.read_bytes(), settings=settings))
+    assert model.load_session(saved).n_tokens == 100
+
+
+ROTATED = """
+import sys, tqgguf
+from tqgguf.demo import model as demo
+model = tqgguf.Llama(demo.MODEL_PATH, cache="q8_0", n_ctx=512, n_threads=1, verbose=False)
+if sys.argv[1] == "save":
+    model.eval(list(range(5, 105)))
+    print(model.save_session(sys.argv[2]).settings["rotated"])
+else:
+    try:
+        model.load_session(sys.argv[2])
+        print("taken")
+    except tqgguf.SessionError as error:
+        print(error)
+"""
+
+
+def test_a_rotated_session_is_not_read_unrotated(tmp_path: Path) -> None:
+    path = str(tmp_path / "rotated.session")
+
+    def run(what: str, forbidden: str) -> str:
+        env = {**os.environ, "LLAMA_ATTN_ROT_DISABLE": forbidden}
+        done = subprocess.run([sys.executable, "-c", ROTATED, what, path], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "'K': '0-3'" in run("save", "0")
+    assert run("load", "0") == "taken\n"
+    assert "was saved with rotated=" in run("load", "1")

@@ -175,6 +175,15 @@ def test_missing_and_wrong_keys(tmp_path: Path, keys: dict[str, Any], said: str)
         gguf_info.read_model_info(header(tmp_path / "m.gguf", keys=keys))
 
 
+def test_a_later_part_of_a_split_model_names_the_first(tmp_path: Path) -> None:
+    keys = {"split.no": 1, "split.count": 3}
+    path = header(tmp_path / "m-00002-of-00003.gguf", keys={"block_count": None}, **keys)
+    with pytest.raises(ModelFileError, match=r"part 2 of 3 of a model: give its first part, m-00001-of-00003\.gguf"):
+        gguf_info.read_model_info(path)
+    first = header(tmp_path / "m-00001-of-00003.gguf", **{**keys, "split.no": 0})
+    assert gguf_info.read_model_info(first).n_layer == 6
+
+
 def test_files_for_other_purposes(tmp_path: Path) -> None:
     path = header(tmp_path / "m.gguf", "clip")
     with pytest.raises(ModelFileError, match="not a language model"):

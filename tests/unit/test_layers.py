@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tqgguf"
 ORDER = (
-    *("errors", "_util", "config", "reference"),
+    *("errors", "_machine", "_util", "config", "reference"),
     *("gguf", "cache", "_native", "pqo", "session", "model", "demo", "diagnostics", "serve", "cli", "__main__"),
 )
 """Each imports only from itself and from what stands before it; `tqgguf` itself imports `_native` alone."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from .._machine import machine_memory
 from .._native import import_llama_cpp
-from .._util import machine_memory
 from ..cache.policy import CachePolicy, refuse_impossible
 from ..errors import OutOfMemoryError
 from ..gguf.info import ModelInfo, read_model_info

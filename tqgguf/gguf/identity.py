@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+from .._machine import processors
 from .._util import replacing
 from ..errors import ModelNotFoundError
 
@@ -52,7 +53,7 @@ def model_identity(path: str | Path) -> str:
             kept = json.loads(note.read_text("ascii"))
             if kept.get("files") == state and re.fullmatch("[0-9a-f]{64}", kept.get("identity")):
                 return str(kept["identity"])
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(max_workers=min(8, processors())) as pool:
             digests = b"".join(digest for file in files for digest in _digests(file, pool))
     except OSError as error:
         raise ModelNotFoundError(f"cannot read the model {error.filename or path}: {error.strerror}") from error

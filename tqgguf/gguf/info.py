@@ -6,6 +6,7 @@ The rules (defaults of keys, sliding windows, layers without K and V) are those 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -207,6 +208,10 @@ class _Keys:
     def __init__(self, header: GgufHeader) -> None:
         self.header = header
         self.metadata = header.metadata
+        number, count = (self.metadata.get(f"split.{key}", 0) for key in ("no", "count"))
+        if isinstance(number, int) and isinstance(count, int) and number > 0:
+            first = re.sub(r"-\d{5}-of-", "-00001-of-", header.path.name)
+            raise self.error(f"it is part {number + 1} of {count} of a model: give its first part, {first}")
         arch = self.metadata.get("general.architecture")
         if not isinstance(arch, str) or not arch:
             raise self.error("key general.architecture is missing: this is no language model")

@@ -14,7 +14,6 @@ it.
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from .._machine import processors
 from .._native import import_llama_cpp
 from .._util import check_count, tell, warn
 from ..cache.calibration import Calibration, default_choice, read_calibration, stored_calibration
@@ -105,7 +105,7 @@ def calibrate(
     if not isinstance(words, str):
         raise ArgumentError(f"text is of type {type(words).__name__}, must be a str")
     if n_threads is None:
-        n_threads = os.cpu_count() or 1
+        n_threads = processors()
     inputs, used = _reading(info, words, n_tokens, n_threads, progress)
     # Not while the model waits: the threads of NumPy's matrix products and those of ggml would wait for each other.
     with ThreadPoolExecutor(n_threads) as pool:

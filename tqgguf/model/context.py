@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
+import logging
 import os
 import re
 import threading
@@ -22,8 +24,11 @@ from ..cache.tensors import CacheShape, CacheTensor, check_tensors
 from ..errors import OutOfMemoryError, TqggufError
 from ..gguf.info import ModelInfo
 from .control import called_by_c
+from .turns import threads_left
 
 llama_cpp: Any = import_llama_cpp()
+
+_bindings_log: Any = importlib.import_module("llama_cpp._logger")
 
 LoadLog = list[tuple[int, str]]
 """llama.cpp's log as (level, text)."""
@@ -41,6 +46,8 @@ def captured_log(quiet: bool = False) -> Iterator[LoadLog]:
     lines: LoadLog = []
     before, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user_data))
+    # Of a quiet model the bindings print errors alone, and those are in what is raised.
+    own, given = (ctypes.cast(each, ctypes.c_void_p).value for each in (_bindings_log.llama_log_callback, before))
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     @called_by_c
@@ -49,7 +56,8 @@ def captured_log(quiet: bool = False) -> Iterator[LoadLog]:
             lines[-1] = (lines[-1][0], lines[-1][1] + text.decode("utf-8", "replace"))
         else:
             lines.append((level, text.decode("utf-8", "replace")))
-        if before and not quiet:
+        silent = own == given and _bindings_log.logger.level >= logging.ERROR
+        if before and not quiet and not silent:
             before(level, text, user_data)
 
     llama_cpp.llama_log_set(callback, None)
@@ -160,6 +168,7 @@ def make_context(
         TqggufError: llama.cpp could not make the context; the message carries its own errors.
     """
     params.type_k, params.type_v = (kind.number for kind in base_types(policy, info))
+    params.n_threads, params.n_threads_batch = map(threads_left, (params.n_threads, params.n_threads_batch))
     if needs_flash(policy, tail):
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     with making(policy, tail, rotate=rotate, quiet=planned) as made:

@@ -14,7 +14,7 @@ from ..cache.policy import CachePolicy, PolicySpec, needs_tqgguf, refuse_idle_ta
 from ..cache.tail import check_tail
 from ..errors import SessionError
 from ..gguf.info import ModelInfo
-from ..session.file import Owner, Session, calibration_digest, check_target, load, put, save
+from ..session.file import Owner, Session, belongs_to, check_target, load, put, save
 from .context import make_context
 from .control import Control, Progress
 from .options import cache_settings, checked_request
@@ -76,6 +76,8 @@ class Llama(GuardedLlama):
         TqggufError: llama.cpp could not load the model; the message carries its own errors.
     """
 
+    _owned: dict[str, Any] | None = None
+
     def __init__(
         self,
         model_path: str | Path,
@@ -88,7 +90,7 @@ class Llama(GuardedLlama):
         progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
+        self.n_tokens_read = 0
         self._arguments = (model_path, cache, tail, flash_attn, rpc, calibration, kwargs)
         self._control = Control(progress)
         self._load()
@@ -98,7 +100,7 @@ class Llama(GuardedLlama):
         tell = self._control.progress
         title = "calibrating"
         request = checked_request(*self._arguments, (lambda done, total: tell(title, done, total)) if tell else None)
-        self._control.failure = None
+        self._control.failure, self._owned = None, None
         workers = Workers(request.workers, request.types_on_workers) if request.workers else None
         self._open(request, workers, verbose=request.options.get("verbose", True))
 
@@ -176,14 +178,16 @@ class Llama(GuardedLlama):
         Raises:
             CacheClosedError: the model was closed.
         """
-        self._refuse_closed()
-        memory = llama_cpp.llama_get_memory(self.ctx)
+        with self._turns.looking("cache_info"):
+            memory = llama_cpp.llama_get_memory(self.ctx)
+            used = int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
+            n_ctx = self.n_ctx()
         policy = self._request.policy
         return cache_info(
             self._tensors,
             (policy.types_k, policy.types_v),
-            n_ctx=self.n_ctx(),
-            used=int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0,
+            n_ctx=n_ctx,
+            used=used,
             exact=self._request.info.exact,
             place=self._workers.place if self._workers else str,
         )
@@ -206,9 +210,8 @@ class Llama(GuardedLlama):
             OutOfMemoryError: no memory for the copy.
             CacheClosedError: the model was closed.
         """
-        self._refuse_closed()
-        check_target(path)
-        with self.watched():
+        with self._turns.taken("save_session"):
+            check_target(path)
             tokens = self.input_ids[: self.n_tokens]
             return save(path, self.ctx, tokens, self._session_owner(), extra or {})
 
@@ -231,7 +234,7 @@ class Llama(GuardedLlama):
             OutOfMemoryError: no memory to read it into.
             CacheClosedError: the model was closed.
         """
-        with self.watched():
+        with self._turns.taken("load_session", changes=True):
             session, tokens, state = load(path, self._session_owner(), len(self.input_ids), self.n_vocab())
             self.reset()
             if not put(self.ctx, state, session):
@@ -241,11 +244,13 @@ class Llama(GuardedLlama):
             self.n_tokens = session.n_tokens
             return session
 
-    def _calibration_digest(self) -> str:
-        return calibration_digest(self._request.policy, self._request.info)
+    def _state_owner(self) -> dict[str, Any]:
+        if self._owned is None:  # it reads the model's file, and is asked for after each answer
+            self._owned = belongs_to(self._session_owner())
+        return self._owned
 
     def _session_owner(self) -> Owner:
-        return Owner(self._request.info, self._request.policy, cache_settings(self))
+        return Owner(self._request.info, self._request.policy, cache_settings(self, self._tensors))
 
     # ---- Computing ----
 
@@ -294,6 +299,7 @@ class Llama(GuardedLlama):
         try:
             self._load()
         except BaseException:
-            self._closed, self._workers = True, workers  # what was lost still is
+            self.close()
+            self._workers = workers  # what was lost still is
             raise
         self.set_cache(prefixes)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from .._machine import machine_memory, processors
 from .._native import import_llama_cpp
-from .._util import machine_memory
+from .._util import ranges
 from ..cache.calibration import Calibration
 from ..cache.policy import (
     CachePolicy,
@@ -25,14 +26,16 @@ from ..cache.policy import (
     resolve,
 )
 from ..cache.tail import check_tail, warn_unread
+from ..cache.tensors import CacheTensor
 from ..config import parse_cache
 from ..errors import ArgumentError, ModelNotFoundError, OutOfMemoryError
+from ..gguf.identity import model_identity
 from ..gguf.info import ModelInfo, read_model_info
 from .calibrate import calibrated_policy
 from .workers import check_split
 
 _STOCK_OPTIONS: Final = frozenset(inspect.signature(import_llama_cpp().Llama.__init__).parameters) - {
-    *("self", "model_path", "kwargs")
+    *("self", "model_path", "kwargs", "model_options")
 }
 _LIMITS: Final = {
     "n_ctx": (0, 2**31 - 1),
@@ -41,8 +44,11 @@ _LIMITS: Final = {
     "n_threads": (1, 512),
     "n_threads_batch": (1, 512),
     "seed": (0, 2**32 - 1),
+    "last_n_tokens_size": (-1, 2**31 - 1),
 }
 """Beyond these llama.cpp ends the process, or takes the number modulo 2^32."""
+
+_MAY_BE_NONE: Final = ("n_threads", "n_threads_batch", "seed")
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,10 @@ def checked_request(
     if rpc is not None:
         check_split(rpc, info, kwargs)
         workers = () if kwargs.get("vocab_only") else tuple(rpc)
+    if kwargs.get("n_threads") is None:
+        kwargs["n_threads"] = min(max(processors() // 2, 1), 512)
+    if kwargs.get("n_threads_batch") is None:
+        kwargs["n_threads_batch"] = min(processors(), 512)
     k, v = base_types(policy, info)
     kwargs |= {"type_k": k.number, "type_v": v.number, "flash_attn": with_flash if flash_attn is None else flash_attn}
     here = kwargs.get("offload_kqv") is False  # then no worker sees a cache
@@ -132,10 +142,20 @@ def _check_options(options: dict[str, Any]) -> None:
         if name not in _STOCK_OPTIONS:
             near = difflib.get_close_matches(name, [*sorted(_STOCK_OPTIONS), "cache"], n=1)
             raise ArgumentError(f"Llama has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if name in _LIMITS and value is not None:
+        if name in _LIMITS and not (value is None and name in _MAY_BE_NONE):
             low, high = _LIMITS[name]
             if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
                 raise ArgumentError(f"{name} is {value!r}, must be an integer between {low} and {high}")
+    overrides = options.get("kv_overrides")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise ArgumentError(f"kv_overrides is {overrides!r:.80}, must be a dict of keys of the model's header")
+    for key, value in (overrides or {}).items():
+        kinds = isinstance(key, str) and isinstance(value, (bool, int, float, str))
+        if not kinds or "\0" in key or not 0 < len(key.encode(errors="replace")) < 128:
+            raise ArgumentError(
+                f"kv_overrides has {key!r:.80}: {value!r:.80}, must be a key of the model's header, of at most 127 "
+                f"bytes, and a bool, an int, a float or a str"
+            )
     lora = options.get("lora_path")
     if lora is not None and not Path(lora).is_file():
         raise ModelNotFoundError(f"lora_path {lora} does not exist or is no file")
@@ -150,13 +170,20 @@ def _refuse_too_long(info: ModelInfo, policy: CachePolicy, options: Mapping[str,
     need = policy.bytes(info, n_ctx, 0, swa_full=options.get("swa_full") is not False)
     if need > have:
         raise OutOfMemoryError(
-            f"the KV cache of {n_ctx:,} tokens of {info.path.name} takes {need:,} bytes, this machine has {have:,}: "
-            f"take a shorter context (`tqgguf fit` says how long it can be)"
+            f"the KV cache of {n_ctx:,} tokens of {info.path.name} takes {need:,} bytes, this process may use "
+            f"{have:,}: take a shorter context (`tqgguf fit` says how long it can be)"
         )
 
 
-def cache_settings(model: Any) -> dict[str, Any]:
-    """The options of a loaded model's context that change what its cache holds, for the sessions it saves."""
+def cache_settings(model: Any, tensors: Sequence[CacheTensor]) -> dict[str, Any]:
+    """What else than its types decides what a loaded model's cache holds, for the sessions and states it saves.
+
+    docs/reliability.md says what is compared.
+
+    Args:
+        model: a loaded `Llama`.
+        tensors: of its cache.
+    """
     params = model.context_params
     names = ["rope_scaling_type", "rope_freq_base", "rope_freq_scale", "flash_attn_type", "yarn_orig_ctx"]
     names += ["yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"]
@@ -165,7 +192,14 @@ def cache_settings(model: Any) -> dict[str, Any]:
     first = model.metadata.get(f"{model.model_info.architecture}.rope.scaling.original_context_length")
     settings["long_rope"] = first is not None and model.n_ctx() > int(first)
     settings["kv_overrides"] = {key: str(value) for key, value in (model.kv_overrides or {}).items()}
+    settings["model_identity"] = model_identity(model.model_info.path)
+    rotated: dict[str, list[int]] = {}
+    for tensor in sorted(tensors, key=lambda tensor: tensor.layer):
+        if tensor.rotated:
+            rotated.setdefault(tensor.side, []).append(tensor.layer)
+    settings["rotated"] = {side: ranges(sorted(set(layers))) for side, layers in sorted(rotated.items())}
     if model.lora_path:
         lora = Path(model.lora_path)
         settings["lora"] = [lora.name, lora.stat().st_size, model.lora_scale]
+        settings["lora_identity"] = model_identity(lora)
     return settings

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from .._machine import machine_memory
 from .._native.programs import end_with_parent, program
-from .._util import machine_memory
 from ..cache.tail import kept
 from ..config import cache_type
 from ..diagnostics.plan import Setup, planned_model

@@ -47,6 +47,9 @@ SESSION_VERSION: Final = 2
 CODEC: Final = 2
 """Of what the bytes of a block mean, and those of a calibrated key; another one is refused."""
 
+LATER: Final = ("model_identity", "rotated", "lora_identity")
+"""Settings that sessions saved before they were compared do not have; they are not compared with those."""
+
 _MAGIC: Final = b"tqgguf\x00S"
 _HEAD: Final = struct.Struct("<8sII32s")
 _LARGEST_HEADER: Final = 1 << 24
@@ -230,7 +233,7 @@ def calibration_digest(policy: CachePolicy, info: ModelInfo) -> str:
     return digest.hexdigest()
 
 
-def _identity(owner: Owner) -> dict[str, Any]:
+def belongs_to(owner: Owner) -> dict[str, Any]:
     """What must be the same when a session is loaded, by the names of `Session`."""
     policy, info = owner.policy, owner.info
     layers = [layer.index for layer in info.layers] or range(policy.n_layer)
@@ -251,7 +254,7 @@ def _identity(owner: Owner) -> dict[str, Any]:
 def _refuse_other(session: Session, owner: Owner, n_ctx: int, path: Path) -> None:
     """Raises SessionError, naming both sides, unless a session belongs to its owner and fits into n_ctx tokens."""
     _refuse_other_model(session, owner.info, path)
-    mine = _identity(owner)
+    mine = belongs_to(owner)
     for side, theirs, ours in (("K", session.types_k, mine["types_k"]), ("V", session.types_v, mine["types_v"])):
         if theirs != ours:
             raise SessionError(
@@ -269,7 +272,11 @@ def _refuse_other(session: Session, owner: Owner, n_ctx: int, path: Path) -> Non
     ):
         if there != here:
             raise SessionError(f"{path} {what} {there!r:.200}, this installation needs {here!r}")
+    if "model_identity" in session.settings and session.settings["model_identity"] != owner.settings["model_identity"]:
+        raise SessionError(f"{path} was saved with another model, whose weights are not those of {owner.info.path}")
     for name in sorted({*session.settings, *mine["settings"]}):
+        if name in LATER and name not in session.settings:
+            continue
         then, now = session.settings.get(name), mine["settings"].get(name)
         if then != now:
             then_, now_ = f"{name}={then!r:.80}", f"{name}={now!r}"
@@ -347,7 +354,7 @@ def save(
         sha256=digest.hexdigest(),
         extra=dict(extra),
         tail=True,
-        **_identity(owner),
+        **belongs_to(owner),
     )
     try:
         header = json.dumps(asdict(session)).encode()

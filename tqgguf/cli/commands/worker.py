@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from ..._machine import processors
 from ..._util import listen
 from ...config import CACHE_TYPES
 from ...errors import ArgumentError, TqggufError
@@ -66,7 +67,7 @@ def call(args: argparse.Namespace) -> int:
     folder = _folder(args.keep_weights)
     with listen(host, args.port, socket.AF_INET) as bound:  # to know that llama.cpp can
         number = bound.getsockname()[1]
-    n_threads = args.threads or max(1, (os.cpu_count() or 2) // 2)
+    n_threads = args.threads or max(1, processors() // 2)
     major, minor, patch, version = rpc.protocol()
     for name, description, n_bytes in rpc.serving():
         cores = f", threads: {n_threads}" if name == "CPU" else ""
