@@ -100,7 +100,7 @@ RULES: Final[dict[str, Rule]] = {
         makes="talk.session",
     ),
     r"tqgguf llama-bench ": Rule(r"pqo3 .* pp64 .*\n.* tg16 "),
-    r"tqgguf llama-perplexity ": Rule(r"Final estimate: PPL = "),
+    r"tqgguf llama-perplexity ": Rule(r"calculating perplexity over 1 chunks"),
     r"tqgguf serve ": Rule(r"listening on (http://\S+)/v1 ", f"--port 0 {ONE}", serves=True),
     r"tqgguf run .*--cache-k pqo4 --cache-v pqo3": Rule(r"KV cache pqo4 \(K\) and pqo3 \(V\): .* 16/64", f"-n 8 {ONE}"),
     r"tqgguf fit .*--vram": Rule(r"\npqo4 +[\d., ]+ 2,048 .* 5 +[\d.]+ MiB"),  # 4 layers and the output on the GPU

@@ -218,8 +218,8 @@ class Llama(GuardedLlama):
     def load_session(self, path: str | Path) -> Session:
         """Takes up a saved session in the place of what the model has read.
 
-        The precise tail is not saved: restored tokens are read from their blocks alone, so that an answer may differ
-        from the one an uninterrupted conversation would have had, as rounding differs.
+        The precise tail is taken up as well, so that a conversation goes on bit for bit in an empty cache of the same
+        tail. A session of version 1 has none: its tokens are read from their blocks alone.
 
         Args:
             path: a file that `save_session` wrote.
