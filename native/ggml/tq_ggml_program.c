@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #define POLICY "tqgguf-policy"
 #define CALIBRATION "tqgguf-calibration"
@@ -66,6 +67,9 @@ __attribute__((format(printf, 1, 2))) static const char * refuse(const char * fo
     va_start(args, format);
     vsnprintf(message, sizeof(message), format, args);
     va_end(args);
+    for (char * c = message; *c; c++) {
+        *c = (unsigned char) *c < ' ' ? '?' : *c; /* names in a file could move the cursor */
+    }
     return message;
 }
 
@@ -86,6 +90,13 @@ static const char * open_file(struct vectors * file, const char * path, const ch
     if (!meta) {
         return refuse("%s cannot be read, or is no GGUF file: give a file of tqgguf tune or tqgguf calibrate", path);
     }
+    struct stat state;
+    bool whole = stat(path, &state) == 0;
+    for (int64_t i = 0; i < gguf_get_n_tensors(meta) && whole;
+         i++) { /* what a forged file announces is not allocated */
+        const size_t begin = gguf_get_data_offset(meta) + gguf_get_tensor_offset(meta, i);
+        whole = begin <= (size_t) state.st_size && gguf_get_tensor_size(meta, i) <= (size_t) state.st_size - begin;
+    }
     char key[64];
     snprintf(key, sizeof(key), "%s.version", architecture);
     const int64_t id = gguf_find_key(meta, key);
@@ -94,6 +105,9 @@ static const char * open_file(struct vectors * file, const char * path, const ch
     gguf_free(meta);
     if (!known) {
         return refuse("%s is no %s file of version %d", path, architecture, VERSION);
+    }
+    if (!whole) {
+        return refuse("%s is damaged: it is shorter than its tensors", path);
     }
     file->meta = gguf_init_from_file(path, (struct gguf_init_params) { false, &file->tensors });
     return file->meta ? NULL : refuse("%s is damaged", path);

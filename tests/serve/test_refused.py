@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 
 from tqgguf._native.programs import PROGRAMS, program
@@ -68,7 +71,7 @@ def test_a_policy_and_a_calibration_of_another_model(
 
 
 def test_a_cache_that_does_not_fit(refused: Callable[..., str]) -> None:
-    said = refused(MODEL, "--parallel", "200000", "--ctx", "2048")
+    said = refused(MODEL, "--parallel", "8", "--ctx", "200000000")
     assert "this machine has" in said and "tqgguf fit" in said
 
 
@@ -86,9 +89,9 @@ def test_a_cache_that_fits_alone_but_not_with_the_model(monkeypatch: pytest.Monk
 
 def test_options_behind_the_dashes() -> None:
     launch.refuse_contradictions(["--cache-ram", "100", "-ub", "64", "--jinja"])
-    for words in (["-c", "5"], ["--jinja", "--port=1"], ["-ub", "8", "--cache-type-k", "f16"], ["--cache-policy", "x"]):
+    for words in ("-c 5", "--ctx_size 5", "--jinja --port=1", "-ub 8 --cache-type-k f16", "--cache-policy x"):
         with pytest.raises(ArgumentError, match="behind -- contradicts tqgguf"):
-            launch.refuse_contradictions(words)
+            launch.refuse_contradictions(words.split())
     with pytest.raises(ArgumentError, match="'text' is no option"):
         launch.refuse_contradictions(["text"])
 
@@ -101,6 +104,21 @@ def test_every_option_that_it_gives_is_among_those_it_refuses(tmp_path: Path) ->
         words = launch.Service(request, 512, 2, "127.0.0.1", 1).command(tmp_path / "policy.gguf")
         given = [word for word in words[1:] if word.startswith("-") and word != "--no-kv-unified"]
         assert len(given) > 8 and not [word for word in given if not launch.OURS.fullmatch(word)][1:]
+
+
+def test_options_of_the_environment_do_not_reach_the_server(serve: Callable[..., Any]) -> None:
+    os.environ["LLAMA_ARG_CTX_SIZE"] = os.environ["LLAMA_ARG_API_PREFIX"] = "/17"
+    try:
+        server = serve(MODEL, "--threads", "1", "--ctx", "256")
+    finally:
+        del os.environ["LLAMA_ARG_CTX_SIZE"], os.environ["LLAMA_ARG_API_PREFIX"]
+    assert server.cache()["n_tokens"] == 1024
+    server.end()
+
+
+def test_a_draft_of_another_vocabulary(refused: Callable[..., str], random_model: Callable[..., Path]) -> None:
+    said = refused(MODEL, "--draft", str(random_model(n_word=64)))
+    assert "has another vocabulary than the model" in said and "tokens" in said
 
 
 def test_a_package_without_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -124,6 +142,23 @@ def status_of(server: Any, body: Any, path: str = "/v1/chat/completions") -> int
     return status
 
 
+def chain(n: int) -> str:
+    """A grammar of rules of which each begins with the next."""
+    return "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(n)) + f'r{n} ::= "a"\n'
+
+
+def nested(n: int) -> str:
+    """A request with a schema of lists of lists, as text: Python's own writer does not go so deep."""
+    schema = '{"type": "array", "items": ' * n + "{}" + "}" * n
+    return f'{{"messages": [{{"role": "user", "content": "x"}}], "json_schema": {schema}}}'
+
+
+def referred(n: int) -> dict[str, Any]:
+    """A schema whose definitions refer to one another."""
+    definitions: dict[str, Any] = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(n)}
+    return {"$ref": "#/$defs/d0", "$defs": {**definitions, f"d{n}": {"type": "string"}}}
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -135,7 +170,12 @@ def status_of(server: Any, body: Any, path: str = "/v1/chat/completions") -> int
         {"messages": [{"role": "user", "content": "word " * 3000}]},
         {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "no such type"}},
         {"messages": [{"role": "user", "content": "x"}], "grammar": "root ::= ("},
+        {"messages": [{"role": "user", "content": "x"}], "grammar": f'root ::= {"(" * 10**5}"a"{")" * 10**5}'},
+        {"messages": [{"role": "user", "content": "x"}], "grammar": chain(10**5)},
+        nested(20000),
+        {"messages": [{"role": "user", "content": "x"}], "json_schema": referred(20000)},
     ],
+    ids=range(12),
 )
 def test_bad_bodies_get_a_status_and_the_server_lives(server: Any, body: Any) -> None:
     assert 400 <= status_of(server, body) < 600
@@ -200,6 +240,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "short.gguf").write_bytes(data[: len(data) // 2])
     shutil.copy(MODEL, folder / "model.gguf")
     (folder / "text.gguf").write_text("no GGUF")
+    huge = gguf.GGUFWriter(folder / "huge.gguf", "tqgguf-policy")
+    huge.add_uint32("tqgguf-policy.version", 1)
+    huge.add_tensor_info("blk.0.k_mean", [2**40], np.dtype(np.float32), 2**42)
+    huge.write_header_to_file()
+    huge.write_kv_data_to_file()
+    huge.write_ti_data_to_file()
+    huge.close()
     return folder
 
 
@@ -218,6 +265,7 @@ def test_programs_take_policies_calibrations_and_tails(files: Path) -> None:
         (("--cache-policy", "calibration.gguf"), "is no tqgguf-policy file of version 1"),
         (("--cache-calibration", "model.gguf"), "is no tqgguf-calibration file of version 1"),
         (("--cache-calibration", "short.gguf"), "short.gguf"),
+        (("--cache-policy", "huge.gguf"), "huge.gguf is damaged: it is shorter than its tensors"),
         (("--cache-policy", "both.gguf", "--cache-calibration", "calibration.gguf"), "has means or gains of its own"),
     ],
 )

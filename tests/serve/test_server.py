@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures import write_architecture
 from patience import SOON
 
 import tqgguf
-from tqgguf.cache.policy import resolve
+from tqgguf.cache.policy import policy_from_ranges, resolve
 from tqgguf.demo import model as demo
 
 pytestmark = pytest.mark.model
@@ -51,6 +52,17 @@ def test_what_it_says_of_its_cache(server: Any) -> None:
     assert "KV cache pqo3, newest 128 tokens in f16: 2.8 MiB for 4 x 1,024 tokens" in server.said
     metrics = dict(line.split() for line in server.get("/metrics").splitlines() if not line.startswith("#"))
     assert float(metrics["llamacpp:kv_cache_tokens"]) == 4096 and float(metrics["llamacpp:kv_cache_tail"]) == 128
+
+
+def test_layers_with_a_window_and_a_policy(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """Layers with a window are in a cache of their own, which is listed behind the other one."""
+    path = write_architecture(tmp_path / "window.gguf", "gemma3")
+    info = tqgguf.read_model_info(path)
+    policy_from_ranges({"default": "pqo3", "layers": {"0": "q8_0"}}, info.n_layer).write(tmp_path / "policy.gguf")
+    server = serve(str(path), "--threads", "1", "--ctx", "64", "--cache", str(tmp_path / "policy.gguf"))
+    assert set(server.cache()["type_k"].split("+")) == {"q8_0", "pqo3"}
+    assert "the model has no chat template" in server.said
+    server.end()
 
 
 def test_tokens_in_the_cache_are_counted(server: Any) -> None:

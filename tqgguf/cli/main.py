@@ -35,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if argv is None else argv)
         if words and words[0] in PROGRAMS:
             return run_program(words[0], words[1:])
-        rest = words[words.index("--") + 1 :] if words[:1] == ["serve"] and "--" in words else []
-        args = _parser().parse_args(words[: -len(rest) - 1] if rest else words)
+        rest: list[str] = []
+        if words[:1] == ["serve"] and "--" in words:
+            words, rest = words[: words.index("--")], words[words.index("--") + 1 :]
+        args = _parser().parse_args(words)
         if rest:
             args.rest = rest
         with warnings.catch_warnings():

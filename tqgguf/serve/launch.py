@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ OURS: Final = re.compile(
     r"-(m|mu|hf|hfr|dr|c|np|kvu|no-kvu|ctk|ctv|fa|t|tb|a|md|fit)"
     r"|--(model|model-url|hf-repo|docker-repo|ctx-size|parallel|kv-unified|no-kv-unified|flash-attn|fit|threads"
     r"|threads-batch|host|port|alias|api-key|api-key-file|cors-origins|rpc|model-draft|spec-draft-model|path"
-    r"|slot-save-path|metrics|cache-(type-k|type-v|policy|calibration|tail))"
+    r"|slot-save-path|metrics|api-prefix|ssl-key-file|ssl-cert-file|cache-(type-k|type-v|policy|calibration|tail))"
 )
 """Options of llama-server that `tqgguf serve` gives it, or has options for."""
 
@@ -83,11 +84,10 @@ class Service:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
-    def types(self) -> tuple[str, str]:
-        """Types of K and of V as /props must have them: in the order of the layers, "+" between."""
+    def types(self) -> tuple[frozenset[str], ...]:
+        """Types of K and of V in all layers together: what /props must have."""
         layers = [self.request.policy.types(layer.index) for layer in self.request.info.layers]
-        k, v = (dict.fromkeys(types[side].name for types in layers) for side in (0, 1))
-        return "+".join(k), "+".join(v)
+        return tuple(frozenset(types[side].name for types in layers) for side in (0, 1))
 
     def command(self, policy_file: Path) -> list[str]:
         """The command line of llama-server.
@@ -123,7 +123,7 @@ def refuse_contradictions(rest: Sequence[str]) -> None:
     if rest and not rest[0].startswith("-"):
         raise ArgumentError(f"{rest[0]!r} is no option: what follows -- goes to llama-server as it is")
     for word in rest:
-        if OURS.fullmatch(word.partition("=")[0]):
+        if OURS.fullmatch(word.partition("=")[0].replace("_", "-")):
             raise ArgumentError(f"{word} behind -- contradicts tqgguf: `tqgguf serve --help` has what goes before it")
 
 
@@ -133,7 +133,7 @@ def refuse_too_large(service: Service) -> None:
     Nothing is counted that lies on other machines, or in video memory.
     """
     have, request = machine_memory(), service.request
-    if have is None or request.workers or "-ngl" in service.options:
+    if have is None or request.workers or {"-ngl", "--gpu-layers", "--n-gpu-layers"} & set(service.options):
         return
     setup = Setup(request.tail, service.n_parallel, swa_full="--swa-full" in service.options)
     with planned_model(request.info.path) as model:
@@ -167,7 +167,9 @@ class Server:
         self.lost = ""
         self._service, self._said, self._asked = service, said, False
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
-        environment = {name: value for name, value in os.environ.items() if name != "LLAMA_API_KEY"}
+        # Its options come from the command line alone: one in the environment could contradict what was checked.
+        ours = ("LLAMA_ARG_", "LLAMA_API_KEY")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         if service.api_key:
             environment["LLAMA_API_KEY"] = service.api_key  # other users see command lines
         self._process = subprocess.Popen(
@@ -199,15 +201,22 @@ class Server:
         """
         while not self._asked:
             self._refuse_ended()
-            with contextlib.suppress(OSError):
+            try:
                 self._get("/health")
                 break
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # which it answers while it loads
+                    raise TqggufError(f"llama-server answers /health with status {error.code}") from None
+            except OSError:
+                pass  # it does not listen yet
             time.sleep(0.02)
         if self._asked:
             return False
         cache = self._get("/props").get("kv_cache", {})
-        if (made := (cache.get("type_k"), cache.get("type_v"))) != self._service.types:
-            raise TqggufError(f"llama-server has made a cache of types {made}, asked for were {self._service.types}")
+        made = tuple(frozenset(str(cache.get(side)).split("+")) for side in ("type_k", "type_v"))
+        if made != self._service.types:
+            made_of, wanted = (" and ".join("+".join(sorted(s)) for s in each) for each in (made, self._service.types))
+            raise TqggufError(f"llama-server has made a cache of {made_of} (K and V), asked for was {wanted}")
         self.cache = cache
         return True
 

@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     add("--port", type=options.port, default=8000, metavar="N", help="port; 0: any free one (default: 8000)")
     add("--name", help="name of the model for clients (default: its file's name)")
     add("--api-key", type=api_key, metavar="KEY", help="key that clients must send")
-    add("--parallel", type=options.positive, default=4, metavar="N", help="conversations at once (default: 4)")
+    add("--parallel", type=conversations, default=4, metavar="N", help="conversations at once (default: 4)")
     add("--ctx", type=options.context, metavar="N", help="tokens of each conversation (default: 4096 at most)")
     origin = "web page of another machine that may use the server, such as https://chat.example; * for all"
     add("--origin", action="append", default=[], metavar="URL", help=f"{origin}; can be given several times")
@@ -43,6 +43,13 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(call=call, own_interrupt=True, rest=[])
 
 
+def conversations(text: str) -> int:
+    """argparse type: sequences that llama.cpp can hold."""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 256):
+        raise argparse.ArgumentTypeError(f"must be an integer between 1 and 256, not {text!r}")
+    return int(text)
+
+
 def api_key(text: str) -> str:
     """argparse type: a key that HTTP can carry, and that is one key for llama-server."""
     if not re.fullmatch(r"[!#-+\--~]+", text):
@@ -54,6 +61,7 @@ def call(args: argparse.Namespace) -> int:
     """Runs the command."""
     from ..._native.programs import program
     from ..._util import listen
+    from ...gguf.header import read_header
     from ...model.options import checked_request
     from ...serve import launch
 
@@ -73,12 +81,18 @@ def call(args: argparse.Namespace) -> int:
         bar.close()
     service = launch.Service(request, n_ctx, args.parallel, args.host, number, words, args.api_key)
     launch.refuse_too_large(service)
+    named = {"--chat-template", "--chat-template-file"} & {word.partition("=")[0] for word in args.rest}
+    if "tokenizer.chat_template" not in read_header(args.model).metadata and not named:
+        _say(
+            "tqgguf: note: the model has no chat template, chats are in chatml: `-- --chat-template NAME` names another"
+        )
     launch.serve(service, lambda cache: _announce(service, cache), _say)
     return 0
 
 
 def _options(args: argparse.Namespace) -> tuple[str, ...]:
     """Further options of llama-server, checked."""
+    from ...gguf.header import read_header
     from ...gguf.info import read_model_info
 
     if "*" in args.origin and len(args.origin) > 1:
@@ -90,6 +104,10 @@ def _options(args: argparse.Namespace) -> tuple[str, ...]:
     if args.draft:
         if read_model_info(args.draft).path.resolve() == Path(args.model).resolve():
             raise ArgumentError("--draft names the model itself: a draft is a smaller model of the same vocabulary")
+        kinds = [read_header(path).metadata.get("tokenizer.ggml.tokens", ()) for path in (args.draft, args.model)]
+        if len(kinds[0]) != len(kinds[1]):
+            words_of = " and ".join(f"{len(kind):,}" for kind in kinds)
+            raise ArgumentError(f"--draft {args.draft} has another vocabulary than the model: {words_of} tokens")
         words += ["--model-draft", args.draft]
     if args.slot_save_path is not None:
         if not Path(args.slot_save_path).is_dir():
