@@ -128,7 +128,7 @@ def refuse_contradictions(rest: Sequence[str]) -> None:
 
 
 def refuse_too_large(service: Service) -> None:
-    """Raises OutOfMemoryError if model, cache and buffers do not fit into this machine's memory.
+    """Raises OutOfMemoryError if model, cache and buffers do not fit into the memory that this process may use.
 
     Nothing is counted that lies on other machines, or in video memory.
     """
@@ -141,7 +141,7 @@ def refuse_too_large(service: Service) -> None:
     if (need := model.weights + plan.bytes) > have:
         raise OutOfMemoryError(
             f"{service.n_parallel} conversations of {service.n_ctx:,} tokens of {request.info.path.name} take {need:,} "
-            f"bytes, {plan.cache:,} of them for the KV cache; this machine has {have:,}: take a smaller --ctx or "
+            f"bytes, {plan.cache:,} of them for the KV cache; this process may use {have:,}: take a smaller --ctx or "
             f"--parallel (`tqgguf fit` says what fits)"
         )
 
