@@ -21,7 +21,12 @@
 #define w_max(a, b) _mm512_max_epu32(a, b)
 #define w_shl(a, n) _mm512_slli_epi32(a, n)
 #define w_shr(a, n) _mm512_srli_epi32(a, n)
-#define w_rol(a, n) _mm512_rol_epi32(a, n)
+#ifdef __clang__ /* takes a literal alone for _mm512_rol_epi32, and makes one instruction of two shifts by a constant */
+#    define w_rol(a, n)                                                                                                \
+        _mm512_or_si512(_mm512_slli_epi32(a, (unsigned) (n)), _mm512_srli_epi32(a, (32u - (unsigned) (n)) & 31))
+#else
+#    define w_rol(a, n) _mm512_rol_epi32(a, n)
+#endif
 #define w_xor3(a, b, c) _mm512_ternarylogic_epi32(a, b, c, 0x96)
 #define w_select(mask, yes, no) _mm512_ternarylogic_epi32(mask, yes, no, 0xca)
 #define w_shuffle(a, at) _mm512_shuffle_epi8(a, at)
