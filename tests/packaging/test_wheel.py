@@ -8,11 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tqgguf._native.programs import PROGRAMS
 
 pytestmark = pytest.mark.wheel
 
@@ -39,7 +42,9 @@ def variants(unpacked: Path) -> list[str]:
 def test_every_library_is_there_and_nothing_else(unpacked: Path) -> None:
     files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     libraries = {Path(name).name for name in files if ".so" in name}
-    known = {f"lib{name}.so" for name in ("tqgguf", "ggml-base", "ggml", "ggml-rpc", "llama", "mtmd")}
+    known = {f"lib{name}.so" for name in ("tqgguf", "ggml-base", "ggml", "ggml-rpc", "llama", "mtmd", "llama-common")}
+    known |= {f"lib{name}-impl.so" for name in PROGRAMS}
+    assert all(os.access(unpacked / "tqgguf/lib" / name, os.F_OK) for name in PROGRAMS)
     assert libraries == known | {f"libggml-cpu-{name}.so" for name in variants(unpacked)}
     assert "sse42" in variants(unpacked) and len(variants(unpacked)) > 2
     folders = {name.split("/")[0] for name in files}
@@ -60,7 +65,8 @@ def test_every_cpu_backend_has_our_types(unpacked: Path) -> None:
 
 def test_libraries_name_no_folder_but_their_own(unpacked: Path) -> None:
     homes = {str(ROOT), str(Path.home()), "/tmp/", "/home/", "/root/", sys.prefix}
-    for path in (unpacked / "tqgguf/lib").glob("*.so"):
+    folder = unpacked / "tqgguf/lib"
+    for path in (*folder.glob("*.so"), *(folder / name for name in PROGRAMS)):
         data = path.read_bytes()
         assert not [home for home in homes if os.fsencode(home) in data], path.name
         dynamic = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
@@ -96,6 +102,42 @@ def test_three_commands_to_a_streamed_answer(environment: Path, environ: dict[st
     assert f"{ANSWER}\n" in text and "KV cache pqo3: 917,504 bytes" in text
     pieces = [packet for packet in packets if packet.decode().strip() and packet.decode().strip() in ANSWER]
     assert len(pieces) > 3, packets
+
+
+def test_the_wheel_is_small(wheel: Path) -> None:
+    assert wheel.stat().st_size < 60e6
+
+
+def test_three_commands_to_a_server(environment: Path, environ: dict[str, str], tmp_path: Path) -> None:
+    """Which answers with the best variant of ggml-cpu, as a stream."""
+    model = next(environment.glob("lib/python*/site-packages/tqgguf/demo/demo.gguf"))
+    command = [environment / "bin/tqgguf", "serve", model, "--cache", "pqo3", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environ, cwd=tmp_path, text=True) as process:
+        assert process.stderr
+        try:
+            said = ""
+            while not (match := re.search(r"listening on (http://\S+)/v1 ", said)):
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+            request = urllib.request.Request(
+                f"{match[1]}/v1/chat/completions", json.dumps({**body, "stream": True}).encode()
+            )
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                parts = [json.loads(line[6:]) for line in reply if line.startswith(b"data: {")]
+            text = "".join(part["choices"][0]["delta"].get("content") or "" for part in parts if part["choices"])
+            assert text.strip() == ANSWER and len(parts) > 3
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_programs_run(run: Command) -> None:
+    for name in PROGRAMS:
+        done = run("tqgguf", name, "--version")
+        assert done.returncode == 0, (name, done.stderr)
 
 
 def test_nothing_comes_from_the_repository(run: Command, environment: Path) -> None:
