@@ -115,7 +115,6 @@ def said(folder: Path) -> list[tuple[int, str]]:
     """Status and output of each command and program, in order."""
     import subprocess
 
-    pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install -r requirements-dev.txt")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
