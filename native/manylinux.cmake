@@ -7,7 +7,8 @@ set(CMAKE_CXX_COMPILER ${TQGGUF_ZIG} c++)
 set(flags "-target ${CMAKE_HOST_SYSTEM_PROCESSOR}-linux-gnu.2.28 -O3")
 set(CMAKE_C_FLAGS_INIT ${flags})
 set(CMAKE_CXX_FLAGS_INIT ${flags})
-# By which `tqgguf doctor` and a debugger know a library: Zig writes none unless told to.
-set(CMAKE_SHARED_LINKER_FLAGS_INIT -Wl,--build-id=sha1)
+# By which `tqgguf doctor` and a debugger know a library: Zig writes none unless told to. A library calls its own C++
+# library, not that of a program: they are compiled differently, and memory of one is not another's to free.
+set(CMAKE_SHARED_LINKER_FLAGS_INIT "-Wl,--build-id=sha1 -Wl,-Bsymbolic")
 set(CMAKE_MODULE_LINKER_FLAGS_INIT -Wl,--build-id=sha1)
 set(CCACHE OFF CACHE FILEPATH "ccache takes all versions of this compiler for the same; Zig has a cache of its own")

@@ -42,8 +42,7 @@ def variants(unpacked: Path) -> list[str]:
 def test_every_library_is_there_and_nothing_else(unpacked: Path) -> None:
     files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     libraries = {Path(name).name for name in files if ".so" in name}
-    known = {f"lib{name}.so" for name in ("tqgguf", "ggml-base", "ggml", "ggml-rpc", "llama", "mtmd", "llama-common")}
-    known |= {f"lib{name}-impl.so" for name in PROGRAMS}
+    known = {f"lib{name}.so" for name in ("tqgguf", "ggml-base", "ggml", "ggml-rpc", "llama", "mtmd")}
     assert all(os.access(unpacked / "tqgguf/lib" / name, os.F_OK) for name in PROGRAMS)
     assert libraries == known | {f"libggml-cpu-{name}.so" for name in variants(unpacked)}
     assert "sse42" in variants(unpacked) and len(variants(unpacked)) > 2
@@ -99,7 +98,7 @@ def test_three_commands_to_a_streamed_answer(environment: Path, environ: dict[st
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors.decode()
     text = b"".join(packets).decode()
-    assert f"{ANSWER}\n" in text and "KV cache pqo3: 917,504 bytes" in text
+    assert f"{ANSWER}\n" in text and "KV cache pqo3, keys calibrated: 917,504 bytes" in text
     pieces = [packet for packet in packets if packet.decode().strip() and packet.decode().strip() in ANSWER]
     assert len(pieces) > 3, packets
 
@@ -202,9 +201,11 @@ QEMU = shutil.which("qemu-x86_64")
 def test_one_wheel_on_lesser_processors(run: Command, cpu: str, variant: str, active: str) -> None:
     """Emulated processors without AVX, with AVX but not AVX2, and with AVX2 but not AVX-512."""
     qemu = (str(QEMU), "-cpu", cpu)
+    if run("python", "-c", "import numpy", before=qemu).returncode:
+        pytest.skip(f"the newest NumPy does not start on {cpu}")
     done = run("python", "-m", "tqgguf", "demo", "--cache", "pqo3", before=qemu)
     assert done.returncode == 0, done.stderr
-    assert ANSWER in done.stdout and "KV cache pqo3: 917,504 bytes" in done.stdout
+    assert ANSWER in done.stdout and "KV cache pqo3, keys calibrated: 917,504 bytes" in done.stdout
     data = json.loads(run("python", "-m", "tqgguf", "doctor", "--json", before=qemu).stdout)
     details = {check["name"]: check["detail"] for check in data["checks"]}
     assert data["ok"] and data["kernel"] == active, data
