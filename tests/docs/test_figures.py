@@ -134,6 +134,9 @@ def test_the_load_of_the_server() -> None:
     assert f"grew by {load['slope_mib_per_1000_requests']:.2f} MiB per 1,000 requests" in page
     reuse = results("serve_load_reuse")
     assert reuse["reuse"] and f"{reuse['wrong']} of {reuse['requests']:,} answers differed" in page
+    speed = {row["clients"]: row for row in results("serve_speed")["rows"] if row["server"] == "tqgguf serve"}
+    assert f"{speed[4]['tokens_per_s']:.0f} tokens a second, {speed[4]['ratio']:.2f} of what" in page
+    assert f"one client {speed[1]['tokens_per_s']:.0f}, {speed[1]['ratio']:.2f} of it" in page
     assert soak["wrong"] == 0 and not soak["failures"]
     assert f"answered {soak['requests_in_all']:,} requests, {soak['stopped_by_aborts']} of them aborted" in page
     assert f"{soak['slope_mib_per_1000_requests']:.2f} MiB per 1,000 requests" in page
