@@ -147,7 +147,7 @@ build/wheel-tools: $(VENV)/ready requirements-wheel.txt
 
 # Other programs on the machine slow it down, but change nothing that it judges.
 MINUTES ?= 30
-soak: build/installed ## MINUTES=30 of mixed requests, 1,000 requests at once, 1,000 kills while a session is saved
+soak: build/installed ## MINUTES=30 of mixed requests, 10,000 requests to a server, 1,000 kills while a session is saved
 	$(BIN)/python benchmarks/endurance/soak.py --minutes $(MINUTES)
 	$(BIN)/python benchmarks/endurance/serve_load.py
 	$(BIN)/python benchmarks/endurance/session_kill.py --kills 1000

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..cache.policy import CachePolicy
-from ..cache.tail import kept
+from ..cache.tail import tails
 from ..cache.tensors import CacheTensor
-from ..config import CACHE_TYPES
 from .libggml import base, ffi
 
 
@@ -42,7 +41,7 @@ def policy_applied(policy: CachePolicy) -> Iterator[None]:
 @contextlib.contextmanager
 def tail_set(n: int | None) -> Iterator[None]:
     """While it lasts, contexts that this thread makes have a tail of n tokens (native/ggml/tq_ggml_tail.h)."""
-    base().tq_ggml_tail_set(*(kept(CACHE_TYPES[name], n) for name in ("pqo3", "q8_0")))
+    base().tq_ggml_tail_set(*tails(n))
     try:
         yield
     finally:

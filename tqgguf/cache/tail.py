@@ -50,6 +50,11 @@ def kept(kind: CacheType, n: int | None) -> int:
     return (DEFAULT_TAIL if kind.ours else 0) if n is None else n
 
 
+def tails(n: int | None) -> tuple[int, int]:
+    """What types of tqgguf, and what stock quantized types keep in f16, where a tail of n was asked for."""
+    return kept(CACHE_TYPES["pqo3"], n), kept(CACHE_TYPES["q8_0"], n)
+
+
 def warn_unread(n: int, architecture: str) -> None:
     """Warns if a tail of n tokens is kept for a model that reads it in a part of its layers only, or not at all."""
     if n and architecture == "t5":

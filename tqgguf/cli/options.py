@@ -79,6 +79,7 @@ context = partial(_between, 32, 2**31 - 1)  # with room for a prompt
 threads = partial(_between, 1, 512)  # as many as llama.cpp can take
 seed = partial(_between, 0, 2**32 - 1)
 tail = partial(_between, 0, MAX_TAIL)
+sequences = partial(_between, 1, 256)  # LLAMA_MAX_SEQ of llama.cpp
 port = partial(_between, 0, 65535)  # 0: any that is free
 
 _UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -26,8 +26,7 @@ from typing import Any, Final
 
 from .._machine import machine_memory
 from .._native.programs import end_with_parent, program
-from ..cache.tail import kept
-from ..config import cache_type
+from ..cache.tail import tails
 from ..diagnostics.plan import Setup, planned_model
 from ..errors import ArgumentError, OutOfMemoryError, TqggufError, WorkerError
 from ..model.options import Request
@@ -100,11 +99,7 @@ class Service:
         words += ["--host", self.host, "--port", self.port, "--path", PAGE, "--metrics", "--fit", "off"]
         words += ["--ctx-size", self.n_ctx * self.n_parallel, "--parallel", self.n_parallel, "--no-kv-unified"]
         if policy.quantized:
-            kinds = [cache_type(name) for name in (*policy.types_k, *policy.types_v)]
-            ours, stock = (
-                max((kept(kind, request.tail) for kind in kinds if kind.ours is is_ours), default=0)
-                for is_ours in (True, False)
-            )
+            ours, stock = tails(request.tail)
             words += ["--flash-attn", "on", "--cache-policy", policy_file, "--cache-tail", f"{ours},{stock}"]
         else:
             k, v = policy.types(0)

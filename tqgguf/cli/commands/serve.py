@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from ...errors import ArgumentError
 from .. import options
-from ..render.format import printable, size
+from ..render.format import say, size
 from ..render.progress import Bar
 
 
@@ -29,7 +28,7 @@ def add_parser(commands: Any) -> None:
     add("--port", type=options.port, default=8000, metavar="N", help="port; 0: any free one (default: 8000)")
     add("--name", help="name of the model for clients (default: its file's name)")
     add("--api-key", type=api_key, metavar="KEY", help="key that clients must send")
-    add("--parallel", type=conversations, default=4, metavar="N", help="conversations at once (default: 4)")
+    add("--parallel", type=options.sequences, default=4, metavar="N", help="conversations at once (default: 4)")
     add("--ctx", type=options.context, metavar="N", help="tokens of each conversation (default: 4096 at most)")
     origin = "web page of another machine that may use the server, such as https://chat.example; * for all"
     add("--origin", action="append", default=[], metavar="URL", help=f"{origin}; can be given several times")
@@ -41,13 +40,6 @@ def add_parser(commands: Any) -> None:
     options.add_cache_options(parser)
     options.add_calibration_option(parser, "mean and gain of each channel of the keys, for less error in them")
     parser.set_defaults(call=call, own_interrupt=True, rest=[])
-
-
-def conversations(text: str) -> int:
-    """argparse type: sequences that llama.cpp can hold."""
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 256):
-        raise argparse.ArgumentTypeError(f"must be an integer between 1 and 256, not {text!r}")
-    return int(text)
 
 
 def api_key(text: str) -> str:
@@ -83,10 +75,10 @@ def call(args: argparse.Namespace) -> int:
     launch.refuse_too_large(service)
     named = {"--chat-template", "--chat-template-file"} & {word.partition("=")[0] for word in args.rest}
     if "tokenizer.chat_template" not in read_header(args.model).metadata and not named:
-        _say(
+        say(
             "tqgguf: note: the model has no chat template, chats are in chatml: `-- --chat-template NAME` names another"
         )
-    launch.serve(service, lambda cache: _announce(service, cache), _say)
+    launch.serve(service, lambda cache: _announce(service, cache), say)
     return 0
 
 
@@ -123,11 +115,7 @@ def _announce(service: Any, cache: dict[str, Any]) -> None:
     words += ", keys calibrated" if cache["n_calibrated_layers"] else ""
     words += f", newest {cache['n_tail']} tokens in f16" if cache["n_tail"] else ""
     share = f", {cache['bytes'] / cache['f16_bytes']:.1%} of f16" if cache["f16_bytes"] else ""
-    _say(f"KV cache {words}: {size(cache['bytes'])} for {service.n_parallel} x {service.n_ctx:,} tokens{share}")
+    say(f"KV cache {words}: {size(cache['bytes'])} for {service.n_parallel} x {service.n_ctx:,} tokens{share}")
     if not service.api_key and service.host not in ("localhost", "127.0.0.1", "::1"):
-        _say("tqgguf: note: everyone who can reach this machine can use the server: --api-key asks for a key")
-    _say(f"listening on {service.url}/v1 (Ctrl-C ends); a page to talk to it: {service.url}")
-
-
-def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
+        say("tqgguf: note: everyone who can reach this machine can use the server: --api-key asks for a key")
+    say(f"listening on {service.url}/v1 (Ctrl-C ends); a page to talk to it: {service.url}")

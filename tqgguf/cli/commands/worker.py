@@ -18,7 +18,7 @@ from ..._util import listen
 from ...config import CACHE_TYPES
 from ...errors import ArgumentError, TqggufError
 from ..options import port, threads
-from ..render.format import size
+from ..render.format import say, size
 
 DEFAULT_PORT: Final = 50052
 """The default of llama.cpp."""
@@ -71,13 +71,13 @@ def call(args: argparse.Namespace) -> int:
     major, minor, patch, version = rpc.protocol()
     for name, description, n_bytes in rpc.serving():
         cores = f", threads: {n_threads}" if name == "CPU" else ""
-        _say(f"{name}: {description}, {size(n_bytes)}{cores}")
+        say(f"{name}: {description}, {size(n_bytes)}{cores}")
     pqo_types = ", ".join(name for name, kind in CACHE_TYPES.items() if kind.ours)
-    _say(f"cache types {pqo_types} and llama.cpp's own; protocol {major}.{minor}.{patch}, tqgguf's part {version}")
+    say(f"cache types {pqo_types} and llama.cpp's own; protocol {major}.{minor}.{patch}, tqgguf's part {version}")
     if host.startswith("127."):
-        _say(TRUST)
+        say(TRUST)
     else:
-        _say(f"\nWARNING: {args.host} is an address that other machines can reach.\n{TRUST}\n")
+        say(f"\nWARNING: {args.host} is an address that other machines can reach.\n{TRUST}\n")
 
     ended = threading.Event()
     for each in (signal.SIGINT, signal.SIGTERM):
@@ -94,16 +94,12 @@ def call(args: argparse.Namespace) -> int:
     for work in (serve, lambda: _relay(reader)):
         threading.Thread(target=work, daemon=True).start()
     if _listening(host, number, ended):
-        _say(f"listening on {args.host}:{number}, for one client at a time (Ctrl-C ends)")
+        say(f"listening on {args.host}:{number}, for one client at a time (Ctrl-C ends)")
         ended.wait()
     if failed.is_set() or not ended.is_set():
         raise TqggufError(f"llama.cpp does not listen on {host}:{number}; its own message is above")
     sys.stderr.flush()
     os._exit(0)  # the serving thread is inside llama.cpp, which has no way to stop it
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _relay(reader: int) -> None:
@@ -113,7 +109,7 @@ def _relay(reader: int) -> None:
             pass  # lines of llama.cpp's start and of the connection of `_listening`
         for line in lines:
             if news := _NEWS.get(line.strip()):
-                _say(news)
+                say(news)
 
 
 def _listening(host: str, number: int, ended: threading.Event) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,11 @@ def size(n_bytes: int) -> str:
 def printable(text: str) -> str:
     """A text without control characters, with which a model's name or answer could move the cursor."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
+def say(text: str) -> None:
+    """Writes a line to stderr, at once."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def in_words(error: BaseException) -> str:
