@@ -221,8 +221,10 @@ def test_inspect_names_that_are_markup(tqgguf: Command, text: Path, tmp_path: Pa
         (["--session", MODEL], 1, "neither a session of tqgguf nor a state of llama.cpp"),
         (["--session", "/dev/null"], 1, "it is no regular file"),
         (["--session", "a", "--ctx", "64"], 2, "--ctx is for --file or for sizes"),
-        (["--cache", "pqo4"], 2, "are for the model that reads --file"),
-        (["--session", "a", "--threads", "1"], 2, "are for the model that reads --file"),
+        (["--cache", "pqo4"], 2, "are for a model that reads --file"),
+        (["--session", "a", "--threads", "1"], 2, "are for a model that reads --file"),
+        (["--calibration", "off"], 2, "are for a model that reads --file"),
+        (["-f", __file__, "--calibration", "missing.gguf"], 1, "calibration missing.gguf does not exist"),
         (["-f", "/dev/null"], 1, "/dev/null is empty"),
     ],
 )

@@ -286,6 +286,11 @@ def test_the_command(python: Callable[..., Any], cache_folder: Path, tmp_path: P
     done = python("-m", "tqgguf", "compare", str(DEMO), *options)
     rows = json.loads(done.stdout)["comparison"]["rows"]
     assert [row["type"] for row in rows] == ["f16", "pqo3+128", "pqo3+128 calibrated"]
+    done = python("-m", "tqgguf", "calibrate", str(DEMO), "--tokens", "128", "--json")
+    said = json.loads(done.stdout)
+    assert "takes the place of the calibration that was kept" in done.stderr
+    assert said["file"] == str(cache_folder) and (said["n_tokens"], said["centred"]) == (128, [0, 1, 2, 3])
+    assert tqgguf.read_calibration(cache_folder).n_tokens == 128
 
 
 # ---- What is refused ----
@@ -428,6 +433,21 @@ def test_the_command_overwrites_nothing_else(python: Callable[..., Any], tmp_pat
         done = python("-m", "tqgguf", "calibrate", str(model), "--tokens", "64", "-o", str(output))
         assert done.returncode == 1 and said in done.stderr
     assert model.read_bytes() == DEMO.read_bytes()
+
+
+def test_a_damaged_value_that_would_pass_for_one(calibration: tqgguf.Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "c.gguf"
+    calibration.write(path)
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1  # a bit of the last gain's significand
+    path.write_bytes(data)
+    with pytest.raises(CalibrationError, match="damaged: the checksum of its means and gains does not match"):
+        tqgguf.read_calibration(path)
+
+
+def test_a_mistake_is_told_by_the_option(python: Callable[..., Any]) -> None:
+    done = python("-m", "tqgguf", "calibrate", str(DEMO), "--tokens", "10")
+    assert done.returncode == 1 and "--tokens is 10, must be at least 64" in done.stderr
 
 
 def test_no_calibration_file(tmp_path: Path) -> None:

@@ -240,6 +240,12 @@ def test_models_that_cannot_be_tuned(random_model: Model, tmp_path: Path) -> Non
         tqgguf.tune(recurrent, "abcd", budget=4)
 
 
+def test_a_context_beyond_the_trained_one_is_noted(random_model: Model) -> None:
+    options: dict[str, Any] = {"n_ctx": 320, "n_chunks": 2, "n_threads": 1, "tail": 0}
+    found = tqgguf.tune(random_model(n_ctx=256), "abcd " * 200, budget=4.0, types=("pqo3", "pqo4"), **options)
+    assert "the context of 320 tokens exceeds the 256 that the model was trained for" in found.notes
+
+
 def test_the_line_is_straight_in_the_logarithm() -> None:
     assert log_line((3.5, 0.4), (4.5, 0.1), 4.0) == pytest.approx(0.2)
     assert log_line((3.5, 0.4), (4.5, 0.1), 4.5) == pytest.approx(0.1)

@@ -333,6 +333,7 @@ def vectors_written(
 
     with replacing(path, what=what) as part, contextlib.closing(gguf.GGUFWriter(str(part), architecture)) as writer:
         yield writer
+        writer.add_string(f"{architecture}.sha256", _vectors_digest(means, gains))
         for name, vectors in (("k_mean", means), ("k_gain", gains)):
             for layer, values in sorted(vectors.items()):
                 writer.add_tensor(f"blk.{layer}.{name}", np.ascontiguousarray(values, dtype=np.float32))
@@ -341,11 +342,21 @@ def vectors_written(
         writer.write_tensors_to_file()
 
 
+def _vectors_digest(means: Mapping[int, npt.NDArray[np.float32]], gains: Mapping[int, npt.NDArray[np.float32]]) -> str:
+    """SHA-256 of means and gains, each with its layer and shape."""
+    digest = hashlib.sha256()
+    for name, vectors in (("k_mean", means), ("k_gain", gains)):
+        for layer, values in sorted(vectors.items()):
+            digest.update(f"{name} {layer} {np.shape(values)}".encode())
+            digest.update(np.ascontiguousarray(values, "<f4"))
+    return digest.hexdigest()
+
+
 def read_vectors(file: Path, header: GgufHeader, n_layer: int) -> tuple[Vectors, Vectors]:
     """The means and gains of a file that `vectors_written` wrote for n_layer layers.
 
     Raises:
-        PolicyError: it holds another tensor, or one twice.
+        PolicyError: it holds another tensor, or one twice; or their checksum, which older files lack, does not match.
     """
     vectors: dict[str, Vectors] = {"k_mean": {}, "k_gain": {}}
     for tensor in header.tensors:
@@ -355,7 +366,11 @@ def read_vectors(file: Path, header: GgufHeader, n_layer: int) -> tuple[Vectors,
             raise PolicyError(f"{file} holds the tensor {tensor.name!r:.80}: no policy for {n_layer} layers has that")
         values = np.fromfile(file, "<f4", tensor.bytes // 4, offset=tensor.begin)
         found_in[layer] = values.astype(np.float32).reshape(tensor.shape)
-    return vectors["k_mean"], vectors["k_gain"]
+    means, gains = vectors["k_mean"], vectors["k_gain"]
+    expected = header.metadata.get(f"{header.metadata.get('general.architecture')}.sha256")
+    if expected is not None and expected != _vectors_digest(means, gains):
+        raise PolicyError(f"{file} is damaged: the checksum of its means and gains does not match")
+    return means, gains
 
 
 def read_policy(path: str | Path) -> CachePolicy:

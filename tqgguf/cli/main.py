@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,10 +26,14 @@ from .render.format import in_words, printable
 COMMANDS: Final = ("run", "chat", "serve", "worker", "fit", "inspect", "compare", "calibrate", "tune", "demo", "doctor")
 """Modules of `commands`, each with a function `add_parser`, in the order of `tqgguf --help`."""
 
+PARAMETERS: Final = re.compile(r"\bn_(ctx|tokens|threads|batch|chunks|parallel)\b")
+"""Parameters of Python's functions that an option of the same name sets, less the n_."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     _accept_any_terminal()
+    args = argparse.Namespace()
     try:
         from .interrupt import prompt_interrupt
 
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("\ntqgguf: interrupted")
         return 130
     except (TqggufError, OSError, MemoryError) as error:
-        _say(f"tqgguf: error: {in_words(error)}")
+        _say(f"tqgguf: error: {_with_options(in_words(error), args)}")
         return 1
     except SystemExit:  # argparse, after a help text or a usage error
         try:
@@ -65,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             _silence()
         raise
+
+
+def _with_options(message: str, args: argparse.Namespace) -> str:
+    """A message of a function, with the command's options in the place of the function's parameters."""
+    return PARAMETERS.sub(lambda found: f"--{found[1]}" if hasattr(args, found[1]) else found[0], message)
 
 
 def _parser() -> argparse.ArgumentParser:

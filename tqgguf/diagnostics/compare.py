@@ -390,11 +390,16 @@ def kl_divergence(reference: Array, other: Array, p: Array | None = None) -> Arr
     return divergence
 
 
+def untrained_notes(info: ModelInfo, n_ctx: int) -> list[str]:
+    """What to say of a context that is longer than any in the model's training, as a list of no or one note."""
+    if n_ctx <= info.n_ctx_train:
+        return []
+    return [f"the context of {n_ctx:,} tokens exceeds the {info.n_ctx_train:,} that the model was trained for"]
+
+
 def _notes(trial: Trial, own: bool) -> tuple[str, ...]:
     info, caches, n_ctx = trial
-    notes = []
-    if n_ctx > info.n_ctx_train:
-        notes.append(f"the context of {n_ctx:,} tokens exceeds the {info.n_ctx_train:,} that the model was trained for")
+    notes = untrained_notes(info, n_ctx)
     if not info.exact:
         notes.append(f"bytes per token are a lower bound: {'; '.join(info.notes)}")
     if own:

@@ -45,6 +45,7 @@ from .compare import (
     load,
     read_chunks,
     standard_error,
+    untrained_notes,
 )
 from .distortion import distortions, storages
 from .texts import chosen_text, text_chunks
@@ -372,7 +373,9 @@ class _Tuner:
     def __init__(self, bench: _Bench, names: Sequence[str]) -> None:
         self.bench = bench
         self.info = bench.model.model_info
-        self.notes = [] if self.info.exact else [f"bits are of the layers known: {'; '.join(self.info.notes)}"]
+        self.notes = untrained_notes(self.info, bench.tuning.shape[1])
+        if not self.info.exact:
+            self.notes.append(f"bits are of the layers known: {'; '.join(self.info.notes)}")
         self.hash = model_hash(self.info)
         self.names = tuple(names)
         self.single = [bench.named(name, resolve(name, self.info.n_layer)) for name in names]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..options import check_output, positive, threads
+from ..render.format import show
 from ..render.progress import Bar
 
 
@@ -30,6 +32,7 @@ def add_parser(commands: Any) -> None:
         "--tokens", type=positive, metavar="N", help="of the text, taken evenly from all of it (default: 1408 at most)"
     )
     parser.add_argument("--threads", type=threads, metavar="N", help="threads (default: all processors)")
+    parser.add_argument("--json", action="store_true", help="print what was measured, and where it is, as JSON")
     parser.set_defaults(call=call)
 
 
@@ -47,11 +50,26 @@ def call(args: argparse.Namespace) -> int:
         found = calibrate(
             args.model, text, n_tokens=args.tokens, n_threads=args.threads, progress=partial(bar, "calibrating")
         )
+    seconds = time.monotonic() - start
     path = args.output or stored_calibration(found.model)
     if not args.output:
+        if path.exists():
+            print("tqgguf: note: it takes the place of the calibration that was kept for this model", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
     found.write(path)
-    means = "means and gains" if found.means else "gains (this model's keys cannot be centred)"
-    seconds = time.monotonic() - start
-    print(f"{means} of {len(found.gains)} layers, from {found.n_tokens:,} tokens, in {seconds:.1f} s: {path}")
+    measured = {
+        "file": path,
+        "model": found.model,
+        "gains": sorted(found.gains),
+        "centred": sorted(found.means),
+        "n_tokens": found.n_tokens,
+        "seconds": seconds,
+    }
+    show(measured, args.json, _print)
     return 0
+
+
+def _print(measured: dict[str, Any]) -> None:
+    what = "means and gains" if measured["centred"] else "gains (this model's keys cannot be centred)"
+    tokens, seconds = measured["n_tokens"], measured["seconds"]
+    print(f"{what} of {len(measured['gains'])} layers, from {tokens:,} tokens, in {seconds:.1f} s: {measured['file']}")

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import TextError
-from ..options import add_cache_options, add_threads_option, context_of, load_model, positive, several
+from ..options import (
+    add_cache_options,
+    add_calibration_option,
+    add_threads_option,
+    context_of,
+    load_model,
+    positive,
+    several,
+)
 from ..render.format import show
 from ..render.progress import Bar
 
@@ -39,6 +47,7 @@ def add_parser(commands: Any) -> None:
     look.add_argument("--sample", type=positive, metavar="N", help="cells to look at (default: 1024)")
     look.add_argument("--html", type=Path, metavar="FILE", help="also write a page with heat maps")
     add_cache_options(parser)
+    add_calibration_option(parser, "mean and gain of each channel of the keys, for --file")
     add_threads_option(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(call=call, usage_error=parser.error, cache=None)
@@ -53,8 +62,8 @@ def call(args: argparse.Namespace) -> int:
         args.usage_error("--session and --file are two sources, give one")
     if args.session and args.ctx:
         args.usage_error("--ctx is for --file or for sizes: a session has the context it was saved with")
-    if not args.file and any((args.cache, args.cache_k, args.cache_v, args.threads)):
-        args.usage_error("--cache, --cache-k, --cache-v and --threads are for the model that reads --file")
+    if not args.file and any((args.cache, args.cache_k, args.cache_v, args.calibration, args.threads)):
+        args.usage_error("--cache, --cache-k, --cache-v, --calibration and --threads are for a model that reads --file")
     args.cache = args.cache or "pqo3"
     if args.session or args.file:
         return _call_contents(args)
