@@ -143,8 +143,11 @@ wheel_by = $(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir build/$(1
 		-C cmake.define.TQGGUF_ANY_CPU=ON -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/$(2) . && \
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/$(1)/unchecked/*-$(VERSION)-*.whl
 
-wheel-check: build/wheel-tools ## that wheel in a fresh environment, here and on lesser processors under qemu-user
+wheel-check: build/wheel-tools ## the wheel for this machine in a fresh environment, here and on lesser processors under qemu-user
 	tools/wheel_check.sh
+
+wheel-check-arm64: build/wheel-tools ## the wheel for ARM64 under qemu-user, with a Python of Debian for ARM64
+	tools/wheel_check.sh aarch64
 
 build/wheel-tools: $(VENV)/ready requirements-wheel.txt
 	$(BIN)/pip install --quiet --require-hashes -r requirements-wheel.txt

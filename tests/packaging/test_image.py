@@ -1,6 +1,6 @@
 """The container image that `make image` builds: it answers, keeps to its memory, runs as no root, and ends when asked.
 
-    make image image-check
+make image image-check
 """
 
 from __future__ import annotations
