@@ -64,7 +64,7 @@ def test_it_answers_and_ends(running: str) -> None:
     assert answer["choices"][0]["message"]["content"].strip() == "The capital of France is Paris."
     assert said("exec", running, "id", "-u") == "10001"
     began = time.monotonic()
-    said("stop", "--time", "60", running)
+    said("stop", "-t", "60", running)
     assert time.monotonic() - began < 50, "it did not end when it was asked to"
     assert said("inspect", "--format", "{{.State.ExitCode}}", running) == "0"
 
