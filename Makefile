@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## this list
 	@echo "tqgguf: GGUF models with a compressed KV cache"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
 
 demo: build/installed ## build (CUDA=1: with llama.cpp's CUDA backend), then talk to a small model whose cache is pqo3
 	$(BIN)/tqgguf demo
@@ -133,17 +133,69 @@ tools: build/installed ## llama.cpp's programs and upstream's test programs, in 
 	ln -sfn cmake/bin build/bin
 
 wheel: build/wheel-tools ## the wheel for any x86-64 Linux, in dist/ (docs/wheels.md)
-	@rm -rf build/wheelhouse
-	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir build/wheelhouse -C build-dir=build/wheel \
-		-C cmake.define.TQGGUF_ANY_CPU=ON -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/manylinux.cmake .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheelhouse/*.whl
+	$(call wheel_by,wheel,manylinux.cmake)
 
-wheel-check: build/wheel-tools ## that wheel in a fresh environment, here and on lesser processors under qemu-user
+wheel-arm64: build/wheel-tools ## the same for any ARM64 Linux, compiled on this machine whatever it is
+	_PYTHON_HOST_PLATFORM=linux-aarch64 $(call wheel_by,wheel-arm64,manylinux_aarch64.cmake)
+
+# $(call wheel_by,FOLDER,TOOLCHAIN): builds in build/FOLDER; auditwheel then gives the wheel the tag of its glibc.
+wheel_by = $(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir build/$(1)/unchecked -C build-dir=build/$(1) \
+		-C cmake.define.TQGGUF_ANY_CPU=ON -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/$(2) . && \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/$(1)/unchecked/*-$(VERSION)-*.whl
+
+wheel-check: build/wheel-tools ## the wheel for this machine in a fresh environment, here and on lesser processors under qemu-user
 	tools/wheel_check.sh
+
+wheel-check-arm64: build/wheel-tools ## the wheel for ARM64 under qemu-user, with a Python of Debian for ARM64
+	tools/wheel_check.sh aarch64
 
 build/wheel-tools: $(VENV)/ready requirements-wheel.txt
 	$(BIN)/pip install --quiet --require-hashes -r requirements-wheel.txt
 	@mkdir -p build && touch $@
+
+# Docker, or what understands its commands. HEALTHCHECK is in no image of the format that the others choose by themselves.
+CONTAINER ?= $(firstword $(notdir $(shell command -v docker podman 2>/dev/null)) docker)
+IMAGE     ?= tqgguf
+image_name = $(shell echo '$(IMAGE)' | tr '[:upper:]' '[:lower:]')
+image_here = $(image_name):$(VERSION)-$(shell uname -m)
+
+image: ## a container image of the wheel in dist/ for this machine's architecture (docs/release.md)
+	$(CONTAINER) build $(if $(findstring podman,$(CONTAINER)),--format docker) $(if $(BASE),--build-arg BASE=$(BASE)) \
+		--build-arg VERSION=$(VERSION) --file Containerfile --tag $(image_here) .
+
+image-check: $(VENV)/ready ## that image: it answers, keeps to its memory, runs as no root, and ends when it is asked to
+	TQGGUF_IMAGE=$(image_here) TQGGUF_CONTAINER=$(CONTAINER) $(BIN)/python -m pytest tests/packaging/test_image.py
+
+image-login:
+	@echo "$$REGISTRY_TOKEN" | $(CONTAINER) login --username "$$REGISTRY_USER" --password-stdin \
+		$(firstword $(subst /, ,$(image_name)))
+
+image-push: ## pushes it to IMAGE=registry/name, whose tag says the architecture
+	$(CONTAINER) push $(image_here)
+
+image-join: ## one image of those that image-push has pushed for each architecture
+	$(CONTAINER) buildx imagetools create --tag $(image_name):$(VERSION) --tag $(image_name):latest \
+		$(image_name):$(VERSION)-x86_64 $(image_name):$(VERSION)-aarch64
+
+# With actionlint and hadolint where they are installed, which are no Python packages.
+release-check: $(VENV)/ready requirements-release.txt ## workflow, Makefile and Containerfile are right and agree
+	$(BIN)/pip install --quiet --require-hashes -r requirements-release.txt
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --pedantic .github/workflows
+	@if command -v actionlint >/dev/null; then actionlint; else echo "skipped actionlint, which is not installed"; fi
+	@if command -v hadolint >/dev/null; then hadolint Containerfile; \
+	else echo "skipped hadolint, which is not installed"; fi
+	$(BIN)/python -m pytest tests/unit/test_release.py
+
+release-notes: $(VENV)/ready ## the section of CHANGELOG.md, which must have a day, in build/release
+	$(BIN)/python tools/release.py notes build/release/notes.md
+
+release-sums: $(VENV)/ready ## checksums of the wheels in dist/, of which there must be one for each architecture
+	$(BIN)/python tools/release.py sums build/release/SHA256SUMS
+
+release-publish: release-notes release-sums ## a release on GitHub with the wheels, of the commit that is checked out
+	gh release create v$(VERSION) --target "$$(git rev-parse HEAD)" --title "tqgguf $(VERSION)" \
+		--notes-file build/release/notes.md build/release/SHA256SUMS dist/tqgguf-$(VERSION)-*.whl
 
 # Other programs on the machine slow it down, but change nothing that it judges.
 MINUTES ?= 30
@@ -188,4 +240,4 @@ build/installed: $(VENV)/ready $(sources)
 	@touch $@
 
 # every target that is no path
-.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' Makefile) FORCE
+.PHONY: $(shell sed -n 's/^\([a-z0-9-]*\):.*/\1/p' Makefile) FORCE

@@ -55,6 +55,7 @@ NOT_RUN: Final[dict[str, tuple[str, Callable[[str], bool]]]] = {
     r"PYTHONPATH=\. python examples/train_demo_model\.py": ("trains for half an hour, with PyTorch", _script_exists),
     r"python -m pytest ": ("is a part of these tests", lambda _: True),
     r"(python -m venv env|env/bin/)": ("needs a wheel: `make wheel-check` does it", lambda _: True),
+    r"docker ": ("needs Docker and an image: `make image-check` does it", lambda _: True),
     r"tqgguf worker ": ("serves until it is stopped: test_rpc_page.py runs it", lambda _: True),
 }
 """Commands that are not run, by pattern: the reason, and the check that replaces the run."""

@@ -1,6 +1,7 @@
 """The wheel that `make wheel` leaves in dist/, and a fresh virtual environment it is installed in.
 
     make wheel wheel-check
+    make wheel-arm64 wheel-check-arm64      on another machine than an ARM64 one
 
 or, for another wheel, TQGGUF_WHEEL=file.whl pytest tests/packaging. Without the variable these tests are left out: they
 take minutes, and pip fetches the dependencies of the package.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +35,15 @@ def wheel() -> Path:
     path = Path(os.environ["TQGGUF_WHEEL"]).resolve()
     assert path.is_file(), f"TQGGUF_WHEEL: there is no {path}"
     return path
+
+
+@pytest.fixture(scope="session")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's files."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

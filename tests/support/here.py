@@ -69,6 +69,7 @@ def missing() -> dict[str, str]:
         "cuda": lacks_gpu(),
         "own_threads": "threads of a ggml without OpenMP (make wheel-check)" if _has_openmp() else "",
         "stock": "" if os.environ.get("TQGGUF_STOCK_LIB") else "no stock build (make conformance)",
+        "image": "" if os.environ.get("TQGGUF_IMAGE") else "no container image (make image image-check)",
         "wheel": "" if os.environ.get("TQGGUF_WHEEL") else "no wheel (make wheel wheel-check)",
     }
     return {marker: reason for marker, reason in lacks.items() if reason}
