@@ -12,12 +12,13 @@ tqi_attend_kernel(TQI_PARAMETER tqi_attention p) {
     tqi_attend<NT>(p, shared);
 }
 
-/* For our types on both sides, those that the plan names, and DK = DV = 32 BLOCKS, 64 or 128. */
+/* For our types on both sides, those that the plan names, and DK = DV = 32 BLOCKS: 64, 128, 256 or
+ * 512. */
 template <typename K, typename V, int NT, int BLOCKS>
 TQI_KERNEL(TQI_ATTENTION_THREADS, TQI_ATTENTION_BLOCKS)
 tqi_attend_warp_kernel(TQI_PARAMETER tqi_attention p) {
     TQI_SHARED(shared);
-    tqi_attend_by_warps<K, V, NT, BLOCKS>(p, shared);
+    tqi_attend_by_warps<tqi_warp_shape<K, V, NT, BLOCKS>>(p, shared);
 }
 
 TQI_KERNEL(TQI_TAIL_ATTENTION_THREADS, 4) tqi_attend_tail_kernel(TQI_PARAMETER tqi_attention p) {
@@ -53,13 +54,18 @@ template <int NT, int BLOCKS> static tqi_attention_kernel kernel_of_types(const 
 }
 
 template <int NT> static tqi_attention_kernel kernel_of(const tqi_attention & p) {
-    if (p.blocks == 4) {
-        return kernel_of_types<NT, 4>(p);
+    switch (p.blocks) {
+        case 2:
+            return kernel_of_types<NT, 2>(p);
+        case 4:
+            return kernel_of_types<NT, 4>(p);
+        case 8:
+            return kernel_of_types<NT, 8>(p);
+        case 16:
+            return kernel_of_types<NT, 16>(p);
+        default:
+            return tqi_attend_kernel<NT>;
     }
-    if (p.blocks == 2) {
-        return kernel_of_types<NT, 2>(p);
-    }
-    return tqi_attend_kernel<NT>;
 }
 
 /* ---- Interface ---- */

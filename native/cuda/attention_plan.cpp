@@ -225,20 +225,34 @@ static bool same_table(const tqi_operand & k, const tqi_operand & v) {
     return k.type == v.type && memcmp(k.levels, v.levels, sizeof k.levels) == 0;
 }
 
+/* Whether tqi_warp_stride leaves room for what is copied of a row by each of a team's warps. */
+static bool fits_stage(const tqi_operand & x, int n_head, int team) {
+    const int bytes = x.row_bytes / team;
+    bool fits = true;
+    for (int i = 0; x.grain == 16 && i < 16 * team; ++i) { /* beyond 16 heads leads are the same again */
+        const int64_t begin = i / team * x.stride_head + i % team * bytes;
+        fits = fits && (i / team >= n_head || (int) (begin % 16) + bytes <= 16 * tqi_wide_units(bytes));
+    }
+    return fits;
+}
+
 /* The number of blocks that a kernel is made for, or 0: one type, or the pair that people choose. */
-static int fixed_blocks(const tqi_operand & k, const tqi_operand & v) {
-    const auto fits = [](const tqi_operand & x) { return x.copied_bytes <= 16 * tqi_wide_units(x.row_bytes); };
-    const bool pair = same_table(k, v) || (k.type == TQ_TYPE_PQO4 && v.type == TQ_TYPE_PQO3);
-    const int n = k.n_blocks;
-    return pair && (n == 2 || n == 4) && v.n_blocks == n && fits(k) && fits(v) ? n : 0;
+static int fixed_blocks(const tqi_attention & a) {
+    const bool pair = same_table(a.k, a.v) || (a.k.type == TQ_TYPE_PQO4 && a.v.type == TQ_TYPE_PQO3);
+    const int n = a.k.n_blocks, team = tqi_team_of(n, a.n_tiles);
+    const bool made = n == 2 || n == 4 || n == 8 || n == 16;
+    return pair && made && a.v.n_blocks == n && fits_stage(a.k, a.n_head_kv, team) && fits_stage(a.v, a.n_head_kv, team)
+               ? n
+               : 0;
 }
 
 /* Shared memory where each warp has its own stages. */
 static void lay_out_warps(tqi_attention * a, int n_stages) {
-    a->tile = TQI_WARP_STEP;
+    const int blocks = a->blocks / a->team;
+    a->tile = tqi_warp_step(a->team);
     a->n_stages = n_stages;
-    a->shared_bytes =
-        tqi_warp_shared_bytes(tqi_warp_layout_of(a->k.type, a->v.type, a->blocks, a->n_tiles), a->blocks, n_stages);
+    a->shared_bytes = tqi_warp_shared_bytes(tqi_warp_layout_of(a->k.type, a->v.type, blocks, a->n_tiles, a->team),
+                                            blocks, a->team, n_stages);
 }
 
 /* Shared memory for a choice of tile and stages. */
@@ -284,7 +298,8 @@ static bool choose_tiles(const tqi_cuda_limits & limits, tqi_attention * a) {
         const size_t bytes = (size_t) a->shared_bytes;
         return bytes <= limits.shared_per_block && (size_t) wanted * (bytes + 1024) <= limits.shared_per_sm;
     };
-    a->blocks = fixed_blocks(a->k, a->v);
+    a->blocks = fixed_blocks(*a);
+    a->team = tqi_team_of(a->blocks, a->n_tiles);
     for (int wanted = 2; a->blocks > 0 && wanted > 0; --wanted) {
         for (int n_stages = 3; n_stages > 1; --n_stages) {
             lay_out_warps(a, n_stages);
@@ -311,10 +326,12 @@ static void plan_copies(tqi_attention * a) {
     const int grain = a->k.grain < a->v.grain ? a->k.grain : a->v.grain;
     const int threads = a->blocks > 0 ? 32 : TQI_ATTENTION_THREADS;
     for (tqi_operand * x : { &a->k, &a->v }) {
+        x->part_bytes = x->row_bytes;
         if (a->blocks > 0) { /* one kind of copy for both */
-            x->stride_shared = tqi_warp_stride(x->type, a->blocks);
+            x->part_bytes = x->row_bytes / a->team;
+            x->stride_shared = tqi_warp_stride(x->type, a->blocks / a->team);
             x->grain = grain;
-            x->units = grain == 16 ? tqi_wide_units(x->row_bytes) : x->row_bytes / grain;
+            x->units = grain == 16 ? tqi_wide_units(x->part_bytes) : x->part_bytes / grain;
         }
         x->rows_on = x->units < threads ? threads / x->units : 1;
         x->step = x->rows_on * x->stride_token;

@@ -21,6 +21,7 @@ struct tqi_operand {
     int signs_first;
     int n_blocks; /* of 32 values per row */
     int row_bytes;
+    int part_bytes;         /* of a row that threads copy together: all, or what one of a team's warps takes */
     int copied_bytes;       /* of a row, the most that a head needs if copied 16 bytes at a time */
     int grain;              /* bytes copied at once: 16, 8, 4, or 2 if nothing is aligned better */
     int stride_shared;      /* of rows in shared memory */
@@ -57,6 +58,7 @@ struct tqi_attention {
     int one_table;                         /* K and V share their table of levels */
     int wide;                              /* K, V and the mask can be copied 16 bytes at a time */
     int blocks;              /* of K and of V, where there is a kernel for that (attention_warp.cuh); otherwise 0 */
+    int team;                /* warps that share a head there: tqi_team_of */
     int n_splits, split;     /* ranges of keys, and how many keys each has: whole tiles */
     int n_parts;             /* to be merged: n_splits, and those of the tails */
     int n_recent, n_first;   /* rows of K's and V's tails; 0: there are none */

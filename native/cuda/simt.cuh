@@ -56,6 +56,10 @@ TQI_D int tqi_sync_or(int x) {
 TQI_D void tqi_sync_warp() {
     __syncwarp();
 }
+/* A barrier for N warps side by side, apart from that of the block. */
+template <int N> TQI_D void tqi_sync_warps() {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + tqi_thread() / (32 * N)), "n"(32 * N) : "memory");
+}
 TQI_D bool tqi_any_lane(bool x) {
     return __any_sync(0xffffffffu, x);
 }

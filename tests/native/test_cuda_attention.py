@@ -257,6 +257,68 @@ def test_many_tiles_per_warp(cuda: Any, monkeypatch: pytest.MonkeyPatch, mask: s
             check_case(cuda, case)
 
 
+# Heads of 256 and 512: query rows of 8 query heads, one tile of vectors or two, with 1, 2 and 4 warps to a head.
+LARGE_HEADS = [(256, 1), (256, 2), (512, 1), (512, 2)]
+
+
+def large(head_dim: int, n_q: int, types: tuple[str, str] = ("pqo3", "pqo3"), **options: Any) -> Case:
+    """8 n_q query vectors of a KV head."""
+    return Case(*types, head_dim, head_dim, n_head=8, n_head_kv=1, n_q=n_q, **options)
+
+
+@pytest.mark.parametrize(("head_dim", "n_q"), LARGE_HEADS)
+def test_large_heads(cuda: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, n_q: int) -> None:
+    """Many tiles per warp, some of them hidden; scores so large that bases rise; warps that have no tile at all."""
+    if cuda.emulated:
+        monkeypatch.setenv("TQ_HOST_SM", "1")
+    for mask in ("none", "window"):
+        check_case(cuda, large(head_dim, n_q, n_kv=405, mask=mask, q_scale=8.0))
+    check_case(cuda, large(head_dim, n_q, n_kv=23, mask="values", max_bias=8.0))
+    check_case(cuda, large(head_dim, n_q, n_kv=150, softcap=2.5, sinks=True, mask="holes"))
+
+
+@pytest.mark.parametrize(("head_dim", "n_q"), LARGE_HEADS)
+def test_large_heads_of_every_type(cuda: Any, head_dim: int, n_q: int) -> None:
+    for types in [(type, type) for type in reference.TYPES[1:]] + [("pqo4", "pqo3")]:
+        check_case(cuda, large(head_dim, n_q, types, n_kv=70))
+
+
+@pytest.mark.parametrize(("head_dim", "n_q"), LARGE_HEADS)
+def test_large_heads_in_ranges_with_a_tail(cuda: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, n_q: int) -> None:
+    if cuda.emulated:
+        monkeypatch.setenv("TQ_HOST_SM", "5")
+    check_case(cuda, large(head_dim, n_q, n_kv=330, tail=40, first=4, mask="causal", sinks=True))
+
+
+@pytest.mark.parametrize(("head_dim", "n_q"), LARGE_HEADS)
+def test_large_heads_anywhere_in_memory(cuda: Any, head_dim: int, n_q: int) -> None:
+    """KV heads whose rows begin at multiples of 16 or not, with 16 bytes copied at a time or fewer; a stage less."""
+    shape = {"n_head": 8 * 3, "n_head_kv": 3, "n_q": n_q, "n_kv": 50}
+    for type in ("pqo3", "pqo4", "pqt5"):
+        for offset, gap in ((0, 0), (2, 0), (4, 0), (8, 8)):
+            check_case(cuda, Case(type, type, head_dim, head_dim, offset=offset, gap=gap, **shape))
+
+
+def test_large_heads_have_a_kernel(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch tells how many ranges there are: where tiles are few, as many as tiles, of the kernel for any pair, too."""
+    if not cuda.emulated:
+        pytest.skip("how many ranges there are depends on the device")
+    args = usable(cuda)
+    args.n_kv, args.q.n_head = 1024, 16
+    for head_dim, n_q in LARGE_HEADS:
+        alone = (head_dim, n_q) == (256, 1)  # a warp takes a head by itself
+        monkeypatch.setenv("TQ_HOST_SM", "64" if alone else "16")
+        args.q.head_dim = args.k.head_dim = args.v.head_dim = head_dim
+        args.n_q = n_q
+        n_parts = []
+        for types in (("pqo3", "pqo3"), ("pqo3", "pqo4")):
+            for x, type in zip((args.k, args.v), types, strict=True):
+                x.type, x.stride_head = CACHE_TYPES[type].number, CACHE_TYPES[type].row_bytes(head_dim)
+                x.stride_token = 2 * x.stride_head
+            n_parts.append(cuda.lib.tq_cuda_attn_work_bytes(args) / (4 * 16 * n_q * (head_dim + 2)))
+        assert n_parts == ([8, 16] if alone else [16, 8]), (head_dim, n_q)
+
+
 def test_the_pair_that_people_choose_has_a_kernel(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few keys each kernel makes as many ranges as it has tiles, of 128 or of 64: scratch tells which it is."""
     if not cuda.emulated:
