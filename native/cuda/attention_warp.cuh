@@ -1,5 +1,6 @@
-/* attention_warp.cuh: the same attention where heads of K and V have 64 or 128 values of one type of ours, or pqo4 and
- * pqo3: what decoding runs on, and so what must be fast. What it costs is instructions, not memory (docs/cuda.md).
+/* attention_warp.cuh: the same attention where heads of K and V have 64, 128, 256 or 512 values, for the pairs of types of
+ * attention_kernels.cuh: what decoding runs on, and so what must be fast. What it costs is instructions, not memory
+ * (docs/cuda.md).
  *
  * A warp works alone: 16 keys at a time, every eighth such tile of the block's range. It copies them, finds their
  * scores, keeps them in registers, and adds up the values of all DV dimensions. So nothing but the tables and q is
@@ -9,7 +10,11 @@
  *   softmax     A lane has keys g and g + 8 of vectors 2 t and 2 t + 1. Weights are 2^(score - base); base follows the
  *               largest score only when a weight would get too large for f16: a common factor of weights cancels out.
  *   accumulate  O = V^T P: weights become the other operand by a transposition. A lane has the same vectors of O as of
- *               S, and takes half a block of each token's V, or a quarter with heads of 64.
+ *               S, and takes half a block of each token's V, a quarter with heads of 64, all of it with those of 256.
+ *
+ * A warp has registers for the results of 8 blocks and eight query vectors. Of larger heads, or of 16 vectors, a team of
+ * two or four warps takes the same keys, each warp a part of their K and V, which it copies by itself; what they find of
+ * scores they add up behind a barrier of the team.
  *
  * Two or three tiles per warp are on their way or in use, so that a warp waits for none but its own copies. */
 #ifndef TQI_ATTENTION_WARP_CUH
@@ -157,7 +162,32 @@ template <int NT, int BLOCKS> TQI_D void tqi_raise(const float (*x)[4], tqi_resu
     }
 }
 
-/* weights <- 2^x as fragments; x: scores less their base. s: the scores, to be multiplied by scale if plain. */
+/* Halves of f16 pairs: all of them, or those of tokens first and first + 1 that have a bit in `some`. */
+TQI_D uint32_t tqi_halves_of(int some, int first) {
+    return (some >> first & 1 ? 0xffffu : 0u) | (some >> first & 2 ? 0xffff0000u : 0u);
+}
+
+/* A bit for each of 16 keys that has some weight. x: weights, of keys g and g + 8. */
+template <int NT> TQI_D int tqi_keys_with_weight(const float (*x)[4]) {
+    bool any[2] = { false, false };
+    TQI_UNROLL
+    for (int i = 0; i < 4 * NT; ++i) {
+        any[i % 4 / 2] = any[i % 4 / 2] || x[i / 4][i % 4] != 0.0f;
+    }
+    int some = 0;
+    TQI_UNROLL
+    for (int c = 0; c < 2; ++c) {
+        uint32_t lanes = tqi_which_lanes(any[c]); /* four for each key */
+        lanes = (lanes | lanes >> 1 | lanes >> 2 | lanes >> 3) & 0x11111111u;
+        lanes = (lanes | lanes >> 3) & 0x03030303u;
+        lanes = (lanes | lanes >> 6) & 0x000f000fu;
+        some |= (int) ((lanes | lanes >> 12) & 0xffu) << (8 * c);
+    }
+    return some;
+}
+
+/* weights <- 2^x as fragments; x: scores less their base, then the weights. s: the scores, to be multiplied by scale if
+ * plain. */
 template <int NT, int BLOCKS>
 TQI_D void tqi_warp_softmax(bool plain, const float (*s)[4], float (*x)[4], tqi_results<NT, BLOCKS> * r,
                             uint32_t (*weights)[2]) {
@@ -225,18 +255,33 @@ TQI_D void tqi_weigh_warps(const tqi_attention & p, const tqi_task & task, int v
     bases[i].of[warp] = factor;
 }
 
-/* Adds up what the warps found of eight query vectors in the four blocks, or fewer, from block0 on of a part of the head,
- * and writes it. parts: (warps that have that part, tiles of 2 * 8 dimensions, tqi_part_stride). Sixteen lanes take a
- * block of two vectors: each of them two dimensions. */
+/* Where the lanes of tqi_add_warps find two values. Sixteen lanes take a block of two vectors, u and t of 16 and 4; b:
+ * blocks from the first of a round on. */
+struct tqi_found {
+    int tile, g; /* of a lane's results, and which lanes: g counts from the first of the round */
+    int value;   /* the first of the two, from the round's first block on; in f16, of the part of the head */
+};
+
+template <typename V, int BLOCKS> TQI_D tqi_found tqi_found_of(int round, int b, int u) {
+    const int n_slices = BLOCKS / 2, slice = 4 * b + u / 4;
+    if constexpr (V::TYPE == TQ_TYPE_F16) { /* tqi_multiply_plain_values */
+        const int n = tqi_result_lanes(BLOCKS) / 4, tile = (16 * b + u) / n, g = (16 * b + u) % n;
+        return { tile, g, 16 * tile + 2 * (round * n + g) };
+    }
+    return { slice % n_slices * 4 + u % 4, slice / n_slices,
+             (4 * round + b) * TQ_BLOCK + tqi_dim(V::ORDER, u / 4, 2 * (u % 4)) };
+}
+
+/* Adds up what the warps found of eight query vectors in a part of the head, in the four blocks of a round or fewer, and
+ * writes it. parts: (warps that have that part, tiles of 2 * 8 dimensions, tqi_part_stride). */
 template <typename S>
-TQI_D void tqi_add_warps(const tqi_attention & p, const tqi_task & task, int vec0, int part, int block0,
+TQI_D void tqi_add_warps(const tqi_attention & p, const tqi_task & task, int vec0, int part, int round,
                          const tqi_tile_part * parts, const tqi_of_warps * factors) {
-    const int BLOCKS = S::BLOCKS, n_values = S::TEAM * BLOCKS * TQ_BLOCK;
-    const int lane = tqi_thread() % 32, warp = tqi_thread() / 32, b = warp / 2, t = warp % 2 * 2 + lane / 16,
-              u = lane % 16;
-    const int n_slices = BLOCKS / 2, stride = tqi_part_stride(BLOCKS), slice = 4 * b + u / 4,
-              from = (slice % n_slices * 4 + u % 4) * stride + slice / n_slices * 4 + t;
-    const int dim = (part * BLOCKS + block0 + b) * TQ_BLOCK + S::V::dim(u / 4, 2 * (u % 4)); /* and the next one */
+    constexpr int BLOCKS = S::BLOCKS, n_values = S::TEAM * BLOCKS * TQ_BLOCK;
+    const int lane = tqi_thread() % 32, warp = tqi_thread() / 32, b = warp / 2, t = warp % 2 * 2 + lane / 16;
+    const tqi_found found = tqi_found_of<typename S::V, BLOCKS>(round, b, lane % 16);
+    const int stride = tqi_part_stride(BLOCKS), from = found.tile * stride + found.g * 4 + t;
+    const int dim = part * BLOCKS * TQ_BLOCK + found.value; /* and the next one */
     if (BLOCKS < 4 && b >= BLOCKS) {
         return;
     }
@@ -244,10 +289,10 @@ TQI_D void tqi_add_warps(const tqi_attention & p, const tqi_task & task, int vec
     float x[2][2] = { { 0.0f, 0.0f }, { 0.0f, 0.0f } }; /* (vectors, dimensions) */
     TQI_UNROLL
     for (int i = 0; i < TQI_WARPS / S::TEAM; ++i) {
-        const tqi_tile_part found = parts[from + i * 2 * BLOCKS * stride];
+        const tqi_tile_part mine = parts[from + i * 2 * BLOCKS * stride];
         TQI_UNROLL
         for (int j = 0; j < 4; ++j) {
-            x[j % 2][j / 2] += factor[j % 2].of[i * S::TEAM + part] * found.of[j];
+            x[j % 2][j / 2] += factor[j % 2].of[i * S::TEAM + part] * mine.of[j];
         }
     }
     const int vec = vec0 + 2 * t;
@@ -263,7 +308,9 @@ TQI_D void tqi_add_warps(const tqi_attention & p, const tqi_task & task, int vec
     }
     TQI_UNROLL
     for (int c = 0; c < 2; ++c) {
-        tqi_transform_pairs(!p.v.signs_first, x[c], lane, dim % TQ_BLOCK);
+        if (tqi_bits_of(S::V::TYPE) > 0) {
+            tqi_transform_pairs(!p.v.signs_first, x[c], lane, dim % TQ_BLOCK);
+        }
         if (vec + c < p.n_vec) {
             float * out = tqi_output_of(p, task, vec + c) + dim;
             out[0] = x[c][0];
@@ -410,8 +457,14 @@ TQI_D void tqi_warp_tile(const tqi_attention & p, unsigned char * shared, const 
         }
     }
     tqi_warp_softmax<NT, BLOCKS>(keys.plain, s, x, r, weights);
-    tqi_multiply_values<V, NT, BLOCKS / 2>((const uint32_t *) (const void *) (shared + S::at.v_table), stage + l->in_v,
-                                           v_stride, l->v_parts, 0xffffffffu, weights, r->o);
+    if constexpr (V::TYPE == TQ_TYPE_F16) {
+        const int some = keys.plain ? 0xffff : tqi_keys_with_weight<NT>(x);
+        const uint32_t keep[2] = { tqi_halves_of(some, 2 * t), tqi_halves_of(some, 2 * t + 8) };
+        tqi_multiply_plain_values<NT, BLOCKS>(stage + l->in_v, v_stride, keep, weights, r->o);
+    } else {
+        tqi_multiply_values<V, NT, BLOCKS / 2>((const uint32_t *) (const void *) (shared + S::at.v_table),
+                                               stage + l->in_v, v_stride, l->v_parts, 0xffffffffu, weights, r->o);
+    }
 }
 
 /* All warps' results, through the memory where tiles were. */
@@ -453,7 +506,7 @@ TQI_D void tqi_warp_end(const tqi_attention & p, const tqi_task & task, unsigned
                 tqi_weigh_warps(p, task, vec0, bases + 8 * i, totals + 8 * i);
                 tqi_sync();
             }
-            tqi_add_warps<S>(p, task, vec0, j / n_rounds, j % n_rounds * 4, parts, bases + 8 * i);
+            tqi_add_warps<S>(p, task, vec0, j / n_rounds, j % n_rounds, parts, bases + 8 * i);
         }
     }
 }

@@ -30,6 +30,16 @@ TQI_HD constexpr int tqi_bits_of(int type) {
                                                           : 0;
 }
 
+/* A block of q8_0: an f16 scale and 32 signed bytes. */
+#define TQI_Q8_0_BYTES 34
+
+/* Bytes of 32 values. */
+TQI_HD constexpr int tqi_block_bytes_of(int type) {
+    return type == TQ_TYPE_F16         ? 2 * TQ_BLOCK
+           : type == TQ_CUDA_TYPE_Q8_0 ? TQI_Q8_0_BYTES
+                                       : (int) TQI_BLOCK_BYTES(tqi_bits_of(type));
+}
+
 /* ---- Tables of levels (slices.cuh) ---- */
 
 struct tqi_table {
@@ -51,6 +61,13 @@ TQI_HD constexpr int tqi_table_bytes(int type) {
 /* ---- A warp by itself (attention_warp.cuh) ---- */
 
 #define TQI_WARP_TILE 16 /* keys that a warp takes at once */
+
+/* Whether there are kernels for K and V of two types (attention_kernels.cuh). */
+TQI_HD constexpr bool tqi_has_warp_kernel(int k_type, int v_type) {
+    return k_type == v_type || (k_type == TQ_TYPE_PQO4 && v_type == TQ_TYPE_PQO3) ||
+           (k_type == TQ_TYPE_PQT5 && v_type == TQ_TYPE_PQT4) || (k_type == TQ_TYPE_PQT4 && v_type == TQ_TYPE_PQT3) ||
+           (k_type == TQ_TYPE_PQT3 && v_type == TQ_TYPE_PQT2) || tqi_bits_of(k_type) == 0 || tqi_bits_of(v_type) == 0;
+}
 
 /* Warps that share a tile's keys, each with a part of the head: a lane has registers for the results of 8 blocks and
  * eight query vectors. */
@@ -83,7 +100,7 @@ TQI_HD constexpr int tqi_wide_units(int row_bytes) {
 /* Bytes from row to row in a stage, for rows of `blocks` blocks: a constant, so that loads need one address, and an odd
  * multiple of four words, so that no bank is met twice for K (check_operand). */
 TQI_HD constexpr int tqi_warp_stride(int type, int blocks) {
-    return 16 * (tqi_wide_units((int) TQI_BLOCK_BYTES(tqi_bits_of(type)) * blocks) | 1);
+    return 16 * (tqi_wide_units(tqi_block_bytes_of(type) * blocks) | 1);
 }
 
 struct tqi_warp_layout {
@@ -155,7 +172,8 @@ TQI_HD constexpr int tqi_sum_stride(int n_blocks) {
 enum {
     TQI_TAIL_AT_TOKENS = 0,                                         /* (entries) */
     TQI_TAIL_AT_OWNED = TQI_TAIL_AT_TOKENS + 4 * TQI_TAIL_ENTRIES,  /* (entries): 1 if K has a row of it, 2 if V has */
-    TQI_TAIL_AT_WEIGHTS = TQI_TAIL_AT_OWNED + 4 * TQI_TAIL_ENTRIES, /* (8, entries): scores, then weights */
+    TQI_TAIL_AT_UNTIL = TQI_TAIL_AT_OWNED + 4 * TQI_TAIL_ENTRIES,   /* (entries): the first query row that has not */
+    TQI_TAIL_AT_WEIGHTS = TQI_TAIL_AT_UNTIL + 4 * TQI_TAIL_ENTRIES, /* (8, entries): scores, then weights */
     TQI_TAIL_AT_Q = TQI_TAIL_AT_WEIGHTS + 8 * 4 * TQI_TAIL_ENTRIES  /* (8, DK) */
 };
 

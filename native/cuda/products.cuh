@@ -139,4 +139,28 @@ TQI_D void tqi_multiply_values(const uint32_t * table, const uint8_t * row, int 
     }
 }
 
+/* The same of f16, whose values have no blocks: of a row of 16 BLOCKS words a lane takes every eighth from word g on, and
+ * o[i][j] has the two values of word g + 8 j. keep: which of tokens 2 t, 2 t + 1, and 8 more, count: others may hold
+ * infinities, which a weight of 0 does not cancel. */
+template <int NT, int BLOCKS>
+TQI_D void tqi_multiply_plain_values(const uint8_t * row, int stride, const uint32_t * keep,
+                                     const uint32_t (*weights)[2], float (*o)[2 * BLOCKS][4]) {
+    const uint32_t * from = (const uint32_t *) (const void *) row + tqi_thread() % 32 / 4;
+    const int next = stride / 4; /* rows begin at multiples of 16 */
+    TQI_UNROLL
+    for (int j = 0; j < 2 * BLOCKS; ++j) {
+        uint32_t a[4];
+        TQI_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t x = from[8 * i * next + 8 * j], y = from[(8 * i + 1) * next + 8 * j];
+            a[2 * i] = tqi_permute(x, y, 0x5410) & keep[i];
+            a[2 * i + 1] = tqi_permute(x, y, 0x7632) & keep[i];
+        }
+        TQI_UNROLL
+        for (int i = 0; i < NT; ++i) {
+            tqi_mma(o[i][j], a[0], a[1], a[2], a[3], weights[i][0], weights[i][1]);
+        }
+    }
+}
+
 #endif

@@ -81,6 +81,15 @@ TQI_D uint32_t tqi_half2(float low, float high) {
     return u;
 }
 
+TQI_D uint32_t tqi_add_half2(uint32_t a, uint32_t b) {
+    __half2 x, y;
+    memcpy(&x, &a, sizeof x);
+    memcpy(&y, &b, sizeof y);
+    x = __hadd2(x, y);
+    memcpy(&a, &x, sizeof a);
+    return a;
+}
+
 TQI_D uint32_t tqi_mul_half2(uint32_t a, uint32_t b) {
     __half2 x, y;
     memcpy(&x, &a, sizeof x);

@@ -189,6 +189,11 @@ TQI_D uint32_t tqi_mul_half2(uint32_t a, uint32_t b) { /* products of 11-bit num
                      tqi_half_to_float((uint16_t) (a >> 16)) * tqi_half_to_float((uint16_t) (b >> 16)));
 }
 
+TQI_D uint32_t tqi_add_half2(uint32_t a, uint32_t b) { /* so are sums */
+    return tqi_half2(tqi_half_to_float((uint16_t) a) + tqi_half_to_float((uint16_t) b),
+                     tqi_half_to_float((uint16_t) (a >> 16)) + tqi_half_to_float((uint16_t) (b >> 16)));
+}
+
 TQI_D uint32_t tqi_select(uint32_t mask, uint32_t a, uint32_t b) {
     return (a & mask) | (b & ~mask);
 }
