@@ -1,6 +1,6 @@
-/* attention_kernels.cuh: the kernels by warps: for which pairs of types there are some, and how one is found. Their code is
- * in several files, for they are many: attention_types.cu has those of one type, attention_pairs.cu of tqgguf's types in
- * pairs, attention_q8_0.cu and attention_f16.cu those with a stock type on one side. */
+/* attention_kernels.cuh: the kernels by warps: for which pairs of types there are some, and how one is found. Their
+ * code is in several files, for they are many: attention_types.cu has those of one type, attention_pairs.cu of tqgguf's
+ * types in pairs, attention_q8_0.cu and attention_f16.cu those with a stock type on one side. */
 #ifndef TQI_ATTENTION_KERNELS_CUH
 #define TQI_ATTENTION_KERNELS_CUH
 

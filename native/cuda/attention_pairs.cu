@@ -1,5 +1,5 @@
-/* attention_pairs.cu: kernels by warps for the pairs of tqgguf's types that people choose: pqo4 with pqo3, and the presets
- * best, balanced and tiny. */
+/* attention_pairs.cu: kernels by warps for the pairs of tqgguf's types that people choose: pqo4 with pqo3, and the
+ * presets best, balanced and tiny. */
 #include "attention_kernels.cuh"
 
 tqi_attention_kernel tqi_kernel_of_pair(const tqi_attention & p) {

@@ -250,9 +250,9 @@ static bool fits_stage(const tqi_operand & x, int n_head, int team) {
     return fits;
 }
 
-/* The number of blocks that a kernel is made for, or 0. One type in two modes would need two tables. A batch's own rows of
- * the tail, which some query rows read and others do not, are left to the other kernel: looking for them would take a
- * warp 70 to 110 instructions more for every tile of any call. */
+/* The number of blocks that a kernel is made for, or 0. One type in two modes would need two tables. A batch's own rows
+ * of the tail, which some query rows read and others do not, are left to the other kernel: looking for them would take
+ * a warp 70 to 110 instructions more for every tile of any call. */
 static int fixed_blocks(const tqi_attention & a) {
     const bool pair = tqi_has_warp_kernel(a.k.type, a.v.type) && (a.k.type != a.v.type || same_table(a.k, a.v));
     const int n = a.k.n_blocks, team = tqi_team_of(n, a.n_tiles);

@@ -4,8 +4,8 @@
 
 #include "layout.h"
 
-/* The rows of K's or V's precise tail; owner is NULL if it has none. In a batch a row for each of its own tokens follows,
- * and more integers follow the owners (tq_tail_batch in tqgguf.h). */
+/* The rows of K's or V's precise tail; owner is NULL if it has none. In a batch a row for each of its own tokens
+ * follows, and more integers follow the owners (tq_tail_batch in tqgguf.h). */
 struct tqi_tail {
     const uint8_t * data;
     const int32_t * owner;

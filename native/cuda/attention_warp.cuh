@@ -1,5 +1,5 @@
-/* attention_warp.cuh: the same attention where heads of K and V have 64, 128, 256 or 512 values, for the pairs of types of
- * attention_kernels.cuh: what decoding runs on, and so what must be fast. What it costs is instructions, not memory
+/* attention_warp.cuh: the same attention where heads of K and V have 64, 128, 256 or 512 values, for the pairs of types
+ * of attention_kernels.cuh: what decoding runs on, and so what must be fast. What it costs is instructions, not memory
  * (docs/cuda.md).
  *
  * A warp works alone: 16 keys at a time, every eighth such tile of the block's range. It copies them, finds their
@@ -12,9 +12,9 @@
  *   accumulate  O = V^T P: weights become the other operand by a transposition. A lane has the same vectors of O as of
  *               S, and takes half a block of each token's V, a quarter with heads of 64, all of it with those of 256.
  *
- * A warp has registers for the results of 8 blocks and eight query vectors. Of larger heads, or of 16 vectors, a team of
- * two or four warps takes the same keys, each warp a part of their K and V, which it copies by itself; what they find of
- * scores they add up behind a barrier of the team.
+ * A warp has registers for the results of 8 blocks and eight query vectors. Of larger heads, or of 16 vectors, a team
+ * of two or four warps takes the same keys, each warp a part of their K and V, which it copies by itself; what they
+ * find of scores they add up behind a barrier of the team.
  *
  * Two or three tiles per warp are on their way or in use, so that a warp waits for none but its own copies. */
 #ifndef TQI_ATTENTION_WARP_CUH
@@ -272,8 +272,8 @@ template <typename V, int BLOCKS> TQI_D tqi_found tqi_found_of(int round, int b,
              (4 * round + b) * TQ_BLOCK + tqi_dim(V::ORDER, u / 4, 2 * (u % 4)) };
 }
 
-/* Adds up what the warps found of eight query vectors in a part of the head, in the four blocks of a round or fewer, and
- * writes it. parts: (warps that have that part, tiles of 2 * 8 dimensions, tqi_part_stride). */
+/* Adds up what the warps found of eight query vectors in a part of the head, in the four blocks of a round or fewer,
+ * and writes it. parts: (warps that have that part, tiles of 2 * 8 dimensions, tqi_part_stride). */
 template <typename S>
 TQI_D void tqi_add_warps(const tqi_attention & p, const tqi_task & task, int vec0, int part, int round,
                          const tqi_tile_part * parts, const tqi_of_warps * factors) {

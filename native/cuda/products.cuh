@@ -94,8 +94,8 @@ TQI_D void tqi_load_parts(const uint32_t * row, const tqi_parts<T, N> & l, int i
 }
 
 /* o <- o + V^T weights: o[i][4 s + j] has values n = 2 j and 2 j + 1 of slice s, of vectors 2 t and 2 t + 1. row: row 2
- * t of the 16. keep: ones, or zeros if the lane has no such block. weights: B fragments. Slices come in pairs: of four at
- * once, levels would wait in registers. */
+ * t of the 16. keep: ones, or zeros if the lane has no such block. weights: B fragments. Slices come in pairs: of four
+ * at once, levels would wait in registers. */
 template <typename T, int NT, int N>
 TQI_D void tqi_multiply_values(const uint32_t * table, const uint8_t * row, int stride, const tqi_parts<T, N> & parts,
                                uint32_t keep, const uint32_t (*weights)[2], float (*o)[4 * N][4]) {
@@ -139,9 +139,9 @@ TQI_D void tqi_multiply_values(const uint32_t * table, const uint8_t * row, int 
     }
 }
 
-/* The same of f16, whose values have no blocks: of a row of 16 BLOCKS words a lane takes every eighth from word g on, and
- * o[i][j] has the two values of word g + 8 j. keep: which of tokens 2 t, 2 t + 1, and 8 more, count: others may hold
- * infinities, which a weight of 0 does not cancel. */
+/* The same of f16, whose values have no blocks: of a row of 16 BLOCKS words a lane takes every eighth from word g on,
+ * and o[i][j] has the two values of word g + 8 j. keep: which of tokens 2 t, 2 t + 1, and 8 more, count: others may
+ * hold infinities, which a weight of 0 does not cancel. */
 template <int NT, int BLOCKS>
 TQI_D void tqi_multiply_plain_values(const uint8_t * row, int stride, const uint32_t * keep,
                                      const uint32_t (*weights)[2], float (*o)[2 * BLOCKS][4]) {

@@ -201,7 +201,8 @@ TQI_D void tqi_store_tail(int signs_first, float * v, int l, bool store, uint16_
     }
 }
 
-/* Row i of src, (n_values, n_rows), as a row of a tail; all threads of a block, of which the last may have nothing to do. */
+/* Row i of src, (n_values, n_rows), as a row of a tail; all threads of a block, of which the last may have nothing to
+ * do. */
 TQI_D void tqi_encode_tail_row(const tq_cuda_view & src, int signs_first, int64_t i, uint16_t * to) {
     const int l = tqi_thread() % TQI_TEAM, n_blocks = (int) (src.ne[0] / TQ_BLOCK);
     TQI_NO_UNROLL

@@ -199,8 +199,8 @@ struct tqi_pqo4 : tqi_packed<TQ_TYPE_PQO4, 4, TQI_ORDER_EIGHTS>, tqi_plain_place
     }
 };
 
-/* The subsets of 32 values: of each pair of values both bits of the even one's, and of the odd one's, where the pair has
- * its bits in the word. So a part's are found by one shift, whatever the part. */
+/* The subsets of 32 values: of each pair of values both bits of the even one's, and of the odd one's, where the pair
+ * has its bits in the word. So a part's are found by one shift, whatever the part. */
 TQI_D void tqi_trellis_subsets(uint32_t t, uint32_t * of_even, uint32_t * of_odd) {
     const uint32_t low = tqi_subset_low(t), high = tqi_subset_high(t);
     *of_even = tqi_select(0x55555555u, low, high << 1);
@@ -246,7 +246,8 @@ struct tqi_trellis_pairs : tqi_packed<NUMBER, 4, TQI_ORDER_PAIRS>, tqi_plain_pla
         return even | odd << 4;
     }
 
-    /* Each of the four words is turned to where its two bits belong: a shift or none, and three instructions merge them. */
+    /* Each of the four words is turned to where its two bits belong: a shift or none, and three instructions merge
+     * them. */
     static TQI_D uint32_t load_3(const uint32_t * row, int b, int part) {
         uint32_t words[3], of_even, of_odd;
         TQI_UNROLL

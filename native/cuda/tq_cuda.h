@@ -193,8 +193,8 @@ TQ_CUDA_API int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_inde
                                     const tq_cuda_tail * tail, void * stream);
 /* What a batch of tokens reads of a tail that they are written to afterwards (tq_tail_batch in tqgguf.h). tail: its
  * streams, from the batch's first one on. Rows: dst, f16, (n_values, n_row + n_own, n_stream), gets the tail's rows and
- * those of src, f32, f16 or bf16, (n_values, n_own * n_stream). Index: 2 (n_row + n_own) + n_own integers of each stream,
- * as many tokens of which go to cells rows[..] - base - stream * n_cells. */
+ * those of src, f32, f16 or bf16, (n_values, n_own * n_stream). Index: 2 (n_row + n_own) + n_own integers of each
+ * stream, as many tokens of which go to cells rows[..] - base - stream * n_cells. */
 TQ_CUDA_API int tq_cuda_tail_batch_rows(const tq_cuda_view * src, int mode, const tq_cuda_tail * tail,
                                         const tq_cuda_view * dst, void * stream);
 TQ_CUDA_API int tq_cuda_tail_batch_index(const tq_cuda_tail * tail, const tq_cuda_index * rows, int64_t base,

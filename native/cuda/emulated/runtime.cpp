@@ -49,8 +49,8 @@ static void resume(int thread) {
     swapcontext(&home, &f->context);
 }
 
-/* Runs a warp until each of its lanes is done or waits at the block's or a team's barrier. Returns whether any lane moved. Odd
- * blocks run backwards, in run_block, too: nothing may depend on the order. */
+/* Runs a warp until each of its lanes is done or waits at the block's or a team's barrier. Returns whether any lane
+ * moved. Odd blocks run backwards, in run_block, too: nothing may depend on the order. */
 static bool run_warp(int w, int * n_done) {
     bool moved = false;
     for (bool again = true; again;) {
