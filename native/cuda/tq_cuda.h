@@ -208,11 +208,10 @@ TQ_CUDA_API int tq_cuda_transform(const float * x, int64_t n, int mode, int inve
 /* ---- Attention ---- */
 
 /* tq_attn as in tqgguf.h, with device pointers. K and V are of our types, or one of them f16 or q8_0
- * (TQ_CUDA_TYPE_Q8_0); decoder is NULL. Both
- * head sizes are multiples of 32, DV at most 512. Tails of K and V have the same numbers of rows; there is one if
- * n_recent is not 0. Made for few query rows: n_q * n_head / n_head_kv up to 16 vectors per KV head decode each block
- * once, more of them every 16 once again. Relative L2 error of the output against exact arithmetic on the decoded
- * values, for normal q, K, V: 2e-3 at most. */
+ * (TQ_CUDA_TYPE_Q8_0); decoder is NULL. Both head sizes are multiples of 32, DV at most 512. Tails of K and V have the
+ * same numbers of rows; there is one if n_recent is not 0, and its n_own is 0 or n_q. Made for few query rows: n_q *
+ * n_head / n_head_kv up to 16 vectors per KV head decode each block once, more of them every 16 once again. Relative L2
+ * error of the output against exact arithmetic on the decoded values, for normal q, K, V: 2e-3 at most. */
 
 /* TQ_OK, or TQ_E_UNSUPPORTED or TQ_E_ARGUMENT and the reason. Does not look at the pointers. */
 TQ_CUDA_API int tq_cuda_attn_supported(const tq_attn * args);
