@@ -1,5 +1,5 @@
 /* attention.cu: launches of attention. FMA is welcome here: attention has a tolerance, not bytes to match. */
-#include "attention_warp.cuh"
+#include "attention_kernels.cuh"
 #include "tail.cuh"
 
 /* ---- Kernels ---- */
@@ -12,14 +12,6 @@ tqi_attend_kernel(TQI_PARAMETER tqi_attention p) {
     tqi_attend<NT>(p, shared);
 }
 
-/* For our types on both sides, those that the plan names, and DK = DV = 32 BLOCKS, 64 or 128. */
-template <typename K, typename V, int NT, int BLOCKS>
-TQI_KERNEL(TQI_ATTENTION_THREADS, TQI_ATTENTION_BLOCKS)
-tqi_attend_warp_kernel(TQI_PARAMETER tqi_attention p) {
-    TQI_SHARED(shared);
-    tqi_attend_by_warps<K, V, NT, BLOCKS>(p, shared);
-}
-
 TQI_KERNEL(TQI_TAIL_ATTENTION_THREADS, 4) tqi_attend_tail_kernel(TQI_PARAMETER tqi_attention p) {
     TQI_SHARED(shared);
     tqi_attend_tail(p, shared);
@@ -30,36 +22,18 @@ TQI_KERNEL(TQI_MERGE_THREADS, 8) tqi_merge_kernel(TQI_PARAMETER tqi_attention p)
     tqi_merge_splits(p, shared);
 }
 
-typedef void (*tqi_attention_kernel)(const tqi_attention p);
-
-template <int NT, int BLOCKS> static tqi_attention_kernel kernel_of_types(const tqi_attention & p) {
-    if (p.k.type != p.v.type) {
-        return tqi_attend_warp_kernel<tqi_pqo4, tqi_pqo3, NT, BLOCKS>;
+static tqi_attention_kernel kernel_of(const tqi_attention & p) {
+    if (p.blocks == 0) {
+        return p.n_tiles == 1 ? tqi_attend_kernel<1> : tqi_attend_kernel<2>;
     }
-    switch (p.k.type) {
-        case TQ_TYPE_PQO3:
-            return tqi_attend_warp_kernel<tqi_pqo3, tqi_pqo3, NT, BLOCKS>;
-        case TQ_TYPE_PQO4:
-            return tqi_attend_warp_kernel<tqi_pqo4, tqi_pqo4, NT, BLOCKS>;
-        case TQ_TYPE_PQT2:
-            return tqi_attend_warp_kernel<tqi_pqt2, tqi_pqt2, NT, BLOCKS>;
-        case TQ_TYPE_PQT3:
-            return tqi_attend_warp_kernel<tqi_pqt3, tqi_pqt3, NT, BLOCKS>;
-        case TQ_TYPE_PQT5:
-            return tqi_attend_warp_kernel<tqi_pqt5, tqi_pqt5, NT, BLOCKS>;
-        default:
-            return tqi_attend_warp_kernel<tqi_pqt4, tqi_pqt4, NT, BLOCKS>;
+    if (p.k.type == p.v.type) {
+        return tqi_kernel_of_one_type(p);
     }
-}
-
-template <int NT> static tqi_attention_kernel kernel_of(const tqi_attention & p) {
-    if (p.blocks == 4) {
-        return kernel_of_types<NT, 4>(p);
+    if (p.k.is_pqo && p.v.is_pqo) {
+        return tqi_kernel_of_pair(p);
     }
-    if (p.blocks == 2) {
-        return kernel_of_types<NT, 2>(p);
-    }
-    return tqi_attend_kernel<NT>;
+    const int stock = p.k.is_pqo ? p.v.type : p.k.type;
+    return stock == TQ_TYPE_F16 ? tqi_kernel_beside_f16(p) : tqi_kernel_beside_q8_0(p);
 }
 
 /* ---- Interface ---- */
@@ -103,8 +77,7 @@ extern "C" int tq_cuda_attn(const tq_attn * args, void * work, void * stream) {
     a.partials = a.n_parts > 1 ? a.stats + tqi_cuda_plan_partials_at(a) : NULL;
     const tqi_grid grid = { (unsigned) (a.n_splits * a.n_head_kv), ((unsigned) a.n_vec + n - 1) / n,
                             (unsigned) a.n_stream };
-    TQI_TRY(tqi_launch(a.n_tiles == 1 ? kernel_of<1>(a) : kernel_of<2>(a), "attention", grid, TQI_ATTENTION_THREADS,
-                       (size_t) a.shared_bytes, stream, a));
+    TQI_TRY(tqi_launch(kernel_of(a), "attention", grid, TQI_ATTENTION_THREADS, (size_t) a.shared_bytes, stream, a));
     if (a.n_parts > a.n_splits) {
         const tqi_grid tails = { (unsigned) ((a.n_parts - a.n_splits) * a.n_head_kv), ((unsigned) a.n_vec + 7) / 8,
                                  (unsigned) a.n_stream };

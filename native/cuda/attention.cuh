@@ -43,6 +43,7 @@ struct tqi_row {
     int vec;   /* of the block's 8 or 16 */
     int first; /* of its tokens in a tile; the others are step further on each */
     int step;
+    int row; /* of q */
     bool valid;
     bool any; /* whether the warp has a vector; nobody looks at columns without one */
     const uint8_t * mask;
@@ -122,8 +123,6 @@ TQI_D void tqi_load_queries(const tqi_attention & p, const tqi_task & task, tqi_
                             float * slope) {
     const int lane = tqi_thread() % 32, l = lane % TQI_TEAM, team = lane / TQI_TEAM;
     const int n_blocks = BLOCKS > 0 ? BLOCKS : p.k.n_blocks, last = (n_blocks + 3) / 4 * 4; /* all lanes exchange */
-    const bool trellis = T::dim(0, 2) != 2;
-    const tqi_spot spot = tqi_spot_of(trellis, l);
     uint16_t * halves = (uint16_t *) (void *) fragments;
     for (int i = tqi_thread() / 32; i < 8 * p.n_tiles; i += TQI_WARPS) {
         const bool valid = task.vec0 + i < p.n_vec;
@@ -148,10 +147,11 @@ TQI_D void tqi_load_queries(const tqi_attention & p, const tqi_task & task, tqi_
             if (p.k.is_pqo) {
                 tqi_transform(p.k.signs_first, x, l);
             }
-            uint16_t * to = halves + (((i / 8) * n_blocks + b) * 32 + 4 * (i % 8) + spot.part) * 8 + spot.n;
+            uint16_t * to = halves + (((i / 8) * n_blocks + b) * 32 + 4 * (i % 8)) * 8;
             TQI_UNROLL
             for (int m = 0; m < TQI_VALUES && b < n_blocks; ++m) {
-                to[m * (trellis ? 2 : 8)] = (uint16_t) tqi_half2(x[m], 0.0f); /* value l + 8 m */
+                const tqi_spot spot = tqi_spot_of(T::ORDER, l + TQI_TEAM * m);
+                to[8 * spot.part + spot.n] = (uint16_t) tqi_half2(x[m], 0.0f);
             }
         }
         if (lane == 0) {
@@ -206,17 +206,54 @@ TQI_D tqi_row tqi_row_of(const tqi_attention & p, const tqi_task & task, int n_t
     r.first = tqi_thread() % r.step;
     r.valid = task.vec0 + r.vec < p.n_vec;
     r.any = task.vec0 + tqi_thread() / 32 * n_tiles < p.n_vec;
+    r.row = tqi_row_of_vector(p, task.vec0 + r.vec);
     r.mask = tqi_mask_of(p, task, r.valid ? task.vec0 + r.vec : 0);
     r.max = -INFINITY;
     r.sum = 0.0f;
     return r;
 }
 
-/* Whether token t owns a row of K's or V's precise tail: then tail.cuh attends to it, not this kernel. */
+/* Which of a batch's own tokens token t is, -1 if it is none. owners: tq_tail_batch's integers. */
+TQI_D int tqi_own_token(const tqi_attention & p, const int32_t * owners, int t) {
+    const int32_t *own = owners + p.n_recent + p.n_first, *order = own + p.n_recent + p.n_first + 2 * p.n_own;
+    int first = 0; /* of order, that is not before t */
+    for (int end = p.n_own; first < end;) {
+        const int middle = (first + end) / 2;
+        const bool before = own[order[middle]] <= t;
+        first = before ? middle + 1 : first;
+        end = before ? end : middle;
+    }
+    return first < p.n_own && own[order[first]] == t + 1 ? order[first] : -1;
+}
+
+/* The row of a tail that is token t's. */
+TQI_D int tqi_row_of_token(const tqi_attention & p, int t) {
+    return t < p.n_first ? p.n_recent + t : t - tqi_divide(t, p.n_recent, p.recent_inverse) * p.n_recent;
+}
+
+/* Without a batch: whether token t owns a row of K's or V's precise tail. Then tail.cuh attends to it, not this kernel.
+ */
 TQI_D bool tqi_owns_row(const tqi_attention & p, const tqi_task & task, int t) {
-    const int row = t < p.n_first ? p.n_recent + t : t - tqi_divide(t, p.n_recent, p.recent_inverse) * p.n_recent;
+    const int row = tqi_row_of_token(p, t);
     return (p.k.tail.owner != NULL && p.k.tail.owner[task.kv_stream * p.k.tail.owner_stride + row] == t + 1) ||
            (p.v.tail.owner != NULL && p.v.tail.owner[task.kv_stream * p.v.tail.owner_stride + row] == t + 1);
+}
+
+/* In a batch: the first query row that does not read token t's row of a tail, 0 if it owns none. */
+TQI_D int tqi_read_until(const tqi_attention & p, const tqi_task & task, const tqi_tail & x, int t) {
+    if (x.owner == NULL) {
+        return 0;
+    }
+    const int32_t * owners = x.owner + task.kv_stream * x.owner_stride;
+    const int32_t * until = owners + p.n_recent + p.n_first + p.n_own;
+    const int own = tqi_own_token(p, owners, t), row = tqi_row_of_token(p, t);
+    return own >= 0 ? until[p.n_recent + p.n_first + own] : owners[row] == t + 1 ? until[row] : 0;
+}
+
+/* In a batch: the first query row for which this kernel, not tail.cuh, attends to token t. */
+TQI_D int tqi_owned_until(const tqi_attention & p, const tqi_task & task, int t) {
+    const int of_k = tqi_read_until(p, task, p.k.tail, t), of_v = tqi_read_until(p, task, p.v.tail, t);
+    return of_k > of_v ? of_k : of_v;
 }
 
 /* The mask of this thread's tokens of the tile at t0; returns whether it lets any be seen. Keys that do not exist are
@@ -237,7 +274,9 @@ TQI_D int tqi_load_mask(const tqi_attention & p, const tqi_task & task, const tq
     if (p.n_recent > 0) {
         TQI_UNROLL
         for (int i = 0; i < 4 * NT; ++i) {
-            if (mask[i] != TQI_F16_NEGATIVE_INFINITY && tqi_owns_row(p, task, t0 + r.first + i * r.step)) {
+            const int t = t0 + r.first + i * r.step;
+            if (mask[i] != TQI_F16_NEGATIVE_INFINITY &&
+                (p.n_own == 0 ? tqi_owns_row(p, task, t) : r.row < tqi_owned_until(p, task, t))) {
                 mask[i] = TQI_F16_NEGATIVE_INFINITY;
             }
         }
@@ -386,7 +425,7 @@ TQI_D void tqi_add_parts(const tqi_attention & p, const tqi_share & share, float
 
 /* Value lane of block b of a vector's sum. */
 TQI_D float tqi_sum_of(const tqi_attention & p, const float * sums, int vec, int b, int lane) {
-    const tqi_spot spot = tqi_spot_of(tqi_is_trellis(p.v.type), lane);
+    const tqi_spot spot = tqi_spot_of(tqi_order_of(p.v.type), lane);
     return sums[vec * tqi_sum_stride(p.v.n_blocks) + (b / 2 * 8 + spot.n) * 8 + 4 * (b % 2) + spot.part];
 }
 
@@ -433,7 +472,7 @@ TQI_D void tqi_attend_tile(const tqi_attention & p, const tqi_task & task, const
     tqi_sync();
     tqi_softmax<NT>(p, w, mask, row);
     tqi_sync();
-    if (!p.v.is_pqo) {
+    if (p.v.type == TQ_TYPE_F16) {
         tqi_drop_unseen(p, task, w, v_tile);
         tqi_sync();
     }

@@ -34,7 +34,7 @@ static void plan_rows(const tq_attn_operand * x, uintptr_t all, tqi_operand * o)
     o->stride_shared = tqi_round_up(bytes, step);
     o->stride_shared += o->stride_shared / 4 % 8 == 0 ? step : 0;
     o->grain = wide && (uintptr_t) x->data % 16 == 0 ? 16 : grain_of(all) == 16 ? 8 : grain_of(all);
-    o->copied_bytes = bytes;
+    o->wide = wide;
     o->units = (o->grain == 16 ? bytes : o->row_bytes) / o->grain;
 }
 
@@ -57,14 +57,15 @@ static int check_operand(const char * name, const tq_attn_operand * x, tqi_opera
     }
     o->type = x->type;
     o->n_blocks = (int) (x->head_dim / TQ_BLOCK);
-    if (x->type == TQ_TYPE_F16) {
-        o->row_bytes = (int) (2 * x->head_dim);
+    if (x->type == TQ_TYPE_F16 || x->type == TQ_CUDA_TYPE_Q8_0) {
+        o->row_bytes = o->n_blocks * tqi_block_bytes_of(x->type);
     } else {
         const tqi_codec * codec = tqi_codec_get(x->type, x->mode);
         if (codec == NULL) {
-            return tq_cuda_fail(TQ_E_UNSUPPORTED,
-                                "%s: type %d in mode %d given; CUDA attention takes pqo3, pqo4, pqt2 to pqt5 and f16",
-                                name, x->type, x->mode);
+            return tq_cuda_fail(
+                TQ_E_UNSUPPORTED,
+                "%s: type %d in mode %d given; CUDA attention takes pqo3, pqo4, pqt2 to pqt5, f16 and q8_0", name,
+                x->type, x->mode);
         }
         o->is_pqo = 1;
         o->signs_first = codec->signs == TQI_SIGNS_FIRST;
@@ -92,11 +93,6 @@ static bool has_tail(const tq_attn_operand & x) {
 
 static int check_tail(const char * name, const tq_attn_operand * x, tqi_operand * o) {
     const tq_attn_tail & tail = x->tail;
-    if (tail.n_own != 0) {
-        return tq_cuda_fail(TQ_E_UNSUPPORTED,
-                            "%s: a batch's own rows in its tail (n_own = %lld) given; they are read on the CPU only",
-                            name, (long long) tail.n_own);
-    }
     if (!has_tail(*x)) {
         return TQ_OK;
     }
@@ -116,6 +112,21 @@ static int check_tail(const char * name, const tq_attn_operand * x, tqi_operand 
     o->tail.stride_head = (int64_t) tail.stride_head;
     o->tail.stride_stream = (int64_t) tail.stride_stream;
     o->tail.owner_stride = (int64_t) tail.owner_stride_stream / 4;
+    return TQ_OK;
+}
+
+/* A batch's own rows: one for each query row. */
+static int check_own(const tq_attn & args) {
+    const tq_attn_operand &q = args.q, &k = args.k, &v = args.v;
+    const int64_t n_own = has_tail(k) ? k.tail.n_own : has_tail(v) ? v.tail.n_own : 0;
+    if (n_own != 0 && (n_own != args.n_q || q.n_stream != k.n_stream ||
+                       (has_tail(k) && has_tail(v) && k.tail.n_own != v.tail.n_own))) {
+        return tq_cuda_fail(TQ_E_ARGUMENT,
+                            "tails with n_own = %lld (k) and %lld (v) given for %lld query rows in %lld streams, and "
+                            "%lld streams of K and V; a batch has a row of its own for each query row",
+                            (long long) k.tail.n_own, (long long) v.tail.n_own, (long long) args.n_q,
+                            (long long) q.n_stream, (long long) k.n_stream);
+    }
     return TQ_OK;
 }
 
@@ -180,9 +191,11 @@ static int check(const tq_attn * args, tqi_attention * a) {
     TQI_TRY(check_tail("k", &args->k, &a->k));
     TQI_TRY(check_tail("v", &args->v, &a->v));
     if (!a->k.is_pqo && !a->v.is_pqo) {
-        return tq_cuda_fail(TQ_E_UNSUPPORTED, "k and v are both f16; at least one must be of a type of tqgguf's");
+        return tq_cuda_fail(TQ_E_UNSUPPORTED, "k and v are of types %d and %d; at least one must be of tqgguf's",
+                            args->k.type, args->v.type);
     }
     TQI_TRY(check_shapes(*args));
+    TQI_TRY(check_own(*args));
     return check_plain(*args);
 }
 
@@ -217,6 +230,7 @@ static void take_arguments(const tq_attn & args, tqi_attention * a) {
     a->heads_inverse = tqi_reciprocal_of(a->n_head_kv);
     a->group_inverse = tqi_reciprocal_of(a->group);
     a->n_tiles = a->n_vec <= 8 ? 1 : 2;
+    a->n_own = (int) (has_tail(k) ? k.tail.n_own : has_tail(args.v) ? args.v.tail.n_own : 0);
 }
 
 /* ---- Tiles ---- */
@@ -225,20 +239,37 @@ static bool same_table(const tqi_operand & k, const tqi_operand & v) {
     return k.type == v.type && memcmp(k.levels, v.levels, sizeof k.levels) == 0;
 }
 
-/* The number of blocks that a kernel is made for, or 0: one type, or the pair that people choose. */
-static int fixed_blocks(const tqi_operand & k, const tqi_operand & v) {
-    const auto fits = [](const tqi_operand & x) { return x.copied_bytes <= 16 * tqi_wide_units(x.row_bytes); };
-    const bool pair = same_table(k, v) || (k.type == TQ_TYPE_PQO4 && v.type == TQ_TYPE_PQO3);
-    const int n = k.n_blocks;
-    return pair && (n == 2 || n == 4) && v.n_blocks == n && fits(k) && fits(v) ? n : 0;
+/* Whether tqi_warp_stride leaves room for what is copied of a row by each of a team's warps. */
+static bool fits_stage(const tqi_operand & x, int n_head, int team) {
+    const int bytes = x.row_bytes / team;
+    bool fits = true;
+    for (int i = 0; x.wide && i < 16 * team; ++i) { /* beyond 16 heads leads are the same again */
+        const int64_t begin = i / team * x.stride_head + i % team * bytes;
+        fits = fits && (i / team >= n_head || (int) (begin % 16) + bytes <= 16 * tqi_wide_units(bytes));
+    }
+    return fits;
+}
+
+/* The number of blocks that a kernel is made for, or 0. One type in two modes would need two tables. A batch's own rows
+ * of the tail, which some query rows read and others do not, are left to the other kernel: looking for them would take
+ * a warp 70 to 110 instructions more for every tile of any call. */
+static int fixed_blocks(const tqi_attention & a) {
+    const bool pair = tqi_has_warp_kernel(a.k.type, a.v.type) && (a.k.type != a.v.type || same_table(a.k, a.v));
+    const int n = a.k.n_blocks, team = tqi_team_of(n, a.n_tiles);
+    const bool made = n == 2 || n == 4 || n == 8 || n == 16;
+    return pair && made && a.n_own == 0 && a.v.n_blocks == n && fits_stage(a.k, a.n_head_kv, team) &&
+                   fits_stage(a.v, a.n_head_kv, team)
+               ? n
+               : 0;
 }
 
 /* Shared memory where each warp has its own stages. */
 static void lay_out_warps(tqi_attention * a, int n_stages) {
-    a->tile = TQI_WARP_STEP;
+    const int blocks = a->blocks / a->team;
+    a->tile = tqi_warp_step(a->team);
     a->n_stages = n_stages;
-    a->shared_bytes =
-        tqi_warp_shared_bytes(tqi_warp_layout_of(a->k.type, a->v.type, a->blocks, a->n_tiles), a->blocks, n_stages);
+    a->shared_bytes = tqi_warp_shared_bytes(tqi_warp_layout_of(a->k.type, a->v.type, blocks, a->n_tiles, a->team),
+                                            blocks, a->team, n_stages);
 }
 
 /* Shared memory for a choice of tile and stages. */
@@ -284,7 +315,8 @@ static bool choose_tiles(const tqi_cuda_limits & limits, tqi_attention * a) {
         const size_t bytes = (size_t) a->shared_bytes;
         return bytes <= limits.shared_per_block && (size_t) wanted * (bytes + 1024) <= limits.shared_per_sm;
     };
-    a->blocks = fixed_blocks(a->k, a->v);
+    a->blocks = fixed_blocks(*a);
+    a->team = tqi_team_of(a->blocks, a->n_tiles);
     for (int wanted = 2; a->blocks > 0 && wanted > 0; --wanted) {
         for (int n_stages = 3; n_stages > 1; --n_stages) {
             lay_out_warps(a, n_stages);
@@ -311,10 +343,12 @@ static void plan_copies(tqi_attention * a) {
     const int grain = a->k.grain < a->v.grain ? a->k.grain : a->v.grain;
     const int threads = a->blocks > 0 ? 32 : TQI_ATTENTION_THREADS;
     for (tqi_operand * x : { &a->k, &a->v }) {
+        x->part_bytes = x->row_bytes;
         if (a->blocks > 0) { /* one kind of copy for both */
-            x->stride_shared = tqi_warp_stride(x->type, a->blocks);
+            x->part_bytes = x->row_bytes / a->team;
+            x->stride_shared = tqi_warp_stride(x->type, a->blocks / a->team);
             x->grain = grain;
-            x->units = grain == 16 ? tqi_wide_units(x->row_bytes) : x->row_bytes / grain;
+            x->units = grain == 16 ? tqi_wide_units(x->part_bytes) : x->part_bytes / grain;
         }
         x->rows_on = x->units < threads ? threads / x->units : 1;
         x->step = x->rows_on * x->stride_token;
@@ -347,7 +381,7 @@ static int plan_tails(const tq_attn_operand & k, const tq_attn_operand & v, tqi_
     if (!has_tail(k) && !has_tail(v)) {
         return TQ_OK;
     }
-    const int64_t n = (tail.n_recent + tail.n_first + TQI_TAIL_SLOTS - 1) / TQI_TAIL_SLOTS + a->n_splits;
+    const int64_t n = (tail.n_recent + tail.n_first + tail.n_own + TQI_TAIL_SLOTS - 1) / TQI_TAIL_SLOTS + a->n_splits;
     if ((has_tail(k) && has_tail(v) && (k.tail.n_recent != v.tail.n_recent || k.tail.n_first != v.tail.n_first)) ||
         n > 8192 || tqi_tail_shared_bytes((int) k.head_dim) > 48 * 1024) {
         return tq_cuda_fail(

@@ -4,7 +4,8 @@
 
 #include "layout.h"
 
-/* The rows of K's or V's precise tail; owner is NULL if it has none. */
+/* The rows of K's or V's precise tail; owner is NULL if it has none. In a batch a row for each of its own tokens
+ * follows, and more integers follow the owners (tq_tail_batch in tqgguf.h). */
 struct tqi_tail {
     const uint8_t * data;
     const int32_t * owner;
@@ -21,7 +22,8 @@ struct tqi_operand {
     int signs_first;
     int n_blocks; /* of 32 values per row */
     int row_bytes;
-    int copied_bytes;       /* of a row, the most that a head needs if copied 16 bytes at a time */
+    int part_bytes;         /* of a row that threads copy together: all, or what one of a team's warps takes */
+    int wide;               /* tokens begin at multiples of 16 bytes, if data does */
     int grain;              /* bytes copied at once: 16, 8, 4, or 2 if nothing is aligned better */
     int stride_shared;      /* of rows in shared memory */
     int units;              /* grains per row; of 16, which take a row's neighbours along, the most that a head needs */
@@ -57,9 +59,11 @@ struct tqi_attention {
     int one_table;                         /* K and V share their table of levels */
     int wide;                              /* K, V and the mask can be copied 16 bytes at a time */
     int blocks;              /* of K and of V, where there is a kernel for that (attention_warp.cuh); otherwise 0 */
+    int team;                /* warps that share a head there: tqi_team_of */
     int n_splits, split;     /* ranges of keys, and how many keys each has: whole tiles */
     int n_parts;             /* to be merged: n_splits, and those of the tails */
     int n_recent, n_first;   /* rows of K's and V's tails; 0: there are none */
+    int n_own;               /* of a batch's own tokens; 0: all query rows read the tail alike */
     uint32_t recent_inverse; /* of n_recent */
     tqi_block_layout at;     /* where attention.cuh has what in shared memory */
     int shared_bytes;

@@ -1,5 +1,6 @@
-/* attention_warp.cuh: the same attention where heads of K and V have 64 or 128 values of one type of ours, or pqo4 and
- * pqo3: what decoding runs on, and so what must be fast. What it costs is instructions, not memory (docs/cuda.md).
+/* attention_warp.cuh: the same attention where heads of K and V have 64, 128, 256 or 512 values, for the pairs of types
+ * of attention_kernels.cuh: what decoding runs on, and so what must be fast. What it costs is instructions, not memory
+ * (docs/cuda.md).
  *
  * A warp works alone: 16 keys at a time, every eighth such tile of the block's range. It copies them, finds their
  * scores, keeps them in registers, and adds up the values of all DV dimensions. So nothing but the tables and q is
@@ -9,7 +10,11 @@
  *   softmax     A lane has keys g and g + 8 of vectors 2 t and 2 t + 1. Weights are 2^(score - base); base follows the
  *               largest score only when a weight would get too large for f16: a common factor of weights cancels out.
  *   accumulate  O = V^T P: weights become the other operand by a transposition. A lane has the same vectors of O as of
- *               S, and takes half a block of each token's V, or a quarter with heads of 64.
+ *               S, and takes half a block of each token's V, a quarter with heads of 64, all of it with those of 256.
+ *
+ * A warp has registers for the results of 8 blocks and eight query vectors. Of larger heads, or of 16 vectors, a team
+ * of two or four warps takes the same keys, each warp a part of their K and V, which it copies by itself; what they
+ * find of scores they add up behind a barrier of the team.
  *
  * Two or three tiles per warp are on their way or in use, so that a warp waits for none but its own copies. */
 #ifndef TQI_ATTENTION_WARP_CUH
@@ -21,6 +26,19 @@
 #define TQI_MOST_WEIGHT_LOG2 15.0f /* and up to 2^15 it may grow */
 #define TQI_NO_BASE -1e30f         /* no key has been seen: any score exceeds it, and hidden keys still get 0 */
 #define TQI_ALL_HIDDEN (TQI_F16_NEGATIVE_INFINITY * 0x10001u)
+
+/* What a kernel is made for: types of K and V, tiles of eight query vectors, and blocks of a head. */
+template <typename K_TYPE, typename V_TYPE, int N_TILES, int HEAD> struct tqi_warp_shape {
+    typedef K_TYPE K;
+    typedef V_TYPE V;
+    static constexpr int NT = N_TILES;
+    static constexpr int TEAM = tqi_team_of(HEAD, NT); /* warps that share a head's tile of keys */
+    static constexpr int BLOCKS = HEAD / TEAM;         /* each one's part of the head */
+    static constexpr tqi_warp_layout at = tqi_warp_layout_of(K::TYPE, V::TYPE, BLOCKS, NT, TEAM);
+    static_assert(at.q % 16 == 0 && at.bases % 16 == 0 && at.scores % 16 == 0 && at.stages % 16 == 0 &&
+                      at.stage_bytes % 16 == 0,
+                  "copies and loads of 16 bytes");
+};
 
 template <int NT, int BLOCKS> struct tqi_results {
     float o[NT][2 * BLOCKS][4];
@@ -39,9 +57,10 @@ struct tqi_warp_loader {
     int whole; /* as many keys are copied 16 bytes at a time */
 };
 
-/* begin: the warp's first key; one: whether K and V have one type. */
-TQI_D tqi_warp_loader tqi_warp_loader_of(bool one, const tqi_attention & p, const tqi_task & task, int begin,
-                                         int mask_in_stage) {
+/* begin: the warp's first key. */
+template <typename S>
+TQI_D tqi_warp_loader tqi_warp_loader_of(const tqi_attention & p, const tqi_task & task, int begin) {
+    constexpr bool one = S::K::TYPE == S::V::TYPE;
     const int lane = tqi_thread() % 32,
               n_vec = p.n_vec - task.vec0 < 8 * p.n_tiles ? p.n_vec - task.vec0 : 8 * p.n_tiles;
     const tqi_loader of_k = tqi_loader_of(p.k, task, lane, begin, 0), of_v = tqi_loader_of(p.v, task, lane, begin, 0);
@@ -54,44 +73,38 @@ TQI_D tqi_warp_loader tqi_warp_loader_of(bool one, const tqi_attention & p, cons
     if (p.mask != NULL) {
         l.mask = tqi_mask_of(p, task, task.vec0 + of_mask / 2) + 2 * (begin + 8 * (of_mask % 2));
     }
-    l.mask_step = p.mask == NULL ? 0 : 2 * TQI_WARP_STEP;
+    l.mask_step = p.mask == NULL ? 0 : 2 * tqi_warp_step(S::TEAM);
     l.to_k = tqi_keep((int) (of_k.to_and_row & 0xfffffu));
     l.to_v = one ? l.to_k : tqi_keep((int) (of_v.to_and_row & 0xfffffu));
     l.row_k = (int) (of_k.to_and_row >> 20);
     l.row_v = one ? l.row_k : (int) (of_v.to_and_row >> 20);
-    l.to_mask = tqi_keep(mask_in_stage + 16 * of_mask);
+    l.to_mask = tqi_keep(S::at.mask_in_stage + 16 * of_mask);
     l.whole = tqi_keep(p.wide ? TQI_WARP_TILE : INT32_MAX);
     return l;
 }
 
-/* Starts to copy a whole tile of one operand, 16 bytes at a time, to AT bytes behind to; up to four times, where rows
- * remain. */
-template <typename T, int BLOCKS, int AT>
+/* Starts to copy a whole tile of one operand, 16 bytes at a time, to AT bytes behind to: each lane of every so many
+ * rows, rows FIRST and after. */
+template <typename T, int BLOCKS, int AT, int FIRST = 0>
 TQI_D void tqi_warp_copy(const tqi_operand & x, const uint8_t * from, uint8_t * to) {
-    const int units = tqi_wide_units(T::BYTES * BLOCKS), rows_on = 32 / units;
-    const int step = rows_on * tqi_warp_stride(T::TYPE, BLOCKS);
-    const int row = tqi_thread() % 32 / units, tile = TQI_WARP_TILE;
-    if (row < rows_on) {
-        tqi_copy_async<16, AT>(to, from);
+    constexpr int units = tqi_wide_units(T::BYTES * BLOCKS), rows_on = 32 / units;
+    constexpr int at = AT + FIRST * tqi_warp_stride(T::TYPE, BLOCKS);
+    static_assert(units <= 32, "a row is copied by one warp at once");
+    const int row = tqi_thread() % 32 / units;
+    if (row < rows_on && row < TQI_WARP_TILE - FIRST) {
+        tqi_copy_async<16, at>(to, from + FIRST / rows_on * x.step);
     }
-    if (row < rows_on && row < tile - rows_on) {
-        tqi_copy_async<16, AT + step>(to, from + x.step);
-    }
-    if (row < rows_on && row < tile - 2 * rows_on) {
-        tqi_copy_async<16, AT + 2 * step>(to, from + 2 * x.step);
-    }
-    if (3 * rows_on < tile && row < rows_on && row < tile - 3 * rows_on) {
-        tqi_copy_async<16, AT + 3 * step>(to, from + 3 * x.step);
+    if constexpr (FIRST + rows_on < TQI_WARP_TILE) {
+        tqi_warp_copy<T, BLOCKS, AT, FIRST + rows_on>(x, from, to);
     }
 }
 
 /* Starts to load n keys, which may be too many for a tile, or none; K, V and mask. */
-template <typename K, typename V, int BLOCKS>
-TQI_D void tqi_warp_load(const tqi_attention & p, tqi_warp_loader * l, int n, uint8_t * stage) {
-    constexpr int v_in_stage = tqi_warp_layout_of(K::TYPE, V::TYPE, BLOCKS, 1).v_in_stage;
+template <typename S> TQI_D void tqi_warp_load(const tqi_attention & p, tqi_warp_loader * l, int n, uint8_t * stage) {
+    constexpr int v_in_stage = S::at.v_in_stage;
     if (n >= l->whole) {
-        tqi_warp_copy<K, BLOCKS, 0>(p.k, l->k, stage + l->to_k);
-        tqi_warp_copy<V, BLOCKS, v_in_stage>(p.v, l->v, stage + l->to_v);
+        tqi_warp_copy<typename S::K, S::BLOCKS, 0>(p.k, l->k, stage + l->to_k);
+        tqi_warp_copy<typename S::V, S::BLOCKS, v_in_stage>(p.v, l->v, stage + l->to_v);
         tqi_copy_async<16>(stage + l->to_mask, l->mask);
     } else if (n > 0) {
         n = n < TQI_WARP_TILE ? n : TQI_WARP_TILE;
@@ -149,7 +162,32 @@ template <int NT, int BLOCKS> TQI_D void tqi_raise(const float (*x)[4], tqi_resu
     }
 }
 
-/* weights <- 2^x as fragments; x: scores less their base. s: the scores, to be multiplied by scale if plain. */
+/* Halves of f16 pairs: all of them, or those of tokens first and first + 1 that have a bit in `some`. */
+TQI_D uint32_t tqi_halves_of(int some, int first) {
+    return (some >> first & 1 ? 0xffffu : 0u) | (some >> first & 2 ? 0xffff0000u : 0u);
+}
+
+/* A bit for each of 16 keys that has some weight. x: weights, of keys g and g + 8. */
+template <int NT> TQI_D int tqi_keys_with_weight(const float (*x)[4]) {
+    bool any[2] = { false, false };
+    TQI_UNROLL
+    for (int i = 0; i < 4 * NT; ++i) {
+        any[i % 4 / 2] = any[i % 4 / 2] || x[i / 4][i % 4] != 0.0f;
+    }
+    int some = 0;
+    TQI_UNROLL
+    for (int c = 0; c < 2; ++c) {
+        uint32_t lanes = tqi_which_lanes(any[c]); /* four for each key */
+        lanes = (lanes | lanes >> 1 | lanes >> 2 | lanes >> 3) & 0x11111111u;
+        lanes = (lanes | lanes >> 3) & 0x03030303u;
+        lanes = (lanes | lanes >> 6) & 0x000f000fu;
+        some |= (int) ((lanes | lanes >> 12) & 0xffu) << (8 * c);
+    }
+    return some;
+}
+
+/* weights <- 2^x as fragments; x: scores less their base, then the weights. s: the scores, to be multiplied by scale if
+ * plain. */
 template <int NT, int BLOCKS>
 TQI_D void tqi_warp_softmax(bool plain, const float (*s)[4], float (*x)[4], tqi_results<NT, BLOCKS> * r,
                             uint32_t (*weights)[2]) {
@@ -217,45 +255,64 @@ TQI_D void tqi_weigh_warps(const tqi_attention & p, const tqi_task & task, int v
     bases[i].of[warp] = factor;
 }
 
-/* Adds up what the warps found of eight query vectors, and writes it. parts: (warps, tiles of 2 * 8 dimensions,
- * TQI_PART_STRIDE). Sixteen lanes take a block of two vectors: each of them two dimensions. */
-template <typename V, int BLOCKS>
-TQI_D void tqi_add_warps(const tqi_attention & p, const tqi_task & task, int vec0, const tqi_tile_part * parts,
-                         const tqi_of_warps * factors) {
-    const int lane = tqi_thread() % 32, warp = tqi_thread() / 32, b = warp / 2, t = warp % 2 * 2 + lane / 16,
-              u = lane % 16;
-    const int n_slices = BLOCKS / 2, slice = 4 * b + u / 4,
-              from = (slice % n_slices * 4 + u % 4) * TQI_PART_STRIDE + slice / n_slices * 4 + t;
-    const int dim = V::dim(u / 4, 2 * (u % 4)); /* and the next one */
+/* Where the lanes of tqi_add_warps find two values. Sixteen lanes take a block of two vectors, u and t of 16 and 4; b:
+ * blocks from the first of a round on. */
+struct tqi_found {
+    int tile, g; /* of a lane's results, and which lanes: g counts from the first of the round */
+    int value;   /* the first of the two, from the round's first block on; in f16, of the part of the head */
+};
+
+template <typename V, int BLOCKS> TQI_D tqi_found tqi_found_of(int round, int b, int u) {
+    const int n_slices = BLOCKS / 2, slice = 4 * b + u / 4;
+    if constexpr (V::TYPE == TQ_TYPE_F16) { /* tqi_multiply_plain_values */
+        const int n = tqi_result_lanes(BLOCKS) / 4, tile = (16 * b + u) / n, g = (16 * b + u) % n;
+        return { tile, g, 16 * tile + 2 * (round * n + g) };
+    }
+    return { slice % n_slices * 4 + u % 4, slice / n_slices,
+             (4 * round + b) * TQ_BLOCK + tqi_dim(V::ORDER, u / 4, 2 * (u % 4)) };
+}
+
+/* Adds up what the warps found of eight query vectors in a part of the head, in the four blocks of a round or fewer,
+ * and writes it. parts: (warps that have that part, tiles of 2 * 8 dimensions, tqi_part_stride). */
+template <typename S>
+TQI_D void tqi_add_warps(const tqi_attention & p, const tqi_task & task, int vec0, int part, int round,
+                         const tqi_tile_part * parts, const tqi_of_warps * factors) {
+    constexpr int BLOCKS = S::BLOCKS, n_values = S::TEAM * BLOCKS * TQ_BLOCK;
+    const int lane = tqi_thread() % 32, warp = tqi_thread() / 32, b = warp / 2, t = warp % 2 * 2 + lane / 16;
+    const tqi_found found = tqi_found_of<typename S::V, BLOCKS>(round, b, lane % 16);
+    const int stride = tqi_part_stride(BLOCKS), from = found.tile * stride + found.g * 4 + t;
+    const int dim = part * BLOCKS * TQ_BLOCK + found.value; /* and the next one */
     if (BLOCKS < 4 && b >= BLOCKS) {
         return;
     }
     const tqi_of_warps factor[2] = { factors[2 * t], factors[2 * t + 1] };
     float x[2][2] = { { 0.0f, 0.0f }, { 0.0f, 0.0f } }; /* (vectors, dimensions) */
     TQI_UNROLL
-    for (int i = 0; i < TQI_WARPS; ++i) {
-        const tqi_tile_part part = parts[from + i * 2 * BLOCKS * TQI_PART_STRIDE];
+    for (int i = 0; i < TQI_WARPS / S::TEAM; ++i) {
+        const tqi_tile_part mine = parts[from + i * 2 * BLOCKS * stride];
         TQI_UNROLL
         for (int j = 0; j < 4; ++j) {
-            x[j % 2][j / 2] += factor[j % 2].of[i] * part.of[j];
+            x[j % 2][j / 2] += factor[j % 2].of[i * S::TEAM + part] * mine.of[j];
         }
     }
     const int vec = vec0 + 2 * t;
     if (p.n_parts > 1) {
-        float * to = p.partials + tqi_part_of(p, task, vec) * (32 * BLOCKS) + b * TQ_BLOCK + dim;
+        float * to = p.partials + tqi_part_of(p, task, vec) * n_values + dim;
         TQI_UNROLL
         for (int c = 0; c < 2; ++c) {
             if (vec + c < p.n_vec) {
-                *(tqi_pair *) (void *) (to + c * p.n_parts * (32 * BLOCKS)) = { { x[c][0], x[c][1] } };
+                *(tqi_pair *) (void *) (to + c * p.n_parts * n_values) = { { x[c][0], x[c][1] } };
             }
         }
         return;
     }
     TQI_UNROLL
     for (int c = 0; c < 2; ++c) {
-        tqi_transform_pairs(!p.v.signs_first, x[c], lane, dim);
+        if (tqi_bits_of(S::V::TYPE) > 0) {
+            tqi_transform_pairs(!p.v.signs_first, x[c], lane, dim % TQ_BLOCK);
+        }
         if (vec + c < p.n_vec) {
-            float * out = tqi_output_of(p, task, vec + c) + b * TQ_BLOCK + dim;
+            float * out = tqi_output_of(p, task, vec + c) + dim;
             out[0] = x[c][0];
             out[1] = x[c][1];
         }
@@ -265,29 +322,35 @@ TQI_D void tqi_add_warps(const tqi_attention & p, const tqi_task & task, int vec
 /* ---- One range of keys ---- */
 
 /* What a lane knows all along. */
-template <typename K, typename V, int NT, int BLOCKS> struct tqi_warp_lane {
-    static constexpr tqi_warp_layout at = tqi_warp_layout_of(K::TYPE, V::TYPE, BLOCKS, NT);
-    static constexpr int n_slices = BLOCKS / 2; /* of V's that a lane takes */
-    static_assert(at.q % 16 == 0 && at.bases % 16 == 0 && at.stages % 16 == 0 && at.stage_bytes % 16 == 0,
-                  "copies and loads of 16 bytes");
+template <typename S> struct tqi_warp_lane {
+    static constexpr int n_slices = S::BLOCKS / 2;                /* of V's that a lane takes */
+    static constexpr bool keeps_q = S::NT == 1 && S::BLOCKS <= 4; /* in registers, where there is room */
 
     int in_k, in_v; /* its rows in a stage */
-    typename K::place k_part;
-    tqi_parts<V, n_slices> v_parts;
-    tqi_quad q[NT == 1 ? BLOCKS : 1]; /* in registers where there is room */
-    tqi_results<NT, BLOCKS> results;
+    int turn;       /* of the two places where a team adds up scores */
+    typename S::K::place k_part;
+    tqi_parts<typename S::V, n_slices> v_parts;
+    tqi_quad q[keeps_q ? S::BLOCKS : 1];
+    tqi_results<S::NT, S::BLOCKS> results;
 };
 
+/* Fragment b of its part of query vectors 8 i to 8 i + 7, in shared memory. */
+template <typename S> TQI_D tqi_quad tqi_warp_query(const unsigned char * shared, int b, int i) {
+    const int lane = tqi_thread() % 32, warp = tqi_thread() / 32,
+              block = (i * S::TEAM + (S::TEAM > 1 ? warp % S::TEAM : 0)) * S::BLOCKS + b;
+    return ((const tqi_quad *) (const void *) (shared + S::at.q))[block * 32 + lane];
+}
+
 /* Fills the tables and q, for all warps. */
-template <typename K, typename V, int NT, int BLOCKS>
+template <typename S>
 TQI_D void tqi_warp_prepare(const tqi_attention & p, const tqi_task & task, unsigned char * shared) {
-    constexpr tqi_warp_layout at = tqi_warp_layout_of(K::TYPE, V::TYPE, BLOCKS, NT);
-    tqi_fill_table<K>(p.k.levels, (uint32_t *) (void *) shared);
-    if (K::TYPE != V::TYPE) {
-        tqi_fill_table<V>(p.v.levels, (uint32_t *) (void *) (shared + at.v_table));
+    tqi_fill_table<typename S::K>(p.k.levels, (uint32_t *) (void *) shared);
+    if (S::K::TYPE != S::V::TYPE) {
+        tqi_fill_table<typename S::V>(p.v.levels, (uint32_t *) (void *) (shared + S::at.v_table));
     }
-    tqi_load_queries<K, BLOCKS>(p, task, (tqi_quad *) (void *) (shared + at.q), (float *) (void *) (shared + at.scale),
-                                (float *) (void *) (shared + at.slope));
+    tqi_load_queries<typename S::K, S::TEAM * S::BLOCKS>(p, task, (tqi_quad *) (void *) (shared + S::at.q),
+                                                         (float *) (void *) (shared + S::at.scale),
+                                                         (float *) (void *) (shared + S::at.slope));
     tqi_sync();
 }
 
@@ -333,22 +396,50 @@ TQI_D tqi_tile_keys tqi_warp_keys(const tqi_attention & p, const tqi_task & task
     return keys;
 }
 
+/* Scores of a tile: what the warps of a team found, each of its part of the head, added up in one order, so that all of
+ * them go on with the same. There are two places for it, in turn: who writes one again knows that all have read it. */
+template <typename S> TQI_D void tqi_add_scores(unsigned char * shared, int * turn, float (*s)[4]) {
+    const int lane = tqi_thread() % 32, warp = tqi_thread() / 32, first = warp / S::TEAM * S::TEAM;
+    tqi_tile_part * scores = (tqi_tile_part *) (void *) (shared + S::at.scores + *turn) + lane;
+    TQI_UNROLL
+    for (int i = 0; i < S::NT; ++i) {
+        scores[(warp * S::NT + i) * 32] = { { s[i][0], s[i][1], s[i][2], s[i][3] } };
+    }
+    tqi_sync_warps<S::TEAM>();
+    TQI_UNROLL
+    for (int i = 0; i < S::NT; ++i) {
+        TQI_UNROLL
+        for (int part = 0; part < S::TEAM; ++part) {
+            const tqi_tile_part x = scores[((first + part) * S::NT + i) * 32];
+            TQI_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                s[i][j] = part == 0 ? x.of[j] : s[i][j] + x.of[j];
+            }
+        }
+    }
+    *turn ^= TQI_WARPS * S::NT * TQI_FRAGMENTS_BYTES;
+}
+
 /* A tile of which some key counts: scores, weights, and what they find of V. */
-template <typename K, typename V, int NT, int BLOCKS>
-TQI_D void tqi_warp_tile(const tqi_attention & p, const unsigned char * shared, const uint8_t * stage,
-                         const tqi_tile_keys & keys, tqi_warp_lane<K, V, NT, BLOCKS> * l) {
-    constexpr tqi_warp_layout at = tqi_warp_layout_of(K::TYPE, V::TYPE, BLOCKS, NT);
+template <typename S>
+TQI_D void tqi_warp_tile(const tqi_attention & p, unsigned char * shared, const uint8_t * stage,
+                         const tqi_tile_keys & keys, tqi_warp_lane<S> * l) {
+    typedef typename S::K K;
+    typedef typename S::V V;
+    constexpr int NT = S::NT, BLOCKS = S::BLOCKS;
     const int lane = tqi_thread() % 32, g = lane / 4, t = lane % 4;
     const int k_stride = tqi_warp_stride(K::TYPE, BLOCKS), v_stride = tqi_warp_stride(V::TYPE, BLOCKS);
-    const tqi_quad * in_q = (const tqi_quad *) (const void *) (shared + at.q);
     tqi_results<NT, BLOCKS> * r = &l->results;
     float s[NT][4], x[NT][4];
     uint32_t weights[NT][2];
     const auto fragment = [&](int b, int i) {
-        return NT == 1 ? l->q[NT == 1 ? b : 0] : in_q[(i * BLOCKS + b) * 32 + lane];
+        return l->keeps_q ? l->q[l->keeps_q ? b : 0] : tqi_warp_query<S>(shared, b, i);
     };
     tqi_multiply_keys<K, NT, BLOCKS>((const uint32_t *) (const void *) shared, stage + l->in_k, k_stride, l->k_part,
                                      BLOCKS, fragment, s);
+    if constexpr (S::TEAM > 1) {
+        tqi_add_scores<S>(shared, &l->turn, s);
+    }
     if (keys.plain) {
         TQI_UNROLL
         for (int i = 0; i < 4 * NT; ++i) {
@@ -356,8 +447,8 @@ TQI_D void tqi_warp_tile(const tqi_attention & p, const unsigned char * shared, 
         }
     } else {
         const int some = (keys.left < TQI_WARP_TILE ? (1 << keys.left) - 1 : 0xffff) & ~keys.owned;
-        const uint16_t * mask = (const uint16_t *) (const void *) (stage + at.mask_in_stage);
-        const float * slope = (const float *) (const void *) (shared + at.slope);
+        const uint16_t * mask = (const uint16_t *) (const void *) (stage + S::at.mask_in_stage);
+        const float * slope = (const float *) (const void *) (shared + S::at.slope);
         TQI_UNROLL
         for (int i = 0; i < 4 * NT; ++i) {
             const int j = i % 4, vec = i / 4 * 8 + 2 * t + j % 2;
@@ -366,89 +457,109 @@ TQI_D void tqi_warp_tile(const tqi_attention & p, const unsigned char * shared, 
         }
     }
     tqi_warp_softmax<NT, BLOCKS>(keys.plain, s, x, r, weights);
-    tqi_multiply_values<V, NT, BLOCKS / 2>((const uint32_t *) (const void *) (shared + at.v_table), stage + l->in_v,
-                                           v_stride, l->v_parts, 0xffffffffu, weights, r->o);
+    if constexpr (V::TYPE == TQ_TYPE_F16) {
+        const int some = keys.plain ? 0xffff : tqi_keys_with_weight<NT>(x);
+        const uint32_t keep[2] = { tqi_halves_of(some, 2 * t), tqi_halves_of(some, 2 * t + 8) };
+        tqi_multiply_plain_values<NT, BLOCKS>(stage + l->in_v, v_stride, keep, weights, r->o);
+    } else {
+        tqi_multiply_values<V, NT, BLOCKS / 2>((const uint32_t *) (const void *) (shared + S::at.v_table),
+                                               stage + l->in_v, v_stride, l->v_parts, 0xffffffffu, weights, r->o);
+    }
 }
 
 /* All warps' results, through the memory where tiles were. */
-template <typename K, typename V, int NT, int BLOCKS>
+template <typename S>
 TQI_D void tqi_warp_end(const tqi_attention & p, const tqi_task & task, unsigned char * shared,
-                        tqi_results<NT, BLOCKS> * r) {
-    constexpr tqi_warp_layout at = tqi_warp_layout_of(K::TYPE, V::TYPE, BLOCKS, NT);
+                        tqi_results<S::NT, S::BLOCKS> * r) {
     const int lane = tqi_thread() % 32, warp = tqi_thread() / 32, g = lane / 4, t = lane % 4;
-    tqi_of_warps * bases = (tqi_of_warps *) (void *) (shared + at.bases);
-    tqi_of_warps * totals = (tqi_of_warps *) (void *) (shared + at.totals);
-    tqi_tile_part * parts = (tqi_tile_part *) (void *) (shared + at.stages);
+    tqi_of_warps * bases = (tqi_of_warps *) (void *) (shared + S::at.bases);
+    tqi_of_warps * totals = (tqi_of_warps *) (void *) (shared + S::at.totals);
+    tqi_tile_part * parts = (tqi_tile_part *) (void *) (shared + S::at.stages);
+    constexpr int n_lanes = tqi_result_lanes(S::BLOCKS), n_rounds = 32 / n_lanes, stride = tqi_part_stride(S::BLOCKS);
     TQI_UNROLL
-    for (int i = 0; i < NT; ++i) {
-        tqi_sync();
-        TQI_UNROLL
-        for (int j = 0; j < 2 * BLOCKS; ++j) {
-            const float * o = r->o[i][j];
-            parts[(warp * 2 * BLOCKS + j) * TQI_PART_STRIDE + lane] = { { o[0], o[1], o[2], o[3] } };
-        }
+    for (int i = 0; i < S::NT; ++i) {
+        const int vec0 = task.vec0 + 8 * i;
         TQI_UNROLL
         for (int c = 0; c < 2; ++c) {
             r->sum[i][c] = tqi_add_lanes<4, 32>(r->sum[i][c]);
             if (g == 0) {
                 bases[8 * i + 2 * t + c].of[warp] = r->base[i][c];
-                totals[8 * i + 2 * t + c].of[warp] = r->sum[i][c];
+                totals[8 * i + 2 * t + c].of[warp] = task.part == 0 ? r->sum[i][c] : 0.0f; /* a team has one sum */
             }
         }
-        tqi_sync();
-        tqi_weigh_warps(p, task, task.vec0 + 8 * i, bases + 8 * i, totals + 8 * i);
-        tqi_sync();
-        tqi_add_warps<V, BLOCKS>(p, task, task.vec0 + 8 * i, parts, bases + 8 * i);
+        TQI_UNROLL
+        for (int j = 0; j < S::TEAM * n_rounds;
+             ++j) { /* a part of the head, and of it the lanes that have four blocks */
+            const bool mine =
+                (S::TEAM == 1 || task.part == j / n_rounds) && (n_rounds == 1 || lane / n_lanes == j % n_rounds);
+            tqi_sync();
+            TQI_UNROLL
+            for (int n = 0; n < 2 * S::BLOCKS; ++n) {
+                const float * o = r->o[i][n];
+                if (mine) {
+                    parts[(warp / S::TEAM * 2 * S::BLOCKS + n) * stride + lane % n_lanes] = { { o[0], o[1], o[2],
+                                                                                                o[3] } };
+                }
+            }
+            tqi_sync();
+            if (j == 0) {
+                tqi_weigh_warps(p, task, vec0, bases + 8 * i, totals + 8 * i);
+                tqi_sync();
+            }
+            tqi_add_warps<S>(p, task, vec0, j / n_rounds, j % n_rounds, parts, bases + 8 * i);
+        }
     }
 }
 
-/* One range of keys, from beginning to end. K, V: types. */
-template <typename K, typename V, int NT, int BLOCKS>
-TQI_D void tqi_attend_by_warps(const tqi_attention & p, unsigned char * shared) {
-    constexpr tqi_warp_layout at = tqi_warp_layout_of(K::TYPE, V::TYPE, BLOCKS, NT);
-    const tqi_task task = tqi_task_of(p, 8 * NT);
+/* One range of keys, from beginning to end. S: a tqi_warp_shape. */
+template <typename S> TQI_D void tqi_attend_by_warps(const tqi_attention & p, unsigned char * shared) {
+    typedef typename S::K K;
+    typedef typename S::V V;
+    constexpr int NT = S::NT, BLOCKS = S::BLOCKS, step = tqi_warp_step(S::TEAM), stage_bytes = S::at.stage_bytes;
     const int lane = tqi_thread() % 32, warp = tqi_thread() / 32, g = lane / 4, t = lane % 4;
-    const int begin = task.begin + TQI_WARP_TILE * warp, slice = g * (BLOCKS / 2); /* the first of V's */
-    const int first = at.stages + warp * p.n_stages * at.stage_bytes; /* of the stages that this warp has */
-    tqi_warp_lane<K, V, NT, BLOCKS> l;
+    tqi_task task = tqi_task_of(p, 8 * NT);
+    task.part = S::TEAM > 1 ? warp % S::TEAM : 0;
+    const int begin = task.begin + TQI_WARP_TILE * (warp / S::TEAM), slice = g * (BLOCKS / 2); /* the first of V's */
+    const int first = S::at.stages + warp * p.n_stages * stage_bytes; /* of the stages that this warp has */
+    tqi_warp_lane<S> l;
     l.in_k = tqi_keep(tqi_lead(p.k, task) + g * tqi_warp_stride(K::TYPE, BLOCKS));
-    l.in_v = tqi_keep(at.v_in_stage + tqi_lead(p.v, task) + 2 * t * tqi_warp_stride(V::TYPE, BLOCKS));
-    tqi_warp_loader loader = tqi_warp_loader_of(K::TYPE == V::TYPE, p, task, begin, at.mask_in_stage);
+    l.in_v = tqi_keep(S::at.v_in_stage + tqi_lead(p.v, task) + 2 * t * tqi_warp_stride(V::TYPE, BLOCKS));
+    l.turn = 0;
+    tqi_warp_loader loader = tqi_warp_loader_of<S>(p, task, begin);
     for (int i = 0; i < p.n_stages - 1; ++i) {
-        tqi_warp_load<K, V, BLOCKS>(p, &loader, task.end - begin - i * TQI_WARP_STEP,
-                                    shared + first + i * at.stage_bytes);
+        tqi_warp_load<S>(p, &loader, task.end - begin - i * step, shared + first + i * stage_bytes);
     }
-    tqi_warp_prepare<K, V, NT, BLOCKS>(p, task, shared);
+    tqi_warp_prepare<S>(p, task, shared);
     TQI_UNROLL
-    for (int b = 0; b < BLOCKS && NT == 1; ++b) {
-        l.q[NT == 1 ? b : 0] = ((const tqi_quad *) (const void *) (shared + at.q))[b * 32 + lane];
+    for (int b = 0; b < BLOCKS && l.keeps_q; ++b) {
+        l.q[l.keeps_q ? b : 0] = tqi_warp_query<S>(shared, b, 0);
     }
-    tqi_warp_begin<NT, BLOCKS>(p, (const float *) (const void *) (shared + at.scale) + 2 * t, &l.results);
+    tqi_warp_begin<NT, BLOCKS>(p, (const float *) (const void *) (shared + S::at.scale) + 2 * t, &l.results);
     l.k_part = K::place_of(t);
     l.v_parts = tqi_parts_of<V, BLOCKS / 2>(slice / 4, slice % 4);
 
     const int most_left = tqi_keep(p.softcap > 0.0f ? INT32_MAX : TQI_WARP_TILE);
-    const int last = tqi_keep(first + (p.n_stages - 1) * at.stage_bytes);
-    const int ahead = tqi_keep(task.end - (p.n_stages - 1) * TQI_WARP_STEP);
+    const int last = tqi_keep(first + (p.n_stages - 1) * stage_bytes);
+    const int ahead = tqi_keep(task.end - (p.n_stages - 1) * step);
     int stage = first, free = last; /* the tile's, and the one that its predecessor was in */
     TQI_NO_UNROLL
-    for (int t0 = begin; t0 < task.end; t0 += TQI_WARP_STEP) {
+    for (int t0 = begin; t0 < task.end; t0 += step) {
         if (p.n_stages == 3) {
             tqi_copy_wait<1>();
         } else {
             tqi_copy_wait<0>();
         }
         tqi_sync_warp(); /* the tile is there, and the one before it is done with */
-        tqi_warp_load<K, V, BLOCKS>(p, &loader, ahead - t0, shared + free);
+        tqi_warp_load<S>(p, &loader, ahead - t0, shared + free);
         const tqi_quad * mask = (const tqi_quad *) (const void *) (shared + stage + loader.to_mask);
         const tqi_tile_keys keys = tqi_warp_keys(p, task, loader, mask, t0, most_left);
         if (keys.plain || (keys.owned != 0xffff && (loader.n_mask == 0 || tqi_any_lane(!tqi_mask_hides(*mask))))) {
             tqi_warp_tile(p, shared, shared + stage, keys, &l);
         }
         free = stage;
-        stage = stage == last ? first : stage + at.stage_bytes;
+        stage = stage == last ? first : stage + stage_bytes;
     }
-    tqi_warp_end<K, V, NT, BLOCKS>(p, task, shared, &l.results);
+    tqi_warp_end<S>(p, task, shared, &l.results);
 }
 
 #endif

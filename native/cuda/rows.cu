@@ -24,6 +24,14 @@ TQI_KERNEL(TQI_TAIL_THREADS, 4) tqi_encode_tail_kernel(TQI_PARAMETER tqi_tail_wr
     tqi_encode_tail(w);
 }
 
+TQI_KERNEL(TQI_TAIL_THREADS, 4) tqi_batch_rows_kernel(TQI_PARAMETER tqi_batch_rows w) {
+    tqi_copy_batch_rows(w);
+}
+
+TQI_KERNEL(TQI_TAIL_THREADS, 4) tqi_batch_index_kernel(TQI_PARAMETER tqi_batch_index w) {
+    tqi_find_batch_index(w);
+}
+
 TQI_KERNEL(TQI_TAIL_THREADS, 4) tqi_decode_tail_kernel(TQI_PARAMETER tqi_tail_reads r) {
     tqi_decode_tail(r);
 }
@@ -40,7 +48,10 @@ struct tqi_conversion {
 TQI_KERNEL(TQI_ROW_THREADS, 4) tqi_convert_kernel(TQI_PARAMETER tqi_conversion c) {
     const int64_t i = (int64_t) tqi_block_x() * TQI_ROW_THREADS + tqi_thread();
     if (i < c.n) {
-        const float x = tqi_load_value(c.src.type, tqi_address(c.src, 1, tqi_place_of(c.src, i)));
+        const tqi_place from = tqi_place_of(c.src, i);
+        const float x = c.src.type == TQ_CUDA_TYPE_Q8_0
+                            ? tqi_load_q8_0(tqi_address(c.src, TQ_BLOCK, from), (int) (from.i0 % TQ_BLOCK))
+                            : tqi_load_value(c.src.type, tqi_address(c.src, 1, from));
         tqi_store_value(c.dst.type, x, tqi_address(c.dst, 1, tqi_place_of(c.dst, i)));
     }
 }
@@ -51,8 +62,19 @@ static int is_float(int type) {
     return type == TQ_TYPE_F32 || type == TQ_TYPE_F16 || type == TQ_CUDA_TYPE_BF16;
 }
 
-/* Checks one tensor; *codec is left NULL if it is of floats. */
-static int check_view(const char * name, const tq_cuda_view * x, const tqi_codec ** codec, int64_t * n) {
+/* Blocks of a row lie side by side. */
+static int check_blocks(const char * name, const tq_cuda_view * x, int bytes) {
+    if (x->ne[0] % TQ_BLOCK != 0 || x->nb[0] != (size_t) bytes) {
+        return tq_cuda_fail(TQ_E_ARGUMENT,
+                            "%s: ne[0] = %lld, nb[0] = %zu given; blocks need a multiple of %d and %d bytes", name,
+                            (long long) x->ne[0], x->nb[0], TQ_BLOCK, bytes);
+    }
+    return TQ_OK;
+}
+
+/* Checks one tensor; *codec is left NULL if it is of floats, or of q8_0, which is for conversion alone. */
+static int check_view(const char * name, const tq_cuda_view * x, const tqi_codec ** codec, int64_t * n,
+                      bool converted = false) {
     *codec = NULL;
     *n = 1;
     if (x == NULL) {
@@ -66,18 +88,16 @@ static int check_view(const char * name, const tq_cuda_view * x, const tqi_codec
         *n *= x->ne[i];
     }
     size_t unit = x->type == TQ_TYPE_F32 ? 4 : 2;
-    if (!is_float(x->type)) {
+    if (converted && x->type == TQ_CUDA_TYPE_Q8_0) {
+        TQI_TRY(check_blocks(name, x, TQI_Q8_0_BYTES));
+    } else if (!is_float(x->type)) {
         *codec = tqi_codec_get(x->type, x->mode);
         if (*codec == NULL) {
             return tq_cuda_fail(TQ_E_ARGUMENT,
                                 "%s: type %d in mode %d given; allowed are f32, f16, bf16 and tqgguf's types", name,
                                 x->type, x->mode);
         }
-        if (x->ne[0] % TQ_BLOCK != 0 || x->nb[0] != (size_t) (*codec)->block_bytes) {
-            return tq_cuda_fail(TQ_E_ARGUMENT,
-                                "%s: ne[0] = %lld, nb[0] = %zu given; blocks need a multiple of %d and %d bytes", name,
-                                (long long) x->ne[0], x->nb[0], TQ_BLOCK, (*codec)->block_bytes);
-        }
+        TQI_TRY(check_blocks(name, x, (*codec)->block_bytes));
     }
     if (*n > 0 && x->data == NULL) {
         return tq_cuda_fail(TQ_E_ARGUMENT, "%s: null pointer given for its data", name);
@@ -184,7 +204,10 @@ extern "C" int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * ro
                            r);
 }
 
-/* What both directions need of a tail. */
+/* Where only a tail's rows, or only its owners, are read: what stands for the others. */
+static const int32_t none = 0;
+
+/* What all need of a tail: of its rows, and of its owners. */
 static int check_tail(const void * data, const void * owner, int64_t n_recent, int64_t n_first, size_t strides,
                       size_t owner_stride) {
     if (data == NULL || owner == NULL || n_recent < 1 || n_first < 0 || n_recent > INT32_MAX / 2 ||
@@ -228,6 +251,53 @@ extern "C" int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_index
     return tqi_launch(tqi_encode_tail_kernel, "encoding a tail", grid, TQI_TAIL_THREADS, 0, stream, w);
 }
 
+extern "C" int tq_cuda_tail_batch_rows(const tq_cuda_view * src, int mode, const tq_cuda_tail * tail,
+                                       const tq_cuda_view * dst, void * stream) {
+    const tqi_codec *from, *to, *codec = tqi_codec_get(TQ_TYPE_PQO3, mode);
+    int64_t n_src, n_dst;
+    TQI_TRY(check_view("source", src, &from, &n_src));
+    TQI_TRY(check_view("target", dst, &to, &n_dst));
+    TQI_TRY(check_tail(tail->data, &none, tail->n_recent, tail->n_first, tail->stride_row | tail->stride_stream, 0));
+    const int64_t n_own = dst->ne[1] - tail->n_recent - tail->n_first;
+    if (codec == NULL || from != NULL || dst->type != TQ_TYPE_F16 || dst->nb[0] != 2 || src->ne[0] % TQ_BLOCK != 0 ||
+        src->ne[0] != dst->ne[0] || src->ne[0] > INT32_MAX || src->ne[2] != 1 || src->ne[3] != 1 || n_own < 0 ||
+        src->ne[1] != n_own * dst->ne[2] || dst->ne[1] > INT32_MAX || dst->ne[2] > 65535 || dst->ne[3] != 1) {
+        return tq_cuda_fail(TQ_E_ARGUMENT,
+                            "source (%lld, %lld), target of type %d (%lld, %lld, %lld), mode %d given for a tail of "
+                            "%lld and %lld rows; a batch's copy is f16 and has them and a row for each row of source",
+                            (long long) src->ne[0], (long long) src->ne[1], dst->type, (long long) dst->ne[0],
+                            (long long) dst->ne[1], (long long) dst->ne[2], mode, (long long) tail->n_recent,
+                            (long long) tail->n_first);
+    }
+    const tqi_batch_rows w = { *src, *dst, *tail, codec->signs == TQI_SIGNS_FIRST };
+    const tqi_grid grid = { (unsigned) dst->ne[1], (unsigned) dst->ne[2], 1 };
+    return n_dst == 0
+               ? TQ_OK
+               : tqi_launch(tqi_batch_rows_kernel, "copying a tail's rows", grid, TQI_TAIL_THREADS, 0, stream, w);
+}
+
+extern "C" int tq_cuda_tail_batch_index(const tq_cuda_tail * tail, const tq_cuda_index * rows, int64_t base,
+                                        int32_t * index, size_t stride_stream, void * stream) {
+    TQI_TRY(check_tail(&none, tail->owner, tail->n_recent, tail->n_first, 0, tail->owner_stride_stream));
+    const int64_t n_own = tail->n_stream > 0 ? rows->ne[0] / tail->n_stream : 0, n_row = tail->n_recent + tail->n_first;
+    const tq_cuda_view all = { NULL, TQ_TYPE_F32, 0, { 0, rows->ne[0], 0, 0 }, { 0, 0, 0, 0 } };
+    TQI_TRY(check_rows(rows, &all, &all));
+    if (tail->n_stream < 1 || tail->n_stream > 65535 || tail->n_cells < 1 || tail->n_cells > INT32_MAX ||
+        n_own * tail->n_stream != rows->ne[0] || n_own > INT32_MAX / 4 || base < 0 || index == NULL ||
+        ((uintptr_t) index | stride_stream) % 4 != 0) {
+        return tq_cuda_fail(
+            TQ_E_ARGUMENT,
+            "%lld cells from %lld on, in %lld streams of %lld, and %p for the index given; streams have "
+            "as many each, and integers lie at multiples of four",
+            (long long) rows->ne[0], (long long) base, (long long) tail->n_stream, (long long) tail->n_cells,
+            (void *) index);
+    }
+    const tqi_batch_index w = { *tail, *rows, base, (int) n_own, index, (int64_t) stride_stream };
+    const tqi_grid grid = { (unsigned) ((n_row + n_own + TQI_TAIL_THREADS - 1) / TQI_TAIL_THREADS),
+                            (unsigned) tail->n_stream, 1 };
+    return tqi_launch(tqi_batch_index_kernel, "a batch's rows of a tail", grid, TQI_TAIL_THREADS, 0, stream, w);
+}
+
 extern "C" int tq_cuda_tail_decode(const tq_attn_operand * x, const tq_cuda_view * dst, void * stream) {
     const tqi_codec *to, *codec = x == NULL ? NULL : tqi_codec_get(x->type, x->mode);
     int64_t n_dst;
@@ -264,14 +334,15 @@ extern "C" int tq_cuda_transform(const float * x, int64_t n, int mode, int inver
                            stream, p);
 }
 
-/* What attention needs of a q in f16. */
+/* What attention needs of a q in f16, and of K or V in q8_0. */
 extern "C" int tq_cuda_convert(const tq_cuda_view * src, const tq_cuda_view * dst, void * stream) {
     const tqi_codec *from, *to;
     int64_t n_src, n_dst;
-    TQI_TRY(check_view("source", src, &from, &n_src));
+    TQI_TRY(check_view("source", src, &from, &n_src, true));
     TQI_TRY(check_view("target", dst, &to, &n_dst));
     if (from != NULL || to != NULL) {
-        return tq_cuda_fail(TQ_E_ARGUMENT, "types %d to %d given; both must be f32, f16 or bf16", src->type, dst->type);
+        return tq_cuda_fail(TQ_E_ARGUMENT, "types %d to %d given; both must be f32, f16 or bf16, or the first q8_0",
+                            src->type, dst->type);
     }
     for (int i = 0; i < 4; ++i) {
         if (src->ne[i] != dst->ne[i]) {

@@ -2,6 +2,7 @@
 #ifndef TQI_ROWS_CUH
 #define TQI_ROWS_CUH
 
+#include "layout.h"
 #include "trellis.cuh"
 
 #define TQI_ROW_THREADS 128
@@ -66,6 +67,11 @@ TQI_HD float tqi_load_value(int type, const uint8_t * at) {
         default:
             return tqi_bf16_to_f32(*(const uint16_t *) (const void *) at);
     }
+}
+
+/* Value i of a block of q8_0: its product with the scale is one rounding, as the CPU's. */
+TQI_HD float tqi_load_q8_0(const uint8_t * block, int i) {
+    return tqi_f16_to_f32(*(const uint16_t *) (const void *) block) * (float) ((const int8_t *) block)[2 + i];
 }
 
 TQI_HD void tqi_store_value(int type, float x, uint8_t * at) {
@@ -195,11 +201,27 @@ TQI_D void tqi_store_tail(int signs_first, float * v, int l, bool store, uint16_
     }
 }
 
+/* Row i of src, (n_values, n_rows), as a row of a tail; all threads of a block, of which the last may have nothing to
+ * do. */
+TQI_D void tqi_encode_tail_row(const tq_cuda_view & src, int signs_first, int64_t i, uint16_t * to) {
+    const int l = tqi_thread() % TQI_TEAM, n_blocks = (int) (src.ne[0] / TQ_BLOCK);
+    TQI_NO_UNROLL
+    for (int first = 0; first < n_blocks; first += TQI_TAIL_THREADS / TQI_TEAM) {
+        const int b = first + tqi_thread() / TQI_TEAM < n_blocks ? first + tqi_thread() / TQI_TEAM : n_blocks - 1;
+        const tqi_place p = { b * TQ_BLOCK, i, 0, 0 };
+        float v[TQI_VALUES];
+        TQI_UNROLL
+        for (int m = 0; m < TQI_VALUES; ++m) {
+            v[m] = tqi_load_value(src.type, tqi_address(src, 1, p) + (l + TQI_TEAM * m) * (int64_t) src.nb[0]);
+        }
+        tqi_store_tail(signs_first, v, l, first + tqi_thread() / TQI_TEAM < n_blocks, to + b * TQ_BLOCK);
+    }
+}
+
 /* A block of threads per row of src. It writes nothing if a later row goes to the same place: the order in which blocks
  * run then does not matter. */
 TQI_D void tqi_encode_tail(const tqi_tail_writes & w) {
     const int64_t i = tqi_block_x(), n = w.src.ne[1];
-    const int l = tqi_thread() % TQI_TEAM, n_blocks = (int) (w.src.ne[0] / TQ_BLOCK);
     int cell, other, later = 0;
     const int target = tqi_tail_target(w, i, &cell);
     for (int64_t j = i + 1 + tqi_thread(); target >= 0 && j < n && !later; j += TQI_TAIL_THREADS) {
@@ -211,21 +233,78 @@ TQI_D void tqi_encode_tail(const tqi_tail_writes & w) {
     const int n_row = (int) (w.tail.n_recent + w.tail.n_first), stream = target / n_row, row = target % n_row;
     uint16_t * to = (uint16_t *) (void *) ((uint8_t *) w.tail.data + stream * (int64_t) w.tail.stride_stream +
                                            row * (int64_t) w.tail.stride_row);
-    TQI_NO_UNROLL
-    for (int first = 0; first < n_blocks; first += TQI_TAIL_THREADS / TQI_TEAM) {
-        const int b = first + tqi_thread() / TQI_TEAM < n_blocks ? first + tqi_thread() / TQI_TEAM : n_blocks - 1;
-        const tqi_place p = { b * TQ_BLOCK, i, 0, 0 };
-        float v[TQI_VALUES];
-        TQI_UNROLL
-        for (int m = 0; m < TQI_VALUES; ++m) {
-            v[m] = tqi_load_value(w.src.type, tqi_address(w.src, 1, p) + (l + TQI_TEAM * m) * (int64_t) w.src.nb[0]);
-        }
-        tqi_store_tail(w.signs_first, v, l, first + tqi_thread() / TQI_TEAM < n_blocks, to + b * TQ_BLOCK);
-    }
+    tqi_encode_tail_row(w.src, w.signs_first, i, to);
     if (tqi_thread() == 0) {
         int32_t * owner =
             (int32_t *) (void *) ((uint8_t *) w.tail.owner + stream * (int64_t) w.tail.owner_stride_stream);
         owner[row] = cell % (int) w.tail.n_cells + 1;
+    }
+}
+
+/* The rows that a batch reads: those from before it, and one for each of its tokens. */
+struct tqi_batch_rows {
+    tq_cuda_view src; /* (n_values, n_own * n_stream) */
+    tq_cuda_view dst; /* f16, (n_values, n_row + n_own, n_stream) */
+    tq_cuda_tail tail;
+    int signs_first;
+};
+
+/* A block of threads per row of dst. */
+TQI_D void tqi_copy_batch_rows(const tqi_batch_rows & w) {
+    const int row = tqi_block_x(), stream = tqi_block_y(), n_row = (int) (w.tail.n_recent + w.tail.n_first);
+    const tqi_place p = { 0, row, stream, 0 };
+    uint16_t * to = (uint16_t *) (void *) tqi_address(w.dst, 1, p);
+    if (row >= n_row) {
+        const int64_t n_own = w.dst.ne[1] - n_row;
+        tqi_encode_tail_row(w.src, w.signs_first, stream * n_own + row - n_row, to);
+        return;
+    }
+    const uint16_t * from =
+        (const uint16_t *) (const void *) ((const uint8_t *) w.tail.data + stream * (int64_t) w.tail.stride_stream +
+                                           row * (int64_t) w.tail.stride_row);
+    for (int i = tqi_thread(); i < w.dst.ne[0]; i += TQI_TAIL_THREADS) {
+        to[i] = from[i];
+    }
+}
+
+/* tq_tail_batch's integers, for the streams of a batch. */
+struct tqi_batch_index {
+    tq_cuda_tail tail;
+    tq_cuda_index rows; /* (n_own * n_stream): cells of all streams */
+    int64_t base;       /* the first of the batch's first stream */
+    int n_own;
+    int32_t * index;
+    int64_t stride_stream; /* of index, in bytes */
+};
+
+/* The cell that token i of a stream's batch goes to; what is out of range stays so. */
+TQI_HD int tqi_batch_cell(const tqi_batch_index & w, int stream, int i) {
+    const tqi_place p = { 0, (int64_t) stream * w.n_own + i, 0, 0 };
+    return (int) (tqi_row_number(w.rows, p, INT32_MAX) - w.base - stream * w.tail.n_cells);
+}
+
+/* A thread per row of the copy, the batch's own included. */
+TQI_D void tqi_find_batch_index(const tqi_batch_index & w) {
+    const int stream = tqi_block_y(), e = tqi_block_x() * TQI_TAIL_THREADS + tqi_thread(), n_own = w.n_own;
+    const int n_row = (int) (w.tail.n_recent + w.tail.n_first), n = n_row + n_own, own = e - n_row;
+    int32_t * owners = (int32_t *) (void *) ((uint8_t *) w.index + stream * w.stride_stream);
+    const int32_t * before = (const int32_t *) (const void *) ((const uint8_t *) w.tail.owner +
+                                                               stream * (int64_t) w.tail.owner_stride_stream);
+    if (e >= n) {
+        return;
+    }
+    const int cell = own >= 0 ? tqi_batch_cell(w, stream, own) : 0;
+    const int row = own >= 0 ? tqi_tail_row_of(w.tail.n_recent, w.tail.n_first, cell) : e;
+    int until = n_own, rank = 0;
+    for (int i = n_own - 1; i >= 0; --i) {
+        const int other = tqi_batch_cell(w, stream, i);
+        until = i > own && tqi_tail_row_of(w.tail.n_recent, w.tail.n_first, other) == row ? i : until;
+        rank += other < cell || (other == cell && i < own);
+    }
+    owners[e] = own >= 0 ? cell + 1 : before[e];
+    owners[n + e] = until;
+    if (own >= 0) {
+        owners[2 * n + rank] = own;
     }
 }
 

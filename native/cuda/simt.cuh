@@ -56,6 +56,10 @@ TQI_D int tqi_sync_or(int x) {
 TQI_D void tqi_sync_warp() {
     __syncwarp();
 }
+/* A barrier for N warps side by side, apart from that of the block. */
+template <int N> TQI_D void tqi_sync_warps() {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + tqi_thread() / (32 * N)), "n"(32 * N) : "memory");
+}
 TQI_D bool tqi_any_lane(bool x) {
     return __any_sync(0xffffffffu, x);
 }
@@ -75,6 +79,15 @@ TQI_D uint32_t tqi_half2(float low, float high) {
     uint32_t u;
     memcpy(&u, &h, sizeof u);
     return u;
+}
+
+TQI_D uint32_t tqi_add_half2(uint32_t a, uint32_t b) {
+    __half2 x, y;
+    memcpy(&x, &a, sizeof x);
+    memcpy(&y, &b, sizeof y);
+    x = __hadd2(x, y);
+    memcpy(&a, &x, sizeof a);
+    return a;
 }
 
 TQI_D uint32_t tqi_mul_half2(uint32_t a, uint32_t b) {

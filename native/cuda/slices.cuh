@@ -20,7 +20,7 @@
  *                           65504 * 2.51 / 4; the results are multiplied by 1 / unit at the end
  *   slice, load             eight values of a row
  *   along, merge, across    pairs of one token, and of two
- *   dim                     which value of the block value n of a part is
+ *   ORDER, dim              which value of the block value n of a part is (tqi_dim)
  *   place, half, load_half  where a part, or two parts of one block, are, for those who load many times
  * n is a constant from 0 to 7 everywhere. */
 #ifndef TQI_SLICES_CUH
@@ -30,6 +30,43 @@
 #include "layout.h"
 
 #define TQI_LANES 32
+
+/* ---- Values of a part ---- */
+
+/* In which order the four parts share a block's values: eight side by side; pairs in turn; four in turn. A part's words
+ * begin in other banks than those of the other parts, and of the seven rows that a warp reads beside it. */
+enum { TQI_ORDER_EIGHTS, TQI_ORDER_PAIRS, TQI_ORDER_FOURS };
+
+/* Which value of the block value n of a part is. */
+TQI_HD constexpr int tqi_dim(int order, int part, int n) {
+    return order == TQI_ORDER_PAIRS   ? 8 * (n / 2) + 2 * part + n % 2
+           : order == TQI_ORDER_FOURS ? 16 * (n / 4) + 4 * part + n % 4
+                                      : 8 * part + n;
+}
+
+/* The inverse: value i of a block is value n of a part. */
+struct tqi_spot {
+    int part, n;
+};
+
+TQI_HD tqi_spot tqi_spot_of(int order, int i) {
+    tqi_spot s;
+    s.part = order == TQI_ORDER_PAIRS ? i % 8 / 2 : order == TQI_ORDER_FOURS ? i % 16 / 4 : i / 8;
+    s.n = order == TQI_ORDER_PAIRS ? 2 * (i / 8) + i % 2 : order == TQI_ORDER_FOURS ? 4 * (i / 16) + i % 4 : i % 8;
+    return s;
+}
+
+TQI_HD bool tqi_is_trellis(int type) {
+    return type >= TQ_TYPE_PQT3 && type <= TQ_TYPE_PQT5;
+}
+
+TQI_HD int tqi_order_of(int type) {
+    return tqi_is_trellis(type) || type == TQ_TYPE_F16 ? TQI_ORDER_PAIRS
+           : type == TQ_CUDA_TYPE_Q8_0                 ? TQI_ORDER_FOURS
+                                                       : TQI_ORDER_EIGHTS;
+}
+
+/* ---- Types ---- */
 
 /* Word i of the bytes from offset byte on in block b of a row in shared memory; rows begin at multiples of four. Two
  * blocks are a whole number of words, so that where a lane's bytes lie in a word depends on b's parity alone: written
@@ -54,9 +91,10 @@ TQI_D uint16_t tqi_load_half(const uint32_t * row, int byte) {
 }
 
 /* Types whose slice is one word of eight indices of BITS bits. */
-template <int NUMBER, int BITS> struct tqi_packed {
+template <int NUMBER, int BITS, int IN_ORDER> struct tqi_packed {
     static const int TYPE = NUMBER;
     static const int SCALED = 1;
+    static const int ORDER = IN_ORDER;
     static const int ENTRIES = tqi_table_of(TYPE).entries;
     static const int SPACING = tqi_table_of(TYPE).spacing;
     static_assert(ENTRIES == 1 << (2 * BITS), "the table holds pairs");
@@ -96,7 +134,7 @@ template <int NUMBER, int BITS> struct tqi_packed {
     }
 };
 
-struct tqi_pqo3 : tqi_packed<TQ_TYPE_PQO3, 3> {
+struct tqi_pqo3 : tqi_packed<TQ_TYPE_PQO3, 3, TQI_ORDER_EIGHTS> {
     static const int BYTES = TQI_PQO3_BYTES;
     struct place {
         int word[2], shift[2]; /* in a block that begins a word, and in one that begins in the middle of one */
@@ -136,8 +174,6 @@ struct tqi_pqo3 : tqi_packed<TQ_TYPE_PQO3, 3> {
         s[0] = tqi_permute(from[0], from[1], (uint32_t) l.selector[0]);
         s[1] = tqi_permute(from[0], from[1], (uint32_t) l.selector[1]);
     }
-
-    static TQI_D int dim(int part, int n) { return 8 * part + n; }
 };
 
 /* Of types whose parts need no more than their number to be found. */
@@ -156,13 +192,20 @@ template <typename T, typename SLICE> struct tqi_plain_places {
     }
 };
 
-struct tqi_pqo4 : tqi_packed<TQ_TYPE_PQO4, 4>, tqi_plain_places<tqi_pqo4, uint32_t> {
+struct tqi_pqo4 : tqi_packed<TQ_TYPE_PQO4, 4, TQI_ORDER_EIGHTS>, tqi_plain_places<tqi_pqo4, uint32_t> {
     static const int BYTES = TQI_PQO4_BYTES;
     static TQI_D uint32_t load(const uint32_t * row, int b, int part) {
         return tqi_load_word<BYTES>(row, b, 2 + 4 * part, 0);
     }
-    static TQI_D int dim(int part, int n) { return 8 * part + n; }
 };
+
+/* The subsets of 32 values: of each pair of values both bits of the even one's, and of the odd one's, where the pair
+ * has its bits in the word. So a part's are found by one shift, whatever the part. */
+TQI_D void tqi_trellis_subsets(uint32_t t, uint32_t * of_even, uint32_t * of_odd) {
+    const uint32_t low = tqi_subset_low(t), high = tqi_subset_high(t);
+    *of_even = tqi_select(0x55555555u, low, high << 1);
+    *of_odd = tqi_select(0x55555555u, low >> 1, high);
+}
 
 /* A trellis block's words, shifted so that values 2 part and 2 part + 1 of each byte are bits 0 and 1: the block's
  * words were laid out for that (format.h). Levels of the even ones and of the odd ones, four bytes each. */
@@ -173,9 +216,10 @@ TQI_D void tqi_trellis_slice(const uint32_t * row, int b, int part, uint32_t * e
     for (int j = 0; j < BITS; ++j) {
         words[j] = tqi_load_word<4 * BITS + 2>(row, b, 2, j);
     }
-    const uint32_t low = tqi_subset_low(words[0]) >> (2 * part), high = tqi_subset_high(words[0]) >> (2 * part);
-    *even = (high << 1 & 0x02020202u) | (low & 0x01010101u);
-    *odd = (high & 0x02020202u) | (low >> 1 & 0x01010101u);
+    uint32_t of_even, of_odd;
+    tqi_trellis_subsets(words[0], &of_even, &of_odd);
+    *even = of_even >> (2 * part) & 0x03030303u;
+    *odd = of_odd >> (2 * part) & 0x03030303u;
     if (BITS > 2) {
         *even |= words[1] >> (2 * part) << 2 & 0x0c0c0c0cu;
         *odd |= words[2] >> (2 * part) << 2 & 0x0c0c0c0cu;
@@ -191,14 +235,33 @@ TQI_D void tqi_trellis_slice(const uint32_t * row, int b, int part, uint32_t * e
 
 /* 16 levels, or 8: from here on like pqo4. */
 template <typename T, int NUMBER, int BITS>
-struct tqi_trellis_pairs : tqi_packed<NUMBER, 4>, tqi_plain_places<T, uint32_t> {
+struct tqi_trellis_pairs : tqi_packed<NUMBER, 4, TQI_ORDER_PAIRS>, tqi_plain_places<T, uint32_t> {
     static const int BYTES = (int) TQI_BLOCK_BYTES(BITS);
     static TQI_D uint32_t load(const uint32_t * row, int b, int part) {
+        if constexpr (BITS == 3) {
+            return load_3(row, b, part);
+        }
         uint32_t even, odd;
         tqi_trellis_slice<BITS>(row, b, part, &even, &odd);
         return even | odd << 4;
     }
-    static TQI_D int dim(int part, int n) { return 8 * (n / 2) + 2 * part + n % 2; }
+
+    /* Each of the four words is turned to where its two bits belong: a shift or none, and three instructions merge
+     * them. */
+    static TQI_D uint32_t load_3(const uint32_t * row, int b, int part) {
+        uint32_t words[3], of_even, of_odd;
+        TQI_UNROLL
+        for (int j = 0; j < 3; ++j) {
+            words[j] = tqi_load_word<4 * BITS + 2>(row, b, 2, j);
+        }
+        tqi_trellis_subsets(words[0], &of_even, &of_odd);
+        const uint32_t even = tqi_select(0x03030303u, turn(of_even, 2 * part), turn(words[1], 2 * part - 2));
+        const uint32_t odd = tqi_select(0x30303030u, turn(of_odd, 2 * part - 4), turn(words[2], 2 * part - 6));
+        return tqi_select(0x0f0f0f0fu, even, odd);
+    }
+
+    /* To the right by n, or to the left by -n; who wraps around is not looked at. */
+    static TQI_D uint32_t turn(uint32_t x, int n) { return tqi_funnel(x, x, n & 31); }
 };
 
 struct tqi_pqt2 : tqi_trellis_pairs<tqi_pqt2, TQ_TYPE_PQT2, 2> {};
@@ -224,6 +287,7 @@ struct tqi_trellis_singles : tqi_two_slices<tqi_trellis_bytes>, tqi_plain_places
     static const int TYPE = NUMBER;
     static const int BYTES = (int) TQI_BLOCK_BYTES(BITS);
     static const int SCALED = 1;
+    static const int ORDER = TQI_ORDER_PAIRS;
     static const int ENTRIES = tqi_table_of(TYPE).entries;
     static const int SPACING = tqi_table_of(TYPE).spacing;
 
@@ -250,14 +314,14 @@ struct tqi_trellis_singles : tqi_two_slices<tqi_trellis_bytes>, tqi_plain_places
                                  int n) {
         return tqi_permute(look_up(table, m.a, n), look_up(table, m.b, n), 0x7610);
     }
-
-    static TQI_D int dim(int part, int n) { return tqi_pqt3::dim(part, n); }
 };
 
 struct tqi_pqt4 : tqi_trellis_singles<tqi_pqt4, TQ_TYPE_PQT4, 4> {};
 struct tqi_pqt5 : tqi_trellis_singles<tqi_pqt5, TQ_TYPE_PQT5, 5> {};
 
-/* f16 as it is, for the one side of a mixed pair. Its "block" is 32 values. */
+/* ---- Stock types, on the one side of a mixed pair ---- */
+
+/* f16 as it is: its "block" is 32 values. Words 4 i + part. */
 struct tqi_f16_slice {
     uint32_t pair[4];
 };
@@ -266,6 +330,7 @@ struct tqi_f16 : tqi_two_slices<tqi_f16_slice>, tqi_plain_places<tqi_f16, tqi_f1
     static const int TYPE = TQ_TYPE_F16;
     static const int BYTES = 2 * TQ_BLOCK;
     static const int SCALED = 0;
+    static const int ORDER = TQI_ORDER_PAIRS;
     static const int ENTRIES = 0;
     static const int SPACING = 0;
 
@@ -276,7 +341,7 @@ struct tqi_f16 : tqi_two_slices<tqi_f16_slice>, tqi_plain_places<tqi_f16, tqi_f1
         slice s;
         TQI_UNROLL
         for (int i = 0; i < 4; ++i) {
-            s.pair[i] = row[BYTES / 4 * b + 4 * part + i];
+            s.pair[i] = row[BYTES / 4 * b + 4 * i + part];
         }
         return s;
     }
@@ -286,25 +351,46 @@ struct tqi_f16 : tqi_two_slices<tqi_f16_slice>, tqi_plain_places<tqi_f16, tqi_f1
     static TQI_D uint32_t across(const uint32_t *, const merged & m, int n) {
         return tqi_permute(m.a.pair[n / 2], m.b.pair[n / 2], n & 1 ? 0x7632 : 0x5410);
     }
-
-    static TQI_D int dim(int part, int n) { return 8 * part + n; }
 };
 
-/* The inverse of dim: value i of a block is value n of a part. */
-struct tqi_spot {
-    int part, n;
+/* q8_0: words part and part + 4 of a block's 32 bytes. Byte x, its sign bit turned, is the low byte of the f16 1024 +
+ * 128 + x, whatever the sign: 1152 less is x, exactly. */
+struct tqi_q8_0_slice {
+    uint32_t word[2];
 };
 
-TQI_HD tqi_spot tqi_spot_of(bool trellis, int i) {
-    tqi_spot s;
-    s.part = trellis ? i % 8 / 2 : i / 8;
-    s.n = trellis ? 2 * (i / 8) + i % 2 : i % 8;
-    return s;
-}
+struct tqi_q8_0 : tqi_two_slices<tqi_q8_0_slice>, tqi_plain_places<tqi_q8_0, tqi_q8_0_slice> {
+    static const int TYPE = TQ_CUDA_TYPE_Q8_0;
+    static const int BYTES = TQI_Q8_0_BYTES;
+    static const int SCALED = 1;
+    static const int ORDER = TQI_ORDER_FOURS;
+    static const int ENTRIES = 0;
+    static const int SPACING = 0;
 
-TQI_HD bool tqi_is_trellis(int type) {
-    return type >= TQ_TYPE_PQT3 && type <= TQ_TYPE_PQT5;
-}
+    static TQI_HD float unit() { return 1.0f; }
+    static TQI_D uint32_t entry(const float *, int) { return 0; }
+
+    static TQI_D slice load(const uint32_t * row, int b, int part) {
+        slice s;
+        TQI_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            s.word[i] = tqi_load_word<BYTES>(row, b, 2 + 4 * part + 16 * i, 0);
+        }
+        return s;
+    }
+
+    static TQI_D uint32_t less_1152(uint32_t pair) { return tqi_add_half2(pair, 0xe480e480u); }
+
+    static TQI_D uint32_t along(const uint32_t *, const slice & s, int n) {
+        return less_1152(tqi_permute(s.word[n / 4] ^ 0x80808080u, 0x64646464u, n % 4 == 0 ? 0x4140 : 0x4342));
+    }
+
+    static TQI_D uint32_t across(const uint32_t *, const merged & m, int n) {
+        const uint32_t pair =
+            tqi_permute(m.a.word[n / 4], m.b.word[n / 4], (uint32_t) (n % 4 | (n % 4 + 4) << 8)); /* bytes 0 and 2 */
+        return less_1152((pair & 0x00ff00ffu) ^ 0x64806480u);
+    }
+};
 
 /* Calls with an object of the type that the number means. */
 template <typename F> TQI_D void tqi_with_type(int type, const F & call) {
@@ -321,6 +407,8 @@ template <typename F> TQI_D void tqi_with_type(int type, const F & call) {
             return call(tqi_pqt4());
         case TQ_TYPE_PQT5:
             return call(tqi_pqt5());
+        case TQ_CUDA_TYPE_Q8_0:
+            return call(tqi_q8_0());
         default:
             return call(tqi_f16());
     }

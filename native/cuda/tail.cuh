@@ -18,6 +18,7 @@
 struct tqi_tail_work {
     int * tokens;
     int * owned;
+    int * until;
     float * weights;
     float * q;
     int row0, n_vec; /* its first row, and how many query vectors it has */
@@ -33,33 +34,46 @@ TQI_D float tqi_token_value(const tqi_operand & x, const tqi_task & task, int to
     }
     const uint8_t * from =
         x.data + task.kv_stream * x.stride_stream + task.kv_head * x.stride_head + token * x.stride_token;
-    if (!x.is_pqo) {
+    if (x.type == TQ_TYPE_F16) {
         return tqi_half_to_float(((const uint16_t *) (const void *) from)[i]);
     }
     const bool trellis = tqi_is_trellis(x.type);
     const int bits = tqi_bits_of(x.type), n = i % TQ_BLOCK;
-    const uint8_t * block = from + i / TQ_BLOCK * (x.row_bytes / x.n_blocks);
+    const uint8_t * block = from + i / TQ_BLOCK * tqi_block_bytes_of(x.type);
+    const float scale = tqi_half_to_float(tqi_finite_scale(*(const uint16_t *) (const void *) block));
+    if (x.type == TQ_CUDA_TYPE_Q8_0) {
+        return scale * (float) ((const int8_t *) block)[2 + n];
+    }
     uint32_t words[TQI_MAX_WORDS];
     tqi_load_words(block, bits, words);
     const int index = trellis ? tqi_unpack_level(bits, words, n) : tqi_unpack_index(bits, words, n % 8, n / 8);
-    return tqi_half_to_float(tqi_finite_scale(*(const uint16_t *) (const void *) block)) * x.levels[index];
+    return scale * x.levels[index];
 }
 
-/* The token that owns a row of x's tail, -1 if there is none that attention could see. */
-TQI_D int tqi_owner_of(const tqi_attention & p, const tqi_tail & x, const tqi_task & task, int row) {
-    if (x.owner == NULL || row >= p.n_recent + p.n_first) {
+/* The token that owns a row of x's tail, -1 if there is none that attention could see. until: see tqi_read_until. */
+TQI_D int tqi_owner_of(const tqi_attention & p, const tqi_tail & x, const tqi_task & task, int row, int * until) {
+    const int n_row = p.n_recent + p.n_first;
+    if (x.owner == NULL || row >= n_row + p.n_own) {
         return -1;
     }
-    const int token = x.owner[task.kv_stream * x.owner_stride + row] - 1;
-    const bool mine = tqi_tail_row_of(p.n_recent, p.n_first, token) == row;
+    const int32_t * owners = x.owner + task.kv_stream * x.owner_stride;
+    const int token = owners[row] - 1;
+    bool mine = row >= n_row || tqi_tail_row_of(p.n_recent, p.n_first, token) == row;
+    if (p.n_own > 0) {
+        *until = owners[n_row + p.n_own + row];
+        mine = mine && (row >= n_row || tqi_own_token(p, owners, token) < 0); /* written anew: read where it is now */
+    }
     return token >= 0 && token < p.n_kv && mine ? token : -1;
 }
 
-/* Writes tokens and owned: a thread per entry. */
+/* Writes tokens, owned and until: a thread per entry. */
 TQI_D void tqi_tail_tokens(const tqi_attention & p, const tqi_task & task, const tqi_tail_work & w) {
     const int i = tqi_thread(), row = w.row0 + i % TQI_TAIL_SLOTS;
     if (i < TQI_TAIL_ENTRIES) {
-        const int of_k = tqi_owner_of(p, p.k.tail, task, row), of_v = tqi_owner_of(p, p.v.tail, task, row);
+        int until_k = INT32_MAX, until_v = INT32_MAX;
+        const int of_k = tqi_owner_of(p, p.k.tail, task, row, &until_k),
+                  of_v = tqi_owner_of(p, p.v.tail, task, row, &until_v);
+        w.until[i] = i < TQI_TAIL_SLOTS ? until_k : until_v;
         if (i < TQI_TAIL_SLOTS) {
             w.tokens[i] = of_k;
             w.owned[i] = of_v == of_k ? 3 : 1;
@@ -114,15 +128,16 @@ TQI_D void tqi_tail_scores(const tqi_attention & p, const tqi_task & task, const
 TQI_D void tqi_tail_softmax(const tqi_attention & p, const tqi_task & task, const tqi_tail_work & w, int64_t part) {
     const int lane = tqi_thread() % 32;
     for (int i = tqi_thread() / 32; i < w.n_vec; i += TQI_TAIL_WARPS) {
-        const int vec = task.vec0 + i;
-        const float slope = tqi_slope(p, tqi_head_of_vector(p, task, vec, tqi_row_of_vector(p, vec)));
+        const int vec = task.vec0 + i, row = tqi_row_of_vector(p, vec);
+        const float slope = tqi_slope(p, tqi_head_of_vector(p, task, vec, row));
         const uint16_t * mask = (const uint16_t *) (const void *) tqi_mask_of(p, task, vec);
         float * weights = w.weights + i * TQI_TAIL_ENTRIES + lane;
         float x[2], top = -INFINITY, sum = 0.0f;
         TQI_UNROLL
         for (int j = 0; j < 2; ++j) {
             const int token = w.tokens[lane + 32 * j];
-            const uint16_t bias = token < 0      ? (uint16_t) TQI_F16_NEGATIVE_INFINITY
+            const bool read = token >= 0 && row < w.until[lane + 32 * j];
+            const uint16_t bias = !read          ? (uint16_t) TQI_F16_NEGATIVE_INFINITY
                                   : mask != NULL ? mask[token]
                                                  : (uint16_t) 0;
             x[j] = -INFINITY;
@@ -177,6 +192,7 @@ TQI_D void tqi_attend_tail(const tqi_attention & p, unsigned char * shared) {
     tqi_tail_work w;
     w.tokens = (int *) (void *) (shared + TQI_TAIL_AT_TOKENS);
     w.owned = (int *) (void *) (shared + TQI_TAIL_AT_OWNED);
+    w.until = (int *) (void *) (shared + TQI_TAIL_AT_UNTIL);
     w.weights = (float *) (void *) (shared + TQI_TAIL_AT_WEIGHTS);
     w.q = (float *) (void *) (shared + TQI_TAIL_AT_Q);
     w.row0 = task.split * TQI_TAIL_SLOTS;

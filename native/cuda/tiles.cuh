@@ -15,6 +15,7 @@ TQI_D int tqi_divide(int x, int n, uint32_t inverse) {
 /* Where a block of threads works. */
 struct tqi_task {
     int stream, kv_stream, kv_head, vec0;
+    int part;       /* of the head, where warps share it (attention_warp.cuh); otherwise 0 */
     int split;      /* of the keys, or 32 rows of a tail */
     int begin, end; /* keys */
 };
@@ -26,15 +27,16 @@ TQI_D tqi_task tqi_task_of(const tqi_attention & p, int n_vec) {
     task.kv_head = tqi_block_x() - task.split * p.n_head_kv; /* fastest: the heads of a token share sectors */
     task.vec0 = tqi_block_y() * n_vec;
     task.stream = tqi_block_z();
+    task.part = 0;
     task.kv_stream = p.streams_per_kv == 1 ? task.stream : task.stream / p.streams_per_kv;
     task.begin = task.split * p.split;
     task.end = p.n_kv - task.begin < p.split ? p.n_kv : task.begin + p.split;
     return task;
 }
 
-/* How far a head's rows in shared memory lie behind a multiple of 16 bytes. */
+/* How far a head's rows, or their parts, in shared memory lie behind a multiple of 16 bytes. */
 TQI_D int tqi_lead(const tqi_operand & x, const tqi_task & task) {
-    return x.grain == 16 ? (int) (task.kv_head * x.stride_head) & 15 : 0;
+    return x.grain == 16 ? (int) (task.kv_head * x.stride_head + task.part * x.part_bytes) & 15 : 0;
 }
 
 /* What a thread copies of a tile of K or V: of every rows_on-th row the same unit, a unit being what is copied at once.
@@ -51,10 +53,10 @@ TQI_D tqi_loader tqi_loader_of(const tqi_operand & x, const tqi_task & task, int
     const int first = (int) tqi_multiply_high((uint32_t) thread, x.units_inverse);
     const int unit = thread - first * x.units;
     /* The last unit that this head needs: it is copied again in place of those beyond it. */
-    const int last = x.grain == 16 ? (lead + x.row_bytes - 1) / 16 : x.units - 1;
+    const int last = x.grain == 16 ? (lead + x.part_bytes - 1) / 16 : x.units - 1;
     tqi_loader l;
-    l.from = x.data + task.kv_stream * x.stride_stream + task.kv_head * x.stride_head - lead +
-             (begin + first) * x.stride_token + (unit < last ? unit : last) * x.grain;
+    l.from = x.data + task.kv_stream * x.stride_stream + task.kv_head * x.stride_head + task.part * x.part_bytes -
+             lead + (begin + first) * x.stride_token + (unit < last ? unit : last) * x.grain;
     l.to_and_row = (uint32_t) (in_stage + first * x.stride_shared + unit * x.grain);
     l.to_and_row |= (uint32_t) (first < x.rows_on ? first : TQI_MAX_TILE) << 20;
     return l;

@@ -18,7 +18,9 @@
 #    define TQ_CUDA_API
 #endif
 
-/* ggml's numbers of what is none of tq_type's; as sources and targets of rows. */
+/* ggml's numbers of what is none of tq_type's: sources and targets of rows, and q8_0 as K or V beside a type of
+ * tqgguf's. */
+#define TQ_CUDA_TYPE_Q8_0 8
 #define TQ_CUDA_TYPE_BF16 30
 #define TQ_CUDA_TYPE_I32 26
 #define TQ_CUDA_TYPE_I64 27
@@ -169,7 +171,7 @@ TQ_CUDA_API int tq_cuda_encode(const tq_cuda_view * src, const tq_cuda_index * r
  * the inverse transform, as attention does. */
 TQ_CUDA_API int tq_cuda_decode(const tq_cuda_view * src, const tq_cuda_index * rows, int transformed,
                                const tq_cuda_view * dst, void * stream);
-/* dst <- src: f32, f16 or bf16 both, equal ne. */
+/* dst <- src: f32, f16 or bf16 both, or src q8_0; equal ne. */
 TQ_CUDA_API int tq_cuda_convert(const tq_cuda_view * src, const tq_cuda_view * dst, void * stream);
 /* The rows of a precise tail (tq_attn_tail in tqgguf.h) as they are written: all KV heads of a token are one row. */
 typedef struct tq_cuda_tail {
@@ -189,6 +191,14 @@ typedef struct tq_cuda_tail {
  * were written in their order; numbers out of range write nothing. The bytes equal tq_tail_encode's. */
 TQ_CUDA_API int tq_cuda_tail_encode(const tq_cuda_view * src, const tq_cuda_index * rows, int mode,
                                     const tq_cuda_tail * tail, void * stream);
+/* What a batch of tokens reads of a tail that they are written to afterwards (tq_tail_batch in tqgguf.h). tail: its
+ * streams, from the batch's first one on. Rows: dst, f16, (n_values, n_row + n_own, n_stream), gets the tail's rows and
+ * those of src, f32, f16 or bf16, (n_values, n_own * n_stream). Index: 2 (n_row + n_own) + n_own integers of each
+ * stream, as many tokens of which go to cells rows[..] - base - stream * n_cells. */
+TQ_CUDA_API int tq_cuda_tail_batch_rows(const tq_cuda_view * src, int mode, const tq_cuda_tail * tail,
+                                        const tq_cuda_view * dst, void * stream);
+TQ_CUDA_API int tq_cuda_tail_batch_index(const tq_cuda_tail * tail, const tq_cuda_index * rows, int64_t base,
+                                         int32_t * index, size_t stride_stream, void * stream);
 /* Where a token owns a row of x's tail, dst gets the values it stands for. dst: f32, f16 or bf16, (head_dim, n_head,
  * n_tokens, n_stream); everything else in it stays. */
 TQ_CUDA_API int tq_cuda_tail_decode(const tq_attn_operand * x, const tq_cuda_view * dst, void * stream);
@@ -197,11 +207,11 @@ TQ_CUDA_API int tq_cuda_transform(const float * x, int64_t n, int mode, int inve
 
 /* ---- Attention ---- */
 
-/* tq_attn as in tqgguf.h, with device pointers. K and V are of our types, or one of them f16; decoder is NULL. Both
- * head sizes are multiples of 32, DV at most 512. Tails of K and V have the same numbers of rows; there is one if
- * n_recent is not 0. Made for few query rows: n_q * n_head / n_head_kv up to 16 vectors per KV head decode each block
- * once, more of them every 16 once again. Relative L2 error of the output against exact arithmetic on the decoded
- * values, for normal q, K, V: 2e-3 at most. */
+/* tq_attn as in tqgguf.h, with device pointers. K and V are of our types, or one of them f16 or q8_0
+ * (TQ_CUDA_TYPE_Q8_0); decoder is NULL. Both head sizes are multiples of 32, DV at most 512. Tails of K and V have the
+ * same numbers of rows; there is one if n_recent is not 0, and its n_own is 0 or n_q. Made for few query rows: n_q *
+ * n_head / n_head_kv up to 16 vectors per KV head decode each block once, more of them every 16 once again. Relative L2
+ * error of the output against exact arithmetic on the decoded values, for normal q, K, V: 2e-3 at most. */
 
 /* TQ_OK, or TQ_E_UNSUPPORTED or TQ_E_ARGUMENT and the reason. Does not look at the pointers. */
 TQ_CUDA_API int tq_cuda_attn_supported(const tq_attn * args);

@@ -6,8 +6,8 @@
 #include "tq_cuda.h"
 #include "tq_ggml_attention.h"
 
-static_assert((int) GGML_TYPE_BF16 == TQ_CUDA_TYPE_BF16 && (int) GGML_TYPE_I32 == TQ_CUDA_TYPE_I32 &&
-                  (int) GGML_TYPE_I64 == TQ_CUDA_TYPE_I64,
+static_assert((int) GGML_TYPE_BF16 == TQ_CUDA_TYPE_BF16 && (int) GGML_TYPE_Q8_0 == TQ_CUDA_TYPE_Q8_0 &&
+                  (int) GGML_TYPE_I32 == TQ_CUDA_TYPE_I32 && (int) GGML_TYPE_I64 == TQ_CUDA_TYPE_I64,
               "type numbers differ");
 
 /* Says why a node is not done; tq_cuda_last_error() gives it. */
@@ -52,18 +52,29 @@ bool tq_ggml_cuda_used(const struct ggml_tensor * node) {
     }
 }
 
-/* A FLASH_ATTN_EXT node's attention. On CUDA a batch reads the tail as it is behind the batch, not the copy that it has
- * of it (tq_ggml_tail.h), which nothing fills: the kernels know one state of the tail for all query rows. */
-static struct tq_attn attention(const struct ggml_tensor * node) {
+/* Whether a batch of so many tokens has its own copy of the tail (tq_ggml_tail.h). Longer ones read the tail as it is
+ * behind the batch: their K and V are decoded once for all query rows, which need one state of the tail. */
+static bool has_copy(int64_t n_own) {
+    return n_own <= TQ_GGML_CUDA_FUSED_VECTORS;
+}
+
+/* A FLASH_ATTN_EXT node's attention; decoded: with the tail as it is behind the batch. */
+static struct tq_attn attention(const struct ggml_tensor * node, bool decoded) {
     struct ggml_tensor x = *node;
     for (int i = 0; i < 2; i++) {
-        if (node->src[5 + 2 * i]) {
+        if (node->src[5 + 2 * i] && (decoded || !has_copy(node->src[0]->ne[1]))) {
             const struct ggml_tensor * cache = node->src[1 + i]->view_src;
             x.src[5 + 2 * i] = cache->src[0];
             x.src[6 + 2 * i] = cache->src[1];
         }
     }
-    return tq_ggml_attention(&x);
+    struct tq_attn a = tq_ggml_attention(&x);
+    for (int i = 0; i < 2; i++) {
+        if (node->src[1 + i]->type == GGML_TYPE_Q8_0) { /* kernels read it, as they read ours */
+            *(i == 0 ? &a.k.decoder : &a.v.decoder) = NULL;
+        }
+    }
+    return a;
 }
 
 /* ---- Tensors ---- */
@@ -109,6 +120,11 @@ static tq_cuda_view by_tokens(const struct ggml_tensor * t) {
     x.nb[1] = t->nb[2];
     x.nb[2] = t->nb[1];
     return x;
+}
+
+/* Types of K and V that kernels read as they are and upstream's attention must have decoded. */
+static bool is_blocks(enum ggml_type type) {
+    return tq_ggml_is_pqo(type) || type == GGML_TYPE_Q8_0;
 }
 
 /* ---- What is supported ---- */
@@ -173,9 +189,9 @@ static bool attention_supported(const struct ggml_tensor * node) {
         if (cache->buffer && ggml_backend_buffer_is_host(cache->buffer)) {
             return REFUSE("a KV cache in the CPU's memory is read there, not copied to the device for every token");
         }
-        if ((!tq_ggml_is_pqo(t->type) && t->type != GGML_TYPE_F16) || t->nb[0] != ggml_type_size(t->type)) {
+        if ((!is_blocks(t->type) && t->type != GGML_TYPE_F16) || t->nb[0] != ggml_type_size(t->type)) {
             return REFUSE(
-                "K of %s with V of %s is not done on CUDA; beside a type of ours the other is one of ours or f16",
+                "K of %s with V of %s is not done on CUDA; beside a type of ours the other is one of ours, f16 or q8_0",
                 ggml_type_name(k->type), ggml_type_name(v->type));
         }
     }
@@ -186,7 +202,7 @@ static bool attention_supported(const struct ggml_tensor * node) {
     if (q->nb[0] != sizeof(float) || (mask && mask->nb[0] != sizeof(ggml_fp16_t))) {
         return REFUSE("attention with a q or a mask whose rows do not lie in one piece is not done on CUDA");
     }
-    const struct tq_attn a = attention(node);
+    const struct tq_attn a = attention(node, false);
     return tq_cuda_attn_supported(&a) == TQ_OK;
 }
 
@@ -234,9 +250,44 @@ static void set_rows(const struct ggml_tensor * node, void * stream) {
     check(tq_cuda_tail_encode(&src, &ids, TQ_MODE_SEARCH, &tail, stream), node);
 }
 
+/* ---- A batch's copy of the tail ---- */
+
+static void copy_tail_rows(const struct ggml_tensor * node, void * stream) {
+    const struct ggml_tensor * rows = node->src[1];
+    const tq_cuda_view src = view(node->src[0]);
+    const tq_cuda_view dst = view(node);
+    const tq_cuda_tail tail = {
+        .data = (uint16_t *) ((char *) rows->data + node->op_params[1] * (int64_t) rows->nb[2]),
+        .n_recent = rows->ne[1],
+        .stride_row = rows->nb[1],
+        .stride_stream = rows->nb[2],
+    };
+    if (has_copy(node->ne[1] - rows->ne[1])) {
+        check(tq_cuda_tail_batch_rows(&src, TQ_MODE_SEARCH, &tail, &dst, stream), node);
+    }
+}
+
+static void copy_tail_index(const struct ggml_tensor * node, void * stream) {
+    const struct ggml_tensor * owner = node->src[0];
+    const struct ggml_tensor * cells = node->src[1];
+    const tq_cuda_index ids = row_numbers(cells);
+    tq_cuda_tail tail = {
+        .owner = (int32_t *) ((char *) owner->data + node->op_params[1] * (int64_t) owner->nb[1]),
+        .n_cells = node->op_params[2],
+        .n_stream = node->ne[1],
+        .owner_stride_stream = owner->nb[1],
+    };
+    tail.n_first = MIN(TQ_GGML_TAIL_FIRST, tail.n_cells);
+    tail.n_recent = owner->ne[0] - tail.n_first;
+    if (has_copy(cells->ne[0] / tail.n_stream)) {
+        const int64_t base = node->op_params[1] * tail.n_cells;
+        check(tq_cuda_tail_batch_index(&tail, &ids, base, node->data, node->nb[1], stream), node);
+    }
+}
+
 /* ---- FLASH_ATTN_EXT ---- */
 
-/* An equivalent node for upstream's kernels: K and V of ours are replaced by f16 that lies in work. */
+/* An equivalent node for upstream's kernels: K and V in blocks are replaced by f16 that lies in work. */
 struct dense_attention {
     struct ggml_tensor node, k, v;
     bool one; /* V is a part of K (MLA) and is not decoded for itself */
@@ -253,7 +304,7 @@ static void make_dense(const struct ggml_tensor * node, void * work, struct dens
     for (int i = 1; i < 4; i++) {
         d->one = d->one && k->nb[i] == v->nb[i] && k->ne[i] == v->ne[i];
     }
-    if (tq_ggml_is_pqo(k->type)) {
+    if (is_blocks(k->type)) {
         d->k = dense_like(k, work);
         d->work_bytes = GGML_PAD((size_t) d->k.ne[3] * d->k.nb[3], 128);
     }
@@ -265,7 +316,7 @@ static void make_dense(const struct ggml_tensor * node, void * work, struct dens
         d->v.data = d->k.data;
         d->v.view_src = &d->k;
         d->v.view_offs = 0;
-    } else if (tq_ggml_is_pqo(v->type)) {
+    } else if (is_blocks(v->type)) {
         d->v = dense_like(v, (char *) work + d->work_bytes);
         d->work_bytes += GGML_PAD((size_t) d->v.ne[3] * d->v.nb[3], 128);
     }
@@ -292,7 +343,8 @@ static void decode(const struct ggml_tensor * node, const struct ggml_tensor * t
                    const struct ggml_tensor * to, void * stream) {
     const tq_cuda_view src = by_tokens(t);
     const tq_cuda_view dst = by_tokens(to);
-    check(tq_cuda_decode(&src, NULL, 0, &dst, stream), node);
+    check(tq_ggml_is_pqo(t->type) ? tq_cuda_decode(&src, NULL, 0, &dst, stream) : tq_cuda_convert(&src, &dst, stream),
+          node);
     if (x->tail.data) {
         check(tq_cuda_tail_decode(x, &dst, stream), node);
     }
@@ -300,16 +352,17 @@ static void decode(const struct ggml_tensor * node, const struct ggml_tensor * t
 
 static void attend(const struct ggml_tensor * node, const struct tq_ggml_cuda_dense * dense, void * work,
                    void * stream) {
-    const struct tq_attn a = attention(node);
     struct dense_attention d;
-    if (!is_dense(node, dense, work, &d)) {
+    const bool decoded = is_dense(node, dense, work, &d);
+    const struct tq_attn a = attention(node, decoded);
+    if (!decoded) {
         check(tq_cuda_attn(&a, work, stream), node);
         return;
     }
-    if (tq_ggml_is_pqo(node->src[1]->type)) {
+    if (is_blocks(node->src[1]->type)) {
         decode(node, node->src[1], &a.k, &d.k, stream);
     }
-    if (tq_ggml_is_pqo(node->src[2]->type) && !d.one) {
+    if (is_blocks(node->src[2]->type) && !d.one) {
         decode(node, node->src[2], &a.v, &d.v, stream);
     }
     dense->compute(dense->context, &d.node);
@@ -322,7 +375,7 @@ static size_t work_bytes(const struct ggml_tensor * node, const struct tq_ggml_c
     if (is_dense(node, dense, NULL, &d)) {
         return d.work_bytes;
     }
-    const struct tq_attn a = attention(node);
+    const struct tq_attn a = attention(node, false);
     const size_t bytes = tq_cuda_attn_work_bytes(&a);
     check(bytes == (size_t) -1 ? TQ_E_ARGUMENT : TQ_OK, node);
     return bytes;
@@ -358,7 +411,8 @@ void tq_ggml_cuda_compute(struct ggml_tensor * node, const struct tq_ggml_cuda_d
         default:
             GGML_ASSERT(is_copy(node));
             if (tq_ggml_copies_tail(node)) {
-                break; /* see attention() */
+                (node->op_params[0] == TQ_GGML_TAIL_ROWS ? copy_tail_rows : copy_tail_index)(node, stream);
+                break;
             }
             check(tq_ggml_is_pqo(node->type) ? tq_cuda_encode(&src, NULL, &dst, stream)
                                              : tq_cuda_decode(&src, NULL, 0, &dst, stream),

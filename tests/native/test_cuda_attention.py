@@ -45,7 +45,10 @@ def check_case(cuda: Any, case: Case, tolerance: float = TOLERANCE) -> None:
     assert (errors <= 4 * tolerance * np.maximum(norms, 0.1 * norms.mean())).all(), case
 
 
-PAIRS = [(k, v) for k in (*reference.TYPES, "f16") for v in (*reference.TYPES, "f16") if (k, v) != ("f16", "f16")]
+STOCK = ("f16", "q8_0")
+PAIRS = [
+    (k, v) for k in (*reference.TYPES, *STOCK) for v in (*reference.TYPES, *STOCK) if not (k in STOCK and v in STOCK)
+]
 
 
 @pytest.mark.parametrize(("k_type", "v_type"), PAIRS)
@@ -119,9 +122,9 @@ def test_streams(cuda: Any) -> None:
     check_case(cuda, Case(n_stream=2, n_kv_stream=1, mask="holes", n_mask_head=2))
 
 
-@pytest.mark.parametrize("type", [*reference.TYPES, "f16"])
+@pytest.mark.parametrize("type", [*reference.TYPES, *STOCK])
 def test_alignments(cuda: Any, type: str) -> None:
-    other = "pqo3" if type == "f16" else type
+    other = "pqo3" if type in STOCK else type
     for offset, gap, head_dim in (
         (0, 0, 256),
         (2, 0, 128),
@@ -168,6 +171,23 @@ def test_tails_of_any_length(cuda: Any, tail: int) -> None:
     check_case(cuda, Case("pqt4", "pqo3", n_kv=130, tail=tail, first=2, softcap=2.5, n_stream=4, n_kv_stream=2))
 
 
+@pytest.mark.parametrize("tail", [1, 5, 64])
+@pytest.mark.parametrize(("n_q", "group"), [(2, 1), (3, 4), (9, 2), (33, 1)])
+def test_each_token_of_a_batch_reads_what_it_would_read_alone(cuda: Any, n_q: int, group: int, tail: int) -> None:
+    """Of the tokens that share a tile or a row of the tail, some query rows read the tail and others the blocks."""
+    pairs = [("pqo3", "pqo3"), ("pqt4", "pqt3"), ("pqt3", "f16"), ("f16", "pqo4")]
+    for seed, types in enumerate(pairs):
+        shape = {"n_head": 2 * group, "n_head_kv": 2, "n_kv": 150 - seed, "n_q": n_q}
+        check_case(cuda, Case(*types, tail=tail, first=4, batch=True, seed=seed, **shape))
+
+
+def test_a_batch_of_several_streams(cuda: Any) -> None:
+    shape = {"n_stream": 3, "n_mask_stream": 3, "n_kv": 90, "n_q": 4, "batch": True, "tail": 8, "first": 2}
+    for types in (("pqo3", "pqo3"), ("pqo3", "pqt3")):
+        for mask in ("none", "holes", "values"):
+            check_case(cuda, Case(*types, mask=mask, **shape))
+
+
 def test_a_tail_of_hidden_tokens_alone(cuda: Any) -> None:
     case = Case(n_kv=90, tail=8, first=4, n_q=3, mask="window")
     check_case(cuda, case)
@@ -188,11 +208,13 @@ def test_unequal_tokens(cuda: Any) -> None:
         check_case(cuda, Case(type, type, 128, 128, n_kv=600, spread=1.5, sinks=True))
 
 
-@pytest.mark.parametrize("type", ["pqo3", "pqt4", "f16"])
+@pytest.mark.parametrize("type", ["pqo3", "pqt4", *STOCK])
 def test_hidden_tokens_may_hold_anything(cuda: Any, type: str) -> None:
-    other = "pqo4" if type == "f16" else type
+    other = "pqo4" if type in STOCK else type
     for poison, k_type, v_type in (("k", type, other), ("v", other, type)):
-        check_case(cuda, Case(k_type, v_type, mask="last", poison=poison, n_kv=77, n_q=2))
+        for head_dim in (64, 96):  # both kernels
+            shape = {"head_dim_k": head_dim, "head_dim_v": head_dim, "n_kv": 77, "n_q": 2}
+            check_case(cuda, Case(k_type, v_type, mask="last", poison=poison, **shape))
 
 
 def test_nan_in_q_gives_nan(cuda: Any) -> None:
@@ -257,6 +279,87 @@ def test_many_tiles_per_warp(cuda: Any, monkeypatch: pytest.MonkeyPatch, mask: s
             check_case(cuda, case)
 
 
+# Heads of 256 and 512: query rows of 8 query heads, one tile of vectors or two, with 1, 2 and 4 warps to a head.
+LARGE_HEADS = [(256, 1), (256, 2), (512, 1), (512, 2)]
+
+
+def large(head_dim: int, n_q: int, types: tuple[str, str] = ("pqo3", "pqo3"), **options: Any) -> Case:
+    """8 n_q query vectors of a KV head."""
+    return Case(*types, head_dim, head_dim, n_head=8, n_head_kv=1, n_q=n_q, **options)
+
+
+@pytest.mark.parametrize(("head_dim", "n_q"), LARGE_HEADS)
+def test_large_heads(cuda: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, n_q: int) -> None:
+    """Many tiles per warp, some of them hidden; scores so large that bases rise; warps that have no tile at all."""
+    if cuda.emulated:
+        monkeypatch.setenv("TQ_HOST_SM", "1")
+    n_kv = 405 * 256 // (head_dim * n_q)  # as many tiles for each warp, or team of warps
+    for mask in ("none", "window"):
+        check_case(cuda, large(head_dim, n_q, n_kv=n_kv, mask=mask, q_scale=8.0))
+    check_case(cuda, large(head_dim, n_q, n_kv=23, mask="values", max_bias=8.0))
+    check_case(cuda, large(head_dim, n_q, n_kv=150, softcap=2.5, sinks=True, mask="holes"))
+
+
+@pytest.mark.parametrize(("head_dim", "n_q"), LARGE_HEADS)
+def test_large_heads_of_every_type(cuda: Any, head_dim: int, n_q: int) -> None:
+    for types in [(type, type) for type in reference.TYPES[1:]] + [("pqo4", "pqo3")]:
+        check_case(cuda, large(head_dim, n_q, types, n_kv=70))
+
+
+@pytest.mark.parametrize(("k_type", "v_type"), [(k, v) for k, v in PAIRS if k in STOCK or v in STOCK])
+def test_stock_types_beside_ours(cuda: Any, monkeypatch: pytest.MonkeyPatch, k_type: str, v_type: str) -> None:
+    """Every size of head and both numbers of vectors, with tiles of which some keys count, all or none."""
+    if cuda.emulated:
+        monkeypatch.setenv("TQ_HOST_SM", "1")
+    for head_dim, n_q in ((64, 1), (128, 2), *LARGE_HEADS):
+        check_case(cuda, large(head_dim, n_q, (k_type, v_type), n_kv=45, mask="causal"))
+    check_case(cuda, large(64, 2, (k_type, v_type), n_kv=150, mask="window", sinks=True))
+    check_case(cuda, large(128, 1, (k_type, v_type), n_kv=150, mask="holes", tail=20))
+
+
+@pytest.mark.parametrize("types", [("pqt5", "pqt4"), ("pqt4", "pqt3"), ("pqt3", "pqt2")])
+def test_pairs_of_presets(cuda: Any, types: tuple[str, str]) -> None:
+    for head_dim, n_q in ((64, 1), (128, 2), *LARGE_HEADS):
+        check_case(cuda, large(head_dim, n_q, types, n_kv=45))
+
+
+@pytest.mark.parametrize(("head_dim", "n_q"), LARGE_HEADS)
+def test_large_heads_in_ranges_with_a_tail(cuda: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, n_q: int) -> None:
+    if cuda.emulated:
+        monkeypatch.setenv("TQ_HOST_SM", "5")
+    check_case(cuda, large(head_dim, n_q, n_kv=330, tail=40, first=4, mask="causal", sinks=True))
+
+
+@pytest.mark.parametrize(("head_dim", "n_q"), LARGE_HEADS)
+def test_large_heads_anywhere_in_memory(cuda: Any, head_dim: int, n_q: int) -> None:
+    """KV heads whose rows begin at multiples of 16 or not, with 16 bytes copied at a time or fewer; a stage less."""
+    shape = {"n_head": 8 * 3, "n_head_kv": 3, "n_q": n_q, "n_kv": 50}
+    for type in ("pqo3", "pqo4", "pqt5"):
+        for offset, gap in ((0, 0), (2, 0), (4, 0), (8, 8)):
+            check_case(cuda, Case(type, type, head_dim, head_dim, offset=offset, gap=gap, **shape))
+
+
+def test_large_heads_have_a_kernel(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch tells how many ranges there are: of few tiles as many as tiles, in the kernel for any pair, too."""
+    if not cuda.emulated:
+        pytest.skip("how many ranges there are depends on the device")
+    args = usable(cuda)
+    args.n_kv, args.q.n_head = 1024, 16
+    for head_dim, n_q in LARGE_HEADS:
+        alone = (head_dim, n_q) == (256, 1)  # a warp takes a head by itself
+        monkeypatch.setenv("TQ_HOST_SM", "64" if alone else "16")
+        args.q.head_dim = args.k.head_dim = args.v.head_dim = head_dim
+        args.n_q = n_q
+        n_parts = []
+        for types in (("pqo3", "pqo3"), ("pqo3", "pqo4")):
+            for x, type in zip((args.k, args.v), types, strict=True):
+                x.type, x.stride_head = CACHE_TYPES[type].number, CACHE_TYPES[type].row_bytes(head_dim)
+                x.stride_token = 2 * x.stride_head
+            n_parts.append(cuda.lib.tq_cuda_attn_work_bytes(args) / (4 * 16 * n_q * (head_dim + 2)))
+        assert n_parts[0] == (8 if alone else 16), (head_dim, n_q)
+        assert not alone or n_parts[1] == 16
+
+
 def test_the_pair_that_people_choose_has_a_kernel(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few keys each kernel makes as many ranges as it has tiles, of 128 or of 64: scratch tells which it is."""
     if not cuda.emulated:
@@ -287,7 +390,7 @@ def usable(cuda: Any) -> Any:
 @pytest.mark.parametrize(
     ("field", "value", "status", "text"),
     [
-        ("k.type", 8, -3, "type 8"),
+        ("k.type", 6, -3, "type 6"),
         ("k.head_dim", 80, -3, "head_dim = 80"),
         ("v.head_dim", 544, -3, "up to 512"),
         ("k.decoder", 1, -3, "decoder"),
@@ -297,7 +400,6 @@ def usable(cuda: Any) -> Any:
         ("n_kv", -1, -1, "n_kv = -1"),
         ("out_stride_head", 6, -1, "multiples of four"),
         ("k.tail.data", 2, -1, "a tail of 0 and 0 rows"),
-        ("v.tail.n_own", 1, -3, "v: a batch's own rows in its tail (n_own = 1)"),
     ],
 )
 def test_what_is_refused_is_named(cuda: Any, field: str, value: int, status: int, text: str) -> None:
@@ -314,6 +416,26 @@ def test_what_is_refused_is_named(cuda: Any, field: str, value: int, status: int
     assert text in cuda.message()
     assert cuda.lib.tq_cuda_attn_work_bytes(args) == 2**64 - 1
     assert cuda.lib.tq_cuda_attn(args, cuda.ffi.NULL, cuda.ffi.NULL) == status
+
+
+def test_one_side_is_of_tqggufs_types(cuda: Any) -> None:
+    for k_type, v_type in ((1, 1), (1, 8), (8, 1), (8, 8)):
+        args = usable(cuda)
+        args.k.type, args.v.type = k_type, v_type
+        assert cuda.lib.tq_cuda_attn_supported(args) == -3
+        assert f"of types {k_type} and {v_type}; at least one must be of tqgguf's" in cuda.message()
+
+
+def test_a_batch_has_a_row_for_each_of_its_tokens(cuda: Any) -> None:
+    args = usable(cuda)
+    tails = args.k.tail, args.v.tail
+    for tail in tails:
+        tail.n_recent, tail.n_own = 8, 1
+    assert cuda.lib.tq_cuda_attn_supported(args) == 0, cuda.message()
+    for n_q, of_v, streams in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        args.n_q, tails[1].n_own, args.q.n_stream = n_q, of_v, streams
+        assert cuda.lib.tq_cuda_attn_supported(args) == -1
+        assert "a row of its own for each query row" in cuda.message()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)

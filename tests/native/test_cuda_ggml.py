@@ -308,7 +308,10 @@ def check_attention(ggml: Ggml, node: Any) -> None:
     assert np.linalg.norm(a - b) <= TOLERANCE * np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("types", [("pqo3", "pqo3"), ("pqo4", "pqt3"), ("pqt4", "f16"), ("f16", "pqo4")])
+@pytest.mark.parametrize(
+    "types",
+    [("pqo3", "pqo3"), ("pqo4", "pqt3"), ("pqt4", "f16"), ("f16", "pqo4"), ("q8_0", "pqt3"), ("pqo3", "q8_0")],
+)
 @pytest.mark.parametrize("n_q", [1, 4, 9, 40])
 @pytest.mark.parametrize("dense", [True, False])
 def test_attention(ggml: Ggml, types: tuple[str, str], n_q: int, dense: bool) -> None:
@@ -331,10 +334,8 @@ def test_values_that_are_a_part_of_the_keys(ggml: Ggml, n_q: int) -> None:
     assert n_q == 1 or n == 64 * 192 * 2  # V is not decoded for itself
 
 
-@pytest.mark.parametrize("types", [("pqo3", "pqo3"), ("pqt4", "f16")])
-@pytest.mark.parametrize("n_tokens", [1, 30])
-def test_a_precise_tail(ggml: Ggml, types: tuple[str, str], n_tokens: int) -> None:
-    """Written by SET_ROWS, three times for a row each, and read by both ways of attention."""
+def caches_with_tail(ggml: Ggml, types: tuple[str, str]) -> list[Any]:
+    """K and V of 2 heads of 64, 48 cells and 2 streams, with a tail where the type is ours."""
     ggml.base.tq_ggml_tail_set(8, 0)
     caches = []
     for i, type in enumerate(types):
@@ -344,6 +345,14 @@ def test_a_precise_tail(ggml: Ggml, types: tuple[str, str], n_tokens: int) -> No
             ggml.bytes_of(t.contents.src[1]).fill(0)
         caches.append(t)
     ggml.base.tq_ggml_tail_set(0, 0)
+    return caches
+
+
+@pytest.mark.parametrize("types", [("pqo3", "pqo3"), ("pqt4", "f16"), ("q8_0", "pqt3")])
+@pytest.mark.parametrize("n_tokens", [1, 30])
+def test_a_precise_tail(ggml: Ggml, types: tuple[str, str], n_tokens: int) -> None:
+    """Written by SET_ROWS, three times for a row each, and read by both ways of attention."""
+    caches = caches_with_tail(ggml, types)
     for round in range(3):
         cells = np.random.default_rng(round).permutation(96)[:n_tokens].astype(np.int64)
         if round == 2:
@@ -352,7 +361,7 @@ def test_a_precise_tail(ggml: Ggml, types: tuple[str, str], n_tokens: int) -> No
             values = ggml.floats("f32", normal(n_tokens, 128, seed=10 * round + i))
             numbers = ggml.put(ggml.new("i64", n_tokens), cells)
             node = ggml.call("set_rows", ggml.call("reshape_2d", t, 128, 96), values, numbers)
-            if type == "f16":
+            if type not in reference.TYPES:
                 ggml._compute(node)
                 continue
             node.contents.src[3], node.contents.src[4] = t.contents.src[0], t.contents.src[1]
@@ -362,7 +371,7 @@ def test_a_precise_tail(ggml: Ggml, types: tuple[str, str], n_tokens: int) -> No
         for first_stream in (0, 1):
             node = attention_node(ggml, caches[0], caches[1], types, (64, 64), 4, 2, n_q, 40, first_stream)
             for i in range(2):
-                if types[i] != "f16":
+                if types[i] in reference.TYPES:
                     node.contents.src[5 + 2 * i] = caches[i].contents.src[0]
                     node.contents.src[6 + 2 * i] = caches[i].contents.src[1]
             check_attention(ggml, node)
@@ -373,10 +382,48 @@ def test_a_precise_tail(ggml: Ggml, types: tuple[str, str], n_tokens: int) -> No
             assert n_tokens == 1 or np.linalg.norm(a - b) > 2 * TOLERANCE * np.linalg.norm(b)  # the tail was read
 
 
+@pytest.mark.parametrize("n_tokens", [2, 9, 16])
+@pytest.mark.parametrize("n_stream", [1, 2])
+def test_a_batch_reads_its_own_copy_of_the_tail(ggml: Ggml, n_tokens: int, n_stream: int) -> None:
+    """Two batches, of cells that have been written before, too; each token reads rows that later ones take."""
+    types = ("pqo3", "pqt3")
+    caches = caches_with_tail(ggml, types)
+    first = 2 - n_stream  # of the streams
+    for round in range(2):
+        rng = np.random.default_rng(round)
+        cells = np.concatenate([48 * s + rng.permutation(48)[:n_tokens] for s in range(first, 2)])
+        if round == 1:
+            cells = np.concatenate([48 * s + 20 + np.arange(n_tokens) for s in range(first, 2)])
+        node = attention_node(ggml, *caches, types, (64, 64), 4, 2, n_tokens, 48, first)
+        plain = attention_node(ggml, *caches, types, (64, 64), 4, 2, n_tokens, 48, first)
+        for i, t in enumerate(caches):
+            values = ggml.floats("f32", normal(n_stream * n_tokens, 128, seed=10 * round + i))
+            numbers = ggml.put(ggml.new("i64", n_stream * n_tokens), cells)
+            write = ggml.call("set_rows", ggml.call("reshape_2d", t, 128, 96), values, numbers)
+            ggml.base.tq_ggml_tail_set_rows.restype = Pointer
+            ggml.base.tq_ggml_tail_set_rows(ggml.context, write, ctypes.c_int64(first), ctypes.c_int64(n_stream))
+            for j in range(2):
+                copy = write.contents.src[5 + j]
+                ((got, want),) = ggml.both(copy)
+                np.testing.assert_array_equal(got, want)
+                copy.contents.op = 0  # what it holds now is read, not made again
+                node.contents.src[5 + 2 * i + j] = copy
+                plain.contents.src[5 + 2 * i + j] = t.contents.src[j]
+            for got, want in ggml.both(write, t.contents.src[0], t.contents.src[1]):
+                np.testing.assert_array_equal(got, want)
+        check_attention(ggml, node)
+        ggml.compute(node)
+        ggml.compute(plain)
+        a, b = (ggml.bytes_of(x).copy().view(np.float32) for x in (node, plain))
+        # the copy was read: of more tokens than rows, the last ones take rows of the first
+        assert n_tokens < 9 or np.linalg.norm(a - b) > 2 * TOLERANCE * np.linalg.norm(b)
+
+
 def test_what_is_refused_is_named(ggml: Ggml) -> None:
-    k, other = cache_of(ggml, "pqo3", 2, 64, 64, 1, 1), cache_of(ggml, "q8_0", 2, 64, 64, 1, 2)
-    node = attention_node(ggml, k, other, ("pqo3", "q8_0"), (64, 64), 4, 2, 1, 64)
-    assert "K of pqo3 with V of q8_0" in ggml.refusal(node)
+    k, other = cache_of(ggml, "pqo3", 2, 64, 64, 1, 1), cache_of(ggml, "bf16", 2, 64, 64, 1, 2)
+    node = attention_node(ggml, k, other, ("pqo3", "bf16"), (64, 64), 4, 2, 1, 64)
+    assert "K of pqo3 with V of bf16" in ggml.refusal(node)
+    other = cache_of(ggml, "q8_0", 2, 64, 64, 1, 2)
     wide = cache_of(ggml, "pqo3", 1, 544, 64, 1, 1)
     node = attention_node(ggml, wide, wide, ("pqo3", "pqo3"), (544, 544), 4, 1, 1, 64)
     assert "head_dim = 544" in ggml.refusal(node)

@@ -102,9 +102,22 @@ def store(x: npt.NDArray[np.float32], type: str, mode: str, encode: Encode) -> O
     if type in ("f32", "f16"):
         plain = x.astype(type.replace("f", "float"))
         return Operand(type, x.shape[-1], plain.view(np.uint8), plain.astype(np.float32))
+    if type == "q8_0":
+        return store_q8_0(x)
     row_bytes = CACHE_TYPES[type].row_bytes(x.shape[-1])
     data = encode(x, type, mode).reshape(*x.shape[:-1], row_bytes)
     return Operand(type, x.shape[-1], data, reference.decode(data, type, mode).reshape(x.shape))
+
+
+def store_q8_0(x: npt.NDArray[np.float32]) -> Operand:
+    """x in ggml's q8_0: of 32 values, an f16 scale and as many signed bytes."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / 127
+    units = np.round(blocks / np.where(scale == 0, 1, scale)).astype(np.int8)
+    halves = scale.astype(np.float16)
+    data = np.concatenate([halves.view(np.uint8), units.view(np.uint8)], axis=-1)
+    values = (halves.astype(np.float32) * units).reshape(x.shape)
+    return Operand("q8_0", x.shape[-1], data.reshape(*x.shape[:-1], -1), values)
 
 
 def own_cells(case: Case, stream: int) -> npt.NDArray[np.int64]:
@@ -221,7 +234,7 @@ def make_inputs(case: Case, encode: Encode = reference.encode) -> Inputs:
     k_exact, v_exact = normal(*shape, case.head_dim_k), sizes * normal(*shape, case.head_dim_v)
     k, v = store(k_exact, case.k_type, case.mode, encode), store(v_exact, case.v_type, case.mode, encode)
     for exact, x in ((k_exact, k), (v_exact, v)):
-        if case.tail and x.type != "f16":
+        if case.tail and x.type not in ("f16", "q8_0"):
             add_tail(rng, exact, x, case)
     sinks = normal(case.n_head) if case.sinks else None
     mask = make_mask(rng, case)

@@ -49,8 +49,8 @@ static void resume(int thread) {
     swapcontext(&home, &f->context);
 }
 
-/* Runs a warp until each of its lanes is done or waits at the block's barrier. Returns whether any lane moved. Odd
- * blocks run backwards, in run_block, too: nothing may depend on the order. */
+/* Runs a warp until each of its lanes is done or waits at the block's or a team's barrier. Returns whether any lane
+ * moved. Odd blocks run backwards, in run_block, too: nothing may depend on the order. */
 static bool run_warp(int w, int * n_done) {
     bool moved = false;
     for (bool again = true; again;) {
@@ -60,7 +60,9 @@ static bool run_warp(int w, int * n_done) {
             const tqi_host_fibre * f = &tqi_host.fibres[i];
             const bool at_barrier = f->n_barriers > tqi_host.n_barriers;
             const bool at_exchange = f->n_exchanges > tqi_host.warps[w].n_exchanges;
-            if (!f->done && !at_barrier && !at_exchange) {
+            const bool at_team =
+                f->n_team_barriers > tqi_host.teams[tqi_host.team > 1 ? w / tqi_host.team : w].n_barriers;
+            if (!f->done && !at_barrier && !at_exchange && !at_team) {
                 resume(i);
                 moved = true;
                 *n_done += f->done;
@@ -74,16 +76,18 @@ static bool run_warp(int w, int * n_done) {
 static void run_block(int n_threads) {
     const int n_warps = n_threads / TQI_HOST_LANES;
     tqi_host.n_threads = n_threads;
+    tqi_host.team = 0;
     tqi_host.n_arrived = tqi_host.n_barriers = 0;
     tqi_host.any[0] = tqi_host.any[1] = 0;
     for (int i = 0; i < n_threads; ++i) {
         tqi_host_fibre * f = &tqi_host.fibres[i];
         f->begun = f->done = false;
-        f->n_barriers = f->n_exchanges = f->n_groups = 0;
+        f->n_barriers = f->n_exchanges = f->n_team_barriers = f->n_groups = 0;
         f->copies.clear();
     }
     for (int w = 0; w < n_warps; ++w) {
         tqi_host.warps[w].n_arrived = tqi_host.warps[w].n_exchanges = 0;
+        tqi_host.teams[w].n_arrived = tqi_host.teams[w].n_barriers = 0;
     }
     for (int n_done = 0; n_done < n_threads;) {
         const unsigned barriers = tqi_host.n_barriers;

@@ -37,6 +37,7 @@ struct tqi_host_fibre {
     jmp_buf at;
     bool begun, done;
     unsigned n_barriers, n_exchanges;  /* that this thread has come to */
+    unsigned n_team_barriers;          /* and those of the warps beside its own */
     unsigned n_groups;                 /* of copies that it has ended */
     std::vector<tqi_host_copy> copies; /* begun; they arrive when they are waited for, and not before */
 };
@@ -48,9 +49,16 @@ struct tqi_host_warp {
     unsigned char slot[2][TQI_HOST_LANES][TQI_HOST_SLOT];
 };
 
+/* Warps side by side that have a barrier of their own. */
+struct tqi_host_team {
+    unsigned n_arrived, n_barriers;
+};
+
 struct tqi_host_machine {
     tqi_host_fibre fibres[TQI_HOST_THREADS];
     tqi_host_warp warps[TQI_HOST_THREADS / TQI_HOST_LANES];
+    tqi_host_team teams[TQI_HOST_THREADS / TQI_HOST_LANES];
+    int team; /* a team's warps */
     unsigned char * shared;
     int thread, n_threads;
     int x, y, z;
@@ -100,6 +108,23 @@ TQI_D int tqi_sync_or(int x) {
 
 TQI_D void tqi_sync() {
     tqi_sync_or(0);
+}
+
+template <int N> TQI_D void tqi_sync_warps() {
+    tqi_host_fibre * f = &tqi_host.fibres[tqi_host.thread];
+    tqi_host_team * team = &tqi_host.teams[tqi_host.thread / TQI_HOST_LANES / N];
+    const unsigned n = f->n_team_barriers++;
+    if (tqi_host.team != 0 && tqi_host.team != N) {
+        tqi_host_die("barriers of teams of different sizes");
+    }
+    tqi_host.team = N;
+    if (++team->n_arrived == (unsigned) (N * TQI_HOST_LANES)) {
+        team->n_arrived = 0;
+        ++team->n_barriers;
+    }
+    while (team->n_barriers == n) {
+        tqi_host_yield();
+    }
 }
 
 /* Puts x down for the other lanes; returns the slots of all of them. */
@@ -162,6 +187,11 @@ TQI_D uint32_t tqi_half2(float low, float high) {
 TQI_D uint32_t tqi_mul_half2(uint32_t a, uint32_t b) { /* products of 11-bit numbers are exact in f32: one rounding */
     return tqi_half2(tqi_half_to_float((uint16_t) a) * tqi_half_to_float((uint16_t) b),
                      tqi_half_to_float((uint16_t) (a >> 16)) * tqi_half_to_float((uint16_t) (b >> 16)));
+}
+
+TQI_D uint32_t tqi_add_half2(uint32_t a, uint32_t b) { /* so are sums */
+    return tqi_half2(tqi_half_to_float((uint16_t) a) + tqi_half_to_float((uint16_t) b),
+                     tqi_half_to_float((uint16_t) (a >> 16)) + tqi_half_to_float((uint16_t) (b >> 16)));
 }
 
 TQI_D uint32_t tqi_select(uint32_t mask, uint32_t a, uint32_t b) {

@@ -1,8 +1,9 @@
 """Counts what a warp of attention executes, by unit, in the machine code: docs/cuda.md rests on it.
 
-Of the kernels for heads of 64 and 128 (attention_warp.cuh): once round the loop over tiles of 16 keys, copies, mask,
-softmax and all, by the way that a tile takes whose keys all count; and before and after the loop, by the shortest way
-that writes partial results, loops on it once round. Needs nvcc and cuobjdump; nothing is run.
+Of the kernels by warps (attention_warp.cuh): once round the loop over tiles of 16 keys, copies, mask, softmax and all,
+by the way that a tile takes whose keys all count; and before and after the loop, by the shortest way that writes
+partial results, loops on it once round. Of large heads a team of two or four warps takes a tile: a key of a head costs
+what all of them execute. Needs nvcc and cuobjdump; nothing is run.
 
 Usage: python native/cuda/tools/instructions.py [--arch sm_90] [--list KERNEL]
 """
@@ -52,11 +53,11 @@ class Instruction:
         return int(found[1], 16) if found else None
 
 
-def disassemble(arch: str) -> dict[str, list[Instruction]]:
-    """The instructions of each kernel."""
+def disassemble(arch: str, source: str) -> dict[str, list[Instruction]]:
+    """The instructions of each kernel of a file."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "attention.o"
-        subprocess.run(resources.nvcc("attention.cu", arch, out), check=True)
+        subprocess.run(resources.nvcc(source, arch, out), check=True)
         said = subprocess.run(["cuobjdump", "-sass", str(out)], check=True, capture_output=True, text=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     for line in said.splitlines():
@@ -128,6 +129,63 @@ def ways_around(code: list[Instruction], first: int, last: int) -> list[Instruct
     return way(code, 0, first - 1, ("LDGDEPBAR", "STS.128", "SHFL")) + best
 
 
+@dataclass(frozen=True)
+class Count:
+    """What one warp of one kernel executes.
+
+    Attributes:
+        types: of K and V, "pqo4/pqo3", or one name for both.
+        head: values of a head.
+        vectors: query vectors.
+        team: warps that share a tile of 16 keys.
+        around: instructions before the loop and after it.
+        tile: those once round it.
+        units: the same by unit.
+        shared_cycles: of the shared memory, for a tile: 16 bytes for each lane take it four times as long as four.
+    """
+
+    types: str
+    head: int
+    vectors: int
+    team: int
+    around: int
+    tile: list[Instruction]
+    units: Counter[str]
+    shared_cycles: int
+
+    @property
+    def per_key(self) -> float:
+        return len(self.tile) * self.team / 16
+
+
+def shared_cycles(instruction: Instruction) -> int:
+    wide = re.search(r"\.(64|128)\b", instruction.name)
+    return 0 if unit_of(instruction.name) != "shared" else int(wide[1]) // 32 if wide else 1
+
+
+def count(found: re.Match[str], code: list[Instruction]) -> Count:
+    """Counts one kernel, whose name resources.TYPES has found."""
+    tiles, blocks = int(found[3]), int(found[4])
+    loop = find_loop(code)
+    tile = way_round(code, *loop)
+    return Count(
+        types=f"{found[1]}/{found[2]}" if found[2] else found[1],
+        head=32 * blocks,
+        vectors=8 * tiles,
+        team=max(1, blocks * tiles // 8),  # tqi_team_of
+        around=len(ways_around(code, *loop)),
+        tile=tile,
+        units=Counter(unit_of(instruction.name) for instruction in tile),
+        shared_cycles=sum(map(shared_cycles, tile)),
+    )
+
+
+def counts(arch: str, source: str) -> list[Count]:
+    """The kernels by warps of one file."""
+    kernels = [(re.search(resources.TYPES, name), code) for name, code in sorted(disassemble(arch, source).items())]
+    return [count(found, code) for found, code in kernels if found]
+
+
 def unit_of(name: str) -> str:
     base = name.split(".")[0]
     return next((unit for unit, names in UNITS.items() if base in names.split()), "integer")
@@ -136,26 +194,20 @@ def unit_of(name: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="count what a warp of attention executes for a tile")
     parser.add_argument("--arch", default="sm_90", help="architecture (default: sm_90)")
+    parser.add_argument("--source", nargs="+", default=list(resources.WARP_SOURCES), help="files (default: all)")
     parser.add_argument("--list", metavar="KERNEL", help='print the instructions of one, "pqo3 128 8" for instance')
     args = parser.parse_args()
     units = [*UNITS, "integer"]
-    heads = ["type", "head", "vectors", "around", "16 keys", *units]
+    heads = ["type", "head", "vectors", "warps", "around", "16 keys", "a key", *units]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    kernels = [(re.search(resources.TYPES, name), code) for name, code in sorted(disassemble(args.arch).items())]
-    if not any(found for found, _ in kernels):
-        raise ValueError(f"no kernel of attention.cu matches {resources.TYPES}")
-    for found, code in kernels:
-        if not found:
-            continue
-        name = f"{found[1]}/{found[2]}" if found[2] else found[1]
-        vectors, head = 8 * int(found[3]), 32 * int(found[4])
-        loop = find_loop(code)
-        around, found_way = ways_around(code, *loop), way_round(code, *loop)
-        count = Counter(unit_of(instruction.name) for instruction in found_way)
-        cells = [str(count[unit]) for unit in units]
-        print(f"| {name} | {head} | {vectors} | {len(around)} | {len(found_way)} | " + " | ".join(cells) + " |")
-        if args.list == f"{name} {head} {vectors}":
-            print("\n".join(f"{instruction.address:6x} {instruction.text}" for instruction in found_way))
+    found = [each for source in args.source for each in counts(args.arch, source)]
+    if not found:
+        raise ValueError(f"no kernel of {', '.join(args.source)} matches {resources.TYPES}")
+    for each in found:
+        cells = [each.types, each.head, each.vectors, each.team, each.around, len(each.tile), f"{each.per_key:.1f}"]
+        print("| " + " | ".join(map(str, [*cells, *(each.units[unit] for unit in units)])) + " |", flush=True)
+        if args.list == f"{each.types} {each.head} {each.vectors}":
+            print("\n".join(f"{instruction.address:6x} {instruction.text}" for instruction in each.tile))
     return 0
 
 

@@ -24,8 +24,11 @@ SOURCES = {
 }
 """The files of sources.txt that are no C, and each one's own options."""
 
-TYPES = r"tqi_attend_warp_kernelI\d+tqi_(\w{4})(?:\d+tqi_(\w{4})|S\d*_)Li(\d)ELi(\d)E"
+TYPES = r"tqi_attend_warp_kernelI\d+tqi_(\w{3,4})(?:\d+tqi_(\w{3,4})|S\d*_)Li(\d)ELi(\d+)E"
 """K's type, V's if it is another, tiles of eight vectors, and blocks of a head, in a kernel's mangled name."""
+
+WARP_SOURCES = ("attention_types.cu", "attention_pairs.cu", "attention_q8_0.cu", "attention_f16.cu")
+"""Those with kernels by warps."""
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
 MOST_SPILLED = 64
