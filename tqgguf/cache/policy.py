@@ -348,7 +348,7 @@ def _vectors_digest(means: Mapping[int, npt.NDArray[np.float32]], gains: Mapping
     for name, vectors in (("k_mean", means), ("k_gain", gains)):
         for layer, values in sorted(vectors.items()):
             digest.update(f"{name} {layer} {np.shape(values)}".encode())
-            digest.update(np.ascontiguousarray(values, "<f4"))
+            digest.update(np.ascontiguousarray(values, "<f4").tobytes())
     return digest.hexdigest()
 
 
