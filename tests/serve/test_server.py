@@ -65,6 +65,19 @@ def test_layers_with_a_window_and_a_policy(serve: Callable[..., Any], tmp_path: 
     server.end()
 
 
+@pytest.mark.skipif(os.cpu_count() == 1, reason="needs two processors, of which one is left out")
+def test_it_takes_no_more_threads_than_processors(serve: Callable[..., Any]) -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        server = serve(MODEL, "--ctx", "256")
+    finally:
+        os.sched_setaffinity(0, allowed)
+    words = Path(f"/proc/{server.child}/cmdline").read_text().split("\0")
+    assert words[words.index("--threads") + 1] == words[words.index("--threads-batch") + 1] == "1"
+    server.end()
+
+
 def test_tokens_in_the_cache_are_counted(server: Any) -> None:
     server.post("/completion", {"prompt": "The capital of France is", "n_predict": 4, "id_slot": 2, "temperature": 0})
     metrics = dict(line.split() for line in server.get("/metrics").splitlines() if not line.startswith("#"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from ..._machine import processors
 from ...errors import ArgumentError
 from .. import options
 from ..render.format import say, size
@@ -36,7 +38,12 @@ def add_parser(commands: Any) -> None:
     add("--slot-save-path", metavar="DIR", help="folder in which clients may save conversations")
     rpc = "workers (`tqgguf worker`) that hold the model and its cache, on networks you trust: nothing is encrypted"
     add("--rpc", type=options.workers, metavar="HOST:PORT,...", help=rpc)
-    add("--threads", type=options.threads, metavar="N", help="threads (default: llama.cpp's)")
+    add(
+        "--threads",
+        type=options.threads,
+        metavar="N",
+        help="threads (default: llama.cpp's, if so many processors may be used)",
+    )
     options.add_cache_options(parser)
     options.add_calibration_option(parser, "mean and gain of each channel of the keys, for less error in them")
     parser.set_defaults(call=call, own_interrupt=True, rest=[])
@@ -82,6 +89,12 @@ def call(args: argparse.Namespace) -> int:
     return 0
 
 
+def _fewer_processors() -> int | None:
+    """As many as may be used, where the machine has more: llama-server counts the machine's. Else None."""
+    usable = processors()
+    return usable if usable < (os.cpu_count() or 1) else None
+
+
 def _options(args: argparse.Namespace) -> tuple[str, ...]:
     """Further options of llama-server, checked."""
     from ...gguf.header import read_header
@@ -91,8 +104,8 @@ def _options(args: argparse.Namespace) -> tuple[str, ...]:
         raise ArgumentError("--origin '*' allows all web pages: give no other")
     words = ["--alias", args.name or Path(args.model).stem]
     words += ["--cors-origins", ",".join(args.origin) or "localhost"]
-    if args.threads:
-        words += ["--threads", str(args.threads), "--threads-batch", str(args.threads)]
+    if n_threads := args.threads or _fewer_processors():
+        words += ["--threads", str(n_threads), "--threads-batch", str(n_threads)]
     if args.draft:
         if read_model_info(args.draft).path.resolve() == Path(args.model).resolve():
             raise ArgumentError("--draft names the model itself: a draft is a smaller model of the same vocabulary")
