@@ -167,12 +167,15 @@ TQI_D uint32_t tqi_halves_of(int some, int first) {
     return (some >> first & 1 ? 0xffffu : 0u) | (some >> first & 2 ? 0xffff0000u : 0u);
 }
 
-/* A bit for each of 16 keys that has some weight. x: weights, of keys g and g + 8. */
-template <int NT> TQI_D int tqi_keys_with_weight(const float (*x)[4]) {
+/* A bit for each of 16 keys that has some weight. x: weights, of keys g and g + 8; n_vec: query vectors that there are,
+ * for others have no mask. */
+template <int NT> TQI_D int tqi_keys_with_weight(const float (*x)[4], int n_vec) {
+    const int vec = 2 * (tqi_thread() % 4);
     bool any[2] = { false, false };
     TQI_UNROLL
     for (int i = 0; i < 4 * NT; ++i) {
-        any[i % 4 / 2] = any[i % 4 / 2] || x[i / 4][i % 4] != 0.0f;
+        const bool there = i / 4 * 8 + vec + i % 2 < n_vec;
+        any[i % 4 / 2] = any[i % 4 / 2] || (there && x[i / 4][i % 4] != 0.0f);
     }
     int some = 0;
     TQI_UNROLL
@@ -422,7 +425,7 @@ template <typename S> TQI_D void tqi_add_scores(unsigned char * shared, int * tu
 
 /* A tile of which some key counts: scores, weights, and what they find of V. */
 template <typename S>
-TQI_D void tqi_warp_tile(const tqi_attention & p, unsigned char * shared, const uint8_t * stage,
+TQI_D void tqi_warp_tile(const tqi_attention & p, int n_vec, unsigned char * shared, const uint8_t * stage,
                          const tqi_tile_keys & keys, tqi_warp_lane<S> * l) {
     typedef typename S::K K;
     typedef typename S::V V;
@@ -458,7 +461,7 @@ TQI_D void tqi_warp_tile(const tqi_attention & p, unsigned char * shared, const 
     }
     tqi_warp_softmax<NT, BLOCKS>(keys.plain, s, x, r, weights);
     if constexpr (V::TYPE == TQ_TYPE_F16) {
-        const int some = keys.plain ? 0xffff : tqi_keys_with_weight<NT>(x);
+        const int some = keys.plain ? 0xffff : tqi_keys_with_weight<NT>(x, n_vec);
         const uint32_t keep[2] = { tqi_halves_of(some, 2 * t), tqi_halves_of(some, 2 * t + 8) };
         tqi_multiply_plain_values<NT, BLOCKS>(stage + l->in_v, v_stride, keep, weights, r->o);
     } else {
@@ -554,7 +557,7 @@ template <typename S> TQI_D void tqi_attend_by_warps(const tqi_attention & p, un
         const tqi_quad * mask = (const tqi_quad *) (const void *) (shared + stage + loader.to_mask);
         const tqi_tile_keys keys = tqi_warp_keys(p, task, loader, mask, t0, most_left);
         if (keys.plain || (keys.owned != 0xffff && (loader.n_mask == 0 || tqi_any_lane(!tqi_mask_hides(*mask))))) {
-            tqi_warp_tile(p, shared, shared + stage, keys, &l);
+            tqi_warp_tile(p, p.n_vec - task.vec0, shared, shared + stage, keys, &l);
         }
         free = stage;
         stage = stage == last ? first : stage + stage_bytes;

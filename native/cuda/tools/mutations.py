@@ -113,7 +113,7 @@ MUTATIONS = [
     Mutation(
         "hidden values in f16",
         "attention_warp.cuh",
-        "keys.plain ? 0xffff : tqi_keys_with_weight<NT>(x)",
+        "keys.plain ? 0xffff : tqi_keys_with_weight<NT>(x, n_vec)",
         "0xffff",
         "test_stock_types_beside_ours or hidden_tokens_may_hold",
     ),
