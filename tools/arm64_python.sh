@@ -24,7 +24,7 @@ arm64_apt() {
         -o Dir::Etc::sourcelist="$place/apt/sources.list" -o Dir::Etc::sourceparts=- "$@"
 }
 arm64_apt update
-arm64_apt install --download-only --no-install-recommends --yes python3-venv
+arm64_apt install --download-only --no-install-recommends --yes python3-venv libstdc++6 # which NumPy needs
 
 rm -rf "$place/root"
 for package in "$place"/apt/archives/*.deb; do

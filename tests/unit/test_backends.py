@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tqgguf._native import backends
 from tqgguf.errors import LibraryError
 
+ROOT = Path(__file__).parents[2]
 SCORES = {"x64": 1, "haswell": 60, "icelake": 1500, "sapphirerapids": 0}
 
 
@@ -64,3 +66,18 @@ def test_variants_are_found_by_their_files(
     for name in ("libggml-cpu.so", "libggml-base.so", "libggml-cuda.so"):
         (tmp_path / name).touch()
     assert backends.cpu_variants() == {}
+
+
+def test_a_variant_that_is_loaded_is_known(tmp_path: Path) -> None:
+    """Whatever is in its name: those of ARM64 have a dot."""
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    names = {f"libggml-cpu-{name}.so" for name in ("armv8.2_2", "haswell")}
+    (tmp_path / "empty.c").write_text("int tq_empty;\n")
+    for name in names:
+        subprocess.run(["cc", "-shared", "-o", tmp_path / name, tmp_path / "empty.c"], check=True)
+    code = "import ctypes, sys; from tqgguf import _native; [ctypes.CDLL(path) for path in sys.argv[1:]]; "
+    code += "print(*(path.name for path in _native.loaded_libraries()['ggml']))"
+    command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in names)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == names

@@ -213,7 +213,7 @@ def loaded_libraries() -> dict[str, list[Path]] | None:
         if len(fields) < 6 or not fields[5].startswith("/"):
             continue
         path = Path(fields[5].removesuffix(" (deleted)"))
-        match = re.fullmatch(r"lib(tqgguf|llama|mtmd|ggml(?:-[\w-]+)?)\.so[.\d]*", path.name)
+        match = re.fullmatch(r"lib(tqgguf|llama|mtmd|ggml(?:-[\w.-]+?)?)\.so[.\d]*", path.name)
         if match:
             found[match.group(1).split("-")[0]].add(path)
     return {family: sorted(paths) for family, paths in found.items()}
