@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models import write_lora
 
 import tqgguf
 from tqgguf.demo import model as demo
@@ -26,26 +27,6 @@ def load(cache: str, path: Path = demo.MODEL_PATH, **options: Any) -> tqgguf.Lla
 
 def apart(a: Any, b: Any) -> float:
     return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(b))
-
-
-def write_lora(path: Path) -> Path:
-    """Writes an adapter of rank 8 for Q and K of the demo model, with random weights."""
-    import gguf
-
-    rng = np.random.default_rng(0)
-    with contextlib.closing(gguf.GGUFWriter(str(path), "llama")) as writer:
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", 8.0)
-        for layer in range(4):
-            for name, n_out in (("attn_q", 256), ("attn_k", 128)):
-                for part, shape in (("lora_a", (8, 256)), ("lora_b", (n_out, 8))):
-                    values = 0.06 * rng.standard_normal(shape).astype(np.float32)
-                    writer.add_tensor(f"blk.{layer}.{name}.weight.{part}", values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    return path
 
 
 def test_lora(tmp_path: Path) -> None:

@@ -171,13 +171,17 @@ assert "Paris" in ask(model, "France")
 
 
 FORK = """
+def waited():
+    return int(open("/proc/thread-self/schedstat").read().split()[1]) / 1e9
 model = load(n_threads=2, n_threads_batch=2)
 expected = ask(model, "France")
 child = os.fork()
 if child == 0:
     signal.alarm(30)
-    begin = time.monotonic()
-    good = ask(model, "France") == expected and time.monotonic() - begin < SECONDS
+    begin, ready = time.monotonic(), waited()
+    good = ask(model, "France") == expected
+    took = time.monotonic() - begin - (waited() - ready)  # others may have the processor meanwhile
+    good = good and took < 1
     model.save_session("child.tqs")
     model.close()
     good = good and ask(load(n_threads=3, n_threads_batch=3), "France") == expected
@@ -189,7 +193,8 @@ print("good")
 
 
 def test_a_fork_after_an_answer(python: Python) -> None:
-    assert run(python, FORK.replace("SECONDS", "10")) == "good\n"
+    """The child answers within a second; it waited for ever for OpenMP's threads."""
+    assert run(python, FORK) == "good\n"
 
 
 FORK_WHILE_COMPUTING = """

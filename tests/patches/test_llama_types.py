@@ -16,10 +16,13 @@ import gguf
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-LIB = ROOT / "tqgguf" / "lib"
+import tqgguf
+from tqgguf._native import LIB_DIR
 
-pytestmark = pytest.mark.skipif(not LIB.exists(), reason="the native libraries are not built")
+# The package that is tested, which may be an installed one: children import the same.
+PACKAGES = Path(tqgguf.__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(not LIB_DIR.exists(), reason="the native libraries are not built")
 
 TYPES = {"f16": 1, "q8_0": 8, "pqo3": 300, "pqo4": 301, "pqt3": 302, "pqt4": 303, "pqt2": 304, "pqt5": 305}
 N_VOCAB = 64
@@ -113,7 +116,7 @@ def write_model(path: Path, head_dim: int, n_rot: int, weights: gguf.GGMLQuantiz
 def run(model: Path, type_k: str, type_v: str, flash: bool = True, forget: int = 0) -> tuple[Any, str]:
     arguments = [str(model), *map(str, (TYPES[type_k], TYPES[type_v], int(flash), forget))]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PROGRAM, *arguments], cwd=PACKAGES, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
     logits, log = json.loads(done.stdout)

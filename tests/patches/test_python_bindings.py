@@ -11,11 +11,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tqgguf
 from tqgguf._native import import_llama_cpp
@@ -143,6 +146,16 @@ def test_seeds(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
         assert seven == again == runs[0][1] and len({first, second, third, seven}) == 4
 
 
+def test_a_state_holds_the_seed_of_the_next_answer() -> None:
+    options: dict[str, Any] = {"max_tokens": 8, "temperature": 50.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    with contextlib.closing(load(seed=5)) as model:
+        model("Once", **options)
+        state = model.save_state()
+        second, third = (model("Once", **options)["choices"][0]["text"] for _ in range(2))
+        model.load_state(state)
+        assert second != third and model("Once", **options)["choices"][0]["text"] == second
+
+
 # ---- 0005-processors ----
 
 
@@ -171,6 +184,42 @@ def test_a_processor_and_a_bias_work_together(model: Any) -> None:
     assert len(processors) == 1
     with pytest.raises(tqgguf.ArgumentError, match="logit_bias names token 1280, this model's tokens are 0 to 1,279"):
         model("a", logit_bias={1280: 1.0})
+
+
+def test_processors_may_be_a_plain_list(model: Any) -> None:
+    token = model.tokenize(b" red", add_bos=False)[-1]
+
+    def only(_: Any, scores: Any) -> Any:
+        scores[token] = 1e6
+        return scores
+
+    answer = model("a", max_tokens=2, temperature=0, logits_processor=[only])
+    assert answer["choices"][0]["text"] == model.detokenize([token, token]).decode()
+    with pytest.raises(TypeError, match="must be a LogitsProcessorList"):
+        model("a", logits_processor=only)
+
+
+@pytest.mark.parametrize("logits_all", [False, True])
+def test_a_stopping_criterion_sees_the_logits_of_the_token(logits_all: bool) -> None:
+    seen = []
+
+    def look(ids: Any, logits: Any) -> bool:
+        seen.append(int(np.argmax(logits)))
+        return False
+
+    with contextlib.closing(load(logits_all=logits_all)) as model:
+        criteria = api.StoppingCriteriaList([look])
+        tokens = model.generate(model.tokenize(b"The capital of France is"), temp=0, stopping_criteria=criteria)
+        assert [next(tokens) for _ in range(4)] == seen
+
+
+def test_sample_takes_its_own_arguments(model: Any) -> None:
+    """It took the sampler of the last answer, whatever it was given."""
+    model("The capital of France is", max_tokens=2, temperature=50.0, top_k=0, top_p=1.0, min_p=0.0)
+    model.reset()
+    model.eval(model.tokenize(b"The capital of France is"))
+    first = {model.sample(temp=0.0) for _ in range(8)}
+    assert first == {next(model.generate(model.tokenize(b"The capital of France is"), temp=0))}
 
 
 # ---- 0006-infill ----
@@ -214,6 +263,10 @@ VALUES = [
     ({"type": "integer", "minimum": -12, "exclusiveMaximum": 3}, [-12, -9, -1, 0, 2], [-13, 3, 4, -99]),
     ({"type": "integer", "exclusiveMinimum": 0}, [1, 10, 10**15], [0, -1]),
     ({"type": "integer", "maximum": -7}, [-7, -10, -5000], [-6, 0, 7]),
+    ({"type": "number", "minimum": 0.5}, [0.5, 0.51, 1, 7.25, 100, 1.0], [0.4, 0, -1, 0.499, 0.05]),
+    ({"type": "number", "exclusiveMinimum": 0, "maximum": 1}, [0.001, 1, 0.5, 1.0], [0, 0.0, 1.001, 2, -0.5, 10]),
+    ({"type": "number", "minimum": -1.25, "exclusiveMaximum": 2.5}, [-1.25, -1, 0, 2.49, 2], [-1.26, -2, 2.5, 3]),
+    ({"type": ["number", "null"], "maximum": -0.25}, [-0.25, -3, -0.3, None], [-0.2, 0, 0.25, 3]),
     ({"type": "string"}, ["a", "\n", '"', "\\", "é"], [1, None]),
     ({"type": "string", "pattern": '^[^a-c]\\d+\\."$'}, ['x12."', 'd0."'], ['a1."', 'x."', '"1."', '\n1."']),
     ({"type": "string", "pattern": "^.\\w[ -~]$"}, ["_a ", "é0!"], ['"aa', "a-a", 'aa"', "\na "]),
@@ -225,6 +278,36 @@ VALUES = [
     ({}, [1, "a", [], {}, None], []),
     ({"allOf": [{"type": "string"}]}, ["a"], [1]),
     ({"additionalProperties": {"type": "integer"}}, [{"a": 1}, {}], [{"a": "b"}]),
+    (
+        {"properties": {"ab": {"type": "null"}, 'a"': {}}, "additionalProperties": {"type": "integer"}},
+        [{"ab": None, "x": 1}, {"a": 1}, {"": 2}, {"abc": 1}, {"b": 1, "c": 2}],
+        [{"ab": 1}, {"ab": None, "ab ": None}],
+    ),
+    ({"type": "array", "prefixItems": [{"type": "null"}, {}], "minItems": 2, "maxItems": 2}, [[None, 1]], [[None], []]),
+    ({"type": "array", "prefixItems": [{"type": "null"}], "items": False}, [[None]], [[], [None, 1]]),
+    ({"type": "object", "required": []}, [{}, {"a": 1}], [1]),
+    ({"type": "array", "uniqueItems": False}, [[], [1, 1]], [1]),
+    ({"type": "string", "pattern": "^ab|\nc$"}, ["ab", "\nc"], ["a", "c", "abc"]),
+    ({"type": "string", "pattern": "^[^\\s]$"}, ["a", "é"], [" ", "\u2003", "\xa0"]),
+    (
+        {
+            "properties": {
+                "a": {"type": "string"},
+                "b": {"$ref": "#/$defs/string"},
+                "c": {"$ref": "#/definitions/string"},
+            },
+            "required": ["a", "b", "c"],
+            "$defs": {"string": {"type": "integer"}},
+            "definitions": {"string": {"type": "null"}},
+        },
+        [{"a": "x", "b": 1, "c": None}],
+        [{"a": "x", "b": "x", "c": None}, {"a": "x", "b": 1, "c": 1}],
+    ),
+    (
+        {"properties": {"n": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}}}},
+        [{"n": []}, {"n": [[], [[]]]}],
+        [{"n": [1]}],
+    ),
 ]
 
 
@@ -256,7 +339,8 @@ def test_a_grammar_takes_what_its_schema_does(model: Any, schema: Any, inside: l
 @pytest.mark.parametrize(
     ("schema", "named"),
     [
-        ({"type": "number", "minimum": 1}, "minimum"),
+        ({"type": "number", "minimum": 1, "multipleOf": 0.5}, "multipleOf"),
+        ({"type": "number", "minimum": 1.5, "exclusiveMaximum": 1.5}, "no number from 1.5 to 1.5"),
         ({"type": "integer", "multipleOf": 5}, "multipleOf"),
         ({"type": "array", "uniqueItems": True, "items": {}}, "uniqueItems"),
         ({"type": "string", "pattern": "^a$", "maxLength": 5}, "maxLength"),
@@ -272,11 +356,51 @@ def test_a_grammar_takes_what_its_schema_does(model: Any, schema: Any, inside: l
         ({"type": "nothing"}, "Unrecognized schema"),
         ({"properties": {"a": False}}, "no schema"),
         ({"enum": []}, "enum without values"),
+        ({"type": "integer", "minimum": 5, "exclusiveMinimum": True}, "is no number"),
+        ({"allOf": [{"properties": {"a": {}}}, {"required": ["b"]}]}, "required properties"),
+        ({"allOf": [{}, {"anyOf": [{"properties": {"a": {}}, "required": ["a"]}]}]}, "required"),
+        ({"allOf": [{"properties": {"a": {}}}, {"properties": {"a": {"type": "null"}}}]}, "there twice"),
+        ({"type": "array", "prefixItems": [{}], "minItems": 2}, "a tuple of 1 items"),
+        ({"type": "string", "pattern": "^a\\$"}, "unsupported pattern syntax"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused(schema: Any, named: str) -> None:
     with pytest.raises(ValueError, match=f"no grammar can be made of the JSON schema: .*{re.escape(named)}"):
         api.LlamaGrammar.from_json_schema(json.dumps(schema))
+
+
+BOUND = st.decimals(-200, 200, places=2) | st.decimals(-2, 2, places=3) | st.integers(-9, 9)
+
+
+def as_regex(rule: str) -> str:
+    """A rule without names, as a regular expression of Python's."""
+    return re.sub(r'"([^"]*)"|\s+', lambda found: re.escape(found[1] or ""), rule)
+
+
+@given(
+    BOUND, BOUND, st.sampled_from(["m", "x"]), st.sampled_from(["m", "x"]), st.lists(BOUND, min_size=9), st.booleans()
+)
+def test_bounds_are_those_of_arithmetic(a: Any, b: Any, low: str, high: str, values: list[Any], whole: bool) -> None:
+    lower, upper = sorted((Decimal(a), Decimal(b)))
+    names = {"minimum" if low == "m" else "exclusiveMinimum": float(lower)}
+    names["maximum" if high == "m" else "exclusiveMaximum"] = float(upper)
+
+    def allowed(value: Decimal) -> bool:
+        inside = (lower < value or (lower == value and low == "m")) and (
+            value < upper or (value == upper and high == "m")
+        )
+        return inside and (not whole or value == int(value))
+
+    try:
+        rule = api.llama_grammar._bounded({"type": "integer" if whole else "number", **names})
+    except ValueError:
+        assert not any(map(allowed, [lower, upper, (lower + upper) / 2]))
+        return
+    regex = re.compile(as_regex(rule.removesuffix("space")))
+    for value in {*map(Decimal, values), lower, upper, (lower + upper) / 2, lower + Decimal("0.001")}:
+        for text in {f"{value:f}", f"{value.normalize():f}"}:
+            written = allowed(value) and not (whole and "." in text) and text != "-0"
+            assert text == "-0" or bool(regex.fullmatch(text)) == written, (rule, text)
 
 
 def test_any_json_is_json(model: Any) -> None:

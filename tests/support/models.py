@@ -1,7 +1,8 @@
-"""Random models of a given shape: llama, and four architectures that differ from it in one point each."""
+"""Random models of a given shape: llama, and four architectures that differ from it in one point each; an adapter."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -95,3 +96,23 @@ def _shapes(
         yield "output_norm.bias", (n_embd,)
     if arch != "gemma2":  # its output matrix is its embedding
         yield "output.weight", (n_token, n_embd)
+
+
+def write_lora(path: Path, seed: int = 0) -> Path:
+    """Writes an adapter of rank 8 for Q and K of the demo model, with random weights."""
+    import gguf
+
+    rng = np.random.default_rng(seed)
+    with contextlib.closing(gguf.GGUFWriter(str(path), "llama")) as writer:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 8.0)
+        for layer in range(4):
+            for name, n_out in (("attn_q", 256), ("attn_k", 128)):
+                for part, shape in (("lora_a", (8, 256)), ("lora_b", (n_out, 8))):
+                    values = 0.06 * rng.standard_normal(shape).astype(np.float32)
+                    writer.add_tensor(f"blk.{layer}.{name}.weight.{part}", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return path

@@ -17,7 +17,10 @@ from .._util import replacing
 from ..errors import ModelNotFoundError
 
 PIECE: Final = 1 << 24
-"""Bytes hashed at a time."""
+"""Bytes that have a digest of their own."""
+
+READ: Final = 1 << 20
+"""Bytes read at a time, which stay in a processor's cache until they are hashed."""
 
 _SPLIT: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -75,10 +78,13 @@ def _state(file: Path) -> list[int]:
 def _digests(path: Path, pool: ThreadPoolExecutor) -> Iterator[bytes]:
     file = os.open(path, os.O_RDONLY)
 
-    def digest(begin: int) -> bytes:
-        return hashlib.sha256(os.pread(file, PIECE, begin)).digest()
+    def piece(begin: int) -> bytes:
+        digest = hashlib.sha256()
+        for at in range(begin, begin + PIECE, READ):
+            digest.update(os.pread(file, READ, at))
+        return digest.digest()
 
     try:
-        yield from pool.map(digest, range(0, os.fstat(file).st_size, PIECE))
+        yield from pool.map(piece, range(0, os.fstat(file).st_size, PIECE))
     finally:
         os.close(file)

@@ -268,7 +268,7 @@ class Llama(GuardedLlama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        del state["type_k"], state["type_v"]
+        del state["type_k"], state["type_v"], state["model_options"]
         same = self._request.policy.uniform
         state["tail"] = self._request.tail
         state["calibration"] = None if self._request.policy.calibrated else "off"  # the policy has it

@@ -36,7 +36,6 @@ class ModelTurns(llama_cpp._internals.Turns):  # type: ignore[misc]
         super().__init__(name)
         self.workers: Workers | None = None
         self.context: Any = None
-        self._of_guest: BaseException | None = None
         self._loaded_by = os.getpid()
 
     def closed_error(self) -> Exception:
@@ -57,15 +56,16 @@ class ModelTurns(llama_cpp._internals.Turns):  # type: ignore[misc]
             raise WorkerError(message)
 
     @contextlib.contextmanager
-    def taken(self, what: str, changes: bool = False) -> Iterator[None]:
+    def taken(self, what: str, changes: bool = False, step: bool = False) -> Iterator[None]:
         """For what uses the context: waits until no other thread does.
 
         Args:
             what: who asks, for messages.
             changes: whether it changes the cache, so that an answer that is not complete cannot go on.
+            step: whether it is a step of an answer, which changes the cache for itself.
         """
         self.refuse_lost()
-        with self._own_errors(), super().taken(what, changes):
+        with self._own_errors(), super().taken(what, changes, step):
             try:
                 yield
             finally:
@@ -98,7 +98,7 @@ class ModelTurns(llama_cpp._internals.Turns):  # type: ignore[misc]
             try:
                 yield
             except BaseException as error:
-                self._of_guest = error
+                error._of_guest = True  # type: ignore[attr-defined]
                 raise
 
     @contextlib.contextmanager
@@ -106,9 +106,6 @@ class ModelTurns(llama_cpp._internals.Turns):  # type: ignore[misc]
         try:
             yield
         except (ValueError, RuntimeError, MemoryError) as error:
-            if error is self._of_guest or type(error) not in _KINDS:
+            if hasattr(error, "_of_guest") or type(error) not in _KINDS:
                 raise
             raise _KINDS[type(error)](str(error)) from error
-        finally:
-            if self._depth == 0:
-                self._of_guest = None
