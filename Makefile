@@ -92,8 +92,8 @@ cuda-test: cuda ## the tests on the GPU; upstream's own with our types, too, aft
 cuda-bench: build/installed cuda ## tests and speed of the CUDA kernels on the GPU, saved in benchmarks/results
 	$(BIN)/python benchmarks/speed/cuda.py
 
-cuda-compile: $(VENV)/ready ## the CUDA code for every supported architecture, where nvcc is present
-	tools/cuda.sh compile
+cuda-compile: $(VENV)/ready ## the CUDA code for every supported architecture (ARCH="sm_75 sm_90": these), where nvcc is
+	ARCH="$(ARCH)" tools/cuda.sh compile
 
 conformance-upstream: build/installed ## upstream's programs on the patched libllama; every architecture, as docs say
 	$(CMAKE) -S . -B $(BUILD) -DTQGGUF_TOOLS=ON >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }

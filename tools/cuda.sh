@@ -2,7 +2,8 @@
 # The CUDA kernels, apart from the rest of the build.
 #
 #   tools/cuda.sh build      a library for this machine's cards, or for CUDA_ARCHITECTURES, in build/cuda
-#   tools/cuda.sh compile    native/cuda and the patched ggml-cuda.cu for every supported architecture, where nvcc is
+#   tools/cuda.sh compile    native/cuda for every supported architecture, or for those of ARCH ("sm_75 sm_90"), and the
+#                            patched ggml-cuda.cu, where nvcc is
 set -eu
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
@@ -20,7 +21,9 @@ compile)
         exit
     fi
     python patches/tool.py apply >/dev/null
-    python native/cuda/tools/resources.py --compile build/cuda-compile --upstream build/upstream/llama.cpp
+    # shellcheck disable=SC2086 # several words
+    python native/cuda/tools/resources.py --compile build/cuda-compile --upstream build/upstream/llama.cpp \
+        ${ARCH:+--arch $ARCH}
     ;;
 *)
     echo "usage: tools/cuda.sh build|compile" >&2

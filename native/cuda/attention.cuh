@@ -14,14 +14,12 @@
  *   accumulate  Warp w takes 64 dimensions and a part of the keys: O = V^T P, dimensions down, query vectors across.
  *
  * The query vectors fill eight columns of a tensor-core tile even if there is one of them only: multiplying costs less
- * than decoding either way, about 1 of 8 us at 32k tokens of 8 heads of 128 (docs/cuda.md).
- *
+ * than decoding either way (docs/cuda.md).
  * Largest score and weights are per query vector, relative to which f16 has enough range: q is brought to 64..128 by a
- * power of two, weights are multiplied by WEIGHT, levels by UNIT (slices.cuh); the output divides by the sum, in the
- * same units.
+ * power of two, weights are multiplied by WEIGHT, levels by UNIT (slices.cuh); the output divides by the sum of these.
  *
- * All functions are called by every thread of the block unless they say otherwise. g = lane / 4 and t = lane % 4 are
- * the row and column of a lane in a tensor-core fragment (tqi_mma). */
+ * Every thread of the block calls all functions unless they say otherwise. g = lane / 4 and t = lane % 4 are a lane's
+ * row and column in a tensor-core fragment (tqi_mma). */
 #ifndef TQI_ATTENTION_CUH
 #define TQI_ATTENTION_CUH
 

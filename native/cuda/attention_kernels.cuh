@@ -8,12 +8,20 @@
 
 typedef void (*tqi_attention_kernel)(const tqi_attention p);
 
-/* For K and V of one pair of types, DK = DV = 32 BLOCKS: 64, 128, 256 or 512, and 8 NT query vectors. */
+/* For K and V of one pair of types, DK = DV = 32 BLOCKS: 64, 128, 256 or 512, and 8 NT query vectors. On sm_75 heads of
+ * 256 and more are never launched, as their stages do not fit its 64 KiB (tqi_cuda_plan): no code for them. */
 template <typename K, typename V, int NT, int BLOCKS>
 TQI_KERNEL(TQI_ATTENTION_THREADS, TQI_ATTENTION_BLOCKS)
 tqi_attend_warp_kernel(TQI_PARAMETER tqi_attention p) {
-    TQI_SHARED(shared);
-    tqi_attend_by_warps<tqi_warp_shape<K, V, NT, BLOCKS>>(p, shared);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    constexpr bool launched = BLOCKS < 8;
+#else
+    constexpr bool launched = true;
+#endif
+    if constexpr (launched) {
+        TQI_SHARED(shared);
+        tqi_attend_by_warps<tqi_warp_shape<K, V, NT, BLOCKS>>(p, shared);
+    }
 }
 
 template <typename K, typename V, int NT> static tqi_attention_kernel tqi_warp_kernel_of_size(int blocks) {

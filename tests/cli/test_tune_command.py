@@ -91,7 +91,7 @@ def test_a_failure_leaves_the_file_that_was_there(
         (["--budget", "3"], "no policy has 3 bits per value: pqo3"),
         (["--max-kld", "0.0001"], "no policy of pqo3, pqo4 has a mean KLD of 0.0001: pqo4 in all layers has 0.0"),
         (["--types", "pqo3"], "at least two cache types"),
-        (["--chunks", "1"], "n_chunks is 1, must be at least 2"),
+        (["--chunks", "1"], "--chunks is 1, must be at least 2"),
         (["--calibration", "missing.gguf"], "calibration missing.gguf does not exist"),
         ([str(random_model(head_dim=80)), "-f", str(text)], "head_dim of K is 80"),
         ([str(random_model())], "needs a text to be measured on (-f FILE)"),

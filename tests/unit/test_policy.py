@@ -115,6 +115,9 @@ def test_files_that_are_no_policy(tmp_path: Path) -> None:
         read_policy(written(tmp_path / "nan.gguf", k_means={0: np.full((2, 64), np.nan, np.float32)}))
     zero = written(tmp_path / "zero.gguf", k_means={}, k_gains={0: np.full((2, 64), 0.375, np.float32)})
     zero.write_bytes(zero.read_bytes().replace(np.float32(0.375).tobytes(), bytes(4), 1))
+    with pytest.raises(PolicyError, match="checksum of its means and gains does not match"):
+        read_policy(zero)
+    zero.write_bytes(zero.read_bytes().replace(b"tqgguf-policy.sha256", b"tqgguf-policy.none00"))  # as older files
     with pytest.raises(PolicyError, match="must be positive and finite"):
         read_policy(zero)
     writer = gguf.GGUFWriter(str(tmp_path / "newer.gguf"), "tqgguf-policy")

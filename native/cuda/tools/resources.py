@@ -9,10 +9,12 @@ Usage: python native/cuda/tools/resources.py --compile DIR [--arch sm_90 ...] [-
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,11 +135,10 @@ def main() -> int:
     kernels: list[Kernel] = []
     failed = False
     start = time.monotonic()
-    for arch in args.arch:
-        for source in SOURCES:
-            if source.endswith(".cpp") and arch != args.arch[0]:
-                continue  # the host's code is the same for all
-            found, rest = compile_file(source, arch, args.compile)
+    # The host's code, in .cpp files, is the same for all.
+    jobs = [(source, arch) for arch in args.arch for source in SOURCES if source.endswith(".cu") or arch == args.arch[0]]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found, rest in pool.map(lambda job: compile_file(*job, args.compile), jobs):
             kernels += found
             if rest:
                 print(rest, file=sys.stderr)
