@@ -136,7 +136,8 @@ def main() -> int:
     failed = False
     start = time.monotonic()
     # The host's code, in .cpp files, is the same for all.
-    jobs = [(source, arch) for arch in args.arch for source in SOURCES if source.endswith(".cu") or arch == args.arch[0]]
+    device = [(source, arch) for arch in args.arch for source in SOURCES if source.endswith(".cu")]
+    jobs = device + [(source, args.arch[0]) for source in SOURCES if source.endswith(".cpp")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found, rest in pool.map(lambda job: compile_file(*job, args.compile), jobs):
             kernels += found
