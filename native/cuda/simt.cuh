@@ -108,16 +108,15 @@ TQI_D uint32_t tqi_permute(uint32_t a, uint32_t b, uint32_t selector) {
 TQI_D uint32_t tqi_funnel(uint32_t low, uint32_t high, int shift) {
     return __funnelshift_r(low, high, (unsigned) shift);
 }
-/* Two f16, each some finite number if it is infinite or NaN: the largest where the machine has an instruction for that,
- * or 0. */
-TQI_D uint32_t tqi_finite_halves(uint32_t a) {
+/* Two f16, each some number of at most `most` if it is larger or NaN: that one where the machine has an instruction for
+ * it, or 0. most: two f16, positive and finite. */
+TQI_D uint32_t tqi_bounded_halves(uint32_t a, uint32_t most) {
 #if __CUDA_ARCH__ >= 860
-    const uint32_t largest = 0x7bff7bffu;
-    asm("min.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(a) : "r"(largest));
+    asm("min.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(a) : "r"(most));
     return a;
 #else
     __half2 x;
-    const uint32_t abs = a & 0x7fff7fffu, most = 0x7bff7bffu;
+    const uint32_t abs = a & 0x7fff7fffu;
     __half2 y;
     memcpy(&x, &abs, sizeof x);
     memcpy(&y, &most, sizeof y);

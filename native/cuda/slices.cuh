@@ -414,10 +414,11 @@ template <typename F> TQI_D void tqi_with_type(int type, const F & call) {
     }
 }
 
-/* The scales of two rows' block that begins at byte at, f16 side by side; 1 for f16. They are finite whatever the block
- * has: a weight of 0 must cancel them. */
+/* The scales of two rows' block that begins at byte at, f16 side by side; 1 for f16. Times any level they are finite
+ * whatever the block has, for a weight of 0 must cancel them: at most 65504, or 511 where levels reach 128. */
 template <typename T> TQI_D uint32_t tqi_scales(const uint32_t * row0, const uint32_t * row1, int at) {
-    return T::SCALED ? tqi_finite_halves(tqi_load_half(row0, at) | (uint32_t) tqi_load_half(row1, at) << 16)
+    constexpr uint32_t most = T::TYPE == TQ_CUDA_TYPE_Q8_0 ? 0x5ffc5ffcu : 0x7bff7bffu;
+    return T::SCALED ? tqi_bounded_halves(tqi_load_half(row0, at) | (uint32_t) tqi_load_half(row1, at) << 16, most)
                      : 0x3c003c00u;
 }
 

@@ -210,9 +210,9 @@ TQI_D uint32_t tqi_funnel(uint32_t low, uint32_t high, int shift) {
     return (uint32_t) (((uint64_t) high << 32 | low) >> (shift & 31));
 }
 
-TQI_D uint32_t tqi_finite_halves(uint32_t a) {
-    a = (a & 0x7c00u) == 0x7c00u ? (a & 0xffff8000u) | 0x7bffu : a;
-    return (a & 0x7c000000u) == 0x7c000000u ? (a & 0x8000ffffu) | 0x7bff0000u : a;
+TQI_D uint32_t tqi_bounded_halves(uint32_t a, uint32_t most) {
+    a = (a & 0x7fffu) > (most & 0x7fffu) ? (a & 0xffff8000u) | (most & 0x7fffu) : a;
+    return (a & 0x7fff0000u) > (most & 0x7fff0000u) ? (a & 0x8000ffffu) | (most & 0x7fff0000u) : a;
 }
 
 TQI_D float tqi_exp2(float x) {
