@@ -39,7 +39,8 @@ def make_hot(source: Path, target: Path, scale: float, n_pairs: int) -> None:
     """Writes the model with hot keys.
 
     Raises:
-        ValueError: the model is not of the llama family, scale is no power of two, or a head has not as many pairs.
+        ValueError: the model is not of the llama family, scale is no power of two, a head has not as many pairs, or
+            target is source.
     """
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
@@ -55,6 +56,8 @@ def make_hot(source: Path, target: Path, scale: float, n_pairs: int) -> None:
     head_dim = number("embedding_length") // n_head
     if not 1 <= n_pairs <= head_dim // 2:
         raise ValueError(f"{n_pairs} pairs asked for: a head of {head_dim} has 1 to {head_dim // 2}")
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target} is the source itself: give another file to write")
     writer = gguf.GGUFWriter(target, architecture)
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":

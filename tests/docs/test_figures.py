@@ -176,3 +176,13 @@ def test_the_wheel_beside_a_native_build() -> None:
         assert f"| {weights}, f16 / pqo3 | {' | '.join(cells)} |" in page
     assert min(row["wheel"]["ratio"] for measured in rows for row in measured) > 0.955
     assert "The wheel is within 4 % of native" in page
+
+
+def test_right_answers_in_prose_are_those_of_the_table() -> None:
+    rows = re.findall(r"\| (\S+(?: calibrated)?) \|[^|]*(?:\|[^|]*){7}\| (\d+) of 264 \|", words("docs/real-models.md"))
+    smollm2, gemma = dict(rows[: len(rows) // 2]), dict(rows[len(rows) // 2 :])
+    said = "{} of 264 on Gemma, where f16 gives {} and q4_0 {}; {} on SmolLM2, where f16 gives {} and q4_0 {}"
+    figures = [model[name] for model in (gemma, smollm2) for name in ("pqt3+128 calibrated", "f16", "q4_0")]
+    assert said.format(*figures) in words("docs/real-models.md")
+    said = "Gemma 3 270M gives {1} right with f16, {0} with calibrated pqt3 and a tail, and {2} with q4_0"
+    assert said.format(*figures) in words("README.md")

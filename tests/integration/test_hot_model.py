@@ -46,3 +46,13 @@ def test_what_is_refused(tmp_path: Path, scale: float, pairs: int, message: str)
     with pytest.raises(ValueError, match=message):
         make_hot(demo.MODEL_PATH, tmp_path / "hot.gguf", scale, pairs)
     assert not (tmp_path / "hot.gguf").exists()
+
+
+def test_the_source_is_not_written_over(tmp_path: Path) -> None:
+    model, link = tmp_path / "model.gguf", tmp_path / "link.gguf"
+    model.write_bytes(demo.MODEL_PATH.read_bytes())
+    link.symlink_to(model)
+    for target in (model, link):
+        with pytest.raises(ValueError, match="is the source itself"):
+            make_hot(model, target, 64, 2)
+    assert model.read_bytes() == demo.MODEL_PATH.read_bytes()
