@@ -15,6 +15,7 @@
  *
  * The query vectors fill eight columns of a tensor-core tile even if there is one of them only: multiplying costs less
  * than decoding either way (docs/cuda.md).
+ *
  * Largest score and weights are per query vector, relative to which f16 has enough range: q is brought to 64..128 by a
  * power of two, weights are multiplied by WEIGHT, levels by UNIT (slices.cuh); the output divides by the sum of these.
  *
@@ -229,8 +230,7 @@ TQI_D int tqi_row_of_token(const tqi_attention & p, int t) {
     return t < p.n_first ? p.n_recent + t : t - tqi_divide(t, p.n_recent, p.recent_inverse) * p.n_recent;
 }
 
-/* Without a batch: whether token t owns a row of K's or V's precise tail. Then tail.cuh attends to it, not this kernel.
- */
+/* Without a batch: whether token t owns a row of K's or V's tail. Then tail.cuh attends to it, not this kernel. */
 TQI_D bool tqi_owns_row(const tqi_attention & p, const tqi_task & task, int t) {
     const int row = tqi_row_of_token(p, t);
     return (p.k.tail.owner != NULL && p.k.tail.owner[task.kv_stream * p.k.tail.owner_stride + row] == t + 1) ||

@@ -321,21 +321,25 @@ struct tqi_pqt5 : tqi_trellis_singles<tqi_pqt5, TQ_TYPE_PQT5, 5> {};
 
 /* ---- Stock types, on the one side of a mixed pair ---- */
 
-/* f16 as it is: its "block" is 32 values. Words 4 i + part. */
-struct tqi_f16_slice {
-    uint32_t pair[4];
-};
-
-struct tqi_f16 : tqi_two_slices<tqi_f16_slice>, tqi_plain_places<tqi_f16, tqi_f16_slice> {
-    static const int TYPE = TQ_TYPE_F16;
-    static const int BYTES = 2 * TQ_BLOCK;
-    static const int SCALED = 0;
-    static const int ORDER = TQI_ORDER_PAIRS;
+/* Of types whose bytes are the levels themselves. */
+struct tqi_no_table {
     static const int ENTRIES = 0;
     static const int SPACING = 0;
 
     static TQI_HD float unit() { return 1.0f; }
     static TQI_D uint32_t entry(const float *, int) { return 0; }
+};
+
+/* f16 as it is: its "block" is 32 values. Words 4 i + part. */
+struct tqi_f16_slice {
+    uint32_t pair[4];
+};
+
+struct tqi_f16 : tqi_no_table, tqi_two_slices<tqi_f16_slice>, tqi_plain_places<tqi_f16, tqi_f16_slice> {
+    static const int TYPE = TQ_TYPE_F16;
+    static const int BYTES = 2 * TQ_BLOCK;
+    static const int SCALED = 0;
+    static const int ORDER = TQI_ORDER_PAIRS;
 
     static TQI_D slice load(const uint32_t * row, int b, int part) {
         slice s;
@@ -359,16 +363,11 @@ struct tqi_q8_0_slice {
     uint32_t word[2];
 };
 
-struct tqi_q8_0 : tqi_two_slices<tqi_q8_0_slice>, tqi_plain_places<tqi_q8_0, tqi_q8_0_slice> {
+struct tqi_q8_0 : tqi_no_table, tqi_two_slices<tqi_q8_0_slice>, tqi_plain_places<tqi_q8_0, tqi_q8_0_slice> {
     static const int TYPE = TQ_CUDA_TYPE_Q8_0;
     static const int BYTES = TQI_Q8_0_BYTES;
     static const int SCALED = 1;
     static const int ORDER = TQI_ORDER_FOURS;
-    static const int ENTRIES = 0;
-    static const int SPACING = 0;
-
-    static TQI_HD float unit() { return 1.0f; }
-    static TQI_D uint32_t entry(const float *, int) { return 0; }
 
     static TQI_D slice load(const uint32_t * row, int b, int part) {
         slice s;

@@ -111,6 +111,13 @@ MUTATIONS = [
     Mutation("the second pair of slices", "products.cuh", "part / 2 + i)", "part / 2)", LARGE),
     Mutation("where results of it are", "products.cuh", "o[i][4 * first + j]", "o[i][j]", LARGE),
     Mutation(
+        "bound of q8_0's scales",
+        "slices.cuh",
+        "? 0x5ffc5ffcu : 0x7bff7bffu",
+        "? 0x7bff7bffu : 0x7bff7bffu",
+        "hidden_tokens_may_hold",
+    ),
+    Mutation(
         "hidden values in f16",
         "attention_warp.cuh",
         "keys.plain ? 0xffff : tqi_keys_with_weight<NT>(x, n_vec)",
